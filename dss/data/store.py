@@ -1,0 +1,212 @@
+"""The token store: each tokenised split of a mixture once, in memory-mapped arrays.
+
+A store holds, for every task of a mixture, the token ids of all inputs and targets, flat, with
+offsets; and for every example the row that each task has of it, so that the views of one example
+can be trained together. Training reads nothing else: no text, no TensorFlow.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dss.data.registry import get_dataset
+from dss.data.tasks import Mixture, TextRow
+from dss.data.vocabulary import Vocabulary, encode_example
+from dss.errors import UserError
+
+__all__ = ["Ragged", "TaskTokens", "TokenStore", "cache_dir", "open_store", "tokenize"]
+
+FORMAT = 1  # part of the key: raise it when the arrays change their meaning
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """Sequences of token ids: sequence i is `tokens[offsets[i]:offsets[i + 1]]`."""
+
+    tokens: np.ndarray  # [all tokens] int32
+    offsets: np.ndarray  # [N + 1] int64
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]]) -> "Ragged":
+        """Returns the sequences as one flat array."""
+        offsets = np.zeros(len(sequences) + 1, np.int64)
+        np.cumsum([len(s) for s in sequences], out=offsets[1:])
+        tokens = np.fromiter((t for s in sequences for t in s), np.int32, offsets[-1])
+        return cls(tokens, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Lengths in tokens, [N] int64."""
+        return np.diff(self.offsets)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskTokens:
+    """One task's tokenised rows: row i reads `inputs[i]` and writes `targets[i]`."""
+
+    inputs: Ragged
+    targets: Ragged
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenStore:
+    """A tokenised split of a mixture.
+
+    Attributes:
+      tasks: one `TaskTokens` a task, in the mixture's order.
+      rows: [N examples, K tasks] int32, the row of each example in each task, -1 where the task
+        has none (an unparsed rationale, a missing label).
+      ids: the examples' ids, N of them.
+    """
+
+    tasks: tuple[TaskTokens, ...]
+    rows: np.ndarray
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """The longest input and the longest target, in tokens."""
+        return (
+            max(int(t.inputs.lengths.max(initial=1)) for t in self.tasks),
+            max(int(t.targets.lengths.max(initial=1)) for t in self.tasks),
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes the store to the folder `path`, all of it or nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as temporary:
+            folder = Path(temporary) / "store"
+            folder.mkdir()
+            for k, task in enumerate(self.tasks):
+                for side in ("inputs", "targets"):
+                    ragged = getattr(task, side)
+                    np.save(folder / f"{k}-{side}-tokens.npy", ragged.tokens)
+                    np.save(folder / f"{k}-{side}-offsets.npy", ragged.offsets)
+            np.save(folder / "rows.npy", self.rows)
+            (folder / "ids.json").write_text(json.dumps(self.ids), encoding="utf-8")
+            try:
+                os.rename(folder, path)
+            except OSError:
+                if not path.is_dir():  # else another process wrote the same store first
+                    raise
+
+    @classmethod
+    def load(cls, path: Path) -> "TokenStore":
+        """Opens the store in the folder `path`; its tokens stay on disk until they are read."""
+        rows = np.load(path / "rows.npy")
+
+        def ragged(name: str) -> Ragged:
+            tokens = np.load(path / f"{name}-tokens.npy", mmap_mode="r")
+            return Ragged(tokens, np.load(path / f"{name}-offsets.npy"))
+
+        tasks = tuple(
+            TaskTokens(ragged(f"{k}-inputs"), ragged(f"{k}-targets")) for k in range(rows.shape[1])
+        )
+        return cls(tasks, rows, tuple(json.loads((path / "ids.json").read_text("utf-8"))))
+
+
+def tokenize(
+    rows_by_task: Sequence[Sequence[TextRow]],
+    vocabulary: Vocabulary,
+    *,
+    inputs_length: int,
+    targets_length: int,
+) -> TokenStore:
+    """Returns the store of some tasks' text rows, joined over tasks by the rows' ids.
+
+    Args:
+      rows_by_task: the rows of each task; an example has at most one row in a task.
+      vocabulary: how text becomes ids.
+      inputs_length: longest input in tokens, EOS counted; longer ones are cut.
+      targets_length: the same for targets.
+    """
+    index: dict[str, int] = {}
+    for rows in rows_by_task:
+        for row in rows:
+            index.setdefault(row.id, len(index))
+    table = np.full((len(index), len(rows_by_task)), -1, np.int32)
+    tasks = []
+    for k, rows in enumerate(rows_by_task):
+        for i, row in enumerate(rows):
+            table[index[row.id], k] = i
+        tasks.append(
+            TaskTokens(
+                Ragged.of([encode_example(vocabulary, r.inputs, inputs_length) for r in rows]),
+                Ragged.of([encode_example(vocabulary, r.targets, targets_length) for r in rows]),
+            )
+        )
+    return TokenStore(tuple(tasks), table, tuple(index))
+
+
+def cache_dir() -> Path:
+    """Where stores are kept between runs: DSS_CACHE, or the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dss"
+    return Path(os.environ.get("DSS_CACHE", default))
+
+
+def _key(
+    mixture: Mixture, split: str, vocabulary: Vocabulary, lengths: tuple[int, int], options: dict
+) -> str:
+    parts: list = [FORMAT, split, vocabulary.fingerprint, lengths, sorted(options.items())]
+    for task in mixture.tasks:
+        dataset = get_dataset(task.dataset)
+        files = dataset.files(split, task.teacher)
+        hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
+        parts.append([task.dataset, task.kind, task.teacher, task.prefix, hashes])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def open_store(
+    mixture: Mixture,
+    split: str,
+    vocabulary: Vocabulary,
+    *,
+    inputs_length: int,
+    targets_length: int,
+    fraction: float = 1.0,
+    seed: int = 0,
+    keep_unparsed: bool = False,
+) -> TokenStore:
+    """Returns the store of a mixture's split, from the cache where data and settings are the same.
+
+    Args:
+      mixture: which tasks.
+      split: "train", "valid" or "test".
+      vocabulary: how text becomes ids.
+      inputs_length: longest input in tokens.
+      targets_length: longest target in tokens.
+      fraction: the part of the training examples to use, (0, 1].
+      seed: of the subsample.
+      keep_unparsed: train on blanks where the teacher's text was not parsed, as the reference does.
+
+    Raises:
+      UserError: a missing or malformed file, or a split without rows.
+    """
+    options = {"fraction": fraction, "seed": seed, "keep_unparsed": keep_unparsed}
+    key = _key(mixture, split, vocabulary, (inputs_length, targets_length), options)
+    path = cache_dir() / "tokens" / f"{mixture.name}-{split}-{key}"
+    if not path.is_dir():
+        rows = [task.rows(split, **options) for task in mixture.tasks]
+        for task, task_rows in zip(mixture.tasks, rows, strict=True):
+            if not task_rows:
+                raise UserError(f"{task.name}: no {split} rows; see `dss inspect {mixture.name}`")
+        store = tokenize(
+            rows, vocabulary, inputs_length=inputs_length, targets_length=targets_length
+        )
+        store.save(path)
+    return TokenStore.load(path)

@@ -1,0 +1,131 @@
+"""Text to token ids and back: SentencePiece (T5, Flan, mT5) and bytes (ByT5)."""
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+
+from dss.errors import UserError
+
+__all__ = [
+    "BYTES",
+    "EOS",
+    "PAD",
+    "ByteVocabulary",
+    "SentencePieceVocabulary",
+    "Vocabulary",
+    "encode_example",
+    "load_vocabulary",
+]
+
+PAD, EOS, UNK = 0, 1, 2
+EOS_TEXT = "</s>"
+BYTES = "bytes"
+
+
+class Vocabulary(Protocol):
+    """What every vocabulary can do. Ids 0, 1, 2 are padding, end of sequence and unknown."""
+
+    size: int  # ids are in [0, size)
+    fingerprint: str  # sha256 of what decides the ids
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`, without a final EOS. A `</s>` in the text is the EOS id."""
+
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of `ids` up to the first EOS; special ids have no text."""
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """Returns each id as a readable piece, for showing."""
+
+
+def _until_eos(ids: list[int]) -> list[int]:
+    ids = [int(i) for i in ids]
+    return ids[: ids.index(EOS)] if EOS in ids else ids
+
+
+class SentencePieceVocabulary:
+    """A SentencePiece model with T5's special ids.
+
+    The text between two `</s>` is encoded on its own, as Hugging Face's T5 tokenizer does, so
+    that an NLI input `premise</s>hypothesis` holds one EOS id between its parts.
+    """
+
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such vocabulary file; give a SentencePiece model or 'bytes'")
+        self.path = path
+        content = path.read_bytes()
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError:
+            raise UserError(
+                f"{path}: not a SentencePiece model; a T5 vocabulary is a file such as spiece.model"
+            ) from None
+        special = (self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
+        if special != (PAD, EOS, UNK):
+            raise UserError(
+                f"{path}: wrong vocabulary: ids of pad, eos, unk are {special}, T5's are (0, 1, 2)"
+            )
+        self.size = self._model.get_piece_size()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """See `Vocabulary.encode`."""
+        first, *rest = self._model.encode(text.split(EOS_TEXT))
+        return [*first, *(i for part in rest for i in (EOS, *part))]
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Vocabulary.decode`. Ids above the model's pieces (T5's sentinels) have no text."""
+        return self._model.decode([i for i in _until_eos(ids) if UNK < i < self.size])
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """See `Vocabulary.pieces`."""
+        return [self._model.id_to_piece(int(i)) if i < self.size else f"<{i}>" for i in ids]
+
+
+class ByteVocabulary:
+    """ByT5's vocabulary: the UTF-8 byte b has the id b + 3 (Xue et al., 2022).
+
+    >>> ByteVocabulary().encode("hi</s>!")
+    [107, 108, 1, 36]
+    >>> ByteVocabulary().decode([107, 108, 1, 0])
+    'hi'
+    """
+
+    size = 256 + 3
+    fingerprint = BYTES
+    path = None
+
+    def encode(self, text: str) -> list[int]:
+        """See `Vocabulary.encode`."""
+        first, *rest = ([b + 3 for b in part.encode()] for part in text.split(EOS_TEXT))
+        return [*first, *(i for part in rest for i in (EOS, *part))]
+
+    def decode(self, ids: list[int]) -> str:
+        """See `Vocabulary.decode`. Bytes that are no UTF-8 are left out."""
+        return bytes(i - 3 for i in _until_eos(ids) if 3 <= i < self.size).decode(errors="ignore")
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """See `Vocabulary.pieces`."""
+        special = {PAD: "<pad>", EOS: EOS_TEXT, UNK: "<unk>"}
+        return [special.get(int(i)) or f"{int(i) - 3:02x}" for i in ids]
+
+
+@functools.lru_cache(maxsize=8)
+def load_vocabulary(source: str | Path) -> Vocabulary:
+    """Returns the vocabulary in the SentencePiece file `source`, or ByT5's where it is "bytes".
+
+    Raises:
+      UserError: no such file, or not a SentencePiece model with T5's special ids.
+    """
+    if str(source) == BYTES:
+        return ByteVocabulary()
+    return SentencePieceVocabulary(Path(source))
+
+
+def encode_example(vocabulary: Vocabulary, text: str, length: int) -> list[int]:
+    """Returns the ids of `text` cut to `length - 1`, then EOS: what a student reads or writes."""
+    return [*vocabulary.encode(text)[: length - 1], EOS]

@@ -1,0 +1,29 @@
+"""The one exception that stands for a mistake the user can mend."""
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["UserError", "unknown_name"]
+
+
+class UserError(Exception):
+    """Wrong input from outside: one line that says what is wrong, where, and what to do.
+
+    The command line prints the message and exits with status 2; no traceback. Library callers
+    may catch it like any other exception.
+    """
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """Returns the error for a name that is not known, with the nearest known names in it.
+
+    >>> str(unknown_name("student", "smal", ["small", "base"]))
+    "unknown student 'smal'; did you mean 'small'?"
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
+    else:
+        hint = "known: " + (", ".join(known) if known else "none")
+    return UserError(f"unknown {kind} {name!r}; {hint}")

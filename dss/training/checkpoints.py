@@ -1,0 +1,174 @@
+"""Orbax checkpoints of a run: written in the background, the latest two and the best kept."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from dss.errors import UserError
+from dss.training.step import TrainState
+
+__all__ = ["Checkpoints", "abstract_like"]
+
+SCORE = "score"  # the metric that decides which checkpoint is the best; more is better
+
+
+def abstract_like(tree: Any, shardings: Any) -> Any:
+    """Returns the `ShapeDtypeStruct`s of a tree, placed by a tree of shardings."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+    )
+
+
+class Checkpoints:
+    """The folder `<run>/checkpoints`.
+
+    Each checkpoint is a folder named by its step, with the parameters and the optimizer's state as
+    separate items, so that evaluation reads parameters alone. It appears under its name only when
+    it is whole.
+
+    Args:
+      folder: where the checkpoints are.
+      read_only: for evaluation; nothing is created or removed.
+    """
+
+    def __init__(self, folder: Path, *, read_only: bool = False):
+        self.folder = folder.absolute()
+        if read_only and not self.folder.is_dir():
+            raise UserError(f"{folder}: no checkpoints; is it a run directory of `dss train`?")
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            item_names=("params", "opt_state"),
+            options=ocp.CheckpointManagerOptions(
+                # best_fn with max_to_keep would delete the newest; a policy keeps both.
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(2),
+                        policies.BestN(
+                            get_metric_fn=lambda metrics: metrics[SCORE],
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+            ),
+        )
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        return sorted(self._manager.all_steps(read=True))
+
+    @property
+    def latest(self) -> int | None:
+        """The last step that has a checkpoint."""
+        return max(self.steps, default=None)
+
+    @property
+    def best(self) -> int | None:
+        """The step with the highest score, the earlier one on a tie; the latest if none has any."""
+        scores = {}
+        for step in self.steps:
+            metrics = self._manager.metrics(step)
+            if metrics and SCORE in metrics:
+                scores[step] = metrics[SCORE]
+        if not scores:
+            return self.latest
+        return max(scores, key=lambda step: (scores[step], -step))
+
+    def find(self, which: str) -> int:
+        """Returns the step that "latest", "best" or a number names.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        named = {"latest": self.latest, "best": self.best}
+        step = named[which] if which in named else int(which) if which.isdecimal() else None
+        if step is None or step not in self.steps:
+            have = ", ".join(map(str, self.steps)) or "none"
+            raise UserError(f"{self.folder}: no checkpoint {which!r}; have: {have}, latest, best")
+        return step
+
+    def save(self, state: TrainState, score: float | None = None) -> None:
+        """Starts writing the state of its step; waits for the checkpoint before it, if unfinished.
+
+        Args:
+          state: what to save.
+          score: decides which checkpoint is the best; None where nothing was evaluated.
+        """
+        step = int(state.step)
+        if step in self.steps:
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            opt_state=ocp.args.PyTreeSave(state.opt_state),
+        )
+        self._manager.save(step, args=items, metrics=None if score is None else {SCORE: score})
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """Returns the state of a step, placed as the abstract state's shardings say.
+
+        Raises:
+          UserError: the checkpoint is of a student of another size, or of another optimizer.
+        """
+        params = self.restore_params(step, abstract.params)
+        args = ocp.args.PyTreeRestore(
+            abstract.opt_state,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract.opt_state),
+        )
+        try:
+            found = self._manager.restore(step, args=ocp.args.Composite(opt_state=args))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.folder / str(step)}: its optimizer state does not fit; was the run started "
+                f"with another optimizer? ({_first_line(error)})"
+            ) from error
+        step_array = jax.device_put(
+            jax.numpy.asarray(step, abstract.step.dtype), abstract.step.sharding
+        )
+        return TrainState(step_array, params, found.opt_state)
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """Returns the parameters of a step, placed as the abstract tree's shardings say.
+
+        Raises:
+          UserError: the checkpoint is of a student of another size.
+        """
+        self._check_shapes(step, abstract)
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args).params
+
+    def _check_shapes(self, step: int, abstract: Any) -> None:
+        metadata = self._manager.item_metadata(step).params
+        found = {_name(p): tuple(x.shape) for p, x in _leaves(metadata)}
+        wanted = {_name(p): tuple(x.shape) for p, x in _leaves(abstract)}
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                raise UserError(
+                    f"{self.folder / str(step)}: a checkpoint of another size: {name} is "
+                    f"{found.get(name, 'missing')}, the student's is {wanted.get(name, 'missing')}"
+                )
+
+    def wait(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then frees the threads."""
+        self._manager.close()
+
+
+def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
+
+
+def _name(path: tuple) -> str:
+    return "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

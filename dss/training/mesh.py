@@ -1,0 +1,135 @@
+"""The device mesh and how parameters and batches lie on it.
+
+Each parameter dimension has a logical axis (`dss.student.network.logical_axes`); the rules say
+which mesh axis, if any, a logical axis is split over. With the default rules `model` above 1 is
+tensor parallelism; adding `("embed", "data")` shards parameters over `data` too (FSDP).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+__all__ = [
+    "DEFAULT_RULES",
+    "MeshConfig",
+    "batch_sharding",
+    "make_mesh",
+    "opt_state_shardings",
+    "param_shardings",
+    "put_batch",
+    "replicated",
+]
+
+DEFAULT_RULES = (("vocab", "model"), ("heads", "model"), ("mlp", "model"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """A mesh of `data` x `model` devices. -1 for `data` takes all the devices that are left."""
+
+    data: int = -1  # shards of the batch
+    model: int = 1  # shards of each layer
+    rules: tuple[tuple[str, str], ...] = DEFAULT_RULES  # logical axis -> mesh axis
+
+    def __post_init__(self):
+        if self.model < 1 or (self.data < 1 and self.data != -1):
+            raise ValueError(f"a mesh of data={self.data}, model={self.model} has no devices")
+        for axis, where in self.rules:
+            if where not in ("data", "model"):
+                raise ValueError(f"rule {axis!r} -> {where!r}: mesh axes are 'data' and 'model'")
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh over some devices (all, by default), `model` innermost.
+
+    Raises:
+      ValueError: the devices cannot be laid out so.
+    """
+    devices = jax.devices() if devices is None else devices
+    data = len(devices) // config.model if config.data == -1 else config.data
+    if data * config.model != len(devices):
+        raise ValueError(
+            f"a mesh of data={config.data}, model={config.model} does not use the "
+            f"{len(devices)} devices exactly"
+        )
+    grid = np.array(devices).reshape(data, config.model)
+    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def param_shardings(mesh: Mesh, config: MeshConfig, axes: Any, shapes: Any) -> Any:
+    """Returns a `NamedSharding` for every parameter.
+
+    Args:
+      mesh: the mesh.
+      config: its rules; for each logical axis the first rule counts.
+      axes: tree of tuples of logical axis names, one name a dimension.
+      shapes: the same tree, of arrays or `ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: a split dimension is not divisible by its number of shards.
+    """
+    rules = dict(reversed(config.rules))
+
+    def sharding(names: tuple[str, ...], array: jax.ShapeDtypeStruct) -> NamedSharding:
+        taken: list[str | None] = []
+        for name, size in zip(names, array.shape, strict=True):
+            where = rules.get(name)
+            where = where if where and where not in taken and mesh.shape[where] > 1 else None
+            if where and size % mesh.shape[where]:
+                raise ValueError(
+                    f"{name} of size {size} cannot be split over {mesh.shape[where]} devices "
+                    f"of mesh axis {where!r}"
+                )
+            taken.append(where)
+        return NamedSharding(mesh, PartitionSpec(*taken))
+
+    return jax.tree.map(sharding, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def opt_state_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
+    """Returns the optimizer state's shardings: a moment lies as its parameter does.
+
+    A leaf is a parameter's moment where its path ends in the parameter's path and its shape is
+    the parameter's; everything else (counts, factored statistics) is replicated.
+    """
+
+    def keys(path: tuple) -> tuple[str, ...]:
+        return tuple(str(p.key) for p in path if isinstance(p, jax.tree_util.DictKey))
+
+    flat = jax.tree_util.tree_flatten_with_path(params)[0]
+    known = {
+        keys(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings), strict=True)
+    }
+
+    def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = keys(path)
+        for start in range(len(names)):
+            shape, found = known.get(names[start:], (None, None))
+            if found is not None and shape == leaf.shape:
+                return found
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of a batch: its rows are split over `data`."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Returns the batch on the mesh; every process gives the whole batch and keeps its part."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(array.shape, sharding, lambda index, a=array: a[index])
+        for name, array in batch.items()
+    }

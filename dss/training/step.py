@@ -1,0 +1,220 @@
+"""One partitioned training step, and the validation step, for any mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dss.student.config import T5Config
+from dss.student.network import abstract_params, bind, logical_axes
+from dss.training.loss import cross_entropy, mixture_loss, task_sums, token_counts, token_weights
+from dss.training.mesh import (
+    MeshConfig,
+    batch_sharding,
+    opt_state_shardings,
+    param_shardings,
+    replicated,
+)
+
+__all__ = [
+    "LossConfig",
+    "Metrics",
+    "TrainState",
+    "init_state",
+    "make_eval_step",
+    "make_train_step",
+    "state_shardings",
+]
+
+Params = Any
+Metrics = dict[str, jax.Array]
+DeviceBatch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The loss of a mixture; see `dss.training.loss`.
+
+    Attributes:
+      num_tasks: K, how many tasks the batch's task ids tell apart.
+      rates: each task's rate; None if sequences were sampled by rate, so that each token of the
+        batch weighs the same.
+      label_smoothing: weight of the uniform distribution.
+      z_loss: weight of (log Z)^2.
+    """
+
+    num_tasks: int
+    rates: tuple[float, ...] | None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a training step changes, and all that a checkpoint holds of it."""
+
+    step: jax.Array  # [] int32, steps done
+    params: Params
+    opt_state: optax.OptState
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def state_shardings(
+    config: T5Config, optimizer: optax.GradientTransformation, mesh: Mesh, mesh_config: MeshConfig
+) -> TrainState:
+    """Returns a `TrainState` of shardings."""
+    shapes = abstract_params(config)
+    params = param_shardings(mesh, mesh_config, logical_axes(config), shapes)
+    opt_state = jax.eval_shape(optimizer.init, shapes)
+    return TrainState(
+        replicated(mesh), params, opt_state_shardings(mesh, opt_state, shapes, params)
+    )
+
+
+def _token_losses(
+    config: T5Config, loss: LossConfig, params: Params, batch: DeviceBatch, key: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns each target token's cross entropy and whether it was predicted, both [R, T]."""
+    logits = bind(config, params)(
+        batch["encoder_input_tokens"],
+        batch["decoder_input_tokens"],
+        batch["encoder_segment_ids"],
+        batch["decoder_segment_ids"],
+        key,
+    )
+    targets = batch["decoder_target_tokens"]
+    losses = cross_entropy(
+        logits, targets, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
+    )
+    return losses, jnp.argmax(logits, axis=-1) == targets
+
+
+def _split(batch: DeviceBatch, microbatches: int) -> DeviceBatch:
+    """Returns the batch as [microbatches, R / microbatches, ...], every device keeping its rows."""
+
+    def split(array: jax.Array) -> jax.Array:
+        return array.reshape(-1, microbatches, *array.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, batch)
+
+
+def _gradients(
+    config: T5Config,
+    loss: LossConfig,
+    microbatches: int,
+    params: Params,
+    batch: DeviceBatch,
+    key: jax.Array,
+) -> tuple[Params, jax.Array]:
+    """Returns the gradient of the loss and each task's summed cross entropy, [K].
+
+    The tokens are weighted by the counts of the whole batch, so the microbatches' gradients add
+    up to the batch's.
+    """
+    weights = token_weights(token_counts(batch["decoder_task_ids"], loss.num_tasks), loss.rates)
+
+    def weighted(params: Params, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses, _ = _token_losses(config, loss, params, batch, key)
+        sums = task_sums(losses, batch["decoder_task_ids"], loss.num_tasks)
+        return jnp.sum(weights * sums), sums
+
+    gradient = jax.grad(weighted, has_aux=True)
+    dropout = config.dropout_rate > 0
+    if microbatches == 1:
+        return gradient(params, batch, key if dropout else None)
+
+    def add(total, microbatch):
+        part, index = microbatch
+        part_key = jax.random.fold_in(key, index) if dropout else None
+        return jax.tree.map(jnp.add, total, gradient(params, part, part_key)), None
+
+    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(loss.num_tasks))
+    parts = (_split(batch, microbatches), jnp.arange(microbatches))
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def make_train_step(
+    config: T5Config,
+    optimizer: optax.GradientTransformation,
+    loss: LossConfig,
+    *,
+    mesh: Mesh,
+    shardings: TrainState,
+    microbatches: int = 1,
+    seed: int = 0,
+) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
+    """Returns the compiled update; it takes the state's memory.
+
+    Args:
+      config: the student; dropout as it says.
+      optimizer: from `make_optimizer`.
+      loss: the mixture's loss.
+      mesh: where the step runs.
+      shardings: from `state_shardings`.
+      microbatches: in how many parts, one after another, the gradient is computed; the batch's
+        rows must be divisible by it times the mesh's `data`.
+      seed: of dropout; the mask is a function of (seed, step, microbatch).
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`, with metrics `loss` [], `task_loss` [K],
+      `task_tokens` [K] and `grad_norm` [] (before clipping).
+    """
+
+    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        grads, sums = _gradients(config, loss, microbatches, state.params, batch, key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        counts = token_counts(batch["decoder_task_ids"], loss.num_tasks)
+        metrics = {
+            "loss": mixture_loss(sums, counts, loss.rates),
+            "task_loss": sums / jnp.maximum(counts, 1),
+            "task_tokens": counts,
+            "grad_norm": optax.global_norm(grads),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(
+    config: T5Config, loss: LossConfig, *, mesh: Mesh, shardings: TrainState
+) -> Callable[[Params, DeviceBatch], dict[str, jax.Array]]:
+    """Returns the compiled validation step, without dropout.
+
+    Returns:
+      `step(params, batch) -> {"sums", "counts", "correct"}`, each [K]: a task's summed cross
+      entropy, its target tokens, and how many of them were the most likely one. They add up over
+      batches.
+    """
+
+    @functools.partial(
+        jax.jit,
+        in_shardings=(shardings.params, batch_sharding(mesh)),
+        out_shardings=replicated(mesh),
+    )
+    def eval_step(params: Params, batch: DeviceBatch) -> dict[str, jax.Array]:
+        losses, correct = _token_losses(config, loss, params, batch, None)
+        ids = batch["decoder_task_ids"]
+        return {
+            "sums": task_sums(losses, ids, loss.num_tasks),
+            "counts": token_counts(ids, loss.num_tasks),
+            "correct": task_sums(correct.astype(jnp.float32), ids, loss.num_tasks),
+        }
+
+    return eval_step

@@ -1,0 +1,150 @@
+"""The training loop: steps, evaluation, checkpoints, and what to do when told to stop."""
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+
+from dss.errors import UserError
+from dss.training.checkpoints import Checkpoints
+from dss.training.metrics import MetricsWriter
+from dss.training.step import TrainState
+
+__all__ = ["Progress", "StopSignal", "TrainerConfig", "train"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long to train, and how often to look."""
+
+    train_steps: int = 10_000  # updates in all
+    eval_period: int = 250  # steps between evaluations; a checkpoint follows each
+    log_period: int = 10  # steps between lines of metrics
+
+    def __post_init__(self):
+        for field in ("train_steps", "eval_period", "log_period"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+
+
+class Progress:
+    """What the loop tells as it goes; the base class says nothing."""
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """Called at each logged step, with the metrics and `examples_per_second`."""
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Called after each evaluation."""
+
+
+class StopSignal:
+    """Catches SIGTERM and SIGINT while it is open: the loop then saves and ends.
+
+    A second SIGINT interrupts at once.
+    """
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def _numbers(metrics: dict[str, jax.Array], task_names: tuple[str, ...]) -> dict[str, float]:
+    """Returns a step's metrics by the names they are logged under."""
+    host = jax.tree.map(np.asarray, metrics)
+    values = {"train/loss": float(host["loss"]), "train/grad_norm": float(host["grad_norm"])}
+    for name, loss in zip(task_names, host["task_loss"], strict=True):
+        values[f"train/{name}_loss"] = float(loss)
+    return values
+
+
+def train(
+    state: TrainState,
+    *,
+    config: TrainerConfig,
+    train_step: Callable[[TrainState, dict], tuple[TrainState, dict]],
+    batches: Iterator[dict[str, jax.Array]],
+    task_names: tuple[str, ...],
+    examples_per_step: int,
+    evaluate: Callable[[TrainState], dict[str, float]],
+    score: str,
+    checkpoints: Checkpoints,
+    metrics: MetricsWriter,
+    progress: Progress,
+    stop: StopSignal,
+) -> TrainState:
+    """Trains from the state's step to the end, or until a stop signal.
+
+    Args:
+      state: where to start; its memory is taken.
+      config: how long and how often.
+      train_step: from `make_train_step`.
+      batches: the batches from the state's step on, on the mesh.
+      task_names: names of the mixture's tasks, for the metrics.
+      examples_per_step: for the rate shown.
+      evaluate: returns validation metrics.
+      score: which of them decides the best checkpoint; higher is better.
+      checkpoints: where states are saved, after each evaluation, at the end and on a stop signal.
+      metrics: where numbers are written.
+      progress: told of each logged step and evaluation.
+      stop: an open `StopSignal`.
+
+    Returns:
+      The last state. It is saved, whole on disk.
+
+    Raises:
+      UserError: the loss is not a number; what was saved before stays.
+    """
+    step, clock, clock_step = int(state.step), time.monotonic(), int(state.step)
+    while step < config.train_steps and stop.received is None:
+        state, values = train_step(state, next(batches))
+        step += 1
+        last = step == config.train_steps
+        if step % config.log_period == 0 or last:
+            numbers = _numbers(values, task_names)
+            _check_finite(numbers, step, checkpoints)
+            rate = (step - clock_step) * examples_per_step / (time.monotonic() - clock)
+            metrics.write(step, numbers)
+            metrics.write_speed(step, {"examples_per_second": rate})
+            progress.update(step, numbers | {"examples_per_second": rate})
+            clock, clock_step = time.monotonic(), step
+        if step % config.eval_period == 0 or last:
+            numbers = evaluate(state)
+            metrics.write(step, numbers)
+            progress.evaluated(step, numbers)
+            checkpoints.save(state, numbers[score])
+            clock, clock_step = time.monotonic(), step
+    checkpoints.save(state)
+    checkpoints.wait()
+    return state
+
+
+def _check_finite(numbers: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
+    if not np.isfinite(numbers["train/loss"]):
+        checkpoints.wait()
+        saved = checkpoints.latest
+        where = "no checkpoint was saved yet" if saved is None else f"step {saved} is saved"
+        raise UserError(
+            f"step {step}: the loss is {numbers['train/loss']}; {where}; "
+            "try a lower learning rate, or float32 if the student computes in bfloat16"
+        )

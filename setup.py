@@ -1,0 +1,57 @@
+"""Packaging of dss: the library, the SeqIO tasks and the gin files."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = (HERE / "dss" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
+
+# The gin files live in gin/ (which is no Python package: `import gin` means gin-config) and are
+# installed as the data of dss.configs, where dss.cli.config finds them from any directory.
+setup(
+    name="dss",
+    version=VERSION,
+    description="Distilling step-by-step: small T5 students from large language models, in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[*find_packages(include=["dss", "dss.*", "tasks", "tasks.*"]), "dss.configs"],
+    package_dir={"dss.configs": "gin"},
+    package_data={"dss.configs": ["**/*.gin"]},
+    entry_points={"console_scripts": ["dss = dss.cli.main:main"]},
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "grain>=0.2.18",
+        "gin-config>=0.5.0",
+        "numpy>=2.4",
+        "safetensors>=0.8",
+        "sentencepiece>=0.2.3",
+        "huggingface_hub>=2.4",
+        "tensorstore>=0.1.86",
+        "rich>=15.0",
+        "rouge-score>=0.1.2",
+        "matplotlib>=3.11",
+        # seqio brings tensorflow-text, which needs the full `tensorflow`: `tensorflow-cpu` would be
+        # installed beside it, over the same files.
+        "seqio>=0.0.20",
+        "tensorflow>=2.21",
+        "tensorflow-datasets>=4.9.10",
+        "clu>=0.0.12",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2"],
+        "cuda": ["jax[cuda12]>=0.10.2"],
+        "test": [
+            "pytest>=9.2",
+            "ruff>=0.15",
+            "mypy>=2.4",
+            "transformers>=5.23",
+            "torch==2.13.0",
+        ],
+    },
+)
