@@ -1,0 +1,184 @@
+"""Predictions of a student, and how good they are."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dss.data.vocabulary import EOS, Vocabulary
+from dss.errors import UserError
+from dss.evaluation.significance import wilson_interval
+from dss.student.config import T5Config
+from dss.student.decoding import generate, score_candidates
+from dss.training.mesh import put_batch
+
+__all__ = ["Accuracy", "DecodingConfig", "Predictor", "token_metrics"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How a student's text is read off it."""
+
+    max_length: int = 64  # tokens of a label, EOS counted; the reference's generation length
+    rationale_length: int = 256  # tokens of a rationale, EOS counted
+    num_beams: int = 1  # 1 is greedy
+    batch_size: int = 64  # inputs decoded together
+    length_multiple: int = 32  # inputs are padded to a multiple of this, for few compiled shapes
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How many predictions were right."""
+
+    correct: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The accuracy, in [0, 1]."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% Wilson interval of the accuracy."""
+        return wilson_interval(self.correct, self.total)
+
+    @classmethod
+    def of(
+        cls,
+        predictions: Sequence[str],
+        labels: Sequence[str],
+        is_correct: Callable[[str, str], bool],
+    ) -> "Accuracy":
+        """Returns the accuracy of some predictions under a metric's verdict.
+
+        Raises:
+          UserError: there are none.
+        """
+        if not labels:
+            raise UserError("nothing to evaluate: no example of the split has a label")
+        verdicts = [is_correct(p, l) for p, l in zip(predictions, labels, strict=True)]
+        return cls(sum(verdicts), len(verdicts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictor:
+    """A student with its vocabulary, on a mesh.
+
+    Attributes:
+      config: the student's shape.
+      params: its parameters, on the mesh.
+      vocabulary: its vocabulary.
+      mesh: where it computes; inputs are split over `data` where they divide.
+      decoding: how text is read off it.
+    """
+
+    config: T5Config
+    params: Any
+    vocabulary: Vocabulary
+    mesh: Mesh
+    decoding: DecodingConfig = DecodingConfig()
+
+    def generate(self, inputs: Sequence[Sequence[int]], *, max_length: int) -> list[str]:
+        """Returns the text that the student writes for each input.
+
+        Args:
+          inputs: token ids, EOS included.
+          max_length: longest output in tokens, EOS counted.
+        """
+        out = [""] * len(inputs)
+        for rows, tokens in self._batches(inputs):
+            decoded, _ = generate(
+                self.config,
+                self.params,
+                self._put(tokens),
+                max_length=max_length,
+                num_beams=self.decoding.num_beams,
+            )
+            for row, ids in zip(rows, np.asarray(decoded), strict=False):
+                out[row] = self.vocabulary.decode(ids.tolist())
+        return out
+
+    def choose(
+        self, inputs: Sequence[Sequence[int]], candidates: Sequence[Sequence[str]]
+    ) -> list[str]:
+        """Returns, for each input, the candidate label that the student finds most likely.
+
+        The score is the log-probability of the whole candidate, EOS included.
+        """
+        encoded = [[[*self.vocabulary.encode(c), EOS] for c in cs] for cs in candidates]
+        most = max((len(cs) for cs in encoded), default=1)
+        longest = max((len(c) for cs in encoded for c in cs), default=1)
+        table = np.zeros((len(inputs), most, longest), np.int32)
+        for i, cs in enumerate(encoded):
+            for j, c in enumerate(cs):
+                table[i, j, : len(c)] = c
+        out = [""] * len(inputs)
+        for rows, tokens in self._batches(inputs):
+            padded_rows = np.resize(rows, len(tokens))
+            padded_rows[len(rows) :] = rows[-1]
+            scores = score_candidates(
+                self.config, self.params, self._put(tokens), self._put(table[padded_rows])
+            )
+            for row, best in zip(rows, np.asarray(scores).argmax(axis=1), strict=False):
+                out[row] = candidates[row][best]
+        return out
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        if len(array) % self.mesh.shape["data"]:
+            return jax.numpy.asarray(array)
+        return put_batch(self.mesh, {"array": array})["array"]
+
+    def _batches(
+        self, inputs: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (rows [n], tokens [B, S]), inputs of like length together; rows past n repeat."""
+        size, multiple = self.decoding.batch_size, self.decoding.length_multiple
+        by_length = np.argsort([len(i) for i in inputs], kind="stable")
+        for start in range(0, len(inputs), size):
+            rows = by_length[start : start + size]
+            longest = max(len(inputs[r]) for r in rows)
+            tokens = np.zeros((size, -(-longest // multiple) * multiple), np.int32)
+            for i in range(size):
+                row = inputs[rows[min(i, len(rows) - 1)]]
+                tokens[i, : len(row)] = row
+            yield rows, tokens
+
+
+def token_metrics(
+    eval_step: Callable[[Any, dict], dict[str, jax.Array]],
+    params: Any,
+    batches: Iterable[dict[str, jax.Array]],
+    task_names: Sequence[str],
+    rates: Sequence[float],
+    prefix: str,
+) -> dict[str, float]:
+    """Returns the loss of a whole split: of each task, and their mean weighted by rate.
+
+    Args:
+      eval_step: from `make_eval_step`.
+      params: the student's.
+      batches: the split, on the mesh.
+      task_names: names of the mixture's tasks.
+      rates: their rates.
+      prefix: of the metrics' names, such as "valid".
+    """
+    totals = None
+    for batch in batches:
+        sums = jax.tree.map(np.asarray, eval_step(params, batch))
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    counts = np.maximum(totals["counts"], 1)
+    losses = totals["sums"] / counts
+    metrics = {f"{prefix}/loss": float(np.dot(losses, rates) / sum(rates))}
+    for k, name in enumerate(task_names):
+        metrics[f"{prefix}/{name}_loss"] = float(losses[k])
+        metrics[f"{prefix}/{name}_token_accuracy"] = float(totals["correct"][k] / counts[k])
+    return metrics

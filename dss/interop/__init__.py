@@ -1,0 +1,1 @@
+"""The way in and out: Hugging Face and T5X."""

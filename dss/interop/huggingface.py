@@ -1,0 +1,214 @@
+"""Hugging Face T5 directories: `config.json`, safetensors (sharded or not), `spiece.model`."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from dss.data.vocabulary import BYTES
+from dss.errors import UserError
+from dss.interop.assemble import assemble
+from dss.student.config import T5Config
+
+__all__ = ["find_vocabulary", "load_params", "read_config", "resolve"]
+
+INDEX = "model.safetensors.index.json"
+FILES = ["config.json", "*.safetensors", INDEX, "spiece.model", "tokenizer_config.json"]
+ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
+
+
+def resolve(source: str) -> Path:
+    """Returns the folder of a checkpoint: a local one as it is, a hub id downloaded.
+
+    Args:
+      source: a folder or a hub id such as `google/t5-v1_1-small`, with or without `hf:` before it.
+
+    Raises:
+      UserError: there is no such folder and the hub has no such model or cannot be reached.
+    """
+    name = source.removeprefix("hf:")
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"{name}: no such folder; give a checkpoint's folder or a hub id")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:  # the hub's client raises many kinds, all of them the user's
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name}: no such folder, and the hub did not give it: {reason}") from error
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; a Hugging Face T5 folder has one") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+
+
+def read_config(folder: Path) -> T5Config:
+    """Returns the shape of the T5 in a folder: T5 1.0 or 1.1, Flan-T5, mT5, ByT5.
+
+    Raises:
+      UserError: no `config.json`, or not one of a T5.
+    """
+    path = folder / "config.json"
+    raw = _read_json(path)
+    kind = raw.get("model_type")
+    if kind not in ("t5", "mt5", "umt5"):
+        raise UserError(f"{path}: model_type is {kind!r}; a student is a t5 or an mt5")
+    if kind == "umt5":
+        raise UserError(f"{path}: umt5 has a position bias in every layer, which is not supported")
+    projection = raw.get("feed_forward_proj", "gated-gelu" if kind == "mt5" else "relu")
+    gated = projection.startswith("gated-")
+    activation = projection.removeprefix("gated-")
+    if projection == "gated-gelu":  # its old meaning: the tanh approximation
+        activation = "gelu_new"
+    if activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UserError(f"{path}: activation {activation!r} is not supported; known: {known}")
+    try:
+        return T5Config(
+            vocab_size=raw["vocab_size"],
+            d_model=raw["d_model"],
+            d_kv=raw["d_kv"],
+            d_ff=raw["d_ff"],
+            num_heads=raw["num_heads"],
+            num_encoder_layers=raw["num_layers"],
+            num_decoder_layers=raw.get("num_decoder_layers") or raw["num_layers"],
+            activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
+            gated=gated,
+            tied_embeddings=_tied(raw, folder),
+            relative_buckets=raw.get("relative_attention_num_buckets", 32),
+            relative_max_distance=raw.get("relative_attention_max_distance", 128),
+            dropout_rate=raw.get("dropout_rate", 0.1),
+            layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-6),
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: no {error.args[0]!r}; is it a T5's config?") from None
+
+
+def _tied(raw: dict, folder: Path) -> bool:
+    """Returns whether the logits go through the (scaled) embedding.
+
+    That is what the file says of itself, except that a T5 1.0 file may hold a head that only
+    repeats the embedding.
+    """
+    default = raw.get("model_type") != "mt5"
+    return bool(raw.get("tie_word_embeddings", default))
+
+
+def find_vocabulary(folder: Path) -> str | None:
+    """Returns the vocabulary that lies with a checkpoint: a path, "bytes" for ByT5, or None."""
+    if (folder / "spiece.model").is_file():
+        return str(folder / "spiece.model")
+    tokenizer = folder / "tokenizer_config.json"
+    if tokenizer.is_file() and "ByT5" in _read_json(tokenizer).get("tokenizer_class", ""):
+        return BYTES
+    config = folder / "config.json"
+    if config.is_file() and _read_json(config).get("vocab_size") == 384:
+        return BYTES
+    return None
+
+
+class _Tensors:
+    """The tensors of a folder's safetensors files, read one at a time."""
+
+    def __init__(self, folder: Path):
+        if (folder / INDEX).is_file():
+            shards = _read_json(folder / INDEX)["weight_map"]
+            self._file = {name: folder / shard for name, shard in shards.items()}
+        elif (folder / "model.safetensors").is_file():
+            with _open(folder / "model.safetensors") as file:
+                self._file = dict.fromkeys(file.keys(), folder / "model.safetensors")
+        elif any(folder.glob("pytorch_model*.bin")):
+            raise UserError(
+                f"{folder}: its .bin files are pickles, which run code when they are read; "
+                "convert them: load the model with transformers and call "
+                "save_pretrained(DIR, safe_serialization=True)"
+            )
+        else:
+            raise UserError(f"{folder}: no model.safetensors and no {INDEX}")
+
+    def __call__(self, name: str) -> np.ndarray:
+        with _open(self._file[name]) as file:
+            return _numpy(file, name)
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing, though {INDEX} names it") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _numpy(file: Any, name: str) -> np.ndarray:
+    """Returns a tensor; registers bfloat16 with numpy, which safetensors leaves to us."""
+    import ml_dtypes  # noqa: F401
+
+    return file.get_tensor(name)
+
+
+LAYER = {  # our name in a layer -> the sublayer's index in the encoder and the decoder, its tensor
+    "attention_norm": (0, 0, "layer_norm"),
+    "cross_norm": (None, 1, "layer_norm"),
+    "mlp_norm": (1, 2, "layer_norm"),
+    "attention": (0, 0, "SelfAttention"),
+    "cross": (None, 1, "EncDecAttention"),
+    "mlp": (1, 2, "DenseReluDense"),
+}
+PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
+
+
+def _name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str, bool]:
+    """Returns what Hugging Face calls a parameter; its linear layers are [out, in]."""
+    if path == ("embedding",):
+        return "shared.weight", False
+    if path == ("head",):
+        return "lm_head.weight", True
+    stack = path[0]
+    if path[1] == "norm":
+        return f"{stack}.final_layer_norm.weight", False
+    if path[1] == "relative_bias":
+        where = f"{stack}.block.0.layer.0.SelfAttention"
+        return f"{where}.relative_attention_bias.weight", False
+    encoder_index, decoder_index, tensor = LAYER[path[2]]
+    index = encoder_index if stack == "encoder" else decoder_index
+    prefix = f"{stack}.block.{layer}.layer.{index}.{tensor}"
+    if len(path) == 3:
+        return f"{prefix}.weight", False
+    last = path[3] if gated or path[3] != "wi_0" else "wi"
+    return f"{prefix}.{PROJECTIONS.get(last, last)}.weight", True
+
+
+def load_params(folder: Path, config: T5Config) -> Any:
+    """Returns the parameters in a folder's safetensors, as nested dicts of float32 numpy arrays.
+
+    Args:
+      folder: a Hugging Face T5 folder.
+      config: from `read_config`, or a student of the same shape.
+
+    Raises:
+      UserError: no safetensors, a missing tensor, or one of another shape.
+    """
+    tensors = _Tensors(folder)
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return tensors(name)
+        except KeyError:  # shared tensors are written once, under any of their names
+            same = {"shared.weight": "encoder.embed_tokens.weight", "lm_head.weight": None}
+            if same.get(name) is None:
+                raise
+            return tensors(same[name])
+
+    name = functools.partial(_name, gated=config.gated)
+    return assemble(config, read, name, str(folder))

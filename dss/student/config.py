@@ -1,0 +1,50 @@
+"""The shape of a T5 student."""
+
+import dataclasses
+from typing import Literal
+
+__all__ = ["T5Config"]
+
+CHOICES = {
+    "activation": ("relu", "gelu", "silu"),
+    "dtype": ("float32", "bfloat16"),
+    "remat": ("none", "full", "dots"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """Sizes and kind of a T5 encoder-decoder (Raffel et al., 2020; Shazeer, 2020 for the gate).
+
+    T5 1.0 has `activation="relu", gated=False, tied_embeddings=True`; T5 1.1, Flan-T5, mT5 and
+    ByT5 have `"gelu", True, False`.
+    """
+
+    vocab_size: int  # V, ids of tokens are below it
+    d_model: int  # D, width of the residual stream
+    d_kv: int  # K, width of one attention head
+    d_ff: int  # width of the feed-forward layer
+    num_heads: int  # H
+    num_encoder_layers: int
+    num_decoder_layers: int
+    activation: Literal["relu", "gelu", "silu"] = "gelu"  # gelu is the tanh approximation
+    gated: bool = True  # activation(x W0) * (x W1) instead of activation(x W)
+    tied_embeddings: bool = False  # logits through the embedding, scaled by 1 / sqrt(D)
+    relative_buckets: int = 32  # of relative positions
+    relative_max_distance: int = 128  # tokens; all distances from here on share a bucket
+    dropout_rate: float = 0.1  # in [0, 1)
+    layer_norm_epsilon: float = 1e-6
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters are float32
+    remat: Literal["none", "full", "dots"] = "none"  # what of a layer is recomputed backward
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"T5Config.{field.name} must be at least 1, got {value}")
+            if field.name in CHOICES and value not in CHOICES[field.name]:
+                raise ValueError(
+                    f"T5Config.{field.name} is one of {CHOICES[field.name]}, got {value!r}"
+                )
+        if not 0 <= self.dropout_rate < 1:
+            raise ValueError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}")
