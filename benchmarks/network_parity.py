@@ -39,6 +39,7 @@ def read_config(raw: dict) -> T5Config:
         activation=activations[0],
         gated=len(activations) == 2,
         tied_embeddings=raw["logits_via_embedding"],
+        scaled_logits=raw["logits_via_embedding"],
         dropout_rate=0.0,
     )
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ __all__ = ["find_vocabulary", "load_params", "read_config", "resolve"]
 
 INDEX = "model.safetensors.index.json"
 FILES = ["config.json", "*.safetensors", INDEX, "spiece.model", "tokenizer_config.json"]
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
 
 
@@ -84,7 +87,8 @@ def read_config(folder: Path) -> T5Config:
             num_decoder_layers=raw.get("num_decoder_layers") or raw["num_layers"],
             activation=ACTIVATIONS[activation],  # type: ignore[arg-type]
             gated=gated,
-            tied_embeddings=_tied(raw, folder),
+            tied_embeddings=_tied(folder),
+            scaled_logits=_scaled_logits(raw),
             relative_buckets=raw.get("relative_attention_num_buckets", 32),
             relative_max_distance=raw.get("relative_attention_max_distance", 128),
             dropout_rate=raw.get("dropout_rate", 0.1),
@@ -94,14 +98,20 @@ def read_config(folder: Path) -> T5Config:
         raise UserError(f"{path}: no {error.args[0]!r}; is it a T5's config?") from None
 
 
-def _tied(raw: dict, folder: Path) -> bool:
-    """Returns whether the logits go through the (scaled) embedding.
+def _scaled_logits(raw: dict) -> bool:
+    """Returns whether T5 1.0's scaling of the logits applies; newer files say so themselves."""
+    if raw["model_type"] == "mt5":
+        return False
+    return raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True) is not False)
 
-    That is what the file says of itself, except that a T5 1.0 file may hold a head that only
-    repeats the embedding.
-    """
-    default = raw.get("model_type") != "mt5"
-    return bool(raw.get("tie_word_embeddings", default))
+
+def _tied(folder: Path) -> bool:
+    """Returns whether the embedding is the head too: no head in the files, or only its copy."""
+    tensors = _Tensors(folder)
+    if HEAD not in tensors.names:
+        return True
+    shared = next((n for n in EMBEDDINGS if n in tensors.names), None)
+    return shared is not None and np.array_equal(tensors(shared), tensors(HEAD))
 
 
 def find_vocabulary(folder: Path) -> str | None:
@@ -135,6 +145,11 @@ class _Tensors:
             )
         else:
             raise UserError(f"{folder}: no model.safetensors and no {INDEX}")
+
+    @property
+    def names(self) -> Set[str]:
+        """The tensors there are."""
+        return self._file.keys()
 
     def __call__(self, name: str) -> np.ndarray:
         with _open(self._file[name]) as file:
@@ -171,9 +186,9 @@ PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 def _name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str, bool]:
     """Returns what Hugging Face calls a parameter; its linear layers are [out, in]."""
     if path == ("embedding",):
-        return "shared.weight", False
+        return EMBEDDINGS[0], False
     if path == ("head",):
-        return "lm_head.weight", True
+        return HEAD, True
     stack = path[0]
     if path[1] == "norm":
         return f"{stack}.final_layer_norm.weight", False
@@ -202,13 +217,9 @@ def load_params(folder: Path, config: T5Config) -> Any:
     tensors = _Tensors(folder)
 
     def read(name: str) -> np.ndarray:
-        try:
-            return tensors(name)
-        except KeyError:  # shared tensors are written once, under any of their names
-            same = {"shared.weight": "encoder.embed_tokens.weight", "lm_head.weight": None}
-            if same.get(name) is None:
-                raise
-            return tensors(same[name])
+        if name == EMBEDDINGS[0]:  # a shared tensor is written once, under any of its names
+            name = next((n for n in EMBEDDINGS if n in tensors.names), name)
+        return tensors(name)
 
     name = functools.partial(_name, gated=config.gated)
     return assemble(config, read, name, str(folder))

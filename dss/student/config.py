@@ -16,8 +16,8 @@ CHOICES = {
 class T5Config:
     """Sizes and kind of a T5 encoder-decoder (Raffel et al., 2020; Shazeer, 2020 for the gate).
 
-    T5 1.0 has `activation="relu", gated=False, tied_embeddings=True`; T5 1.1, Flan-T5, mT5 and
-    ByT5 have `"gelu", True, False`.
+    T5 1.0 has `activation="relu", gated=False, tied_embeddings=True, scaled_logits=True`; T5 1.1,
+    Flan-T5, mT5 and ByT5 have `"gelu", True, False, False`.
     """
 
     vocab_size: int  # V, ids of tokens are below it
@@ -29,7 +29,8 @@ class T5Config:
     num_decoder_layers: int
     activation: Literal["relu", "gelu", "silu"] = "gelu"  # gelu is the tanh approximation
     gated: bool = True  # activation(x W0) * (x W1) instead of activation(x W)
-    tied_embeddings: bool = False  # logits through the embedding, scaled by 1 / sqrt(D)
+    tied_embeddings: bool = False  # logits through the embedding, without a head of their own
+    scaled_logits: bool = False  # hidden states times 1 / sqrt(D) before the logits
     relative_buckets: int = 32  # of relative positions
     relative_max_distance: int = 128  # tokens; all distances from here on share a bucket
     dropout_rate: float = 0.1  # in [0, 1)

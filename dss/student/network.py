@@ -358,11 +358,9 @@ class T5(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns the logits [..., V] float32 of hidden states [..., D]."""
-        if self.config.tied_embeddings:
-            kernel = self.embedding[...].T
+        kernel = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
+        if self.config.scaled_logits:
             hidden = hidden * self.config.d_model**-0.5
-        else:
-            kernel = self.head[...]
         return (hidden @ kernel.astype(hidden.dtype)).astype(jnp.float32)
 
     def __call__(

@@ -1,0 +1,242 @@
+"""The datasets there are: the released ones under the data root, and the user's own files."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from dss.data.examples import Example, TeacherOutput, read_examples, read_teacher_outputs
+from dss.data.released import RELEASED, ReleasedSource
+from dss.data.splits import hold_out, subsample
+from dss.errors import UserError, unknown_name
+
+__all__ = [
+    "SPLITS",
+    "Dataset",
+    "JsonlSource",
+    "Source",
+    "dataset_names",
+    "get_dataset",
+    "register",
+    "set_data_root",
+]
+
+SPLITS = ("train", "valid", "test")
+
+
+class Source(Protocol):
+    """Where the examples of a dataset and its teachers' outputs come from."""
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Names of the teachers."""
+
+    def has(self, split: str, teacher: str | None = None) -> bool:
+        """Returns whether a split, or a teacher's outputs for it, are there."""
+
+    def files(self, split: str, teacher: str | None = None) -> list[Path]:
+        """Returns every file that `examples` and `outputs` would read."""
+
+    def examples(self, split: str) -> list[Example]:
+        """Returns the examples of a split."""
+
+    def outputs(self, split: str, teacher: str) -> list[TeacherOutput]:
+        """Returns a teacher's outputs for a split, at most one an example."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonlSource:
+    """A user's own JSON lines.
+
+    Attributes:
+      path: a folder with `train.jsonl` and, if there are any, `valid.jsonl` and `test.jsonl`; or
+        one file, which is the training split. The outputs of a teacher lie next to the examples,
+        in `<name of the file>.<teacher>.jsonl`.
+    """
+
+    path: Path
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The teachers that have a journal for any split."""
+        found = set()
+        for split in SPLITS:
+            file = self._file(split)
+            for journal in file.parent.glob(f"{file.stem}.*.jsonl"):
+                found.add(journal.name.removeprefix(f"{file.stem}.").removesuffix(".jsonl"))
+        return tuple(sorted(found))
+
+    def has(self, split: str, teacher: str | None = None) -> bool:
+        """See `Source.has`."""
+        return self.files(split, teacher)[-1].is_file()
+
+    def files(self, split: str, teacher: str | None = None) -> list[Path]:
+        """See `Source.files`."""
+        file = self._file(split)
+        return [file] if teacher is None else [file, file.with_suffix(f".{teacher}.jsonl")]
+
+    def examples(self, split: str) -> list[Example]:
+        """See `Source.examples`."""
+        return read_examples(self._file(split), split)
+
+    def outputs(self, split: str, teacher: str) -> list[TeacherOutput]:
+        """See `Source.outputs`."""
+        return read_teacher_outputs(self.files(split, teacher)[1], teacher)
+
+    def _file(self, split: str) -> Path:
+        if self.path.is_dir():
+            return self.path / f"{split}.jsonl"
+        # Beside a single file, other splits would lie at names that say so.
+        return self.path if split == "train" else self.path.with_suffix(f"-{split}.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A dataset by its name.
+
+    Attributes:
+      name: the first part of its tasks' names.
+      source: its files.
+      metric: decides whether a predicted label is right; a name in `dss.evaluation.metrics`.
+      labels: the closed set of labels; empty where it is open.
+      candidates: returns the answers that an input offers, where inputs do.
+    """
+
+    name: str
+    source: Source
+    metric: str = "text"
+    labels: tuple[str, ...] = ()
+    candidates: Callable[[str], tuple[str, ...]] | None = None
+
+    def choices(self, text: str) -> tuple[str, ...]:
+        """Returns the labels that are possible for an input; none where any text is."""
+        return self.candidates(text) if self.candidates else self.labels
+
+    def source_split(self, split: str) -> str:
+        """Returns the split whose files hold `split`: without a `valid` file it is in train.
+
+        Raises:
+          UserError: there is no such split.
+        """
+        if split not in SPLITS:
+            raise unknown_name("split", split, SPLITS)
+        return "train" if split == "valid" and not self.source.has("valid") else split
+
+    def has(self, split: str, teacher: str | None = None) -> bool:
+        """Returns whether a split, or a teacher's outputs for it, are there."""
+        return self.source.has(self.source_split(split), teacher)
+
+    def files(self, split: str, teacher: str | None = None) -> list[Path]:
+        """Returns the files a split is read from.
+
+        Raises:
+          UserError: one of them is missing.
+        """
+        files = self.source.files(self.source_split(split), teacher)
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file}: no such file; dataset {self.name!r} needs it for {split}")
+        return files
+
+    def examples(self, split: str, *, fraction: float = 1.0, seed: int = 0) -> list[Example]:
+        """Returns the examples of a split.
+
+        Args:
+          split: "train", "valid" or "test". Without a validation file a tenth of train is held
+            out, the same rows as the reference holds out.
+          fraction: the part of the training file to use, (0, 1]; a held-out tenth is of that part.
+          seed: of the subsample.
+
+        Raises:
+          UserError: a missing or malformed file, an empty split, or a label outside the closed set.
+        """
+        where = self.files(split)[0]
+        examples = self.source.examples(self.source_split(split))
+        for i, example in enumerate(examples, 1):
+            if self.labels and example.label is not None and example.label not in self.labels:
+                raise UserError(
+                    f"{where}: example {i} ({example.id}): label {example.label!r} is none of "
+                    f"{', '.join(self.labels)}"
+                )
+        if split == "train" or self.source_split(split) != split:
+            rows = subsample(len(examples), fraction, seed)
+            if not self.source.has("valid"):
+                train, valid = hold_out(rows)
+                rows = train if split == "train" else valid
+            examples = [examples[i] for i in rows]
+        if not examples:
+            raise UserError(f"{where}: no examples for the {split} split of {self.name!r}")
+        return examples
+
+    def outputs(self, split: str, teacher: str) -> dict[str, TeacherOutput]:
+        """Returns a teacher's outputs by the example's id, of the whole file that holds a split.
+
+        Raises:
+          UserError: a missing or malformed file.
+        """
+        self.files(split, teacher)
+        return {o.id: o for o in self.source.outputs(self.source_split(split), teacher)}
+
+
+_registered: dict[str, Dataset] = {}
+_data_root: Path | None = None
+
+
+def set_data_root(root: str | Path | None) -> None:
+    """Says where the released data are; without it, DSS_DATA_ROOT or `data` in this folder."""
+    global _data_root
+    _data_root = None if root is None else Path(root).expanduser()
+
+
+def _root() -> Path:
+    return _data_root or Path(os.environ.get("DSS_DATA_ROOT", "data")).expanduser()
+
+
+def register(
+    name: str, path: str | Path, *, labels: Sequence[str] = (), metric: str = "text"
+) -> Dataset:
+    """Makes a user's JSON lines a dataset, with all the task and mixture names that go with it.
+
+    Args:
+      name: of the dataset: letters, digits and underscores.
+      path: a folder or a file, see `JsonlSource`.
+      labels: the closed set of labels; predictions are then chosen among them.
+      metric: "text" or "equation".
+
+    Returns:
+      The dataset.
+
+    Raises:
+      UserError: the name cannot be one, or there is nothing at the path.
+    """
+    path = Path(path).expanduser()
+    if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
+        raise UserError(f"dataset name {name!r}: use letters, digits and underscores")
+    if name in RELEASED:
+        raise UserError(f"dataset name {name!r} is that of a released dataset; choose another")
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; dataset {name!r} should be there")
+    _registered[name] = Dataset(name, JsonlSource(path), metric, tuple(labels))
+    return _registered[name]
+
+
+def dataset_names() -> list[str]:
+    """Returns the names of all datasets, the released ones first."""
+    return [*RELEASED, *_registered]
+
+
+def get_dataset(name: str) -> Dataset:
+    """Returns the dataset of a name.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name in _registered:
+        return _registered[name]
+    if name not in RELEASED:
+        raise unknown_name("dataset", name, dataset_names())
+    form = RELEASED[name]
+    source = ReleasedSource(_root(), name)
+    return Dataset(name, source, form.metric, form.labels, form.candidates)

@@ -1,0 +1,243 @@
+"""The data released with the paper: its layout, and how its teachers' texts are parsed.
+
+    <root>/<name>/<name>_{train,valid,test}.json      examples, JSON lines
+    <root>/<name>/llm/<split>_CoT_<k>.json            PaLM's texts, in the order of k and the rows
+    <root>/gpt-neox/<name>/<split>.json               GPT-NeoX's texts
+
+A parse gives rationale and label as the released code did, blanks included, so that a comparison
+with it is row for row; nothing but fixed patterns is looked for in a text.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dss.data.examples import Example, TeacherOutput, parsed_status, read_json_lines
+from dss.errors import UserError
+
+__all__ = ["RELEASED", "TEACHERS", "Format", "ReleasedSource", "cqa_choices"]
+
+Parsed = tuple[str, str]  # rationale, label
+Parser = Callable[[str], Parsed]
+
+TEACHERS = ("palm", "gpt_neox")
+BLANK = (" ", " ")
+NLI_LABELS = ("entailment", "neutral", "contradiction")
+
+
+def _two_parts(text: str, separator: str) -> Parsed | None:
+    parts = text.split(separator)
+    return (parts[0].rstrip(), parts[1]) if len(parts) == 2 else None
+
+
+def _parse_choice(text: str) -> Parsed:
+    """`... So the answer is (d) math problem.` and then an invented `Q:`."""
+    parts = _two_parts(text.split("Q:")[0].rstrip(), "So the answer is")
+    if parts is None:
+        return BLANK
+    rationale, rest = parts
+    after_letter = re.split(r"\(.\)", rest)[1:2]
+    label = after_letter[0].strip() if after_letter else ""
+    return rationale, label.removesuffix(".") if label else " "
+
+
+def _parse_equation(text: str) -> Parsed:
+    """`... The answer is (84 / 2).` and then an invented `Q:`."""
+    parts = _two_parts(text.split("Q:")[0].rstrip(), "The answer is")
+    if parts is None:
+        return BLANK
+    equation = re.search(r"\(.*\)", parts[1])
+    return parts[0], equation.group(0) if equation else " "
+
+
+def _parse_esnli(text: str) -> Parsed:
+    """`<explanation>`, a line `Answer: <label>`, then an invented `Premise:`."""
+    rationale = text.split("Answer:")[0].rstrip()
+    answers = text.split("Answer: ")[1:2]
+    return rationale, answers[0].split("Premise")[0].rstrip() if answers else " "
+
+
+def _parse_anli(text: str, *separators: str) -> Parsed:
+    """`... So the answer is contradiction.` and then an invented `Premise:`."""
+    text = text.split("Premise:")[0].rstrip()
+    for separator in separators:
+        parts = _two_parts(text, separator)
+        if parts is not None:
+            return parts[0], parts[1].lstrip()[:-1]
+    return "", ""
+
+
+def _parse_anli_palm(text: str) -> Parsed:
+    return _parse_anli(text, "So the answer is")
+
+
+def _parse_anli_gpt_neox(text: str) -> Parsed:
+    return _parse_anli(text.lstrip(), "So the answer is", "The answer is")
+
+
+def _stripped(parse: Parser) -> Parser:
+    """GPT-NeoX's texts are parsed without the white space before them."""
+    return lambda text: parse(text.lstrip())
+
+
+def cqa_choices(text: str) -> tuple[str, ...]:
+    """Returns the answers that a CQA input offers.
+
+    >>> cqa_choices("Where?\\nAnswer Choices:\\n(a) here\\n(b) there")
+    ('here', 'there')
+    """
+    return tuple(re.findall(r"^\([a-z]\) (.*)$", text.rpartition("Answer Choices:\n")[2], re.M))
+
+
+def _cqa_row(row: dict[str, Any]) -> tuple[str, str]:
+    choices = "\n".join(f"({letter}) {row['choices'][i]}" for i, letter in enumerate("abcde"))
+    return f"{row['question']}\nAnswer Choices:\n{choices}", row["answer"]
+
+
+def _asdiv_row(row: dict[str, Any]) -> tuple[str, str]:
+    return f"{row['Body']}\n{row['Question']}", row["Answer"].split(" ")[0]
+
+
+def _nli_row(row: dict[str, Any]) -> tuple[str, str]:
+    # The tokenizer turns the text </s> into the id of the end of sequence.
+    return f"{row['premise']}</s>{row['hypothesis']}", NLI_LABELS[row["label"]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """How one released dataset is written.
+
+    Attributes:
+      row: turns a row into (input, label).
+      parsers: turns a teacher's text into (rationale, label), by teacher.
+      metric: decides whether a predicted label is right; see `dss.evaluation.metrics`.
+      labels: the closed set of labels; empty where it is open.
+      candidates: returns the answers that an input offers, where it does.
+    """
+
+    row: Callable[[dict[str, Any]], tuple[str, str]]
+    parsers: dict[str, Parser]
+    metric: str = "text"
+    labels: tuple[str, ...] = ()
+    candidates: Callable[[str], tuple[str, ...]] | None = None
+
+
+def _palm_and_gpt_neox(parse: Parser) -> dict[str, Parser]:
+    return {"palm": parse, "gpt_neox": _stripped(parse)}
+
+
+RELEASED = {
+    "cqa": Format(
+        row=_cqa_row, parsers=_palm_and_gpt_neox(_parse_choice), candidates=cqa_choices
+    ),
+    "svamp": Format(
+        row=lambda row: (row["input"], row["label"]),
+        parsers=_palm_and_gpt_neox(_parse_equation),
+        metric="equation",
+    ),
+    "asdiv": Format(
+        row=_asdiv_row, parsers=_palm_and_gpt_neox(_parse_equation), metric="equation"
+    ),
+    "esnli": Format(
+        row=_nli_row, parsers=_palm_and_gpt_neox(_parse_esnli), labels=NLI_LABELS
+    ),
+    "anli1": Format(
+        row=_nli_row,
+        parsers={"palm": _parse_anli_palm, "gpt_neox": _parse_anli_gpt_neox},
+        labels=NLI_LABELS,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedSource:
+    """One dataset in the released layout.
+
+    Attributes:
+      root: the folder that holds the datasets.
+      name: one of `RELEASED`.
+    """
+
+    root: Path
+    name: str
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The teachers whose texts were released."""
+        return TEACHERS
+
+    def has(self, split: str, teacher: str | None = None) -> bool:
+        """Returns whether a split, or a teacher's texts for it, are there."""
+        if teacher is None:
+            return self._examples_file(split).is_file()
+        return bool(self._teacher_files(split, teacher))
+
+    def files(self, split: str, teacher: str | None = None) -> list[Path]:
+        """Returns the files a split is read from, and a teacher's for it, existing or not."""
+        if teacher is None:
+            return [self._examples_file(split)]
+        missing = self.root / self.name / "llm" / f"{split}_CoT_0.json"
+        return [self._examples_file(split), *(self._teacher_files(split, teacher) or [missing])]
+
+    def examples(self, split: str) -> list[Example]:
+        """Returns the examples of a split, in the file's order.
+
+        Raises:
+          UserError: a missing file or a malformed line.
+        """
+        out = []
+        for where, row in read_json_lines(self._examples_file(split)):
+            try:
+                text, label = RELEASED[self.name].row(row)
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                raise UserError(f"{where}: not a row of {self.name}: {error!r}") from None
+            out.append(Example(f"{split}-{len(out)}", text, label))
+        return out
+
+    def outputs(self, split: str, teacher: str) -> list[TeacherOutput]:
+        """Returns a teacher's outputs for a split, one an example, in the same order.
+
+        Raises:
+          UserError: a missing or malformed file, or another number of texts than of examples.
+        """
+        parse = RELEASED[self.name].parsers[teacher]
+        _, *paths = self.files(split, teacher)
+        texts = [text for path in paths for text in _read_texts(path)]
+        count = sum(1 for _ in read_json_lines(self._examples_file(split)))
+        if len(texts) != count:
+            raise UserError(
+                f"{paths[0].parent}: {len(texts)} texts of {teacher} for the {count} examples of "
+                f"{self._examples_file(split)}; is a file missing?"
+            )
+        out = []
+        for i, text in enumerate(texts):
+            rationale, label = parse(text)
+            status = parsed_status(rationale, label)
+            out.append(TeacherOutput(f"{split}-{i}", rationale, label, teacher, text, status))
+        return out
+
+    def _examples_file(self, split: str) -> Path:
+        return self.root / self.name / f"{self.name}_{split}.json"
+
+    def _teacher_files(self, split: str, teacher: str) -> list[Path]:
+        if teacher == "gpt_neox":
+            path = self.root / "gpt-neox" / self.name / f"{split}.json"
+            return [path] if path.is_file() else []
+        found = (self.root / self.name / "llm").glob(f"{split}_CoT_*.json")
+        numbered = [(re.fullmatch(r".*_CoT_(\d+)", path.stem), path) for path in found]
+        return [path for _, path in sorted((int(m[1]), path) for m, path in numbered if m)]
+
+
+def _read_texts(path: Path) -> list[str]:
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{path}: not a list of texts")
+    return texts

@@ -1,0 +1,206 @@
+"""Tasks and mixtures: which text a student reads, and which it learns to write.
+
+    <dataset>_label_gold                  predict: x -> gold label
+    <dataset>_label_<teacher>             predict: x -> the teacher's label
+    <dataset>_rationale_<teacher>         explain: x -> rationale
+    <dataset>_rationale_then_label_<teacher>  predict: x -> rationale, then gold label
+
+    <dataset>_finetune                    standard finetuning: label_gold
+    <dataset>_distill_<teacher>           standard distillation: label_<teacher>
+    <dataset>_step_by_step_<teacher>      label_gold at rate alpha, rationale at 1 - alpha
+    <dataset>_step_by_step_unlabeled_<teacher>  label_<teacher> at alpha, rationale at 1 - alpha
+    <dataset>_single_target_<teacher>     rationale_then_label (Hsieh et al., 2023, section 4.4)
+
+A task's name is also that of the mixture of it alone.
+"""
+
+import dataclasses
+from typing import Literal
+
+from dss.data.registry import Dataset, dataset_names, get_dataset
+from dss.errors import UserError, unknown_name
+
+__all__ = [
+    "EXPLAIN",
+    "PREDICT",
+    "Mixture",
+    "Task",
+    "TextRow",
+    "extract_label",
+    "get_mixture",
+    "mixture_names",
+]
+
+Kind = Literal["label", "rationale", "rationale_then_label"]
+PREDICT, EXPLAIN = "predict: ", "explain: "
+CONCLUSION = "So the answer is"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRow:
+    """An example as one task sees it."""
+
+    id: str
+    inputs: str
+    targets: str
+
+
+def extract_label(text: str) -> str:
+    """Returns the label in a rationale that ends with it; all of the text if it does not.
+
+    >>> extract_label("Beavers build with wood. So the answer is wooded area")
+    'wooded area'
+    """
+    return text.rpartition(CONCLUSION)[2].strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One view of a dataset's examples.
+
+    Attributes:
+      dataset: its name.
+      kind: what the target is.
+      teacher: who wrote the rationale or, for a label, the label; None for the gold label.
+    """
+
+    dataset: str
+    kind: Kind
+    teacher: str | None
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return f"{self.dataset}_{self.kind}_{self.teacher or 'gold'}"
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the input."""
+        return EXPLAIN if self.kind == "rationale" else PREDICT
+
+    def has(self, split: str) -> bool:
+        """Returns whether the files that the task needs for a split are there."""
+        return get_dataset(self.dataset).has(split, self.teacher)
+
+    def rows(
+        self, split: str, *, fraction: float = 1.0, seed: int = 0, keep_unparsed: bool = False
+    ) -> list[TextRow]:
+        """Returns the task's rows of a split, in the order of the examples.
+
+        Args:
+          split: "train", "valid" or "test".
+          fraction: see `Dataset.examples`.
+          seed: see `Dataset.examples`.
+          keep_unparsed: also the rows whose target the teacher's text did not give, with the blank
+            that parsing left, as the reference trains on them.
+
+        Raises:
+          UserError: see `Dataset.examples`.
+        """
+        dataset = get_dataset(self.dataset)
+        examples = dataset.examples(split, fraction=fraction, seed=seed)
+        if self.teacher is None:
+            labelled = [(e, e.label) for e in examples if e.label is not None]
+            return [TextRow(e.id, self.prefix + e.input, label) for e, label in labelled]
+        outputs = dataset.outputs(split, self.teacher)
+        rows = []
+        for example in examples:
+            output = outputs.get(example.id)
+            if output is None:
+                continue
+            if self.kind == "label":
+                target, usable = output.label or "", output.has_label
+            else:
+                target, usable = output.rationale, output.has_rationale
+            if self.kind == "rationale_then_label":
+                usable = usable and example.label is not None
+                target = f"{target} {CONCLUSION} {example.label}"
+            if usable or (keep_unparsed and example.label is not None):
+                rows.append(TextRow(example.id, self.prefix + example.input, target))
+        return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Tasks over one dataset's examples, and their rates.
+
+    Attributes:
+      name: its name.
+      tasks: the first one is the one that predicts.
+      rates: what each task's mean loss weighs, or how often it is sampled; they sum to 1.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    rates: tuple[float, ...]
+
+    @property
+    def dataset(self) -> Dataset:
+        """The dataset of its tasks."""
+        return get_dataset(self.tasks[0].dataset)
+
+    @property
+    def short_names(self) -> tuple[str, ...]:
+        """The tasks' kinds, for naming metrics."""
+        return tuple(task.kind for task in self.tasks)
+
+    def available(self, split: str) -> "Mixture":
+        """Returns the mixture of those tasks that have files for a split, at the same rates.
+
+        A validation set without rationales still shows the label's loss.
+
+        Raises:
+          UserError: not one task has.
+        """
+        kept = [k for k, task in enumerate(self.tasks) if task.has(split)]
+        if not kept:
+            self.tasks[0].rows(split)  # says which file is missing
+        tasks, rates = zip(*((self.tasks[k], self.rates[k]) for k in kept), strict=True)
+        return Mixture(self.name, tasks, rates)
+
+
+def _mixtures(dataset: Dataset) -> dict[str, tuple[Task, ...]]:
+    def task(kind: Kind, teacher: str | None) -> Task:
+        return Task(dataset.name, kind, teacher)
+
+    gold = task("label", None)
+    out = {"finetune": (gold,), "label_gold": (gold,)}
+    for teacher in dataset.source.teachers:
+        label, rationale = task("label", teacher), task("rationale", teacher)
+        single = task("rationale_then_label", teacher)
+        out |= {
+            f"distill_{teacher}": (label,),
+            f"step_by_step_{teacher}": (gold, rationale),
+            f"step_by_step_unlabeled_{teacher}": (label, rationale),
+            f"single_target_{teacher}": (single,),
+            f"label_{teacher}": (label,),
+            f"rationale_{teacher}": (rationale,),
+            f"rationale_then_label_{teacher}": (single,),
+        }
+    return {f"{dataset.name}_{name}": tasks for name, tasks in out.items()}
+
+
+def mixture_names(dataset: str | None = None) -> list[str]:
+    """Returns the names of all mixtures, or of one dataset's."""
+    names = dataset_names() if dataset is None else [dataset]
+    return [mixture for name in names for mixture in _mixtures(get_dataset(name))]
+
+
+def get_mixture(name: str, alpha: float = 0.5) -> Mixture:
+    """Returns the mixture of a name.
+
+    Args:
+      name: see above.
+      alpha: rate of the label task in a mixture of two, in [0, 1].
+
+    Raises:
+      UserError: there is no such mixture, or alpha is out of range.
+    """
+    if not 0 <= alpha <= 1:
+        raise UserError(f"ALPHA is {alpha}; it is the label task's rate, between 0 and 1")
+    for dataset in dataset_names():
+        if name.startswith(f"{dataset}_"):
+            tasks = _mixtures(get_dataset(dataset)).get(name)
+            if tasks:
+                return Mixture(name, tasks, (1.0,) if len(tasks) == 1 else (alpha, 1 - alpha))
+    raise unknown_name("mixture", name, mixture_names())

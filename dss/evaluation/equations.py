@@ -1,0 +1,103 @@
+"""Arithmetic expressions, read by a parser: nothing in a text is executed.
+
+    sum     = product {("+" | "-") product}
+    product = factor {("*" | "/") factor}
+    factor  = ("+" | "-") factor | "(" sum ")" | number
+"""
+
+import re
+
+__all__ = ["EquationError", "evaluate"]
+
+MAX_LENGTH = 1000  # characters
+MAX_DEPTH = 50  # nested parentheses and signs
+MAX_DIGITS = 300  # of a number; a longer one is no float
+
+TOKEN = re.compile(r"\s*(?:(\d+\.\d*|\.\d+|\d+)|([-+*/()]))", re.ASCII)
+
+
+class EquationError(ValueError):
+    """The text is not an arithmetic expression, or it has no value."""
+
+
+def _tokens(text: str) -> list[str]:
+    out, position = [], 0
+    text = text.rstrip()
+    while position < len(text):
+        match = TOKEN.match(text, position)
+        if match is None:
+            raise EquationError(f"unexpected {text[position]!r} at {position}")
+        out.append(match[1] or match[2])
+        position = match.end()
+    return out
+
+
+class _Parser:
+    def __init__(self, tokens: list[str]):
+        self.tokens, self.position = tokens, 0
+
+    @property
+    def next(self) -> str:
+        return self.tokens[self.position] if self.position < len(self.tokens) else ""
+
+    def take(self) -> str:
+        token = self.next
+        self.position += 1
+        return token
+
+    def sum(self, depth: int) -> int | float:
+        value = self.product(depth)
+        while self.next in ("+", "-"):
+            value = value + self.product(depth) if self.take() == "+" else value - self.product(depth)
+        return value
+
+    def product(self, depth: int) -> int | float:
+        value = self.factor(depth)
+        while self.next in ("*", "/"):
+            value = value * self.factor(depth) if self.take() == "*" else value / self.factor(depth)
+        return value
+
+    def factor(self, depth: int) -> int | float:
+        if depth > MAX_DEPTH:
+            raise EquationError("nested too deeply")
+        token = self.take()
+        if token == "(":
+            value = self.sum(depth + 1)
+            if self.take() != ")":
+                raise EquationError("a parenthesis is not closed")
+            return value
+        if token in ("+", "-"):
+            return self.factor(depth + 1) if token == "+" else -self.factor(depth + 1)
+        if not token or token in "*/)":
+            raise EquationError(f"expected a number, got {token or 'the end'!r}")
+        if len(token) > MAX_DIGITS:
+            raise EquationError("a number is too long")
+        if token.isdigit():
+            if len(token) > 1 and token[0] == "0" and int(token):
+                raise EquationError(f"{token} is no decimal number")
+            return int(token)
+        return float(token)
+
+
+def evaluate(text: str) -> int | float:
+    """Returns the value of an expression of numbers, + - * /, signs and parentheses.
+
+    Integers are exact and division gives a float, as in Python.
+
+    Raises:
+      EquationError: anything else, a division by zero, a number out of range, more than 1,000
+        characters or 50 levels.
+
+    >>> evaluate("( 10.0 - ( 6.0 + 3.0 ) )")
+    1.0
+    """
+    if len(text) > MAX_LENGTH:
+        raise EquationError(f"longer than {MAX_LENGTH} characters")
+    parser = _Parser(_tokens(text))
+    try:
+        value = parser.sum(0)
+    except (ZeroDivisionError, OverflowError) as error:
+        raise EquationError(str(error)) from None
+    if parser.next:
+        raise EquationError(f"unexpected {parser.next!r}")
+    return value
