@@ -30,6 +30,7 @@ __all__ = [
     "paired_order",
     "sampled_order",
     "sequential_order",
+    "views",
 ]
 
 Batch = dict[str, np.ndarray]
@@ -54,7 +55,7 @@ def _shuffled(n: int, positions: np.ndarray, seed: int, stream: int = 0) -> np.n
     return out
 
 
-def _views(store: TokenStore, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def views(store: TokenStore, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the sequences of some examples: every view that each of them has."""
     rows = store.rows[examples]
     which, tasks = np.nonzero(rows >= 0)
@@ -66,7 +67,7 @@ def paired_order(store: TokenStore, batch_size: int, seed: int) -> Order:
 
     def order(step: int) -> tuple[np.ndarray, np.ndarray]:
         positions = step * batch_size + np.arange(batch_size)
-        return _views(store, _shuffled(len(store), positions, seed))
+        return views(store, _shuffled(len(store), positions, seed))
 
     return order
 
@@ -76,7 +77,7 @@ def sequential_order(store: TokenStore, batch_size: int) -> Order:
 
     def order(step: int) -> tuple[np.ndarray, np.ndarray]:
         start = step * batch_size
-        return _views(store, np.arange(start, min(start + batch_size, len(store))))
+        return views(store, np.arange(start, min(start + batch_size, len(store))))
 
     return order
 

@@ -1,0 +1,177 @@
+"""Replays a recorded run of the reference implementation and compares every step with it.
+
+    python benchmarks/fidelity.py --reference DIR --data-root DIR --vocab FILE
+        [--packed | --unpacked] [--devices 8] [--microbatches 2]
+
+DIR holds `trajectory.json` (dataset, label type, alpha, learning rate, order of the examples, and
+what was logged) and `model/`, the Hugging Face T5 it began from. Prints the largest relative error
+of each logged value over the steps, then of the final decoder norm where it was recorded, and
+whether greedy decoding gives the recorded tokens; exit status 1 above 1e-4.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dss.data.batches import Batches, iterate, views
+from dss.data.registry import get_dataset, set_data_root
+from dss.data.store import TokenStore, tokenize
+from dss.data.tasks import EXPLAIN, PREDICT, TextRow
+from dss.data.vocabulary import EOS, Vocabulary, load_vocabulary
+from dss.errors import UserError
+from dss.interop import huggingface
+from dss.student.config import T5Config
+from dss.student.decoding import generate
+from dss.training.mesh import MeshConfig, make_mesh, put_batch
+from dss.training.optimizer import OptimizerConfig, make_optimizer
+from dss.training.step import LossConfig, TrainState, init_state, make_train_step, state_shardings
+
+TOLERANCE = 1e-4
+TEACHER = "palm"
+INPUTS_LENGTH, TARGETS_LENGTH = 1024, 256  # the reference's limits
+COLUMNS = ("label_loss", "rationale_loss", "loss", "grad_norm")
+
+
+def reference_store(trajectory: dict, vocabulary: Vocabulary) -> TokenStore:
+    """Returns all rows of the reference's split in the file's order, blanks kept as it keeps them."""
+    dataset = get_dataset(trajectory["dataset"])
+    examples = dataset.source.examples(trajectory["split"])
+    outputs = dataset.source.outputs(trajectory["split"], TEACHER)
+    if trajectory["label_type"] == "llm":
+        labels = [output.label for output in outputs]
+    else:
+        labels = [example.label for example in examples]
+    return tokenize(
+        [
+            [TextRow(e.id, PREDICT + e.input, l) for e, l in zip(examples, labels, strict=True)],
+            [TextRow(o.id, EXPLAIN + e.input, o.rationale) for e, o in zip(examples, outputs)],
+        ],
+        vocabulary,
+        inputs_length=INPUTS_LENGTH,
+        targets_length=TARGETS_LENGTH,
+    )
+
+
+def replay(
+    trajectory: dict, config: T5Config, params, store: TokenStore, args: argparse.Namespace
+) -> tuple[list[dict[str, float]], TrainState]:
+    """Returns what each step logs, and the last state."""
+    mesh_config = MeshConfig()
+    mesh = make_mesh(mesh_config)
+    adam = trajectory["adam"]
+    optimizer = make_optimizer(
+        OptimizerConfig(
+            learning_rate=trajectory["lr"],
+            b1=adam["b1"],
+            b2=adam["b2"],
+            eps=adam["eps"],
+            weight_decay=adam["weight_decay"],
+            clip_global_norm=trajectory["clip_global_norm"],
+        ),
+        trajectory["max_steps"],
+    )
+    alpha = trajectory["alpha"]
+    shardings = state_shardings(config, optimizer, mesh, mesh_config)
+    step = make_train_step(
+        config,
+        optimizer,
+        LossConfig(num_tasks=2, rates=(alpha, 1 - alpha)),
+        mesh=mesh,
+        shardings=shardings,
+        microbatches=args.microbatches,
+    )
+    order = [np.array(rows) for rows in trajectory["order"]]
+    batches = Batches(
+        store,
+        lambda s: views(store, order[s]),
+        num_steps=len(order),
+        packed=args.packed,
+        row_multiple=args.devices * args.microbatches,
+    )
+    state = jax.device_put(init_state(params, optimizer), shardings)
+    log = []
+    for batch in iterate(batches):
+        state, metrics = step(state, put_batch(mesh, batch))
+        label_loss, rationale_loss = np.asarray(metrics["task_loss"]).tolist()
+        values = (label_loss, rationale_loss, float(metrics["loss"]), float(metrics["grad_norm"]))
+        log.append(dict(zip(COLUMNS, values, strict=True)))
+    return log, state
+
+
+def greedy_agrees(
+    recorded: dict, config: T5Config, params, store: TokenStore
+) -> tuple[int, int]:
+    """Returns how many of the recorded outputs greedy decoding repeats, and how many there are."""
+    wanted = [row[1 : row.index(EOS) + 1] if EOS in row else row[1:] for row in recorded["tokens"]]
+    inputs = [store.tasks[0].inputs[i] for i in recorded["indices"]]
+    table = np.zeros((len(inputs), max(map(len, inputs))), np.int32)
+    for i, row in enumerate(inputs):
+        table[i, : len(row)] = row
+    tokens, _ = generate(config, params, table, max_length=max(map(len, wanted)))
+    same = [got[: len(row)].tolist() == row for got, row in zip(np.asarray(tokens), wanted)]
+    return sum(same), len(same)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reference", type=Path, required=True)
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--vocab", type=Path, required=True)
+    packing = parser.add_mutually_exclusive_group()
+    packing.add_argument("--packed", action="store_true", default=True)
+    packing.add_argument("--unpacked", dest="packed", action="store_false")
+    parser.add_argument("--devices", type=int, default=1, help="simulated CPU devices")
+    parser.add_argument("--microbatches", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the errors there too")
+    args = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", args.devices)
+    set_data_root(args.data_root)
+    try:
+        trajectory = json.loads((args.reference / "trajectory.json").read_text())
+        model = args.reference / "model"
+        config = dataclasses.replace(
+            huggingface.read_config(model), dropout_rate=trajectory["dropout"]
+        )
+        params = huggingface.load_params(model, config)
+        store = reference_store(trajectory, load_vocabulary(args.vocab))
+    except (UserError, OSError, ValueError, KeyError) as error:
+        print(f"fidelity: {error}", file=sys.stderr)
+        return 2
+    log, state = replay(trajectory, config, params, store, args)
+
+    errors = {
+        name: max(
+            abs(got[name] - wanted[name]) / abs(wanted[name])
+            for got, wanted in zip(log, trajectory["log"], strict=True)
+        )
+        for name in COLUMNS
+    }
+    norm = args.reference / "final_decoder_norm.npy"
+    if norm.is_file():
+        wanted = np.load(norm)
+        got = np.asarray(state.params["decoder"]["norm"])
+        errors["final_decoder_norm"] = float(np.abs(got - wanted).max() / np.abs(wanted).max())
+    same, total = greedy_agrees(trajectory["final_greedy"], config, state.params, store)
+
+    print(
+        f"{trajectory['dataset']}, {len(log)} steps of {trajectory['batch']} examples, "
+        f"{'packed' if args.packed else 'unpacked'}, {args.devices} device(s), "
+        f"{args.microbatches} microbatch(es): largest relative error"
+    )
+    for name, error in errors.items():
+        verdict = "ok" if error <= TOLERANCE else f"above {TOLERANCE}"
+        print(f"  {name:<20} {error:8.1e}  {verdict}")
+    print(f"  greedy outputs equal {same} of {total}")
+    if args.json:
+        args.json.write_text(json.dumps(errors | {"greedy_equal": same, "greedy": total}))
+    return int(max(errors.values()) > TOLERANCE or same != total)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
