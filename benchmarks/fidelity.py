@@ -7,6 +7,11 @@ DIR holds `trajectory.json` (dataset, label type, alpha, learning rate, order of
 what was logged) and `model/`, the Hugging Face T5 it began from. Prints the largest relative error
 of each logged value over the steps, then of the final decoder norm where it was recorded, and
 whether greedy decoding gives the recorded tokens; exit status 1 above 1e-4.
+
+The recorded gradient norm is PyTorch's, which on a CPU adds the squares of a tensor in eight float32
+sums. Of a head's million gradients most are too small to change such a sum, and it comes out up to
+1.4e-4 low. So the norm is compared as PyTorch adds it; the error of the norm added in the train
+step is printed beside it.
 """
 
 import argparse
@@ -14,9 +19,11 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from dss.data.batches import Batches, iterate, views
 from dss.data.registry import get_dataset, set_data_root
@@ -34,7 +41,7 @@ from dss.training.step import LossConfig, TrainState, init_state, make_train_ste
 TOLERANCE = 1e-4
 TEACHER = "palm"
 INPUTS_LENGTH, TARGETS_LENGTH = 1024, 256  # the reference's limits
-COLUMNS = ("label_loss", "rationale_loss", "loss", "grad_norm")
+LOSSES = ("label_loss", "rationale_loss", "loss")
 
 
 def reference_store(trajectory: dict, vocabulary: Vocabulary) -> TokenStore:
@@ -57,23 +64,52 @@ def reference_store(trajectory: dict, vocabulary: Vocabulary) -> TokenStore:
     )
 
 
+def keep_gradients() -> optax.GradientTransformation:
+    """Returns a transformation that changes nothing; its state is the last gradient."""
+    return optax.GradientTransformation(
+        lambda params: jax.tree.map(jax.numpy.zeros_like, params),
+        lambda gradients, state, params=None: (gradients, gradients),
+    )
+
+
+def pytorch_norm(config: T5Config, gradients: Any) -> float:
+    """Returns the global norm with the rounding of PyTorch's sums, tensor by tensor."""
+
+    def square(array: np.ndarray) -> float:
+        flat = np.square(array.ravel())
+        lanes = np.pad(flat, (0, -len(flat) % 8)).reshape(-1, 8)
+        return float(np.add.reduce(lanes, axis=0).sum())  # row after row, in float32
+
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
+        names = tuple(p.key for p in path)
+        stacked = "layers" in names
+        _, transposed = huggingface.tensor_name(names, 0 if stacked else None, gated=config.gated)
+        for array in np.asarray(leaf) if stacked else [np.asarray(leaf)]:
+            total += square(array.T if transposed else array)
+    return total**0.5
+
+
 def replay(
-    trajectory: dict, config: T5Config, params, store: TokenStore, args: argparse.Namespace
+    trajectory: dict, config: T5Config, params: Any, store: TokenStore, args: argparse.Namespace
 ) -> tuple[list[dict[str, float]], TrainState]:
     """Returns what each step logs, and the last state."""
     mesh_config = MeshConfig()
     mesh = make_mesh(mesh_config)
     adam = trajectory["adam"]
-    optimizer = make_optimizer(
-        OptimizerConfig(
-            learning_rate=trajectory["lr"],
-            b1=adam["b1"],
-            b2=adam["b2"],
-            eps=adam["eps"],
-            weight_decay=adam["weight_decay"],
-            clip_global_norm=trajectory["clip_global_norm"],
+    optimizer = optax.chain(
+        keep_gradients(),
+        make_optimizer(
+            OptimizerConfig(
+                learning_rate=trajectory["lr"],
+                b1=adam["b1"],
+                b2=adam["b2"],
+                eps=adam["eps"],
+                weight_decay=adam["weight_decay"],
+                clip_global_norm=trajectory["clip_global_norm"],
+            ),
+            trajectory["max_steps"],
         ),
-        trajectory["max_steps"],
     )
     alpha = trajectory["alpha"]
     shardings = state_shardings(config, optimizer, mesh, mesh_config)
@@ -97,9 +133,11 @@ def replay(
     log = []
     for batch in iterate(batches):
         state, metrics = step(state, put_batch(mesh, batch))
-        label_loss, rationale_loss = np.asarray(metrics["task_loss"]).tolist()
-        values = (label_loss, rationale_loss, float(metrics["loss"]), float(metrics["grad_norm"]))
-        log.append(dict(zip(COLUMNS, values, strict=True)))
+        losses = [*np.asarray(metrics["task_loss"]).tolist(), float(metrics["loss"])]
+        values = dict(zip(LOSSES, losses, strict=True))
+        values["grad_norm"] = pytorch_norm(config, state.opt_state[0])
+        values["grad_norm, exact"] = float(metrics["grad_norm"])
+        log.append(values)
     return log, state
 
 
@@ -118,7 +156,9 @@ def greedy_agrees(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--reference", type=Path, required=True)
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--vocab", type=Path, required=True)
@@ -147,11 +187,12 @@ def main() -> int:
 
     errors = {
         name: max(
-            abs(got[name] - wanted[name]) / abs(wanted[name])
+            abs(got[name] / wanted[name.split(",")[0]] - 1)
             for got, wanted in zip(log, trajectory["log"], strict=True)
         )
-        for name in COLUMNS
+        for name in log[0]
     }
+    exact = errors.pop("grad_norm, exact")
     norm = args.reference / "final_decoder_norm.npy"
     if norm.is_file():
         wanted = np.load(norm)
@@ -167,6 +208,7 @@ def main() -> int:
     for name, error in errors.items():
         verdict = "ok" if error <= TOLERANCE else f"above {TOLERANCE}"
         print(f"  {name:<20} {error:8.1e}  {verdict}")
+    print(f"  {'grad_norm, exact':<20} {exact:8.1e}  not judged: see --help")
     print(f"  greedy outputs equal {same} of {total}")
     if args.json:
         args.json.write_text(json.dumps(errors | {"greedy_equal": same, "greedy": total}))

@@ -14,7 +14,7 @@ from dss.errors import UserError
 from dss.interop.assemble import assemble
 from dss.student.config import T5Config
 
-__all__ = ["find_vocabulary", "load_params", "read_config", "resolve"]
+__all__ = ["find_vocabulary", "load_params", "read_config", "resolve", "tensor_name"]
 
 INDEX = "model.safetensors.index.json"
 FILES = ["config.json", "*.safetensors", INDEX, "spiece.model", "tokenizer_config.json"]
@@ -183,7 +183,7 @@ LAYER = {  # our name in a layer -> the sublayer's index in the encoder and the 
 PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
-def _name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str, bool]:
+def tensor_name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str, bool]:
     """Returns what Hugging Face calls a parameter; its linear layers are [out, in]."""
     if path == ("embedding",):
         return EMBEDDINGS[0], False
@@ -221,5 +221,5 @@ def load_params(folder: Path, config: T5Config) -> Any:
             name = next((n for n in EMBEDDINGS if n in tensors.names), name)
         return tensors(name)
 
-    name = functools.partial(_name, gated=config.gated)
+    name = functools.partial(tensor_name, gated=config.gated)
     return assemble(config, read, name, str(folder))
