@@ -35,18 +35,22 @@ setup(
         "tensorstore>=0.1.86",
         "rich>=15.0",
         "rouge-score>=0.1.2",
-        "matplotlib>=3.11",
+        # Not clu: its metric writers import TensorFlow, which the training loop does without.
+        "tensorboardX>=2.6.4",
         # seqio brings tensorflow-text, which needs the full `tensorflow`: `tensorflow-cpu` would be
         # installed beside it, over the same files.
         "seqio>=0.0.20",
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.10",
-        "clu>=0.0.12",
     ],
     extras_require={
+        "teacher": ["openai>=2.8", "jinja2>=3.1.6", "pyyaml>=6.0.3"],
+        "report": ["matplotlib>=3.11"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "test": [
+            "build>=1.6",
+            "hypothesis>=6.170",
             "pytest>=9.2",
             "ruff>=0.15",
             "mypy>=2.4",

@@ -8,10 +8,10 @@ what was logged) and `model/`, the Hugging Face T5 it began from. Prints the lar
 of each logged value over the steps, then of the final decoder norm where it was recorded, and
 whether greedy decoding gives the recorded tokens; exit status 1 above 1e-4.
 
-The recorded gradient norm is PyTorch's, which on a CPU adds the squares of a tensor in eight float32
-sums. Of a head's million gradients most are too small to change such a sum, and it comes out up to
-1.4e-4 low. So the norm is compared as PyTorch adds it; the error of the norm added in the train
-step is printed beside it.
+The recorded gradient norm is PyTorch's, which on a CPU adds the squares of a tensor in eight
+float32 sums. Of a head's million gradients most are too small to change such a sum, and it comes
+out up to 1.4e-4 low. So the norm is compared as PyTorch adds it; the error of the norm added in
+the train step is printed beside it.
 """
 
 import argparse
@@ -45,7 +45,7 @@ LOSSES = ("label_loss", "rationale_loss", "loss")
 
 
 def reference_store(trajectory: dict, vocabulary: Vocabulary) -> TokenStore:
-    """Returns all rows of the reference's split in the file's order, blanks kept as it keeps them."""
+    """Returns all rows of the reference's split in the file's order, blanks kept."""
     dataset = get_dataset(trajectory["dataset"])
     examples = dataset.source.examples(trajectory["split"])
     outputs = dataset.source.outputs(trajectory["split"], TEACHER)
@@ -56,7 +56,10 @@ def reference_store(trajectory: dict, vocabulary: Vocabulary) -> TokenStore:
     return tokenize(
         [
             [TextRow(e.id, PREDICT + e.input, l) for e, l in zip(examples, labels, strict=True)],
-            [TextRow(o.id, EXPLAIN + e.input, o.rationale) for e, o in zip(examples, outputs)],
+            [
+                TextRow(o.id, EXPLAIN + e.input, o.rationale)
+                for e, o in zip(examples, outputs, strict=False)
+            ],
         ],
         vocabulary,
         inputs_length=INPUTS_LENGTH,
@@ -141,9 +144,7 @@ def replay(
     return log, state
 
 
-def greedy_agrees(
-    recorded: dict, config: T5Config, params, store: TokenStore
-) -> tuple[int, int]:
+def greedy_agrees(recorded: dict, config: T5Config, params, store: TokenStore) -> tuple[int, int]:
     """Returns how many of the recorded outputs greedy decoding repeats, and how many there are."""
     wanted = [row[1 : row.index(EOS) + 1] if EOS in row else row[1:] for row in recorded["tokens"]]
     inputs = [store.tasks[0].inputs[i] for i in recorded["indices"]]
@@ -151,7 +152,10 @@ def greedy_agrees(
     for i, row in enumerate(inputs):
         table[i, : len(row)] = row
     tokens, _ = generate(config, params, table, max_length=max(map(len, wanted)))
-    same = [got[: len(row)].tolist() == row for got, row in zip(np.asarray(tokens), wanted)]
+    same = [
+        got[: len(row)].tolist() == row
+        for got, row in zip(np.asarray(tokens), wanted, strict=False)
+    ]
     return sum(same), len(same)
 
 

@@ -101,7 +101,8 @@ def main() -> int:
         verdict = "ok" if error <= TOLERANCE else f"above {TOLERANCE}"
         print(f"{form:<8} {check:<14} {error:9.1e}  {verdict}")
     if args.json:
-        args.json.write_text(json.dumps([dict(zip(("format", "check", "error"), r)) for r in rows]))
+        columns = ("format", "check", "error")
+        args.json.write_text(json.dumps([dict(zip(columns, r, strict=True)) for r in rows]))
     return int(any(error > TOLERANCE for *_, error in rows))
 
 

@@ -1,3 +1,3 @@
-"""Distilling step-by-step: train small T5 students on labels and rationales (Hsieh et al., 2023)."""
+"""Distilling step-by-step (Hsieh et al., 2023): small T5 students from large language models."""
 
 __version__ = "0.1.0"

@@ -82,9 +82,7 @@ def sequential_order(store: TokenStore, batch_size: int) -> Order:
     return order
 
 
-def sampled_order(
-    store: TokenStore, batch_size: int, seed: int, rates: tuple[float, ...]
-) -> Order:
+def sampled_order(store: TokenStore, batch_size: int, seed: int, rates: tuple[float, ...]) -> Order:
     """Returns the order of a mixture: `batch_size` sequences a step, tasks in proportion to rates.
 
     How many sequences each task has given by step s is rounded, not drawn: the proportion is exact

@@ -130,20 +130,14 @@ def _palm_and_gpt_neox(parse: Parser) -> dict[str, Parser]:
 
 
 RELEASED = {
-    "cqa": Format(
-        row=_cqa_row, parsers=_palm_and_gpt_neox(_parse_choice), candidates=cqa_choices
-    ),
+    "cqa": Format(row=_cqa_row, parsers=_palm_and_gpt_neox(_parse_choice), candidates=cqa_choices),
     "svamp": Format(
         row=lambda row: (row["input"], row["label"]),
         parsers=_palm_and_gpt_neox(_parse_equation),
         metric="equation",
     ),
-    "asdiv": Format(
-        row=_asdiv_row, parsers=_palm_and_gpt_neox(_parse_equation), metric="equation"
-    ),
-    "esnli": Format(
-        row=_nli_row, parsers=_palm_and_gpt_neox(_parse_esnli), labels=NLI_LABELS
-    ),
+    "asdiv": Format(row=_asdiv_row, parsers=_palm_and_gpt_neox(_parse_equation), metric="equation"),
+    "esnli": Format(row=_nli_row, parsers=_palm_and_gpt_neox(_parse_esnli), labels=NLI_LABELS),
     "anli1": Format(
         row=_nli_row,
         parsers={"palm": _parse_anli_palm, "gpt_neox": _parse_anli_gpt_neox},

@@ -29,6 +29,7 @@ __all__ = [
     "extract_label",
     "get_mixture",
     "mixture_names",
+    "with_teacher",
 ]
 
 Kind = Literal["label", "rationale", "rationale_then_label"]
@@ -184,6 +185,18 @@ def mixture_names(dataset: str | None = None) -> list[str]:
     """Returns the names of all mixtures, or of one dataset's."""
     names = dataset_names() if dataset is None else [dataset]
     return [mixture for name in names for mixture in _mixtures(get_dataset(name))]
+
+
+def with_teacher(name: str, teacher: str) -> str:
+    """Returns the name of the same mixture with another teacher's outputs.
+
+    Raises:
+      UserError: the mixture has no teacher.
+    """
+    for task in get_mixture(name).tasks:
+        if task.teacher is not None:
+            return name.removesuffix(task.teacher) + teacher
+    raise UserError(f"mixture {name!r} has no teacher that TEACHER {teacher!r} could replace")
 
 
 def get_mixture(name: str, alpha: float = 0.5) -> Mixture:

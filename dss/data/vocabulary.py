@@ -55,7 +55,9 @@ class SentencePieceVocabulary:
 
     def __init__(self, path: Path):
         if not path.is_file():
-            raise UserError(f"{path}: no such vocabulary file; give a SentencePiece model or 'bytes'")
+            raise UserError(
+                f"{path}: no such vocabulary file; give a SentencePiece model or 'bytes'"
+            )
         self.path = path
         content = path.read_bytes()
         try:

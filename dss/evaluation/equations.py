@@ -5,8 +5,8 @@
     product = factor {("*" | "/") factor}
     factor  = ("+" | "-") factor | "(" answer ")" | number
 
-Some released texts answer with two equations, `(29/2) and (30/2)`. The reference's verdict on them is
-Python's: the last value counts, unless one before it is zero. So is ours.
+Some released texts answer with two equations, `(29/2) and (30/2)`. The reference's verdict on
+them is Python's: the last value counts, unless one before it is zero. So is ours.
 """
 
 import re
@@ -60,7 +60,9 @@ class _Parser:
     def sum(self, depth: int) -> int | float:
         value = self.product(depth)
         while self.next in ("+", "-"):
-            value = value + self.product(depth) if self.take() == "+" else value - self.product(depth)
+            value = (
+                value + self.product(depth) if self.take() == "+" else value - self.product(depth)
+            )
         return value
 
     def product(self, depth: int) -> int | float:

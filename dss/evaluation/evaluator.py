@@ -8,14 +8,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dss.data.vocabulary import EOS, Vocabulary
+from dss.data.tasks import Mixture, extract_label
+from dss.data.vocabulary import EOS, Vocabulary, encode_example
 from dss.errors import UserError
+from dss.evaluation.metrics import METRICS, rouge_l
 from dss.evaluation.significance import wilson_interval
 from dss.student.config import T5Config
 from dss.student.decoding import generate, score_candidates
 from dss.training.mesh import put_batch
 
-__all__ = ["Accuracy", "DecodingConfig", "Predictor", "token_metrics"]
+__all__ = [
+    "DecodingConfig",
+    "EvaluationExample",
+    "Predictor",
+    "Scored",
+    "evaluation_set",
+    "metric_name",
+    "token_metrics",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,48 +35,94 @@ class DecodingConfig:
     max_length: int = 64  # tokens of a label, EOS counted; the reference's generation length
     rationale_length: int = 256  # tokens of a rationale, EOS counted
     num_beams: int = 1  # 1 is greedy
+    closed: bool = True  # choose among the possible labels, where a task says what they are
     batch_size: int = 64  # inputs decoded together
     length_multiple: int = 32  # inputs are padded to a multiple of this, for few compiled shapes
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
+            if field.name != "closed" and getattr(self, field.name) < 1:
+                raise ValueError(
+                    f"{field.name} must be at least 1, got {getattr(self, field.name)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)
-class Accuracy:
-    """How many predictions were right."""
+class EvaluationExample:
+    """An input with what a prediction is held against."""
 
-    correct: int
-    total: int
+    id: str
+    text: str
+    target: str
+
+
+def metric_name(mixture: Mixture) -> str:
+    """Returns what a mixture's student is judged by: "accuracy", or "rouge_l" of rationales."""
+    return "rouge_l" if mixture.tasks[0].kind == "rationale" else "accuracy"
+
+
+def evaluation_set(
+    mixture: Mixture, split: str, *, fraction: float = 1.0, seed: int = 0
+) -> list[EvaluationExample]:
+    """Returns the examples of a split that a mixture's student can be judged on.
+
+    The target is the gold label; the teacher's where a split has no gold label at all; and the
+    rationale where the mixture has no label.
+
+    Args:
+      mixture: its first task predicts.
+      split: "train", "valid" or "test".
+      fraction: of the training examples; see `Dataset.examples`.
+      seed: of the subsample.
+
+    Raises:
+      UserError: there is none.
+    """
+    task = mixture.tasks[0]
+    if task.kind != "rationale":
+        examples = mixture.dataset.examples(split, fraction=fraction, seed=seed)
+        gold = [EvaluationExample(e.id, e.input, e.label) for e in examples if e.label is not None]
+        if gold:
+            return gold
+    rows = task.rows(split, fraction=fraction, seed=seed)
+    if not rows:
+        raise UserError(f"{mixture.name}: nothing to evaluate: no example of {split} has a label")
+    return [EvaluationExample(r.id, r.inputs.removeprefix(task.prefix), r.targets) for r in rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Predictions, judged.
+
+    Attributes:
+      metric: "accuracy" or "rouge_l".
+      verdicts: each prediction's score: 0 or 1, or ROUGE-L in [0, 1].
+    """
+
+    metric: str
+    verdicts: tuple[float, ...]
 
     @property
     def value(self) -> float:
-        """The accuracy, in [0, 1]."""
-        return self.correct / self.total
+        """The mean score, in [0, 1]."""
+        return sum(self.verdicts) / len(self.verdicts)
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% Wilson interval of the accuracy."""
-        return wilson_interval(self.correct, self.total)
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% Wilson interval of an accuracy."""
+        if self.metric != "accuracy":
+            return None
+        return wilson_interval(int(sum(self.verdicts)), len(self.verdicts))
 
     @classmethod
     def of(
-        cls,
-        predictions: Sequence[str],
-        labels: Sequence[str],
-        is_correct: Callable[[str, str], bool],
-    ) -> "Accuracy":
-        """Returns the accuracy of some predictions under a metric's verdict.
-
-        Raises:
-          UserError: there are none.
-        """
-        if not labels:
-            raise UserError("nothing to evaluate: no example of the split has a label")
-        verdicts = [is_correct(p, l) for p, l in zip(predictions, labels, strict=True)]
-        return cls(sum(verdicts), len(verdicts))
+        cls, mixture: Mixture, examples: Sequence[EvaluationExample], predictions: Sequence[str]
+    ) -> "Scored":
+        """Returns the scores of some predictions by the mixture's metric."""
+        metric = metric_name(mixture)
+        judge = METRICS[mixture.dataset.metric] if metric == "accuracy" else rouge_l
+        pairs = zip(predictions, examples, strict=True)
+        return cls(metric, tuple(float(judge(p, e.target)) for p, e in pairs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,14 +188,34 @@ class Predictor:
                 out[row] = candidates[row][best]
         return out
 
+    def predict(
+        self, mixture: Mixture, examples: Sequence[EvaluationExample], inputs_length: int
+    ) -> list[str]:
+        """Returns what the student answers: a label, or a rationale where that is all it learnt.
+
+        Args:
+          mixture: the one that the student learnt.
+          examples: their texts are the inputs.
+          inputs_length: longest input, tokens.
+        """
+        task, dataset = mixture.tasks[0], mixture.dataset
+        inputs = [
+            encode_example(self.vocabulary, task.prefix + e.text, inputs_length) for e in examples
+        ]
+        if task.kind == "label":
+            choices = [dataset.choices(e.text) for e in examples]
+            if self.decoding.closed and all(choices):
+                return self.choose(inputs, choices)
+            return self.generate(inputs, max_length=self.decoding.max_length)
+        texts = self.generate(inputs, max_length=self.decoding.rationale_length)
+        return [extract_label(t) for t in texts] if task.kind == "rationale_then_label" else texts
+
     def _put(self, array: np.ndarray) -> jax.Array:
         if len(array) % self.mesh.shape["data"]:
             return jax.numpy.asarray(array)
         return put_batch(self.mesh, {"array": array})["array"]
 
-    def _batches(
-        self, inputs: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _batches(self, inputs: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (rows [n], tokens [B, S]), inputs of like length together; rows past n repeat."""
         size, multiple = self.decoding.batch_size, self.decoding.length_multiple
         by_length = np.argsort([len(i) for i in inputs], kind="stable")

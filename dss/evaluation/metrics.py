@@ -51,7 +51,9 @@ def _percent(name: str, values: Sequence[float]) -> dict[str, float]:
 
 def text_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """SeqIO metric: the accuracy in percent by `text_equal`."""
-    return _percent("accuracy", [text_equal(p, t) for t, p in zip(targets, predictions, strict=True)])
+    return _percent(
+        "accuracy", [text_equal(p, t) for t, p in zip(targets, predictions, strict=True)]
+    )
 
 
 def equation_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:

@@ -74,7 +74,10 @@ def _step(
         y = block.norm(x, block.attention_norm)
         new = block.attention.keys_values(y)
         cached = Cache(
-            *(jax.lax.dynamic_update_slice_in_dim(c, n, t, 1) for c, n in zip(cached, new))
+            *(
+                jax.lax.dynamic_update_slice_in_dim(c, n, t, 1)
+                for c, n in zip(cached, new, strict=True)
+            )
         )
         x += block.attention(y, *cached, bias, past)
         x += block.cross(block.norm(x, block.cross_norm), *crossed, None, mask)
@@ -247,9 +250,7 @@ def score_candidates(
     encoded = jnp.repeat(model.encode(inputs, segments), C, axis=0)
     targets = candidates.reshape(B * C, T)
     shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-    hidden = model.decode(
-        encoded, shifted, jnp.ones_like(targets), jnp.repeat(segments, C, axis=0)
-    )
+    hidden = model.decode(encoded, shifted, jnp.ones_like(targets), jnp.repeat(segments, C, axis=0))
     log_probs = jax.nn.log_softmax(model.logits(hidden))
     chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
     scores = jnp.sum(jnp.where(targets != 0, chosen, 0), axis=-1)

@@ -218,9 +218,7 @@ class Layer(nnx.Module):
         x = residual(self.attention(y, *self.attention.keys_values(y), bias, mask, next(keys)))
         if self.is_decoder:
             y = self.norm(x, self.cross_norm)
-            attended = self.cross(
-                y, *self.cross.keys_values(encoded), None, cross_mask, next(keys)
-            )
+            attended = self.cross(y, *self.cross.keys_values(encoded), None, cross_mask, next(keys))
             x = residual(attended)
         return residual(self.mlp(self.norm(x, self.mlp_norm), next(keys)))
 

@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dss.errors import UserError
+
 __all__ = [
     "DEFAULT_RULES",
     "MeshConfig",
@@ -46,12 +48,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """Returns the mesh over some devices (all, by default), `model` innermost.
 
     Raises:
-      ValueError: the devices cannot be laid out so.
+      UserError: the devices cannot be laid out so.
     """
     devices = jax.devices() if devices is None else devices
     data = len(devices) // config.model if config.data == -1 else config.data
     if data * config.model != len(devices):
-        raise ValueError(
+        raise UserError(
             f"a mesh of data={config.data}, model={config.model} does not use the "
             f"{len(devices)} devices exactly"
         )
@@ -69,7 +71,7 @@ def param_shardings(mesh: Mesh, config: MeshConfig, axes: Any, shapes: Any) -> A
       shapes: the same tree, of arrays or `ShapeDtypeStruct`.
 
     Raises:
-      ValueError: a split dimension is not divisible by its number of shards.
+      UserError: a split dimension is not divisible by its number of shards.
     """
     rules = dict(reversed(config.rules))
 
@@ -79,7 +81,7 @@ def param_shardings(mesh: Mesh, config: MeshConfig, axes: Any, shapes: Any) -> A
             where = rules.get(name)
             where = where if where and where not in taken and mesh.shape[where] > 1 else None
             if where and size % mesh.shape[where]:
-                raise ValueError(
+                raise UserError(
                     f"{name} of size {size} cannot be split over {mesh.shape[where]} devices "
                     f"of mesh axis {where!r}"
                 )

@@ -42,6 +42,9 @@ class Progress:
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Called after each evaluation."""
 
+    def close(self) -> None:
+        """Called at the end, however it came."""
+
 
 class StopSignal:
     """Catches SIGTERM and SIGINT while it is open: the loop then saves and ends.

@@ -1,0 +1,38 @@
+"""`dss import`."""
+
+import argparse
+
+from dss.cli.options import prepare_jax
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's options."""
+    parser.add_argument(
+        "source", metavar="hf:PATH", help="a Hugging Face T5 folder, or an id on the hub"
+    )
+    parser.add_argument("run", metavar="RUN", help="the run directory to make")
+    parser.add_argument(
+        "--vocabulary", metavar="FILE", help="where the checkpoint has no spiece.model"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Imports, and says what was found."""
+    from dss.experiment import Experiment
+    from dss.runs import import_checkpoint
+    from dss.student.network import num_parameters
+
+    prepare_jax()
+    experiment = Experiment(
+        run_dir=args.run, initial_checkpoint=args.source, vocabulary=args.vocabulary
+    )
+    found = import_checkpoint(experiment)
+    config = found.config
+    print(
+        f"{found.folder}: {num_parameters(config) / 1e6:.1f}M parameters, "
+        f"{config.num_encoder_layers} + {config.num_decoder_layers} layers of {config.d_model}"
+    )
+    print(f"now: dss train --gin_file=recipes/... --gin.INITIAL_CHECKPOINT_PATH={found.folder}")
+    return 0

@@ -1,0 +1,85 @@
+"""The `dss` command. A verb's module is imported only when it is asked for."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dss import __version__
+from dss.errors import UserError
+
+__all__ = ["main"]
+
+VERBS = {
+    "quickstart": "see the method's gain on synthetic data, in minutes, without a download",
+    "inspect": "show what a mixture holds: sources, counts, lengths, examples",
+    "train": "train a student, or continue a run",
+    "eval": "measure a run's accuracy on a split",
+    "predict": "label new inputs with a run's student",
+    "import": "make a run of a Hugging Face T5 checkpoint",
+}
+FULL_DISK = "No space left on device"
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    out = []
+    while error is not None and error not in out:
+        out.append(error)
+        error = error.__cause__ or error.__context__
+    return out
+
+
+def _parser(verb: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dss", description="Distilling step-by-step: small T5 students from large models."
+    )
+    parser.add_argument("--version", action="version", version=f"dss {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, help_text in VERBS.items():
+        sub = verbs.add_parser(name, help=help_text, description=help_text)
+        if name == verb:
+            _module(name).add_arguments(sub)
+    return parser
+
+
+def _module(verb: str):
+    return importlib.import_module(f"dss.cli.{verb}_verb")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    verb = next((a for a in argv if not a.startswith("-")), None)
+    parser = _parser(verb)
+    args, rest = parser.parse_known_args(argv)
+    args.gin = [r.removeprefix("--gin.") for r in rest if r.startswith("--gin.")]
+    unknown = [r for r in rest if not r.startswith("--gin.")]
+    if unknown or (args.gin and not getattr(args, "takes_gin", False)):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns its exit status."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    try:
+        return _module(args.verb).run(args)
+    except KeyboardInterrupt:
+        print("dss: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        chain = _chain(error)
+        if isinstance(error, UserError):
+            print(f"dss {args.verb}: {error}", file=sys.stderr)
+        elif any(FULL_DISK in str(e) for e in chain):
+            where = next((e.filename for e in chain if isinstance(e, OSError) and e.filename), None)
+            print(
+                f"dss {args.verb}: {where or 'disk'}: {FULL_DISK.lower()}; free some and give the "
+                "same command again: what was saved stays, and a run goes on from there",
+                file=sys.stderr,
+            )
+        else:
+            raise
+        return 2

@@ -1,0 +1,71 @@
+"""Options that several verbs share."""
+
+import argparse
+import os
+
+__all__ = ["add_gin_options", "add_run_options", "open_run", "prepare_jax"]
+
+
+def add_gin_options(parser: argparse.ArgumentParser) -> None:
+    """Adds --gin_file, --gin_search_paths and --gin.NAME=VALUE."""
+    parser.set_defaults(takes_gin=True)
+    parser.add_argument(
+        "--gin_file", action="append", default=[], metavar="FILE", help="read in order; repeatable"
+    )
+    parser.add_argument(
+        "--gin_search_paths",
+        default="",
+        metavar="DIRS",
+        help="where gin files are looked for too, separated by commas",
+    )
+    parser.add_argument_group(
+        "configuration", "--gin.NAME=VALUE sets a macro or a field, such as --gin.BATCH_SIZE=32"
+    )
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which student: a run directory and a checkpoint in it."""
+    parser.set_defaults(takes_gin=True)
+    parser.add_argument("run", metavar="RUN", help="a run directory of `dss train` or `dss import`")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="STEP", help="best (default), latest or a step"
+    )
+    parser.add_argument(
+        "--mixture", metavar="NAME", help="in place of the mixture that the run was trained on"
+    )
+    parser.add_argument("--data_root", metavar="DIR", help="where the released datasets are now")
+    parser.add_argument("--dataset_path", metavar="PATH", help="where your JSON lines are now")
+    parser.add_argument("--num_beams", type=int, metavar="N", help="beam search; 1 is greedy")
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="write the label out, even where it can be chosen among the possible ones",
+    )
+
+
+def open_run(args: argparse.Namespace):
+    """Returns the run that the options name."""
+    from dss.runs import load_run
+
+    flags = list(args.gin)
+    for name, value in (
+        ("Experiment.mixture", args.mixture),
+        ("DataConfig.root", args.data_root),
+        ("DataConfig.dataset_path", args.dataset_path),
+        ("DecodingConfig.num_beams", args.num_beams),
+        ("DecodingConfig.closed", False if args.generate else None),
+    ):
+        if value is not None:
+            flags.append(f"{name}={value!r}")
+    return load_run(args.run, flags)
+
+
+def prepare_jax() -> None:
+    """Keeps compiled programs between runs, in the cache folder of dss."""
+    import jax
+
+    from dss.data.store import cache_dir
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

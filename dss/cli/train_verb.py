@@ -1,0 +1,42 @@
+"""`dss train`."""
+
+import argparse
+
+from dss.cli.options import add_gin_options, prepare_jax
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's options."""
+    add_gin_options(parser)
+    parser.epilog = (
+        "dss train --gin_file=students/tiny.gin --gin_file=recipes/svamp_step_by_step.gin "
+        "--gin.MODEL_DIR=runs/svamp --gin.DATA_ROOT=DIR --gin.VOCABULARY=FILE"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; returns the exit status, 128 + the signal's number where one ended it."""
+    from dss.config import parse_gin
+
+    search = [folder for folder in args.gin_search_paths.split(",") if folder]
+    experiment = parse_gin(args.gin_file, args.gin, search)
+
+    from dss.cli.progress import progress_for
+    from dss.train import run_experiment
+
+    prepare_jax()
+    progress = progress_for(experiment.trainer.train_steps, experiment.batch_size)
+    try:
+        result = run_experiment(experiment, progress)
+    finally:
+        progress.close()
+    if result.stopped_by is not None:
+        print(f"{result.stopped_by.name}: saved at step {result.step}; same command to go on")
+        return 128 + result.stopped_by
+    print(
+        f"{experiment.run_dir}: step {result.step} done; best checkpoint: step {result.best_step}"
+    )
+    print(f"now: dss eval {experiment.run_dir}")
+    return 0

@@ -1,0 +1,142 @@
+"""gin at the edge: files and flags in, an `Experiment` out, and back into a run's config.gin."""
+
+import ast
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+from dss.errors import UserError
+from dss.evaluation.evaluator import DecodingConfig
+from dss.experiment import DataConfig, Experiment
+from dss.student.config import T5Config
+from dss.training.mesh import MeshConfig
+from dss.training.optimizer import OptimizerConfig
+from dss.training.trainer import TrainerConfig
+
+__all__ = ["CONFIG_FILE", "gin_root", "load_config", "parse_gin", "save_config"]
+
+CONFIG_FILE = "config.gin"
+DEFAULTS = "runs/train.gin"
+NESTED = {
+    "student": T5Config,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "trainer": TrainerConfig,
+    "mesh": MeshConfig,
+    "decoding": DecodingConfig,
+}
+
+_experiment = gin.external_configurable(Experiment, "Experiment")
+for _kind in NESTED.values():
+    gin.external_configurable(_kind, _kind.__name__)
+
+
+def gin_root() -> Path:
+    """Returns the folder of the gin files that come with dss, installed or in a checkout."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "gin"
+
+
+def _binding(flag: str) -> str:
+    """Returns the gin binding of `NAME=VALUE`; a value that is no gin literal is a text."""
+    name, equals, value = flag.partition("=")
+    if not equals:
+        raise UserError(f"--gin.{flag}: give it as --gin.NAME=VALUE")
+    if not value.startswith(("@", "%")):
+        try:
+            ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            value = repr(value)
+    return f"{name} = {value}"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _parse(files: Sequence[str], bindings: Sequence[str], search: Sequence[str]) -> Experiment:
+    gin.clear_config()
+    root = gin_root()
+    for folder in (str(root), *search):
+        gin.add_config_file_search_path(folder)
+    paths = [_find(file, ("", *search, root)) for file in files]
+    try:
+        gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
+        return _experiment()
+    except (ValueError, TypeError, SyntaxError, KeyError, RuntimeError, OSError) as error:
+        raise UserError(f"configuration: {_describe(error)}") from error
+
+
+def _find(file: str, folders: Sequence[str | Path]) -> str:
+    for folder in folders:
+        path = Path(folder, file).expanduser()
+        if path.is_file():
+            return str(path)
+    root = gin_root()
+    have = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.gin"))
+    raise UserError(f"{file}: no such gin file; dss has {', '.join(have)}")
+
+
+def _describe(error: Exception) -> str:
+    """Returns gin's message in a line, with the file and line that it appends to it."""
+    where = re.search(r"(?:file|In) \"?([^\"\n]+\.gin)\"?,? line (\d+)", str(error))
+    text = _first_line(error).strip("'\"")
+    return f"{text} ({where[1]}:{where[2]})" if where else text
+
+
+def parse_gin(
+    files: Sequence[str], flags: Sequence[str] = (), search_paths: Sequence[str] = ()
+) -> Experiment:
+    """Returns the experiment of gin files and flags, over the defaults of runs/train.gin.
+
+    Args:
+      files: `--gin_file`, in order; looked for here, among the files of dss and in search_paths.
+      flags: `NAME=VALUE` of `--gin.NAME=VALUE`.
+      search_paths: more folders.
+
+    Raises:
+      UserError: a missing file, an unknown name, a value out of range.
+    """
+    return _parse([DEFAULTS, *files], [_binding(flag) for flag in flags], search_paths)
+
+
+def _lines(prefix: str, config: Any) -> list[str]:
+    return [
+        f"{prefix}.{field.name} = {getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if not (isinstance(config, Experiment) and field.name in NESTED)
+    ]
+
+
+def save_config(experiment: Experiment, run: Path) -> None:
+    """Writes a run's config.gin: every value, so that it needs no other file to be read."""
+    blocks = [_lines("Experiment", experiment)]
+    for name, kind in NESTED.items():
+        value = getattr(experiment, name)
+        if value is not None:
+            blocks[0].append(f"Experiment.{name} = @{kind.__name__}()")
+            blocks.append(_lines(kind.__name__, value))
+    text = "\n\n".join("\n".join(block) for block in blocks) + "\n"
+    temporary = run / f".{CONFIG_FILE}.tmp"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(run / CONFIG_FILE)
+
+
+def load_config(run: Path, flags: Sequence[str] = ()) -> Experiment:
+    """Returns the experiment of a run directory.
+
+    Args:
+      run: the directory.
+      flags: `NAME=VALUE` of gin values to read differently.
+
+    Raises:
+      UserError: it is no run directory.
+    """
+    path = Path(run).expanduser() / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
+    return _parse([str(path)], [_binding(flag) for flag in flags], ())

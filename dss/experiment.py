@@ -1,0 +1,83 @@
+"""The configuration of an experiment: all that decides a run."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from dss.evaluation.evaluator import DecodingConfig
+from dss.student.config import T5Config
+from dss.training.mesh import MeshConfig
+from dss.training.optimizer import OptimizerConfig
+from dss.training.trainer import TrainerConfig
+
+__all__ = ["DataConfig", "Experiment"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the data are, and how they become batches."""
+
+    root: str | None = None  # folder of the released datasets
+    dataset_path: str | None = None  # a user's JSON lines: a folder or a file; its name is theirs
+    labels: tuple[str, ...] = ()  # closed label set of the user's dataset
+    metric: str = "text"  # of the user's dataset: "text" or "equation"
+    feature_lengths: Mapping[str, int] = dataclasses.field(  # longest input and target, tokens
+        default_factory=lambda: {"inputs": 1024, "targets": 256}
+    )
+    fraction: float = 1.0  # of the training examples, (0, 1]
+    keep_unparsed: bool = False  # train on blanks where a teacher's text has no target
+    batches: Literal["paired", "sampled"] = "paired"  # each example in all views; or by rate
+    packed: bool = True  # several sequences a row
+
+    def __post_init__(self):
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"TRAIN_FRACTION must be in (0, 1], got {self.fraction}")
+        if self.batches not in ("paired", "sampled"):
+            raise ValueError(f"DataConfig.batches is 'paired' or 'sampled', got {self.batches!r}")
+        lengths = self.feature_lengths
+        if set(lengths) != {"inputs", "targets"} or min(lengths.values()) < 2:
+            raise ValueError(
+                "TASK_FEATURE_LENGTHS must be {'inputs': N, 'targets': N} of at least 2 tokens, "
+                f"got {dict(lengths)}"
+            )
+
+    @property
+    def inputs_length(self) -> int:
+        """The longest input in tokens, EOS counted."""
+        return self.feature_lengths["inputs"]
+
+    @property
+    def targets_length(self) -> int:
+        """The longest target in tokens, EOS counted."""
+        return self.feature_lengths["targets"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """All that decides a run. gin fills it in; library code may too."""
+
+    mixture: str | None = None  # name of a mixture or task; None for an imported checkpoint
+    teacher: str | None = None  # takes the place of the teacher in the mixture's name
+    run_dir: str | None = None  # where the run is kept
+    student: T5Config | None = None  # None: as the initial checkpoint says
+    initial_checkpoint: str | None = None  # hf:PATH, a hub id, or a run; None: from scratch
+    vocabulary: str | None = None  # a SentencePiece file or "bytes"; None: the checkpoint's
+    dropout_rate: float = 0.1  # in [0, 1)
+    alpha: float = 0.5  # the label task's rate; the rationale's is 1 - alpha
+    batch_size: int = 64  # examples (paired) or sequences (sampled) a step
+    microbatches: int = 1  # parts of a batch that go through the device one after another
+    seed: int = 0  # of parameters, order, subsample and dropout
+    label_smoothing: float = 0.0  # in [0, 1)
+    z_loss: float = 0.0  # weight of (log Z)^2
+    eval_examples: int | None = None  # validation examples decoded at an evaluation; None: all
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    mesh: MeshConfig = MeshConfig()
+    decoding: DecodingConfig = DecodingConfig()
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.microbatches < 1:
+            raise ValueError("BATCH_SIZE and microbatches must be at least 1")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"ALPHA must be in [0, 1], got {self.alpha}")

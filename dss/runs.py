@@ -1,0 +1,295 @@
+"""Run directories: a student with its configuration, vocabulary and checkpoints, whole by itself.
+
+config.gin            the configuration, complete
+vocabulary.model      the SentencePiece model (none for bytes)
+checkpoints/          Orbax: the latest two and the best
+metrics.jsonl         what was computed: losses, accuracy
+speed.jsonl           what the clock said
+tensorboard/          both, for TensorBoard
+predictions/          of `dss eval`
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from dss.config import load_config, save_config
+from dss.data.registry import register, set_data_root
+from dss.data.tasks import EXPLAIN, Mixture, get_mixture
+from dss.data.vocabulary import BYTES, encode_example, load_vocabulary
+from dss.errors import UserError
+from dss.evaluation.evaluator import EvaluationExample, Predictor, Scored, evaluation_set
+from dss.experiment import DataConfig, Experiment
+from dss.interop import huggingface
+from dss.student.config import T5Config
+from dss.student.network import abstract_params, logical_axes
+from dss.training.checkpoints import Checkpoints, abstract_like
+from dss.training.mesh import make_mesh, param_shardings
+from dss.training.step import init_state
+
+__all__ = [
+    "Evaluation",
+    "Run",
+    "check_size",
+    "create_run",
+    "evaluate",
+    "explain",
+    "import_checkpoint",
+    "label",
+    "load_run",
+    "read_initial",
+    "run_folder",
+    "use_data",
+]
+
+VOCABULARY_FILE = "vocabulary.model"
+
+
+def use_data(config: DataConfig) -> None:
+    """Makes the datasets known that a configuration names."""
+    if config.root is not None:
+        if not Path(config.root).expanduser().is_dir():
+            raise UserError(f"DATA_ROOT {config.root}: no such folder")
+        set_data_root(config.root)
+    if config.dataset_path is not None:
+        path = Path(config.dataset_path).expanduser()
+        name = path.resolve().stem.replace("-", "_")
+        register(name, path, labels=config.labels, metric=config.metric)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory that has a checkpoint."""
+
+    folder: Path
+    experiment: Experiment
+
+    @property
+    def config(self) -> T5Config:
+        """The student's shape."""
+        assert self.experiment.student is not None
+        return self.experiment.student
+
+    @property
+    def vocabulary_source(self) -> str:
+        """The run's vocabulary, a path or "bytes"."""
+        source = self.experiment.vocabulary
+        return BYTES if source == BYTES else str(self.folder / VOCABULARY_FILE)
+
+    def checkpoints(self) -> Checkpoints:
+        """Returns the run's checkpoints, for reading."""
+        return Checkpoints(self.folder / "checkpoints", read_only=True)
+
+    def predictor(self, which: str = "best") -> tuple[Predictor, int]:
+        """Returns the student of the checkpoint "best", "latest" or a step, and that step.
+
+        Raises:
+          UserError: there is no such checkpoint, or it is of another size.
+        """
+        mesh = make_mesh(self.experiment.mesh)
+        shapes = abstract_params(self.config)
+        shardings = param_shardings(mesh, self.experiment.mesh, logical_axes(self.config), shapes)
+        checkpoints = self.checkpoints()
+        step = checkpoints.find(which)
+        params = checkpoints.restore_params(step, abstract_like(shapes, shardings))
+        checkpoints.close()
+        vocabulary = load_vocabulary(self.vocabulary_source)
+        predictor = Predictor(self.config, params, vocabulary, mesh, self.experiment.decoding)
+        return predictor, step
+
+
+def load_run(folder: str | Path, flags: Sequence[str] = ()) -> Run:
+    """Returns a run directory's run.
+
+    Args:
+      folder: the run directory.
+      flags: `NAME=VALUE` of gin values to read differently.
+
+    Raises:
+      UserError: it is none.
+    """
+    folder = Path(folder).expanduser()
+    return Run(folder, load_config(folder, flags))
+
+
+def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
+    """Makes the run directory of an experiment, and settles what the experiment left open.
+
+    Returns:
+      The run and, where it begins from a checkpoint, the parameters.
+
+    Raises:
+      UserError: see `read_initial`; the vocabulary is not the student's.
+    """
+    student, source, params = read_initial(experiment)
+    vocabulary = load_vocabulary(source)
+    if vocabulary.size > student.vocab_size:
+        raise UserError(
+            f"{source}: wrong vocabulary: it has {vocabulary.size} ids and the student "
+            f"{student.vocab_size} embeddings; give the one that the checkpoint was trained with"
+        )
+    folder = run_folder(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    if source != BYTES:
+        (folder / VOCABULARY_FILE).write_bytes(Path(source).read_bytes())
+        source = VOCABULARY_FILE
+    # The run may be evaluated from any folder.
+    paths = {n: getattr(experiment.data, n) for n in ("root", "dataset_path")}
+    absolute = {n: str(Path(p).expanduser().resolve()) for n, p in paths.items() if p is not None}
+    data = dataclasses.replace(experiment.data, **absolute)
+    experiment = dataclasses.replace(experiment, student=student, vocabulary=source, data=data)
+    save_config(experiment, folder)
+    return Run(folder, experiment), params
+
+
+def run_folder(experiment: Experiment) -> Path:
+    """Returns the run directory that an experiment names.
+
+    Raises:
+      UserError: it names none.
+    """
+    if experiment.run_dir is None:
+        raise UserError("no run directory: give --gin.MODEL_DIR=FOLDER")
+    return Path(experiment.run_dir).expanduser()
+
+
+def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
+    """Returns the student's shape, its vocabulary and, from a checkpoint, its parameters.
+
+    Raises:
+      UserError: something is missing, or the checkpoint is not of the student's size.
+    """
+    source = experiment.initial_checkpoint
+    student, vocabulary, params = experiment.student, experiment.vocabulary, None
+    if source is not None:
+        if (Path(source).expanduser() / "config.gin").is_file():
+            run = load_run(source)
+            found, vocabulary = run.config, vocabulary or run.vocabulary_source
+            check_size(source, found, student)
+            params = run.predictor("best")[0].params
+        else:
+            folder = huggingface.resolve(source)
+            found = huggingface.read_config(folder)
+            vocabulary = vocabulary or huggingface.find_vocabulary(folder)
+            check_size(source, found, student)
+            params = huggingface.load_params(folder, found)
+        dtype, remat = (student.dtype, student.remat) if student else (found.dtype, found.remat)
+        student = dataclasses.replace(found, dtype=dtype, remat=remat)
+    if student is None:
+        raise UserError(
+            "no student: give --gin_file=students/SIZE.gin to train from scratch, or "
+            "--gin.INITIAL_CHECKPOINT_PATH=hf:FOLDER"
+        )
+    if vocabulary is None:
+        raise UserError(
+            "no vocabulary: give --gin.VOCABULARY=FILE, a SentencePiece model, or bytes"
+        )
+    return dataclasses.replace(student, dropout_rate=experiment.dropout_rate), vocabulary, params
+
+
+SHAPE = (
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_heads",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "activation",
+    "gated",
+    "tied_embeddings",
+    "scaled_logits",
+    "relative_buckets",
+    "relative_max_distance",
+)
+
+
+def check_size(source: str, found: T5Config, student: T5Config | None) -> None:
+    """Raises the user's error where a checkpoint's shape is not the student's."""
+    differs = [n for n in SHAPE if student and getattr(found, n) != getattr(student, n)]
+    if differs:
+        parts = [f"{n} {getattr(found, n)}, not {getattr(student, n)}" for n in differs]
+        raise UserError(
+            f"{source}: a checkpoint of another size than the student: {'; '.join(parts)}; leave "
+            "the students/ gin file out to take the checkpoint's"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A student's predictions for a split, and how good they are."""
+
+    mixture: str
+    split: str
+    step: int
+    scored: Scored
+    examples: tuple[EvaluationExample, ...]
+    predictions: tuple[str, ...]
+
+    def save(self, folder: Path) -> Path:
+        """Writes one JSON line an example into a folder; returns the file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.mixture}-{self.split}-{self.step}.jsonl"
+        rows = zip(self.examples, self.predictions, self.scored.verdicts, strict=True)
+        lines = [
+            {"id": e.id, "input": e.text, "target": e.target, "prediction": p, "score": v}
+            for e, p, v in rows
+        ]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return path
+
+
+def evaluate(run: Run, *, split: str = "test", which: str = "best") -> Evaluation:
+    """Evaluates a run's student on a split of its mixture.
+
+    Raises:
+      UserError: no checkpoint, no such split, or no labels in it.
+    """
+    experiment = run.experiment
+    use_data(experiment.data)
+    if experiment.mixture is None:
+        raise UserError(f"{run.folder}: no mixture to evaluate on; give --mixture")
+    mixture = get_mixture(experiment.mixture, experiment.alpha)
+    predictor, step = run.predictor(which)
+    examples = evaluation_set(
+        mixture, split, fraction=experiment.data.fraction, seed=experiment.seed
+    )
+    inputs_length = experiment.data.inputs_length
+    predictions = predictor.predict(mixture, examples, inputs_length)
+    scored = Scored.of(mixture, examples, predictions)
+    return Evaluation(mixture.name, split, step, scored, tuple(examples), tuple(predictions))
+
+
+def explain(predictor: Predictor, texts: Sequence[str], inputs_length: int) -> list[str]:
+    """Returns the rationale that a student writes for each input."""
+    encoded = [encode_example(predictor.vocabulary, EXPLAIN + t, inputs_length) for t in texts]
+    return predictor.generate(encoded, max_length=predictor.decoding.rationale_length)
+
+
+def label(
+    predictor: Predictor, mixture: Mixture, texts: Sequence[str], inputs_length: int
+) -> list[str]:
+    """Returns the label that a student predicts for each input."""
+    examples = [EvaluationExample(str(i), text, "") for i, text in enumerate(texts)]
+    return predictor.predict(mixture, examples, inputs_length)
+
+
+def import_checkpoint(experiment: Experiment) -> Run:
+    """Makes a run directory, at step 0, of the checkpoint that the experiment begins from.
+
+    Raises:
+      UserError: the folder holds something, or the checkpoint cannot be read.
+    """
+    folder = run_folder(experiment)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: not empty; import into a new folder")
+    run, params = create_run(experiment)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints.save(init_state(jax.tree.map(jax.numpy.asarray, params), optax.identity()))
+    checkpoints.close()
+    return run

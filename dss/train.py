@@ -1,0 +1,246 @@
+"""Training a student: everything of a run is put together here."""
+
+import dataclasses
+import functools
+import signal
+from typing import Any
+
+import jax
+
+from dss.config import CONFIG_FILE
+from dss.data.batches import Batches, iterate, paired_order, sampled_order, sequential_order
+from dss.data.store import TokenStore, open_store
+from dss.data.tasks import Mixture, get_mixture, with_teacher
+from dss.data.vocabulary import Vocabulary, load_vocabulary
+from dss.errors import UserError
+from dss.evaluation.evaluator import (
+    Predictor,
+    Scored,
+    evaluation_set,
+    metric_name,
+    token_metrics,
+)
+from dss.experiment import Experiment
+from dss.runs import Run, check_size, create_run, load_run, read_initial, run_folder, use_data
+from dss.student.config import T5Config
+from dss.student.network import abstract_params, init_params
+from dss.training.checkpoints import Checkpoints, abstract_like
+from dss.training.mesh import make_mesh, put_batch
+from dss.training.metrics import MetricsWriter
+from dss.training.optimizer import make_optimizer
+from dss.training.step import (
+    LossConfig,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
+from dss.training.trainer import Progress, StopSignal, train
+
+__all__ = ["Result", "abstract_state", "run_experiment"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    step: int  # the last step that was done
+    stopped_by: signal.Signals | None  # the signal that ended it early
+    best_step: int | None  # the checkpoint with the best score
+
+
+def abstract_state(config: T5Config, optimizer: Any, shardings: TrainState) -> TrainState:
+    """Returns the shapes and shardings of a training state."""
+    state = jax.eval_shape(lambda p: init_state(p, optimizer), abstract_params(config))
+    return abstract_like(state, shardings)
+
+
+def _open_run(experiment: Experiment) -> tuple[Run, Any | None]:
+    """Returns the run, new or begun before, and a new one's parameters if it has some already.
+
+    Raises:
+      UserError: the run directory is another experiment's.
+    """
+    folder = run_folder(experiment)
+    if not (folder / CONFIG_FILE).is_file():
+        return create_run(experiment)
+    run = load_run(folder)
+    if run.experiment.mixture is None:
+        raise UserError(f"{folder}: holds an imported checkpoint; train in another MODEL_DIR")
+    _check_same(run, experiment)
+    # Where the data lie and the mesh may change.
+    settled = dataclasses.replace(run.experiment, data=experiment.data, mesh=experiment.mesh)
+    return Run(folder, settled), None
+
+
+def _differences(prefix: str, before: Any, now: Any, may_change: tuple[str, ...]) -> list[str]:
+    values = [
+        (field.name, getattr(before, field.name), getattr(now, field.name))
+        for field in dataclasses.fields(before)
+        if field.name not in may_change
+    ]
+    return [f"{prefix}{name} was {a!r} and is {b!r}" for name, a, b in values if a != b]
+
+
+def _check_same(run: Run, now: Experiment) -> None:
+    before = run.experiment
+    check_size(str(run.folder), run.config, now.student)
+    settled = ("run_dir", "student", "vocabulary", "data", "mesh")
+    differs = _differences("", before, now, settled)
+    if now.vocabulary is not None:
+        vocabularies = load_vocabulary(run.vocabulary_source), load_vocabulary(now.vocabulary)
+        if vocabularies[0].fingerprint != vocabularies[1].fingerprint:
+            raise UserError(f"{now.vocabulary}: wrong vocabulary: {run.folder} began with another")
+    differs += _differences("data.", before.data, now.data, ("root", "dataset_path"))
+    if differs:
+        raise UserError(
+            f"{run.folder}: the run of another experiment: {'; '.join(differs)}; "
+            "use a new MODEL_DIR"
+        )
+
+
+def _open(
+    experiment: Experiment, mixture: Mixture, split: str, vocabulary: Vocabulary
+) -> TokenStore:
+    data = experiment.data
+    return open_store(
+        mixture,
+        split,
+        vocabulary,
+        inputs_length=data.inputs_length,
+        targets_length=data.targets_length,
+        fraction=data.fraction,
+        seed=experiment.seed,
+        keep_unparsed=data.keep_unparsed,
+    )
+
+
+def _train_batches(
+    experiment: Experiment, mixture: Mixture, store: TokenStore, row_multiple: int
+) -> Batches:
+    if experiment.data.batches == "paired":
+        order = paired_order(store, experiment.batch_size, experiment.seed)
+    else:
+        order = sampled_order(store, experiment.batch_size, experiment.seed, mixture.rates)
+    return Batches(
+        store,
+        order,
+        num_steps=experiment.trainer.train_steps,
+        packed=experiment.data.packed,
+        row_multiple=row_multiple,
+    )
+
+
+def run_experiment(experiment: Experiment, progress: Progress | None = None) -> Result:
+    """Trains a student, from the start or from where its run directory got to.
+
+    Args:
+      experiment: what to do.
+      progress: told of every logged step and evaluation.
+
+    Raises:
+      UserError: see `dss.errors`.
+    """
+    progress = progress or Progress()
+
+    # Data and student.
+    use_data(experiment.data)
+    if experiment.mixture is None:
+        raise UserError("no mixture: give --gin_file=recipes/NAME.gin or MIXTURE_OR_TASK_NAME")
+    if experiment.teacher is not None:
+        name = with_teacher(experiment.mixture, experiment.teacher)
+        experiment = dataclasses.replace(experiment, mixture=name, teacher=None)
+    mixture = get_mixture(experiment.mixture, experiment.alpha)
+    run, initial = _open_run(experiment)
+    experiment, config = run.experiment, run.config
+    vocabulary = load_vocabulary(run.vocabulary_source)
+    store = _open(experiment, mixture, "train", vocabulary)
+    valid_mixture = mixture.available("valid")
+    valid_store = _open(experiment, valid_mixture, "valid", vocabulary)
+
+    # Mesh, optimizer and the two compiled steps.
+    mesh = make_mesh(experiment.mesh)
+    optimizer = make_optimizer(experiment.optimizer, experiment.trainer.train_steps)
+    shardings = state_shardings(config, optimizer, mesh, experiment.mesh)
+    paired = experiment.data.batches == "paired"
+    loss = LossConfig(
+        num_tasks=len(mixture.tasks),
+        rates=mixture.rates if paired else None,
+        label_smoothing=experiment.label_smoothing,
+        z_loss=experiment.z_loss,
+    )
+    train_step = make_train_step(
+        config,
+        optimizer,
+        loss,
+        mesh=mesh,
+        shardings=shardings,
+        microbatches=experiment.microbatches,
+        seed=experiment.seed,
+    )
+    valid_loss = LossConfig(num_tasks=len(valid_mixture.tasks), rates=None)
+    eval_step = make_eval_step(config, valid_loss, mesh=mesh, shardings=shardings)
+
+    # The state: (1) a checkpoint of this run, (2) the initial checkpoint, (3) fresh parameters.
+    checkpoints = Checkpoints(run.folder / "checkpoints")
+    if checkpoints.latest is not None:
+        abstract = abstract_state(config, optimizer, shardings)
+        state = checkpoints.restore(checkpoints.latest, abstract)
+    else:
+        params = read_initial(experiment)[2] if initial is None else initial
+        params = init_params(config, experiment.seed) if params is None else params
+        state = jax.device_put(init_state(params, optimizer), shardings)
+    start = int(state.step)
+
+    # Batches, and what an evaluation does.
+    shards = mesh.shape["data"] * experiment.microbatches
+    batches = _train_batches(experiment, mixture, store, shards)
+    valid_batches = Batches(
+        valid_store,
+        sequential_order(valid_store, experiment.batch_size),
+        num_steps=-(-len(valid_store) // experiment.batch_size),
+        packed=experiment.data.packed,
+        row_multiple=mesh.shape["data"],
+    )
+    put = functools.partial(put_batch, mesh)
+    examples = evaluation_set(
+        mixture, "valid", fraction=experiment.data.fraction, seed=experiment.seed
+    )[: experiment.eval_examples]
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        predictor = Predictor(config, state.params, vocabulary, mesh, experiment.decoding)
+        values = token_metrics(
+            eval_step,
+            state.params,
+            map(put, map(valid_batches.__getitem__, range(len(valid_batches)))),
+            valid_mixture.short_names,
+            valid_mixture.rates,
+            "valid",
+        )
+        predictions = predictor.predict(mixture, examples, experiment.data.inputs_length)
+        scored = Scored.of(mixture, examples, predictions)
+        return values | {f"valid/{scored.metric}": scored.value}
+
+    # The loop.
+    metrics = MetricsWriter(run.folder, start)
+    try:
+        with StopSignal() as stop:
+            state = train(
+                state,
+                config=experiment.trainer,
+                train_step=train_step,
+                batches=map(put, iterate(batches, start)),
+                task_names=mixture.short_names,
+                examples_per_step=experiment.batch_size,
+                evaluate=evaluate,
+                score=f"valid/{metric_name(mixture)}",
+                checkpoints=checkpoints,
+                metrics=metrics,
+                progress=progress,
+                stop=stop,
+            )
+        return Result(int(state.step), stop.received, checkpoints.best)
+    finally:
+        metrics.close()
+        checkpoints.close()
