@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gin
-from dss.errors import UserError
+from dss.errors import UserError, unknown_name
 from dss.evaluation.evaluator import DecodingConfig
 from dss.experiment import DataConfig, Experiment
 from dss.student.config import T5Config
@@ -77,8 +77,8 @@ def _find(file: str, folders: Sequence[str | Path]) -> str:
         if path.is_file():
             return str(path)
     root = gin_root()
-    have = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.gin"))
-    raise UserError(f"{file}: no such gin file; dss has {', '.join(have)}")
+    have = [path.relative_to(root).as_posix() for path in root.rglob("*.gin")]
+    raise unknown_name("gin file", file, have)
 
 
 def _describe(error: Exception) -> str:

@@ -38,7 +38,7 @@ from dss.training.step import (
 )
 from dss.training.trainer import Progress, StopSignal, train
 
-__all__ = ["Result", "abstract_state", "run_experiment"]
+__all__ = ["Result", "abstract_state", "run_experiment", "training_batches", "training_store"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +116,18 @@ def _open(
     )
 
 
-def _train_batches(
+def training_store(experiment: Experiment) -> TokenStore:
+    """Returns the tokens an experiment trains on; its data must be known, see `use_data`."""
+    assert experiment.mixture is not None
+    assert experiment.vocabulary is not None
+    mixture = get_mixture(experiment.mixture, experiment.alpha)
+    return _open(experiment, mixture, "train", load_vocabulary(experiment.vocabulary))
+
+
+def training_batches(
     experiment: Experiment, mixture: Mixture, store: TokenStore, row_multiple: int
 ) -> Batches:
+    """Returns the training batches of an experiment; rows come in multiples of `row_multiple`."""
     if experiment.data.batches == "paired":
         order = paired_order(store, experiment.batch_size, experiment.seed)
     else:
@@ -195,7 +204,7 @@ def run_experiment(experiment: Experiment, progress: Progress | None = None) -> 
 
     # Batches, and what an evaluation does.
     shards = mesh.shape["data"] * experiment.microbatches
-    batches = _train_batches(experiment, mixture, store, shards)
+    batches = training_batches(experiment, mixture, store, shards)
     valid_batches = Batches(
         valid_store,
         sequential_order(valid_store, experiment.batch_size),

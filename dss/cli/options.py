@@ -61,11 +61,13 @@ def open_run(args: argparse.Namespace):
 
 
 def prepare_jax() -> None:
-    """Keeps compiled programs between runs, in the cache folder of dss."""
+    """Keeps compiled programs between runs, in the cache folder of dss; quiets the libraries."""
     import jax
+    from absl import logging
 
     from dss.data.store import cache_dir
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    logging.set_verbosity(logging.ERROR)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -40,7 +40,10 @@ class Checkpoints:
             raise UserError(f"{folder}: no checkpoints; is it a run directory of `dss train`?")
         self._manager = ocp.CheckpointManager(
             self.folder,
-            item_names=("params", "opt_state"),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "opt_state": ocp.PyTreeCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 # best_fn with max_to_keep would delete the newest; a policy keeps both.
                 preservation_policy=policies.AnyPreservationPolicy(

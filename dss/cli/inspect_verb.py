@@ -1,0 +1,208 @@
+"""`dss inspect`."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from dss.cli.options import add_gin_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dss.data.tasks import Mixture
+    from dss.data.vocabulary import Vocabulary
+    from dss.experiment import Experiment
+
+__all__ = ["add_arguments", "run"]
+
+FILE_WIDTH = 120  # columns where the output is no terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's options."""
+    parser.add_argument(
+        "mixture", nargs="?", metavar="MIXTURE", help="its name; without one, all are listed"
+    )
+    add_gin_options(parser)
+    parser.add_argument("--examples", type=int, default=2, metavar="N", help="to show of each task")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what the mixture holds."""
+    from rich.console import Console
+
+    from dss.config import parse_gin
+    from dss.data.tasks import get_mixture, mixture_names, with_teacher
+    from dss.data.vocabulary import load_vocabulary
+    from dss.runs import use_data
+
+    search = [folder for folder in args.gin_search_paths.split(",") if folder]
+    experiment = parse_gin(args.gin_file, args.gin, search)
+    use_data(experiment.data)
+    name = args.mixture or experiment.mixture
+    terminal = sys.stdout.isatty()
+    console = Console(highlight=False, soft_wrap=True, width=None if terminal else FILE_WIDTH)
+    if name is None:
+        for known in mixture_names():
+            console.print(known)
+        return 0
+    if experiment.teacher is not None:
+        name = with_teacher(name, experiment.teacher)
+    mixture = get_mixture(name, experiment.alpha)
+    console.print(f"[bold]{mixture.name}[/bold]")
+    _print_sources(console, mixture)
+    _print_counts(console, mixture)
+    if experiment.vocabulary is None:
+        console.print("lengths, packed fill, examples: give --gin.VOCABULARY=FILE to see them")
+        return 0
+    vocabulary = load_vocabulary(experiment.vocabulary)
+    _print_lengths(console, mixture, vocabulary, experiment)
+    _print_fill(console, mixture, vocabulary, experiment)
+    _print_examples(console, mixture, vocabulary, experiment, args.examples)
+    return 0
+
+
+def _table(title: str, *columns: str):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    return table
+
+
+def _splits(mixture: "Mixture") -> list[str]:
+    from dss.data.registry import SPLITS
+
+    return [split for split in SPLITS if mixture.dataset.has(split)]
+
+
+def _print_sources(console: "Console", mixture: "Mixture") -> None:
+    table = _table("tasks", "task", "reads and writes", "rate")
+    wrote = {"label": "label", "rationale": "rationale", "rationale_then_label": "both in one"}
+    for task, rate in zip(mixture.tasks, mixture.rates, strict=True):
+        what = f"{task.prefix}x -> {wrote[task.kind]} of {task.teacher or 'gold'}"
+        table.add_row(task.name, what, f"{rate:g}")
+    console.print(table)
+    teachers = {task.teacher for task in mixture.tasks}
+    for split in ("train", "valid", "test"):
+        files = sorted(
+            {
+                str(file)
+                for teacher in teachers
+                if mixture.dataset.has(split, teacher)
+                for file in mixture.dataset.source.files(
+                    mixture.dataset.source_split(split), teacher
+                )
+            }
+        )
+        shown = (
+            files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "") if files else ""
+        )
+        held_out = split == "valid" and not mixture.dataset.source.has("valid")
+        note = " (a tenth of train, held out)" if held_out and files else ""
+        console.print(f"  {split:<6}{shown or 'no file'}{note}", markup=False)
+    console.print()
+
+
+def _print_counts(console: "Console", mixture: "Mixture") -> None:
+    from dss.data.statistics import measure_split
+    from dss.evaluation.metrics import METRICS
+
+    dataset = mixture.dataset
+    teachers = sorted({t.teacher for t in mixture.tasks if t.teacher})
+    table = _table(
+        "examples", "split", "teacher", "examples", "labelled", "statuses", "teacher's accuracy"
+    )
+    for split in _splits(mixture):
+        here = [teacher for teacher in teachers if dataset.has(split, teacher)]
+        measured = measure_split(dataset, split, here, METRICS[dataset.metric])
+        counts = str(measured.examples), str(measured.labelled)
+        if not here:
+            table.add_row(split, "-", *counts, "", "")
+        for teacher, found in measured.teachers.items():
+            statuses = ", ".join(f"{count} {name}" for name, count in found.statuses.items())
+            accuracy = "" if found.accuracy is None else f"{found.accuracy:.2%}"
+            table.add_row(split, teacher, *counts, statuses, accuracy)
+    console.print(table)
+
+
+def _print_lengths(
+    console: "Console", mixture: "Mixture", vocabulary: "Vocabulary", experiment: "Experiment"
+) -> None:
+    from dss.data.statistics import measure_lengths
+
+    data = experiment.data
+    table = _table(
+        "tokens, EOS counted",
+        *("split", "text", "rows", "50%", "90%", "99%", "longest", "total", "limit", "cut"),
+    )
+    for split in _splits(mixture):
+        for task in mixture.tasks:
+            if not task.has(split):
+                continue
+            rows = task.rows(split, keep_unparsed=data.keep_unparsed)
+            if not rows:
+                continue
+            both = measure_lengths(
+                rows,
+                vocabulary,
+                inputs_length=data.inputs_length,
+                targets_length=data.targets_length,
+            )
+            names = (f"{task.prefix}inputs", task.kind)
+            limits = (data.inputs_length, data.targets_length)
+            for name, found, limit in zip(names, both, limits, strict=True):
+                lengths = [str(p) for p in found.percentiles]
+                cells = (f"{found.total:,}", str(limit), f"{found.truncated:.1%}")
+                table.add_row(split, name, str(len(rows)), *lengths, *cells)
+    console.print(table)
+
+
+def _print_fill(
+    console: "Console", mixture: "Mixture", vocabulary: "Vocabulary", experiment: "Experiment"
+) -> None:
+    import dataclasses
+
+    import numpy as np
+
+    from dss.data.batches import fill
+    from dss.train import training_batches, training_store
+
+    experiment = dataclasses.replace(experiment, mixture=mixture.name, teacher=None)
+    store = training_store(experiment)
+    batches = training_batches(experiment, mixture, store, experiment.microbatches)
+    fills = np.array([fill(batches[step]) for step in range(min(8, len(batches)))])
+    encoder, decoder = fills.mean(axis=0)
+    rows = " or ".join(str(n) for n in batches.row_counts)
+    console.print(
+        f"{'packed' if batches.packed else 'unpacked'} batches of {experiment.batch_size} "
+        f"examples: {rows} rows of {batches.shape.inputs} + {batches.shape.targets} slots; "
+        f"filled: encoder {encoder:.1%}, decoder {decoder:.1%}\n"
+    )
+
+
+def _print_examples(
+    console: "Console",
+    mixture: "Mixture",
+    vocabulary: "Vocabulary",
+    experiment: "Experiment",
+    count: int,
+) -> None:
+    from dss.data.vocabulary import encode_example
+
+    data = experiment.data
+    for task in mixture.tasks:
+        for row in task.rows("train")[:count]:
+            console.print(f"{task.name} {row.id}", style="bold", markup=False)
+            sides = (
+                ("inputs", row.inputs, data.inputs_length),
+                ("targets", row.targets, data.targets_length),
+            )
+            for side, text, length in sides:
+                ids = encode_example(vocabulary, text, length)
+                pieces = " ".join(vocabulary.pieces(ids))
+                console.print(f"  {side}: {text!r}", markup=False)
+                console.print(f"    ids: {ids}", style="dim", markup=False)
+                console.print(f"    pieces: {pieces}", style="dim", markup=False)

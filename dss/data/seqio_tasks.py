@@ -1,0 +1,127 @@
+"""The tasks and mixtures as SeqIO objects, for every tool that takes them by name.
+
+The rows, the ids of their tokens and the metrics are those of `dss train`. Where the data and the
+vocabulary are is asked when a task is first read: DSS_DATA_ROOT (or `dss.data.set_data_root`) and
+DSS_VOCABULARY, a SentencePiece file or "bytes"; without it T5's vocabulary on Google Cloud.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+
+import seqio
+import tensorflow as tf
+
+from dss.data.registry import get_dataset
+from dss.data.tasks import Mixture, Task, extract_label, get_mixture, mixture_names
+from dss.data.vocabulary import BYTES, EOS, EOS_TEXT
+from dss.evaluation.metrics import equation_accuracy, rouge_l_mean, text_accuracy
+
+__all__ = ["SPLITS", "get_vocabulary", "register_seqio"]
+
+SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # SeqIO's names of ours
+T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
+EXTRA_IDS = 100  # T5's sentinels
+METRIC_FNS = {"text": text_accuracy, "equation": equation_accuracy}
+
+
+class _SplitAtEos:
+    """Makes a `</s>` in a text the EOS id, and encodes what is between two of them on its own."""
+
+    def _encode(self, s: str) -> Sequence[int]:
+        first, *rest = (super(_SplitAtEos, self)._encode(part) for part in s.split(EOS_TEXT))  # type: ignore[misc]
+        return [*first, *(i for part in rest for i in (EOS, *part))]
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        encode = super()._encode_tf  # type: ignore[misc]
+        ids = tf.map_fn(
+            lambda part: tf.concat([encode(part), [EOS]], axis=0),
+            tf.strings.split(s, EOS_TEXT),
+            fn_output_signature=tf.RaggedTensorSpec([None], tf.int32),
+        )
+        return ids.flat_values[:-1]
+
+
+class _SentencePiece(_SplitAtEos, seqio.SentencePieceVocabulary):
+    pass
+
+
+class _Bytes(_SplitAtEos, seqio.ByteVocabulary):
+    pass
+
+
+@functools.lru_cache(maxsize=4)
+def get_vocabulary(source: str | None = None) -> seqio.Vocabulary:
+    """Returns the SeqIO vocabulary of a SentencePiece file or of "bytes"; see the module."""
+    source = source or os.environ.get("DSS_VOCABULARY", T5_VOCABULARY)
+    return _Bytes() if source == BYTES else _SentencePiece(source, extra_ids=EXTRA_IDS)
+
+
+def _source(task: Task) -> seqio.FunctionDataSource:
+    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed  # the rows are few; SeqIO shuffles them later
+        rows = task.rows(SPLITS[split])
+        columns = {
+            "id": [row.id for row in rows],
+            "inputs": [row.inputs for row in rows],
+            "targets": [row.targets for row in rows],
+        }
+        return tf.data.Dataset.from_tensor_slices(columns)
+
+    return seqio.FunctionDataSource(dataset, splits=tuple(SPLITS))
+
+
+def _metric(task: Task) -> Callable:
+    return (
+        rouge_l_mean if task.kind == "rationale" else METRIC_FNS[get_dataset(task.dataset).metric]
+    )
+
+
+def _label_of(text: str, **_: object) -> str:
+    return extract_label(text)
+
+
+def _add_task(task: Task, vocabulary: seqio.Vocabulary) -> None:
+    seqio.TaskRegistry.add(
+        task.name,
+        source=_source(task),
+        preprocessors=[
+            seqio.preprocessors.tokenize,
+            seqio.CacheDatasetPlaceholder(),
+            seqio.preprocessors.append_eos_after_trim,
+        ],
+        output_features={
+            "inputs": seqio.Feature(vocabulary, add_eos=True),
+            "targets": seqio.Feature(vocabulary, add_eos=True),
+        },
+        postprocess_fn=_label_of if task.kind == "rationale_then_label" else None,
+        metric_fns=[_metric(task)],
+    )
+
+
+def register_seqio(dataset: str, *, alpha: float = 0.5) -> list[str]:
+    """Registers every task and mixture of a dataset; those that are registered stay.
+
+    Args:
+      dataset: a released one, or one given to `dss.data.register`.
+      alpha: rate of the label task in the mixtures of two.
+
+    Returns:
+      Their names.
+
+    Raises:
+      UserError: there is no such dataset.
+    """
+    vocabulary = get_vocabulary()
+    names = mixture_names(dataset)
+    mixtures: list[Mixture] = [get_mixture(name, alpha) for name in names]
+    for mixture in mixtures:
+        for task in mixture.tasks:
+            if task.name not in seqio.TaskRegistry.names():
+                _add_task(task, vocabulary)
+    for mixture in mixtures:
+        known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+        if mixture.name not in known:
+            rates = [(t.name, r) for t, r in zip(mixture.tasks, mixture.rates, strict=True)]
+            seqio.MixtureRegistry.add(mixture.name, rates)
+    return names

@@ -1,0 +1,110 @@
+"""What a dataset's splits and a mixture's tasks hold, in numbers."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dss.data.examples import STATUSES
+from dss.data.registry import Dataset
+from dss.data.tasks import TextRow
+from dss.data.vocabulary import Vocabulary
+
+__all__ = ["Lengths", "SplitStatistics", "TeacherStatistics", "measure_lengths", "measure_split"]
+
+PERCENTILES = (50, 90, 99, 100)
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherStatistics:
+    """A teacher's outputs for a split.
+
+    Attributes:
+      statuses: how many outputs have each status, and "missing": examples without an output.
+      judged: examples that have a gold label and an output.
+      correct: those of them whose label is right.
+    """
+
+    statuses: dict[str, int]
+    judged: int
+    correct: int
+
+    @property
+    def accuracy(self) -> float | None:
+        """The teacher's accuracy against gold, in [0, 1]; None where nothing can be judged."""
+        return self.correct / self.judged if self.judged else None
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitStatistics:
+    """A split: its examples, how many have a gold label, and what each teacher wrote."""
+
+    examples: int
+    labelled: int
+    teachers: dict[str, TeacherStatistics]
+
+
+def measure_split(
+    dataset: Dataset,
+    split: str,
+    teachers: Sequence[str],
+    is_correct: Callable[[str, str], bool],
+) -> SplitStatistics:
+    """Returns the statistics of a split.
+
+    Args:
+      dataset: which.
+      split: "train", "valid" or "test".
+      teachers: those that have outputs for it.
+      is_correct: whether a label (first) agrees with gold.
+
+    Raises:
+      UserError: see `Dataset.examples`.
+    """
+    examples = dataset.examples(split)
+    found = {}
+    for teacher in teachers:
+        outputs = dataset.outputs(split, teacher)
+        statuses = collections.Counter(
+            outputs[e.id].status if e.id in outputs else "missing" for e in examples
+        )
+        verdicts = [
+            is_correct(outputs[e.id].label or "", e.label)
+            for e in examples
+            if e.id in outputs and e.label is not None
+        ]
+        ordered = {s: statuses[s] for s in (*STATUSES, "missing") if statuses[s]}
+        found[teacher] = TeacherStatistics(ordered, len(verdicts), sum(verdicts))
+    return SplitStatistics(len(examples), sum(e.label is not None for e in examples), found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Lengths of some texts in tokens, EOS counted.
+
+    Attributes:
+      percentiles: the lengths at 50, 90, 99 and 100 percent.
+      total: tokens in all.
+      truncated: the share of texts that are longer than the limit, in [0, 1].
+    """
+
+    percentiles: tuple[int, ...]
+    total: int
+    truncated: float
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], limit: int) -> "Lengths":
+        """Returns the statistics of some lengths (at least one) under a limit."""
+        array = np.asarray(lengths)
+        ranks = np.percentile(array, PERCENTILES, method="inverted_cdf")
+        return cls(tuple(int(r) for r in ranks), int(array.sum()), float((array > limit).mean()))
+
+
+def measure_lengths(
+    rows: Sequence[TextRow], vocabulary: Vocabulary, *, inputs_length: int, targets_length: int
+) -> tuple[Lengths, Lengths]:
+    """Returns the lengths of the inputs and of the targets of a task's rows, before cutting."""
+    inputs = [len(vocabulary.encode(row.inputs)) + 1 for row in rows]
+    targets = [len(vocabulary.encode(row.targets)) + 1 for row in rows]
+    return Lengths.of(inputs, inputs_length), Lengths.of(targets, targets_length)

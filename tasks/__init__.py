@@ -1,0 +1,1 @@
+"""SeqIO registrations, a module a dataset; importing one registers its tasks and mixtures."""

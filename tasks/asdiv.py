@@ -1,0 +1,7 @@
+"""ASDiv: importing this registers its SeqIO tasks and mixtures."""
+
+from dss.data.seqio_tasks import register_seqio
+
+__all__ = ["NAMES"]
+
+NAMES = register_seqio("asdiv")
