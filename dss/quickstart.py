@@ -7,7 +7,6 @@ knowledge here: they show how the method works, not how much it gains on another
 """
 
 import dataclasses
-import functools
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -123,14 +122,14 @@ def _experiment(folder: Path, method: str, fraction: float, seed: int) -> Experi
             num_decoder_layers=2,
         ),
         vocabulary=str(folder / "vocabulary.model"),
-        dropout_rate=0.0,
+        dropout_rate=0.1,
         alpha=0.3,
         batch_size=BATCH,
         seed=seed,
         data=DataConfig(
             dataset_path=str(folder / DATASET), labels=("yes", "no"), fraction=fraction
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
+        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="constant"),
         trainer=TrainerConfig(train_steps=STEPS, eval_period=STEPS, log_period=50),
     )
 
@@ -193,8 +192,10 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], tuple[float,
     groups: dict[tuple[str, int], list[float]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.method, outcome.examples), []).append(outcome.accuracy)
-    spread = functools.partial(statistics.stdev)
-    return {k: (statistics.mean(v), spread(v) if len(v) > 1 else 0.0) for k, v in groups.items()}
+    return {
+        k: (statistics.mean(v), statistics.stdev(v) if len(v) > 1 else 0.0)
+        for k, v in groups.items()
+    }
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
@@ -211,8 +212,14 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     for method, (marker, line, colour) in zip(METHODS, styles, strict=True):
         means = [100 * summary[method, size][0] for size in sizes]
         axes.plot(sizes, means, line, color=colour, marker=marker, label=method)
-        points = [(o.examples, 100 * o.accuracy) for o in outcomes if o.method == method]
-        axes.scatter(*zip(*points, strict=True), color=colour, s=12, alpha=0.5)
+        mine = [o for o in outcomes if o.method == method]
+        axes.scatter(
+            [o.examples for o in mine],
+            [100 * o.accuracy for o in mine],
+            color=colour,
+            s=12,
+            alpha=0.5,
+        )
     axes.axhline(50, color="black", linewidth=0.8)
     axes.annotate("chance", (sizes[0], 50), xytext=(0, 3), textcoords="offset points")
     axes.set_xscale("log")

@@ -140,7 +140,9 @@ def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
         source = VOCABULARY_FILE
     # The run may be evaluated from any folder.
     paths = {n: getattr(experiment.data, n) for n in ("root", "dataset_path")}
-    absolute = {n: str(Path(p).expanduser().resolve()) for n, p in paths.items() if p is not None}
+    absolute: dict[str, Any] = {
+        n: str(Path(p).expanduser().resolve()) for n, p in paths.items() if p is not None
+    }
     data = dataclasses.replace(experiment.data, **absolute)
     experiment = dataclasses.replace(experiment, student=student, vocabulary=source, data=data)
     save_config(experiment, folder)

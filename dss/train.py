@@ -160,6 +160,7 @@ def run_experiment(experiment: Experiment, progress: Progress | None = None) -> 
     if experiment.teacher is not None:
         name = with_teacher(experiment.mixture, experiment.teacher)
         experiment = dataclasses.replace(experiment, mixture=name, teacher=None)
+    assert experiment.mixture is not None
     mixture = get_mixture(experiment.mixture, experiment.alpha)
     run, initial = _open_run(experiment)
     experiment, config = run.experiment, run.config

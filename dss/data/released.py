@@ -182,7 +182,7 @@ class ReleasedSource:
         Raises:
           UserError: a missing file or a malformed line.
         """
-        out = []
+        out: list[Example] = []
         for where, row in read_json_lines(self._examples_file(split)):
             try:
                 text, label = RELEASED[self.name].row(row)
@@ -206,7 +206,7 @@ class ReleasedSource:
                 f"{paths[0].parent}: {len(texts)} texts of {teacher} for the {count} examples of "
                 f"{self._examples_file(split)}; is a file missing?"
             )
-        out = []
+        out: list[TeacherOutput] = []
         for i, text in enumerate(texts):
             rationale, label = parse(text)
             status = parsed_status(rationale, label)

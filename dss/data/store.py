@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -197,7 +198,7 @@ def open_store(
     Raises:
       UserError: a missing or malformed file, or a split without rows.
     """
-    options = {"fraction": fraction, "seed": seed, "keep_unparsed": keep_unparsed}
+    options: dict[str, Any] = {"fraction": fraction, "seed": seed, "keep_unparsed": keep_unparsed}
     key = _key(mixture, split, vocabulary, (inputs_length, targets_length), options)
     path = cache_dir() / "tokens" / f"{mixture.name}-{split}-{key}"
     if not path.is_dir():

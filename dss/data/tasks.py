@@ -165,7 +165,7 @@ def _mixtures(dataset: Dataset) -> dict[str, tuple[Task, ...]]:
         return Task(dataset.name, kind, teacher)
 
     gold = task("label", None)
-    out = {"finetune": (gold,), "label_gold": (gold,)}
+    out: dict[str, tuple[Task, ...]] = {"finetune": (gold,), "label_gold": (gold,)}
     for teacher in dataset.source.teachers:
         label, rationale = task("label", teacher), task("rationale", teacher)
         single = task("rationale_then_label", teacher)

@@ -247,7 +247,7 @@ def token_metrics(
       rates: their rates.
       prefix: of the metrics' names, such as "valid".
     """
-    totals = None
+    totals: Any = None
     for batch in batches:
         sums = jax.tree.map(np.asarray, eval_step(params, batch))
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)

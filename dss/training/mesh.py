@@ -131,7 +131,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Returns the batch on the mesh; every process gives the whole batch and keeps its part."""
     sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_callback(array.shape, sharding, lambda index, a=array: a[index])
-        for name, array in batch.items()
-    }
+
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return {name: put(array) for name, array in batch.items()}

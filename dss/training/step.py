@@ -59,7 +59,7 @@ class LossConfig:
 class TrainState:
     """All that a training step changes, and all that a checkpoint holds of it."""
 
-    step: jax.Array  # [] int32, steps done
+    step: Any  # [] int32, steps done
     params: Params
     opt_state: optax.OptState
 
