@@ -42,10 +42,12 @@ setup(
         "seqio>=0.0.20",
         "tensorflow>=2.21",
         "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=6.5",  # tensorflow-datasets needs it to load a builder
     ],
     extras_require={
         "teacher": ["openai>=2.8", "jinja2>=3.1.6", "pyyaml>=6.0.3"],
         "report": ["matplotlib>=3.11"],
+        "tfds": ["apache-beam>=2.77"],  # the `tfds` command does not start without it
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "test": [

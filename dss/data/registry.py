@@ -89,7 +89,11 @@ class JsonlSource:
         if self.path.is_dir():
             return self.path / f"{split}.jsonl"
         # Beside a single file, other splits would lie at names that say so.
-        return self.path if split == "train" else self.path.with_suffix(f"-{split}.jsonl")
+        return (
+            self.path
+            if split == "train"
+            else self.path.with_name(f"{self.path.stem}-{split}.jsonl")
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from dss.data.registry import SPLITS, Dataset, JsonlSource, get_dataset, set_data_root
@@ -43,7 +44,7 @@ class StepByStep(tfds.core.GeneratorBasedBuilder):
                     "id": text,
                     "input": text,
                     "label": text,  # empty where has_label is false
-                    "has_label": tfds.features.Scalar(dtype="bool"),
+                    "has_label": tfds.features.Scalar(dtype=np.bool_),
                     "outputs": tfds.features.Sequence(output),
                 }
             ),

@@ -1,0 +1,92 @@
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from dss.cli import main as cli
+from dss.cli.progress import LineProgress
+
+
+@pytest.mark.parametrize("verb", [None, *cli.VERBS])
+def test_help_is_quick_to_write_and_loads_no_jax(verb, capsys):
+    code = (
+        "import sys; from dss.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as e: assert e.code == 0\n"
+        "assert not {'jax', 'numpy', 'tensorflow', 'rich'} & set(sys.modules)"
+    )
+    args = [verb, "--help"] if verb else ["--help"]
+    subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("train", "--gin_file=students/tny.gin"), "did you mean 'students/tiny.gin'"),
+        (("train", "--gin.TRAIN_STEPS=0"), "train_steps must be at least 1, got 0"),
+        (("train", "--gin.NoSuch.field=1"), "No configurable matching 'NoSuch'"),
+        (("train", "--gin.BATCH_SIZE"), "give it as --gin.NAME=VALUE"),
+        (("train", "--gin.MODEL_DIR=x"), "no mixture"),
+        (
+            ("train", "--gin.MODEL_DIR=x", "--gin.MIXTURE_OR_TASK_NAME=svamp_finetunee"),
+            "unknown mixture 'svamp_finetunee'; did you mean 'svamp_finetune'",
+        ),
+        (("train", "--gin.DATA_ROOT=/nowhere"), "DATA_ROOT /nowhere: no such folder"),
+        (("inspect", "svamp_finetune", "--gin.DATASET_PATH=/no.jsonl"), "no such file or folder"),
+        (("eval", "/nowhere"), "no run directory"),
+        (("predict", "/nowhere"), "no run directory"),
+        (("import", "hf:/nowhere", "x"), "no such folder"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_status_2(
+    args, message, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(args) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert printed.startswith(f"dss {args[0]}: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_options_are_an_error():
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["eval", "x", "--nope"])
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_disk_is_one_line(monkeypatch, capsys, wrapped):
+    def run(_):
+        error = OSError(errno.ENOSPC, "No space left on device", "some/file")
+        if wrapped:  # as tensorstore reports it
+            raise ValueError("RESOURCE_EXHAUSTED: write failed") from error
+        raise error
+
+    monkeypatch.setattr("dss.cli.inspect_verb.run", run)
+    assert cli.main(["inspect"]) == 2
+    printed = capsys.readouterr().err
+    assert "some/file: no space left on device" in printed
+    assert printed.count("\n") == 1
+
+
+def test_progress_lines_say_loss_accuracy_rate_and_time_left(capsys):
+    progress = LineProgress(total=100, examples_per_step=10)
+    values = {"train/loss": 1.5, "examples_per_second": 20.0}
+    progress.evaluated(50, {"valid/loss": 2.0, "valid/label_loss": 1.0, "valid/accuracy": 0.25})
+    progress.update(60, values)
+    out = capsys.readouterr().out
+    assert "step 50/100  valid accuracy 25.0%  valid loss 2.0000  label_loss 1.0000" in out
+    line = "step 60/100  loss 1.5000  valid accuracy 25.0%  20.0 examples/s  20 s left"
+    assert line in out
+
+
+def test_listing_and_inspecting(small_root, capsys, monkeypatch):
+    root = f"--gin.DATA_ROOT={small_root}"
+    assert cli.main(["inspect", root]) == 0
+    assert "cqa_step_by_step_palm\n" in capsys.readouterr().out
+    assert cli.main(["inspect", "cqa_step_by_step_palm", root, "--gin.VOCABULARY=bytes"]) == 0
+    out = capsys.readouterr().out
+    for wanted in ("cqa_rationale_palm", "20 ok", "100.00%", "filled: encoder", "explain: q"):
+        assert wanted in out, wanted

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+
+from dss.data.batches import Batches, fill, iterate, paired_order, sampled_order, sequential_order
+from dss.data.store import TokenStore, open_store, tokenize
+from dss.data.tasks import TextRow, get_mixture
+from dss.data.vocabulary import load_vocabulary
+from dss.errors import UserError
+
+
+class Letters:
+    """A vocabulary of a=3, b=4, ..."""
+
+    size, fingerprint = 30, "letters"
+
+    def encode(self, text):
+        return [ord(c) - ord("a") + 3 for c in text]
+
+
+@pytest.fixture
+def store() -> TokenStore:
+    labels = [TextRow("1", "pa", "x"), TextRow("2", "pb", "y")]
+    rationales = [TextRow("1", "ea", "zz")]  # example 2 has none
+    return tokenize([labels, rationales], Letters(), inputs_length=8, targets_length=8)
+
+
+def test_a_packed_batch_in_full(store):
+    batches = Batches(store, sequential_order(store, 2), num_steps=1)
+    batch = batches[0]
+    assert batch["encoder_input_tokens"].tolist() == [[7, 3, 1, 18, 3, 1, 18, 4, 1] + [0] * 7]
+    assert batch["encoder_segment_ids"].tolist() == [[1] * 3 + [2] * 3 + [3] * 3 + [0] * 7]
+    assert batch["decoder_target_tokens"].tolist() == [[28, 28, 1, 26, 1, 27, 1, 0]]
+    assert batch["decoder_input_tokens"].tolist() == [[0, 28, 28, 0, 26, 0, 27, 0]]
+    assert batch["decoder_segment_ids"].tolist() == [[1, 1, 1, 2, 2, 3, 3, 0]]
+    assert batch["decoder_task_ids"].tolist() == [[2, 2, 2, 1, 1, 1, 1, 0]]
+    assert fill(batch) == (9 / 16, 7 / 8)
+
+
+def test_unpacked_rows_hold_one_sequence(store):
+    batch = Batches(store, sequential_order(store, 2), num_steps=1, packed=False)[0]
+    assert batch["encoder_input_tokens"][:3].tolist() == [[18, 3, 1], [7, 3, 1], [18, 4, 1]]
+    assert batch["encoder_segment_ids"].max() == 1
+    assert batch["decoder_task_ids"][3:].sum() == 0
+
+
+@pytest.fixture
+def toy_store(toy):
+    mixture = get_mixture("toy_step_by_step_rules")
+    return open_store(
+        mixture, "train", load_vocabulary("bytes"), inputs_length=64, targets_length=32
+    )
+
+
+def _texts(batch) -> set[tuple[int, ...]]:
+    """The sequences of a batch, whatever their place."""
+    out = set()
+    for tokens, segments in zip(
+        batch["encoder_input_tokens"], batch["encoder_segment_ids"], strict=True
+    ):
+        for segment in range(1, segments.max() + 1):
+            out.add(tuple(tokens[segments == segment]))
+    return out
+
+
+def test_an_epoch_has_every_view_once_and_packing_changes_no_sequence(toy_store):
+    order = paired_order(toy_store, 8, seed=1)
+    packed = Batches(toy_store, order, num_steps=5)
+    unpacked = Batches(toy_store, order, num_steps=5, packed=False)
+    seen: set = set()
+    for step in range(5):
+        sequences = _texts(packed[step])
+        assert sequences == _texts(unpacked[step])
+        assert len(sequences) == 16
+        assert not seen & sequences
+        seen |= sequences
+    assert len(seen) == 80
+
+
+def test_a_batch_is_a_function_of_seed_and_step(toy_store):
+    order = paired_order(toy_store, 8, seed=1)
+    batches = Batches(toy_store, order, num_steps=12, row_multiple=4)
+    resumed = list(iterate(batches, start=9))
+    assert len(resumed) == 3
+    for name, array in resumed[0].items():
+        np.testing.assert_array_equal(array, batches[9][name])
+    other = Batches(toy_store, paired_order(toy_store, 8, seed=2), num_steps=12)
+    assert _texts(other[0]) != _texts(batches[0])
+    assert len(batches.row_counts) <= 3
+    assert all(rows % 4 == 0 for rows in batches.row_counts)
+    with pytest.raises(IndexError):
+        batches[12]
+
+
+def test_sampling_follows_the_rates(toy_store):
+    order = sampled_order(toy_store, 10, seed=0, rates=(0.3, 0.7))
+    counts = np.zeros(2)
+    for step in range(20):
+        tasks, _ = order(step)
+        assert len(tasks) == 10
+        counts += np.bincount(tasks, minlength=2)
+    assert counts.tolist() == [60, 140]
+
+
+def test_a_store_is_read_back_from_the_cache_and_keyed_by_its_settings(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSS_CACHE", str(tmp_path))
+    mixture, bytes_ = get_mixture("toy_step_by_step_rules"), load_vocabulary("bytes")
+    lengths = {"inputs_length": 64, "targets_length": 32}
+    first = open_store(mixture, "train", bytes_, **lengths)
+    again = open_store(mixture, "train", bytes_, **lengths)
+    assert len(list((tmp_path / "tokens").iterdir())) == 1
+    assert first.ids == again.ids
+    np.testing.assert_array_equal(first.tasks[1].targets.tokens, again.tasks[1].targets.tokens)
+    half = open_store(mixture, "train", bytes_, fraction=0.5, **lengths)
+    assert len(half) == 20
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+def test_a_task_without_rows_is_an_error(tmp_path):
+    from dss.data.registry import register
+    from tests.conftest import write_jsonl
+
+    write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x"}])
+    write_jsonl(tmp_path / "valid.jsonl", [{"id": "a", "input": "x"}])
+    register("bare", tmp_path)
+    with pytest.raises(UserError, match="bare_label_gold: no train rows"):
+        open_store(
+            get_mixture("bare_finetune"),
+            "train",
+            load_vocabulary("bytes"),
+            inputs_length=8,
+            targets_length=8,
+        )

@@ -1,0 +1,80 @@
+import pytest
+
+from dss.data.registry import get_dataset, register
+from dss.data.splits import hold_out, subsample
+from dss.errors import UserError
+from tests.conftest import write_jsonl
+
+
+def test_jsonl_examples_and_journal_are_joined_by_id(toy):
+    assert len(toy.examples("train")) == 40
+    assert toy.source.teachers == ("rules",)
+    assert toy.outputs("train", "rules")["train-5"].rationale == "5 is 2 mod 3"
+    assert get_dataset("toy") is toy
+
+
+def test_one_file_is_train_with_a_tenth_held_out(tmp_path):
+    rows = [{"input": f"x{i}", "label": "a"} for i in range(20)]
+    dataset = register("mine", write_jsonl(tmp_path / "mine.jsonl", rows))
+    train, valid = dataset.examples("train"), dataset.examples("valid")
+    assert (len(train), len(valid)) == (18, 2)
+    assert not {e.id for e in train} & {e.id for e in valid}
+    with pytest.raises(UserError, match="no such file"):
+        dataset.examples("test")
+
+
+def test_subsets_are_nested():
+    rows = [set(subsample(100, f, seed=3).tolist()) for f in (1.0, 0.5, 0.25)]
+    assert rows[0] > rows[1] > rows[2]
+    train, valid = hold_out(subsample(100, 0.5, seed=3))
+    assert (len(train), len(valid)) == (45, 5)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"train.jsonl:2: not JSON"),
+        ("[1]", r"train.jsonl:2: a list, not a JSON object"),
+        ('{"label": "a"}', r"train.jsonl:2: 'input' is missing"),
+        ('{"input": ["x"]}', r"train.jsonl:2: 'input' is a list"),
+        ('{"id": "one", "input": "x"}', r"train.jsonl:2: id 'one' came before"),
+    ],
+)
+def test_malformed_lines_name_file_and_line(tmp_path, line, message):
+    (tmp_path / "train.jsonl").write_text('{"id": "one", "input": "x"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        register("bad", tmp_path).examples("train")
+
+
+def test_a_label_outside_the_closed_set_is_an_error(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"input": "x", "label": "maybe"}])
+    with pytest.raises(UserError, match=r"label 'maybe' is none of yes, no"):
+        register("bad", tmp_path, labels=("yes", "no")).examples("train")
+
+
+def test_an_empty_split_is_an_error(tmp_path):
+    (tmp_path / "test.jsonl").write_text("")
+    with pytest.raises(UserError, match="no examples for the test split"):
+        register("empty", tmp_path).examples("test")
+
+
+def test_unknown_status_and_later_lines_of_a_journal(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x"}])
+    journal = [{"id": "a", "status": "error"}, {"id": "a", "rationale": "r", "label": "l"}]
+    write_jsonl(tmp_path / "train.t.jsonl", journal)
+    dataset = register("mine", tmp_path)
+    assert dataset.outputs("train", "t")["a"].status == "ok"
+    write_jsonl(tmp_path / "train.t.jsonl", [{"id": "a", "status": "fine"}])
+    with pytest.raises(UserError, match=r"train.t.jsonl:1: status 'fine'"):
+        dataset.outputs("train", "t")
+
+
+def test_bad_names_and_paths(tmp_path):
+    with pytest.raises(UserError, match="letters, digits"):
+        register("my data", tmp_path)
+    with pytest.raises(UserError, match="released dataset"):
+        register("cqa", tmp_path)
+    with pytest.raises(UserError, match="no such file or folder"):
+        register("mine", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"unknown dataset 'cqaa'; did you mean 'cqa'"):
+        get_dataset("cqaa")

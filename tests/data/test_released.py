@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from dss.data.registry import get_dataset, set_data_root
+from dss.data.released import RELEASED
+from dss.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rationale", "label"),
+    [
+        ("cqa", "R. So the answer is (d) math problem.\n\nQ: x", "R.", "math problem"),
+        ("cqa", "R. So the answer is unclear.", "R.", " "),
+        ("cqa", "no conclusion", " ", " "),
+        ("cqa", "R. So the answer is (a) x. So the answer is (b) y.", " ", " "),
+        ("svamp", "R. The answer is (84 / 2).\n\nQ: x", "R.", "(84 / 2)"),
+        ("svamp", "R. The answer is 42.", "R.", " "),
+        ("esnli", "R.\nAnswer: neutral\n\nPremise: x", "R.", "neutral"),
+        ("esnli", "R.", "R.", " "),
+        ("anli1", "R. So the answer is contradiction.\n\nPremise: x", "R.", "contradiction"),
+        ("anli1", "The answer is contradiction.", "", ""),
+    ],
+)
+def test_palm_text_is_parsed_as_the_reference_does(name, text, rationale, label):
+    assert RELEASED[name].parsers["palm"](text) == (rationale, label)
+
+
+def test_gpt_neox_text_on_anli_may_conclude_otherwise():
+    parse = RELEASED["anli1"].parsers["gpt_neox"]
+    assert parse("  R. The answer is neutral.") == ("R.", "neutral")
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_every_dataset_and_teacher_is_read(small_root, name):
+    set_data_root(small_root)
+    dataset = get_dataset(name)
+    for teacher in ("palm", "gpt_neox"):
+        outputs = dataset.outputs("train", teacher)
+        examples = dataset.examples("train")
+        assert {output.status for output in outputs.values()} == {"ok"}
+        assert all(example.id in outputs for example in examples)
+    set_data_root(None)
+
+
+def test_another_number_of_texts_than_rows_is_an_error(small_root, tmp_path):
+    import shutil
+
+    root = tmp_path / "root"
+    shutil.copytree(small_root, root)
+    (root / "svamp" / "llm" / "train_CoT_1.json").unlink()
+    set_data_root(root)
+    with pytest.raises(UserError, match=r"12 texts of palm for the 20 examples"):
+        get_dataset("svamp").outputs("train", "palm")
+    (root / "svamp" / "svamp_train.json").write_text('{"input": "x"}\n')
+    with pytest.raises(UserError, match=r"svamp_train.json:1: not a row of svamp"):
+        get_dataset("svamp").examples("train")
+    (root / "svamp" / "llm" / "train_CoT_0.json").write_text("[1]")
+    with pytest.raises(UserError, match="not a list of texts"):
+        get_dataset("svamp").outputs("train", "palm")
+    set_data_root(None)
+
+
+def test_splits_are_the_references(shared, data_root):
+    recorded = json.loads((shared / "fixtures" / "reference_splits.json").read_text())
+    assert len(recorded) == 12
+    for key, wanted in recorded.items():
+        name, fraction, seed = key.split("/")
+        options = {"fraction": float(fraction.split("=")[1]), "seed": int(seed.split("=")[1])}
+        for split in ("train", "valid"):
+            examples = get_dataset(name).examples(split, **options)
+            assert [int(e.id.split("-")[1]) for e in examples] == wanted[split], key
+
+
+def test_every_cqa_label_is_among_its_choices(data_root):
+    dataset = get_dataset("cqa")
+    assert all(e.label in dataset.choices(e.input) for e in dataset.examples("test"))

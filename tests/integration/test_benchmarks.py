@@ -1,0 +1,54 @@
+"""The promises, as the commands that show them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def run(script, *args):
+    command = [sys.executable, ROOT / "benchmarks" / script, *args]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_released_data_parse_row_for_row(shared):
+    done = run(
+        "parse_released.py",
+        *("--data-root", shared / "data" / "datasets"),
+        *("--expected", shared / "fixtures" / "released_teacher_outputs.json"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok\n") == 8
+    for accuracy in ("77.23%", "74.00%", "65.60%", "72.99%"):
+        assert accuracy in done.stdout
+
+
+def test_the_network_is_t5xs(shared):
+    done = run("network_parity.py", "--fixture", shared / "fixtures" / "t5x_tiny_v1_1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ok\n") == 8
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--packed"],
+        ["--unpacked"],
+        ["--packed", "--devices=8"],
+        ["--packed", "--devices=8", "--microbatches=2"],
+        ["--unpacked", "--microbatches=2"],
+    ],
+    ids=" ".join,
+)
+def test_every_step_is_the_references(shared, vocab_path, options):
+    done = run(
+        "fidelity.py",
+        *("--reference", shared / "fixtures" / "reference_cqa"),
+        *("--data-root", shared / "data" / "datasets"),
+        *("--vocab", vocab_path),
+        *options,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "greedy outputs equal 4 of 4" in done.stdout

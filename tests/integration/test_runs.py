@@ -1,0 +1,283 @@
+"""Whole runs through the command line, on a small student that reads bytes."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dss.runs import load_run
+
+STUDENT = """
+Experiment.student = @T5Config()
+T5Config.vocab_size = 384
+T5Config.d_model = 16
+T5Config.d_kv = 8
+T5Config.d_ff = 32
+T5Config.num_heads = 2
+T5Config.num_encoder_layers = 1
+T5Config.num_decoder_layers = 1
+VOCABULARY = 'bytes'
+LEARNING_RATE = 0.01
+BATCH_SIZE = 8
+TRAIN_STEPS = 60
+EVAL_PERIOD = 10
+TrainerConfig.log_period = 2
+TASK_FEATURE_LENGTHS = {'inputs': 48, 'targets': 24}
+"""
+
+
+def start(*args, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-c", "from dss.cli.main import main; raise SystemExit(main())"]
+    return subprocess.Popen(
+        [*command, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def finish(process: subprocess.Popen, status: int = 0, stdin: str | None = None) -> str:
+    out, err = process.communicate(stdin, timeout=300)
+    assert process.returncode == status, out + err
+    return out + err
+
+
+@pytest.fixture(scope="module")
+def train(toy_folder, tmp_path_factory):
+    """Starts `dss train` on the toy data."""
+    gin = tmp_path_factory.mktemp("gin") / "student.gin"
+    gin.write_text(STUDENT)
+
+    def train(run: Path, *flags: str) -> subprocess.Popen:
+        return start(
+            "train",
+            f"--gin_file={gin}",
+            f"--gin.MODEL_DIR={run}",
+            f"--gin.DATASET_PATH={toy_folder}",
+            "--gin.DATASET_LABELS=('yes', 'no')",
+            "--gin.MIXTURE_OR_TASK_NAME=toy_step_by_step_rules",
+            *flags,
+        )
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert "step 60 done" in finish(train(run))
+    return run
+
+
+def assert_same_run(got: Path, wanted: Path) -> None:
+    import jax
+
+    assert (got / "metrics.jsonl").read_text() == (wanted / "metrics.jsonl").read_text()
+    params = [load_run(run).predictor("latest")[0].params for run in (got, wanted)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    steps = [load_run(run).checkpoints().steps for run in (got, wanted)]
+    assert steps[0] == steps[1]
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 200
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_three_times_a_run_ends_as_one_that_was_not(train, undisturbed, tmp_path):
+    run = tmp_path / "killed"
+    checkpoints = run / "checkpoints"
+
+    def lines() -> int:
+        file = run / "metrics.jsonl"
+        return file.read_text().count("\n") if file.exists() else 0
+
+    def saving() -> bool:
+        return any(checkpoints.glob("*tmp*")) if checkpoints.exists() else False
+
+    def saved(step: int) -> bool:
+        return (checkpoints / str(step)).exists()
+
+    wanted = random.Random(0).randint(3, 8)
+    for moment in (lambda: lines() >= wanted, saving, lambda: saved(40)):
+        process = train(run)
+        wait_for(moment, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, "the run was over before it was killed"
+    assert "step 60 done" in finish(train(run))
+    assert_same_run(run, undisturbed)
+
+
+def test_sigterm_saves_and_the_run_goes_on_from_there(train, undisturbed, tmp_path):
+    run = tmp_path / "terminated"
+    process = train(run)
+    wait_for(
+        lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size, process
+    )
+    process.send_signal(signal.SIGTERM)
+    out = finish(process, 128 + signal.SIGTERM)
+    assert "SIGTERM: saved at step" in out
+    saved = int(out.split("saved at step ")[1].split(";")[0])
+    assert saved in load_run(run).checkpoints().steps
+    finish(train(run))
+    import jax
+
+    params = [load_run(r).predictor("latest")[0].params for r in (run, undisturbed)]
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    assert (run / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
+
+
+def test_a_run_directory_is_whole(undisturbed, tmp_path):
+    names = {path.name for path in undisturbed.iterdir()}
+    assert {"config.gin", "checkpoints", "metrics.jsonl", "speed.jsonl", "tensorboard"} <= names
+    lines = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    valid = [line for line in lines if "valid/accuracy" in line]
+    assert [line["step"] for line in valid] == [10, 20, 30, 40, 50, 60]
+    assert {"valid/loss", "valid/label_loss", "valid/rationale_loss"} <= valid[0].keys()
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(undisturbed, moved)
+    out = finish(
+        start("eval", moved, "--split=valid", "--json", tmp_path / "eval.json", cwd=tmp_path)
+    )
+    assert "toy_step_by_step_rules valid" in out
+    assert "(95%: " in out
+    summary = json.loads((tmp_path / "eval.json").read_text())
+    best = max(line["valid/accuracy"] for line in valid)
+    assert summary["value"] == pytest.approx(best)
+    (predictions,) = (moved / "predictions").iterdir()
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert {row["prediction"] for row in rows} <= {"yes", "no"}
+
+
+def test_predict_reads_standard_input_and_files(undisturbed, tmp_path):
+    lines = 'is 3 good\n\n{"id": "x", "input": "is 4 good"}\n'
+    process = start("predict", undisturbed, "--rationale", stdin=subprocess.PIPE)
+    out, err = process.communicate(lines, timeout=200)
+    assert process.returncode == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["id"] for row in rows] == ["input-0", "x"]
+    assert all(row["label"] in ("yes", "no") and "rationale" in row for row in rows)
+    (tmp_path / "in.jsonl").write_text('{"input": "is 3 good"}\n')
+    output = tmp_path / "out.jsonl"
+    options = ("--input", tmp_path / "in.jsonl", "--output", output, "--num_beams=2", "--generate")
+    finish(start("predict", undisturbed, *options))
+    assert json.loads(output.read_text())["input"] == "is 3 good"
+
+
+def test_a_full_disk_is_one_line(undisturbed):
+    for options in (("predict", undisturbed, "--output"), ("eval", undisturbed, "--json")):
+        process = start(*options, "/dev/full", stdin=subprocess.PIPE)
+        out, err = process.communicate("is 3 good\n", timeout=200)
+        assert process.returncode == 2, out + err
+        assert "no space left on device" in err
+        assert "Traceback" not in err
+
+
+def test_training_on_a_full_disk_keeps_what_was_saved(train, tmp_path):
+    mount = tmp_path / "small"
+    mount.mkdir()
+    tmpfs = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(mount)]
+    if subprocess.run(tmpfs, capture_output=True).returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    try:
+        err = finish(train(mount / "run", "--gin.Experiment.seed=5"), 2)
+        assert "no space left on device" in err.splitlines()[-1]
+        assert "Traceback" not in err
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_what_does_not_fit_a_run_is_one_line(train, undisturbed, toy_folder, vocab_path, tmp_path):
+    wrong = {
+        "--gin.T5Config.d_model=32": "a checkpoint of another size than the student: d_model 16",
+        "--gin.ALPHA=0.9": "the run of another experiment: alpha was 0.5 and is 0.9",
+        f"--gin.VOCABULARY={vocab_path}": "wrong vocabulary",
+    }
+    for flag, message in wrong.items():
+        err = finish(train(undisturbed, flag), 2)
+        assert message in err
+        assert "Traceback" not in err
+    fresh = finish(train(tmp_path / "new", f"--gin.VOCABULARY={vocab_path}"), 2)
+    assert "wrong vocabulary: it has 32000 ids and the student 384 embeddings" in fresh
+    bad = tmp_path / "toy"
+    shutil.copytree(toy_folder, bad)
+    with (bad / "train.jsonl").open("a") as file:
+        file.write('{"input": "x", "label": "maybe"}\n')
+    assert "label 'maybe' is none of yes, no" in finish(
+        train(tmp_path / "new", f"--gin.DATASET_PATH={bad}"), 2
+    )
+    (bad / "train.jsonl").write_text("")
+    assert "no examples for the train split" in finish(
+        train(tmp_path / "new", f"--gin.DATASET_PATH={bad}"), 2
+    )
+    (bad / "train.rules.jsonl").unlink()
+    assert "no such file" in finish(train(tmp_path / "new", f"--gin.DATASET_PATH={bad}"), 2)
+
+
+def test_a_hugging_face_checkpoint_is_imported_trained_and_asked(
+    shared, vocab_path, data_root, tmp_path
+):
+    model = shared / "fixtures" / "reference_cqa" / "model"
+    imported = tmp_path / "imported"
+    missing = finish(start("import", f"hf:{model}", imported), 2)
+    assert "no vocabulary" in missing
+    out = finish(start("import", f"hf:{model}", imported, "--vocabulary", vocab_path))
+    assert "2.1M parameters" in out
+    assert "not empty" in finish(start("import", f"hf:{model}", imported), 2)
+    run = tmp_path / "run"
+    finish(
+        start(
+            "train",
+            "--gin_file=recipes/svamp_step_by_step.gin",
+            f"--gin.MODEL_DIR={run}",
+            f"--gin.DATA_ROOT={data_root}",
+            f"--gin.INITIAL_CHECKPOINT_PATH={imported}",
+            *("--gin.TRAIN_STEPS=4", "--gin.BATCH_SIZE=8", "--gin.Experiment.eval_examples=8"),
+        )
+    )
+    assert "svamp_step_by_step_palm test" in finish(start("eval", run))
+    on_cqa = ("--mixture=cqa_finetune", f"--data_root={data_root}", "--split=valid")
+    assert "cqa_finetune valid, step 0: accuracy" in finish(start("eval", imported, *on_cqa))
+    no_mixture = finish(start("eval", imported), 2)
+    assert "no mixture" in no_mixture
+
+
+def test_the_quickstart_trains_compares_and_draws(tmp_path):
+    env = os.environ | {"COLUMNS": "120"}
+    sizes = ("--sizes", "60", "120", "--seeds", "1")
+    from dss import quickstart
+
+    assert quickstart.STEPS == 800
+    code = (
+        "import sys, dss.quickstart as q; q.STEPS = 4\n"
+        "from dss.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "quickstart", "--output", tmp_path / "q", *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The data are synthetic" in done.stdout
+    assert "[6/6] 120 examples, seed 0, step by step, 4 steps" in done.stdout
+    results = json.loads((tmp_path / "q" / "results.json").read_text())
+    assert len(results) == 6
+    assert (tmp_path / "q" / "accuracy.png").stat().st_size > 5000
+    assert (tmp_path / "q" / "accuracy.svg").exists()
+    train, test = (
+        {json.loads(line)["input"] for line in (tmp_path / "q" / "timeline" / f).open()}
+        for f in ("train.jsonl", "test.jsonl")
+    )
+    pairs = [
+        {frozenset(text.split()[i] for i in (1, 4)) for text in side} for side in (train, test)
+    ]
+    assert not pairs[0] & pairs[1]

@@ -1,0 +1,73 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from dss.errors import UserError
+from dss.interop import huggingface
+
+
+@pytest.fixture
+def folder(shared):
+    return shared / "fixtures" / "reference_cqa" / "model"
+
+
+def test_shards_are_read_as_one_file_is(folder, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    index = {}
+    for k, part in enumerate((names[::2], names[1::2])):
+        file = f"model-{k + 1:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, tmp_path / file)
+        index |= dict.fromkeys(part, file)
+    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": index}))
+    config = huggingface.read_config(tmp_path)
+    whole, sharded = (huggingface.load_params(f, config) for f in (folder, tmp_path))
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, whole, sharded)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="missing, though"):
+        huggingface.load_params(tmp_path, config)
+
+
+def test_bin_files_are_refused_with_the_reason(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="pickles"):
+        huggingface.read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "bert"}, "model_type is 'bert'"),
+        ({"model_type": "umt5"}, "umt5"),
+        ({"feed_forward_proj": "gated-tanh"}, "activation 'tanh'"),
+        ({"d_model": None}, None),
+    ],
+)
+def test_configurations_that_are_no_t5(folder, tmp_path, changes, message):
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    raw = {key: value for key, value in raw.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=message or "no 'd_model'"):
+        huggingface.read_config(tmp_path)
+
+
+def test_a_file_that_is_cut_short(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    content = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        huggingface.read_config(tmp_path)
+
+
+def test_a_missing_folder_and_an_unreachable_hub(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        huggingface.resolve(f"hf:{tmp_path}/none")
+    with pytest.raises(UserError, match="the hub did not give it"):
+        huggingface.resolve("hf:google/t5-v1_1-small")

@@ -1,0 +1,234 @@
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dss.interop import huggingface
+from dss.student.config import T5Config
+from dss.student.decoding import generate, score_candidates
+from dss.student.network import bind, init_params, logical_axes, num_parameters
+from tests.conftest import tiny_config
+
+TOLERANCE = 1e-4  # relative to the largest logit
+
+
+def logits_of(config, params, *args):
+    return jax.jit(lambda p, *a: bind(config, p)(*a))(params, *args)
+
+
+KINDS = {
+    "1.0": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "1.1": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    "byt5": {
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "num_layers": 3,
+        "num_decoder_layers": 1,
+        "vocab_size": 384,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def hugging_face(request, tmp_path_factory):
+    """A random T5 of transformers, sharp enough to have opinions, and the folder it is saved in."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    values = {
+        "vocab_size": 200,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    }
+    config = transformers.T5Config(**(values | KINDS[request.param]))
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0 if parameter.ndim > 1 else 1.0)
+        if request.param != "1.0":  # as the published checkpoints: a head of its own
+            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+            model.config.tie_word_embeddings = False
+    folder = tmp_path_factory.mktemp(request.param.replace(".", "_"))
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def _inputs():
+    rng = np.random.default_rng(0)
+    inputs = rng.integers(2, 190, (4, 150))  # longer than the last position bucket begins
+    inputs[:, -1] = 1
+    for row in range(4):
+        inputs[row, 150 - 20 * row :] = 0
+    targets = rng.integers(2, 190, (4, 140))
+    targets[:, 0] = 0
+    return inputs, targets
+
+
+def test_logits_are_those_of_transformers(hugging_face):
+    import torch
+
+    model, folder = hugging_face
+    config = huggingface.read_config(folder)
+    params = huggingface.load_params(folder, config)
+    inputs, targets = _inputs()
+    with torch.no_grad():
+        theirs = model(
+            input_ids=torch.tensor(inputs),
+            attention_mask=torch.tensor(inputs != 0).long(),
+            decoder_input_ids=torch.tensor(targets),
+        ).logits.numpy()
+    ours = np.asarray(logits_of(config, params, inputs, targets))
+    assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_decoding_is_that_of_transformers(hugging_face, num_beams):
+    import torch
+
+    model, folder = hugging_face
+    config = huggingface.read_config(folder)
+    params = huggingface.load_params(folder, config)
+    inputs, _ = _inputs()
+    with torch.no_grad():
+        theirs = model.generate(
+            torch.tensor(inputs),
+            attention_mask=torch.tensor(inputs != 0).long(),
+            max_new_tokens=20,
+            num_beams=num_beams,
+            do_sample=False,
+        ).numpy()[:, 1:]
+    ours, _ = generate(config, params, jnp.asarray(inputs), max_length=20, num_beams=num_beams)
+    theirs = np.pad(theirs, ((0, 0), (0, 20 - theirs.shape[1])))
+    np.testing.assert_array_equal(np.asarray(ours), theirs)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = tiny_config()
+    return config, init_params(config, 0)
+
+
+def test_a_segment_of_a_packed_row_is_computed_as_if_alone(tiny):
+    config, params = tiny
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(3, 300, 5), rng.integers(3, 300, 4)
+    x, y = rng.integers(3, 300, 3), rng.integers(3, 300, 6)
+    packed = logits_of(
+        config,
+        params,
+        np.array([[*a, *b, 0]]),
+        np.array([[*x, *y]]),
+        np.array([[1] * 5 + [2] * 4 + [0]]),
+        np.array([[1] * 3 + [2] * 6]),
+    )
+    for inputs, targets, slots in ((a, x, slice(0, 3)), (b, y, slice(3, 9))):
+        alone = logits_of(config, params, inputs[None], targets[None])
+        np.testing.assert_allclose(packed[0, slots], alone[0], atol=1e-5)
+
+
+def test_remat_and_bfloat16_change_no_more_than_rounding(tiny):
+    config, params = tiny
+    inputs, targets = np.array([[5, 6, 7, 1]]), np.array([[0, 8, 9]])
+    wanted = logits_of(config, params, inputs, targets)
+    for changes, tolerance in (({"remat": "full"}, 1e-6), ({"dtype": "bfloat16"}, 0.15)):
+        got = logits_of(tiny_config(**changes), params, inputs, targets)
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, wanted, atol=tolerance)
+
+
+def test_dropout_is_a_function_of_its_key():
+    config = tiny_config(dropout_rate=0.5)
+    params = init_params(config, 0)
+    inputs, targets = np.array([[5, 6, 7, 1]]), np.array([[0, 8, 9]])
+    first, second = jax.random.key(1), jax.random.key(2)
+    a = logits_of(config, params, inputs, targets, None, None, first)
+    np.testing.assert_array_equal(a, logits_of(config, params, inputs, targets, None, None, first))
+    assert not np.allclose(a, logits_of(config, params, inputs, targets, None, None, second))
+    assert not np.allclose(a, logits_of(config, params, inputs, targets))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "millions"),
+    [
+        ((512, 64, 1024, 6, 8), 77),
+        ((768, 64, 2048, 12, 12), 248),
+        ((1024, 64, 2816, 16, 24), 783),
+        ((2048, 64, 5120, 32, 24), 2850),
+        ((4096, 64, 10240, 64, 24), 11135),
+    ],
+)
+def test_the_published_sizes(sizes, millions):
+    names = ("d_model", "d_kv", "d_ff", "num_heads", "num_encoder_layers")
+    values = dict(zip(names, sizes, strict=True))
+    config = T5Config(vocab_size=32128, num_decoder_layers=sizes[-1], **values)
+    assert round(num_parameters(config) / 1e6) == millions
+
+
+def test_every_parameter_has_logical_axes(tiny):
+    config, params = tiny
+    axes = logical_axes(config)
+    jax.tree.map(
+        lambda names, x: pytest.fail(str(names)) if len(names) != x.ndim else None,
+        axes,
+        params,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+@pytest.mark.parametrize("field", ["d_model", "num_heads", "num_decoder_layers"])
+def test_sizes_are_checked(field):
+    with pytest.raises(ValueError, match=f"{field} must be at least 1"):
+        tiny_config(**{field: 0})
+
+
+def test_greedy_is_the_argmax_of_the_whole_network(tiny):
+    config, params = tiny
+    inputs = np.array([[5, 6, 7, 1], [9, 1, 0, 0]])
+    tokens, _ = generate(config, params, inputs, max_length=6, stop=False)
+    given = np.zeros((2, 1), int)
+    for t in range(6):
+        best = np.asarray(logits_of(config, params, inputs, given))[:, -1].argmax(-1)
+        np.testing.assert_array_equal(np.asarray(tokens)[:, t], best)
+        given = np.concatenate([given, best[:, None]], axis=1)
+
+
+def test_after_the_end_there_is_padding(tiny):
+    config, params = tiny
+    inputs = np.array([[5, 6, 7, 1], [9, 1, 0, 0]])
+    # A head that always prefers EOS ends every row at once.
+    params = params | {"head": params["head"].at[:, 1].set(100 * params["decoder"]["norm"])}
+    tokens, _ = generate(config, params, inputs, max_length=5)
+    ended = np.asarray(tokens)
+    rows = ended[(ended == 1).any(axis=1)]
+    assert all((row[row.tolist().index(1) + 1 :] == 0).all() for row in rows)
+
+
+def test_a_candidates_score_is_the_sum_of_its_log_probabilities(tiny):
+    config, params = tiny
+    inputs = np.array([[5, 6, 7, 1]])
+    candidates = np.array([[[8, 9, 1], [10, 1, 0], [0, 0, 0]]])
+    scores = np.asarray(score_candidates(config, params, inputs, candidates))[0]
+    for c, ids in enumerate(([8, 9, 1], [10, 1])):
+        log_probs = jax.nn.log_softmax(
+            logits_of(config, params, inputs, np.array([[0, *ids[:-1]]]))
+        )
+        wanted = sum(float(log_probs[0, t, i]) for t, i in enumerate(ids))
+        assert scores[c] == pytest.approx(wanted, abs=1e-4)
+    assert scores[2] == -np.inf
+
+
+def test_student_and_training_need_no_tensorflow():
+    code = (
+        "import sys, dss.student.decoding, dss.training.trainer, dss.train;"
+        "print([m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'seqio', 'torch')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

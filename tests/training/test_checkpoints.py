@@ -1,0 +1,82 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dss.errors import UserError
+from dss.student.network import abstract_params, init_params
+from dss.train import abstract_state
+from dss.training.checkpoints import Checkpoints, abstract_like
+from dss.training.mesh import MeshConfig, make_mesh
+from dss.training.metrics import MetricsWriter, read_metrics
+from dss.training.optimizer import OptimizerConfig, make_optimizer
+from dss.training.step import TrainState, init_state, state_shardings
+from tests.conftest import tiny_config
+
+
+@pytest.fixture
+def state():
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    return init_state(init_params(tiny_config(), 0), optimizer)
+
+
+def at(state: TrainState, step: int) -> TrainState:
+    return TrainState(jnp.asarray(step, jnp.int32), state.params, state.opt_state)
+
+
+def test_the_latest_two_and_the_best_are_kept(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path)
+    for step, score in ((1, 0.1), (2, 0.9), (3, 0.5), (4, 0.5), (5, 0.2)):
+        checkpoints.save(at(state, step), score)
+        checkpoints.wait()
+    assert checkpoints.steps == [2, 4, 5]
+    assert (checkpoints.latest, checkpoints.best) == (5, 2)
+    assert [checkpoints.find(name) for name in ("latest", "best", "4")] == [5, 2, 4]
+    with pytest.raises(UserError, match=r"no checkpoint '3'; have: 2, 4, 5, latest, best"):
+        checkpoints.find("3")
+    checkpoints.close()
+
+
+def test_a_state_is_restored_bitwise_and_onto_another_mesh(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(at(state, 7), 0.5)
+    checkpoints.wait()
+    config, mesh_config = tiny_config(), MeshConfig(data=4, model=2)
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    shardings = state_shardings(config, optimizer, make_mesh(mesh_config), mesh_config)
+    found = checkpoints.restore(7, abstract_state(config, optimizer, shardings))
+    assert int(found.step) == 7
+    jax.tree.map(np.testing.assert_array_equal, found.params, state.params)
+    jax.tree.map(np.testing.assert_array_equal, found.opt_state, state.opt_state)
+    checkpoints.close()
+
+
+def test_a_checkpoint_of_another_size_is_an_error(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(at(state, 1), 0.5)
+    checkpoints.wait()
+    shapes = abstract_params(tiny_config(d_model=32))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = abstract_like(shapes, jax.tree.map(lambda _: one, shapes))
+    with pytest.raises(UserError, match="a checkpoint of another size: decoder/layers/"):
+        checkpoints.restore_params(1, abstract)
+    checkpoints.close()
+
+
+def test_a_folder_without_checkpoints_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no checkpoints"):
+        Checkpoints(tmp_path / "none", read_only=True)
+
+
+def test_metrics_go_on_after_the_step_that_was_restored(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in (1, 2, 3):
+        writer.write(step, {"train/loss": float(step)})
+    writer.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "tra')  # killed while writing
+    writer = MetricsWriter(tmp_path, 2)
+    writer.write(3, {"train/loss": 30.0})
+    writer.close()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]

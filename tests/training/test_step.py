@@ -1,0 +1,132 @@
+import jax
+import numpy as np
+import pytest
+
+from dss.data.batches import Batches, paired_order
+from dss.data.store import open_store
+from dss.data.tasks import get_mixture
+from dss.data.vocabulary import load_vocabulary
+from dss.errors import UserError
+from dss.student.network import init_params
+from dss.training.mesh import MeshConfig, make_mesh, put_batch
+from dss.training.optimizer import OptimizerConfig, make_optimizer
+from dss.training.step import (
+    LossConfig,
+    init_state,
+    make_eval_step,
+    make_train_step,
+    state_shardings,
+)
+from tests.conftest import tiny_config
+
+STEPS = 4
+TOLERANCE = 1e-5
+
+
+@pytest.fixture
+def run(toy):
+    """Trains a few steps; returns losses and final parameters."""
+    mixture = get_mixture("toy_step_by_step_rules", alpha=0.3)
+    store = open_store(
+        mixture, "train", load_vocabulary("bytes"), inputs_length=64, targets_length=32
+    )
+
+    def train(*, packed=True, microbatches=1, optimizer="adamw", dropout=0.0, **mesh_options):
+        config = tiny_config(dropout_rate=dropout)
+        mesh_config = MeshConfig(**mesh_options)
+        devices = jax.devices()[: mesh_config.data * mesh_config.model]
+        mesh = make_mesh(mesh_config, devices)
+        update = make_optimizer(OptimizerConfig(name=optimizer, learning_rate=1e-2), 10)
+        shardings = state_shardings(config, update, mesh, mesh_config)
+        step = make_train_step(
+            config,
+            update,
+            LossConfig(num_tasks=2, rates=mixture.rates),
+            mesh=mesh,
+            shardings=shardings,
+            microbatches=microbatches,
+        )
+        batches = Batches(
+            store,
+            paired_order(store, 8, seed=0),
+            num_steps=STEPS,
+            packed=packed,
+            row_multiple=mesh_config.data * microbatches,
+        )
+        state = jax.device_put(init_state(init_params(config, 0), update), shardings)
+        losses = []
+        for i in range(STEPS):
+            state, metrics = step(state, put_batch(mesh, batches[i]))
+            losses.append([*np.asarray(metrics["task_loss"]), float(metrics["grad_norm"])])
+        return np.array(losses), jax.tree.map(np.asarray, state.params)
+
+    return train
+
+
+@pytest.fixture
+def plain(run):
+    return run(data=1)
+
+
+def assert_same(got, wanted):
+    np.testing.assert_allclose(got[0], wanted[0], rtol=TOLERANCE)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got[1], wanted[1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data": 1, "packed": False},
+        {"data": 1, "microbatches": 2},
+        {"data": 8},
+        {"data": 4, "model": 2, "microbatches": 2},
+        {"data": 2, "model": 2, "rules": (("embed", "data"), ("heads", "model"), ("mlp", "model"))},
+    ],
+    ids=["unpacked", "microbatches", "8x1", "4x2 microbatches", "fsdp 2x2"],
+)
+def test_layout_changes_no_number(run, plain, options):
+    assert_same(run(**options), plain)
+
+
+def test_loss_falls_and_task_losses_differ(plain):
+    losses, _ = plain
+    assert (losses[-1, :2] < losses[0, :2]).all()
+    assert losses[0, 0] != losses[0, 1]
+
+
+def test_adafactor_on_a_mesh_is_adafactor(run):
+    assert_same(run(data=4, model=2, optimizer="adafactor"), run(data=1, optimizer="adafactor"))
+
+
+def test_dropout_repeats_itself(run):
+    first, second = run(data=1, dropout=0.3), run(data=1, dropout=0.3)
+    jax.tree.map(np.testing.assert_array_equal, first[1], second[1])
+
+
+def test_a_mesh_that_does_not_fit_is_an_error():
+    with pytest.raises(UserError, match="does not use the 8 devices exactly"):
+        make_mesh(MeshConfig(data=3))
+    config, mesh_config = tiny_config(num_heads=3, d_kv=3), MeshConfig(data=4, model=2)
+    update = make_optimizer(OptimizerConfig(), 10)
+    with pytest.raises(UserError, match="heads of size 9 cannot be split over 2"):
+        state_shardings(config, update, make_mesh(mesh_config), mesh_config)
+
+
+def test_evaluation_sums_add_up(toy, one_device):
+    mixture = get_mixture("toy_step_by_step_rules")
+    store = open_store(
+        mixture, "test", load_vocabulary("bytes"), inputs_length=64, targets_length=32
+    )
+    config, update = tiny_config(), make_optimizer(OptimizerConfig(), 10)
+    shardings = state_shardings(config, update, one_device, MeshConfig())
+    step = make_eval_step(
+        config, LossConfig(num_tasks=2, rates=None), mesh=one_device, shardings=shardings
+    )
+    params = init_params(config, 0)
+    for packed in (True, False):
+        batch = Batches(store, paired_order(store, 8, seed=0), num_steps=1, packed=packed)[0]
+        sums = step(params, put_batch(one_device, batch))
+        assert np.asarray(sums["counts"]).tolist() == [
+            task.targets.lengths.sum() for task in store.tasks
+        ]
+        assert (np.asarray(sums["correct"]) <= np.asarray(sums["counts"])).all()
