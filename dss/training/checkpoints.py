@@ -45,12 +45,14 @@ class Checkpoints:
                 "opt_state": ocp.PyTreeCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                # best_fn with max_to_keep would delete the newest; a policy keeps both.
+                # Without best_fn Orbax keeps no metrics; with max_to_keep it would delete the
+                # newest checkpoint. The policy keeps both.
+                best_fn=lambda metrics: metrics[SCORE],
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(2),
                         policies.BestN(
-                            get_metric_fn=lambda metrics: metrics[SCORE],
+                            get_metric_fn=_rank,
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
@@ -75,14 +77,9 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """The step with the highest score, the earlier one on a tie; the latest if none has any."""
-        scores = {}
-        for step in self.steps:
-            metrics = self._manager.metrics(step)
-            if metrics and SCORE in metrics:
-                scores[step] = metrics[SCORE]
-        if not scores:
-            return self.latest
-        return max(scores, key=lambda step: (scores[step], -step))
+        found = {step: self._manager.metrics(step) for step in self.steps}
+        ranks = {step: _rank(metrics) for step, metrics in found.items() if metrics}
+        return max(ranks, key=lambda step: ranks[step]) if ranks else self.latest
 
     def find(self, which: str) -> int:
         """Returns the step that "latest", "best" or a number names.
@@ -111,7 +108,8 @@ class Checkpoints:
             params=ocp.args.StandardSave(state.params),
             opt_state=ocp.args.PyTreeSave(state.opt_state),
         )
-        self._manager.save(step, args=items, metrics=None if score is None else {SCORE: score})
+        metrics = None if score is None else {SCORE: score, "step": step}
+        self._manager.save(step, args=items, metrics=metrics)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Returns the state of a step, placed as the abstract state's shardings say.
@@ -164,6 +162,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, then frees the threads."""
         self._manager.close()
+
+
+def _rank(metrics: dict[str, float]) -> tuple[float, float]:
+    """Orders checkpoints: the higher score, on a tie the earlier step."""
+    return metrics[SCORE], -metrics["step"]
 
 
 def _leaves(tree: Any) -> list[tuple[tuple, Any]]:

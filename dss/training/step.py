@@ -179,7 +179,7 @@ def make_train_step(
             "loss": mixture_loss(sums, counts, loss.rates),
             "task_loss": sums / jnp.maximum(counts, 1),
             "task_tokens": counts,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics

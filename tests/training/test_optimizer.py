@@ -46,6 +46,7 @@ def test_adafactor_treats_stacked_layers_one_by_one():
     optimizer = make_optimizer(config, 10)
     params = {"encoder": {"layers": {"w": stacked}}, "embedding": stacked[0]}
     grads = {"encoder": {"layers": {"w": gradients}}, "embedding": gradients[0]}
+    params["decoder"], grads["decoder"] = params["encoder"], grads["encoder"]
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     alone = optax.adafactor(1e-3, decay_rate=0.8)
     for layer in range(3):
