@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 from dss import __version__
@@ -58,9 +59,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _quiet_full_disk(args: threading.ExceptHookArgs) -> None:
+    """The writer of TensorBoard's events is a thread; the main one tells of a full disk."""
+    if FULL_DISK not in str(args.exc_value):
+        threading.__excepthook__(args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit status."""
     args = _parse(sys.argv[1:] if argv is None else argv)
+    threading.excepthook = _quiet_full_disk
     try:
         return _module(args.verb).run(args)
     except KeyboardInterrupt:
@@ -80,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "same command again: what was saved stays, and a run goes on from there",
                 file=sys.stderr,
             )
+            # At exit libraries try to write once more, and say at length that they cannot.
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         else:
             raise
         return 2

@@ -69,5 +69,5 @@ def prepare_jax() -> None:
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error it raises too
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
