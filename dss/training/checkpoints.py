@@ -104,12 +104,11 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps:
             return
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.PyTreeSave(state.opt_state),
-        )
+        items = {"params": ocp.args.StandardSave(state.params)}
+        if jax.tree.leaves(state.opt_state):  # an imported checkpoint has none
+            items["opt_state"] = ocp.args.PyTreeSave(state.opt_state)
         metrics = None if score is None else {SCORE: score, "step": step}
-        self._manager.save(step, args=items, metrics=metrics)
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Returns the state of a step, placed as the abstract state's shardings say.
