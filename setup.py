@@ -47,7 +47,7 @@ setup(
     extras_require={
         "teacher": ["openai>=2.8", "jinja2>=3.1.6", "pyyaml>=6.0.3"],
         "report": ["matplotlib>=3.11"],
-        "tfds": ["apache-beam>=2.77"],  # the `tfds` command does not start without it
+        "tfds": ["apache-beam>=2.77", "mlcroissant>=1.1"],  # the `tfds` command needs both to start
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "test": [
