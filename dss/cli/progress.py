@@ -5,7 +5,7 @@ import time
 
 from dss.training.trainer import Progress
 
-__all__ = ["progress_for"]
+__all__ = ["BarProgress", "LineProgress", "progress_for"]
 
 
 def _left(seconds: float) -> str:

@@ -14,7 +14,7 @@ from flax import nnx
 from dss.student.config import T5Config
 from dss.student.network import T5, bind
 
-__all__ = ["generate", "score_candidates"]
+__all__ = ["Beams", "Cache", "generate", "score_candidates"]
 
 START, EOS = 0, 1
 NEVER = -1e9  # the score of a hypothesis that must not win

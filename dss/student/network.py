@@ -28,6 +28,10 @@ from dss.student.config import T5Config
 
 __all__ = [
     "T5",
+    "Attention",
+    "Layer",
+    "Mlp",
+    "Stack",
     "abstract_params",
     "bind",
     "init_params",
@@ -183,6 +187,7 @@ class Mlp(nnx.Module):
         self.wo = _normal(rngs, (F, D), F**-0.5)
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Returns the layer's output for x [..., D], [..., D]."""
         hidden = ACTIVATIONS[self.config.activation](x @ self.wi_0[...].astype(x.dtype))
         if self.config.gated:
             hidden *= x @ self.wi_1[...].astype(x.dtype)
