@@ -8,7 +8,7 @@ HERE = Path(__file__).parent
 VERSION = (HERE / "dss" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
 
 # The gin files live in gin/ (which is no Python package: `import gin` means gin-config) and are
-# installed as the data of dss.configs, where dss.cli.config finds them from any directory.
+# installed as the data of dss.configs, where dss.config finds them from any directory.
 setup(
     name="dss",
     version=VERSION,

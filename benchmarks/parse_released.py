@@ -13,7 +13,6 @@ from pathlib import Path
 
 from dss.data.registry import get_dataset, set_data_root
 from dss.errors import UserError
-from dss.evaluation.metrics import METRICS
 
 TEACHER = "palm"
 
@@ -30,8 +29,7 @@ def measure(name: str, split: str) -> dict:
     labels = [o.label or "" for o in outputs]
     rationales = [o.rationale for o in outputs]
     right = [
-        METRICS[dataset.metric](label, e.label or "")
-        for label, e in zip(labels, examples, strict=True)
+        dataset.is_right(label, e.label or "") for label, e in zip(labels, examples, strict=True)
     ]
     return {
         "examples": len(examples),

@@ -108,7 +108,6 @@ def _print_sources(console: "Console", mixture: "Mixture") -> None:
 
 def _print_counts(console: "Console", mixture: "Mixture") -> None:
     from dss.data.statistics import measure_split
-    from dss.evaluation.metrics import METRICS
 
     dataset = mixture.dataset
     teachers = sorted({t.teacher for t in mixture.tasks if t.teacher})
@@ -117,7 +116,7 @@ def _print_counts(console: "Console", mixture: "Mixture") -> None:
     )
     for split in _splits(mixture):
         here = [teacher for teacher in teachers if dataset.has(split, teacher)]
-        measured = measure_split(dataset, split, here, METRICS[dataset.metric])
+        measured = measure_split(dataset, split, here)
         counts = str(measured.examples), str(measured.labelled)
         if not here:
             table.add_row(split, "-", *counts, "", "")

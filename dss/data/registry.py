@@ -5,9 +5,10 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from dss.data.examples import Example, TeacherOutput, read_examples, read_teacher_outputs
+from dss.data.metrics import METRICS
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
 from dss.errors import UserError, unknown_name
@@ -28,6 +29,8 @@ SPLITS = ("train", "valid", "test")
 
 class Source(Protocol):
     """Where the examples of a dataset and its teachers' outputs come from."""
+
+    remedy: ClassVar[str]  # what to do where a file is missing
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -57,6 +60,7 @@ class JsonlSource:
     """
 
     path: Path
+    remedy: ClassVar[str] = "write it, or use a split and a teacher that are there"
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -103,7 +107,7 @@ class Dataset:
     Attributes:
       name: the first part of its tasks' names.
       source: its files.
-      metric: decides whether a predicted label is right; a name in `dss.evaluation.metrics`.
+      metric: decides whether a predicted label is right; a name in `dss.data.metrics.METRICS`.
       labels: the closed set of labels; empty where it is open.
       candidates: returns the answers that an input offers, where inputs do.
     """
@@ -117,6 +121,10 @@ class Dataset:
     def choices(self, text: str) -> tuple[str, ...]:
         """Returns the labels that are possible for an input; none where any text is."""
         return self.candidates(text) if self.candidates else self.labels
+
+    def is_right(self, prediction: str, label: str) -> bool:
+        """Returns whether a predicted label counts as the given one."""
+        return METRICS[self.metric](prediction, label)
 
     def source_split(self, split: str) -> str:
         """Returns the split whose files hold `split`: without a `valid` file it is in train.
@@ -141,7 +149,10 @@ class Dataset:
         files = self.source.files(self.source_split(split), teacher)
         for file in files:
             if not file.is_file():
-                raise UserError(f"{file}: no such file; dataset {self.name!r} needs it for {split}")
+                raise UserError(
+                    f"{file}: no such file; dataset {self.name!r} needs it for {split}: "
+                    f"{self.source.remedy}"
+                )
         return files
 
     def examples(self, split: str, *, fraction: float = 1.0, seed: int = 0) -> list[Example]:
@@ -213,7 +224,7 @@ def register(
       The dataset.
 
     Raises:
-      UserError: the name cannot be one, or there is nothing at the path.
+      UserError: the name cannot be one, there is nothing at the path, or no such metric.
     """
     path = Path(path).expanduser()
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
@@ -222,6 +233,8 @@ def register(
         raise UserError(f"dataset name {name!r} is that of a released dataset; choose another")
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; dataset {name!r} should be there")
+    if metric not in METRICS:
+        raise unknown_name("metric", metric, METRICS)
     _registered[name] = Dataset(name, JsonlSource(path), metric, tuple(labels))
     return _registered[name]
 

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dss.data.examples import Example, TeacherOutput, parsed_status, read_json_lines
 from dss.errors import UserError
@@ -113,7 +113,7 @@ class Format:
     Attributes:
       row: turns a row into (input, label).
       parsers: turns a teacher's text into (rationale, label), by teacher.
-      metric: decides whether a predicted label is right; see `dss.evaluation.metrics`.
+      metric: decides whether a predicted label is right; see `dss.data.metrics`.
       labels: the closed set of labels; empty where it is open.
       candidates: returns the answers that an input offers, where it does.
     """
@@ -157,6 +157,7 @@ class ReleasedSource:
 
     root: Path
     name: str
+    remedy: ClassVar[str] = "say where the released data are with --gin.DATA_ROOT=FOLDER"
 
     @property
     def teachers(self) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import seqio
 import tensorflow as tf
 
+from dss.data.metrics import equation_accuracy, rouge_l_mean, text_accuracy
 from dss.data.registry import get_dataset
 from dss.data.tasks import Mixture, Task, extract_label, get_mixture, mixture_names
 from dss.data.vocabulary import BYTES, EOS, EOS_TEXT
-from dss.evaluation.metrics import equation_accuracy, rouge_l_mean, text_accuracy
 
 __all__ = ["SPLITS", "get_vocabulary", "register_seqio"]
 

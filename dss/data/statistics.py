@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -45,19 +45,13 @@ class SplitStatistics:
     teachers: dict[str, TeacherStatistics]
 
 
-def measure_split(
-    dataset: Dataset,
-    split: str,
-    teachers: Sequence[str],
-    is_correct: Callable[[str, str], bool],
-) -> SplitStatistics:
+def measure_split(dataset: Dataset, split: str, teachers: Sequence[str]) -> SplitStatistics:
     """Returns the statistics of a split.
 
     Args:
       dataset: which.
       split: "train", "valid" or "test".
       teachers: those that have outputs for it.
-      is_correct: whether a label (first) agrees with gold.
 
     Raises:
       UserError: see `Dataset.examples`.
@@ -70,7 +64,7 @@ def measure_split(
             outputs[e.id].status if e.id in outputs else "missing" for e in examples
         )
         verdicts = [
-            is_correct(outputs[e.id].label or "", e.label)
+            dataset.is_right(outputs[e.id].label or "", e.label)
             for e in examples
             if e.id in outputs and e.label is not None
         ]

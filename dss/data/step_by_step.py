@@ -17,7 +17,6 @@ import tensorflow_datasets as tfds
 from dss.data.registry import SPLITS, Dataset, JsonlSource, get_dataset, set_data_root
 from dss.data.released import RELEASED
 from dss.data.statistics import measure_split
-from dss.evaluation.metrics import METRICS
 
 __all__ = ["StepByStep"]
 
@@ -64,7 +63,7 @@ class StepByStep(tfds.core.GeneratorBasedBuilder):
             if not dataset.has(split):
                 continue
             teachers = [t for t in dataset.source.teachers if dataset.has(split, t)]
-            measured = measure_split(dataset, split, teachers, METRICS[dataset.metric])
+            measured = measure_split(dataset, split, teachers)
             self.info.metadata[split] = dataclasses.asdict(measured)
             splits[split] = self._generate_examples(dataset, split, teachers)
         return splits

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dss.data.metrics import rouge_l
 from dss.data.tasks import Mixture, extract_label
 from dss.data.vocabulary import EOS, Vocabulary, encode_example
 from dss.errors import UserError
-from dss.evaluation.metrics import METRICS, rouge_l
 from dss.evaluation.significance import wilson_interval
 from dss.student.config import T5Config
 from dss.student.decoding import generate, score_candidates
@@ -120,7 +120,7 @@ class Scored:
     ) -> "Scored":
         """Returns the scores of some predictions by the mixture's metric."""
         metric = metric_name(mixture)
-        judge = METRICS[mixture.dataset.metric] if metric == "accuracy" else rouge_l
+        judge = mixture.dataset.is_right if metric == "accuracy" else rouge_l
         pairs = zip(predictions, examples, strict=True)
         return cls(metric, tuple(float(judge(p, e.target)) for p, e in pairs))
 

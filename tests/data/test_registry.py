@@ -1,6 +1,6 @@
 import pytest
 
-from dss.data.registry import get_dataset, register
+from dss.data.registry import get_dataset, register, set_data_root
 from dss.data.splits import hold_out, subsample
 from dss.errors import UserError
 from tests.conftest import write_jsonl
@@ -21,6 +21,17 @@ def test_one_file_is_train_with_a_tenth_held_out(tmp_path):
     assert not {e.id for e in train} & {e.id for e in valid}
     with pytest.raises(UserError, match="no such file"):
         dataset.examples("test")
+
+
+def test_a_missing_file_says_what_to_do(tmp_path):
+    set_data_root(tmp_path)
+    with pytest.raises(UserError, match=r"cqa_train.json: no such file; .*--gin.DATA_ROOT=FOLDER"):
+        get_dataset("cqa").examples("train")
+    set_data_root(None)
+    with pytest.raises(UserError, match=r"train.t.jsonl: no such file; .*write it"):
+        register("mine", write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}])).outputs(
+            "train", "t"
+        )
 
 
 def test_subsets_are_nested():
@@ -76,5 +87,7 @@ def test_bad_names_and_paths(tmp_path):
         register("cqa", tmp_path)
     with pytest.raises(UserError, match="no such file or folder"):
         register("mine", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"unknown metric 'equatoin'; did you mean 'equation'"):
+        register("mine", tmp_path, metric="equatoin")
     with pytest.raises(UserError, match=r"unknown dataset 'cqaa'; did you mean 'cqa'"):
         get_dataset("cqaa")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from dss.evaluation.equations import EquationError, evaluate
+from dss.data.equations import EquationError, evaluate
 
 __all__ = [
     "METRICS",

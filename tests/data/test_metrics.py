@@ -4,10 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dss.data.equations import EquationError, evaluate
+from dss.data.metrics import equation_equal, rouge_l, text_accuracy, text_equal
 from dss.data.registry import get_dataset
-from dss.evaluation.equations import EquationError, evaluate
-from dss.evaluation.metrics import equation_equal, rouge_l, text_accuracy, text_equal
-from dss.evaluation.significance import wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -97,11 +96,3 @@ def test_text_metrics():
     assert not text_equal("Yes", "yes")
     assert text_accuracy(["a", "b"], ["a", "c"]) == {"accuracy": 50.0}
     assert rouge_l("the cat sat", "the cat") == pytest.approx(0.8)
-
-
-def test_wilson_interval():
-    low, high = wilson_interval(0, 50)
-    assert low == 0
-    assert 0.06 < high < 0.08
-    with pytest.raises(ValueError, match="no proportion"):
-        wilson_interval(1, 0)
