@@ -8,10 +8,10 @@ what was logged) and `model/`, the Hugging Face T5 it began from. Prints the lar
 of each logged value over the steps, then of the final decoder norm where it was recorded, and
 whether greedy decoding gives the recorded tokens; exit status 1 above 1e-4.
 
-The recorded gradient norm is PyTorch's, which on a CPU adds the squares of a tensor in eight
-float32 sums. Of a head's million gradients most are too small to change such a sum, and it comes
-out up to 1.4e-4 low. So the norm is compared as PyTorch adds it; the error of the norm added in
-the train step is printed beside it.
+A gradient norm recorded on a CPU is PyTorch's, which adds the squares of a tensor in eight float32
+sums. Of a head's million gradients most are too small to change such a sum, and it comes out up to
+1.4e-4 low. So two norms are compared with the recorded one: as the train step adds it, and the same
+gradients' as PyTorch adds it. One of them must agree at every step, whichever the recorder used.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from dss.training.step import LossConfig, TrainState, init_state, make_train_ste
 TOLERANCE = 1e-4
 TEACHER = "palm"
 INPUTS_LENGTH, TARGETS_LENGTH = 1024, 256  # the reference's limits
+PYTORCH_NORM = "grad_norm, PyTorch's sum"
 LOSSES = ("label_loss", "rationale_loss", "loss")
 
 
@@ -138,8 +139,8 @@ def replay(
         state, metrics = step(state, put_batch(mesh, batch))
         losses = [*np.asarray(metrics["task_loss"]).tolist(), float(metrics["loss"])]
         values = dict(zip(LOSSES, losses, strict=True))
-        values["grad_norm"] = pytorch_norm(config, state.opt_state[0])
-        values["grad_norm, exact"] = float(metrics["grad_norm"])
+        values["grad_norm"] = float(metrics["grad_norm"])
+        values[PYTORCH_NORM] = pytorch_norm(config, state.opt_state[0])
         log.append(values)
     return log, state
 
@@ -189,14 +190,13 @@ def main() -> int:
         return 2
     log, state = replay(trajectory, config, params, store, args)
 
-    errors = {
-        name: max(
-            abs(got[name] / wanted[name.split(",")[0]] - 1)
-            for got, wanted in zip(log, trajectory["log"], strict=True)
-        )
-        for name in log[0]
-    }
-    exact = errors.pop("grad_norm, exact")
+    recorded = trajectory["log"]
+    errors = {}
+    for name in log[0]:
+        got = np.array([values[name] for values in log])
+        wanted = np.array([values[name.split(",")[0]] for values in recorded])
+        errors[name] = float(np.abs(got / wanted - 1).max())  # not a number if any is
+    norms = {name: errors.pop(name) for name in ("grad_norm", PYTORCH_NORM)}
     norm = args.reference / "final_decoder_norm.npy"
     if norm.is_file():
         wanted = np.load(norm)
@@ -211,12 +211,17 @@ def main() -> int:
     )
     for name, error in errors.items():
         verdict = "ok" if error <= TOLERANCE else f"above {TOLERANCE}"
-        print(f"  {name:<20} {error:8.1e}  {verdict}")
-    print(f"  {'grad_norm, exact':<20} {exact:8.1e}  not judged: see --help")
+        print(f"  {name:<25} {error:8.1e}  {verdict}")
+    for name, error in norms.items():
+        print(f"  {name:<25} {error:8.1e}")
+    nearer = min(norms.values())
+    verdict = "ok" if nearer <= TOLERANCE else f"above {TOLERANCE}"
+    print(f"  {'grad_norm, the nearer':<25} {nearer:8.1e}  {verdict}")
     print(f"  greedy outputs equal {same} of {total}")
     if args.json:
-        args.json.write_text(json.dumps(errors | {"greedy_equal": same, "greedy": total}))
-    return int(max(errors.values()) > TOLERANCE or same != total)
+        args.json.write_text(json.dumps(errors | norms | {"greedy_equal": same, "greedy": total}))
+    close = all(error <= TOLERANCE for error in (*errors.values(), nearer))
+    return int(not close or same != total)
 
 
 if __name__ == "__main__":

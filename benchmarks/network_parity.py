@@ -103,7 +103,7 @@ def main() -> int:
     if args.json:
         columns = ("format", "check", "error")
         args.json.write_text(json.dumps([dict(zip(columns, r, strict=True)) for r in rows]))
-    return int(any(error > TOLERANCE for *_, error in rows))
+    return int(not all(error <= TOLERANCE for *_, error in rows))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The promises, as the commands that show them."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.integration.reference import record
 
 
 def run(script, *args):
@@ -52,3 +54,40 @@ def test_every_step_is_the_references(shared, vocab_path, options):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "greedy outputs equal 4 of 4" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split", "kind", "label_type", "alpha"),
+    [
+        ("svamp", "train", "1.0", "llm", 0.3),
+        ("esnli", "valid", "1.1", "gt", 0.5),
+        ("anli1", "test", "1.0", "gt", 0.7),
+    ],
+)
+def test_fidelity_holds_for_other_datasets_and_kinds_of_t5(
+    data_root, vocab_path, tmp_path, dataset, split, kind, label_type, alpha
+):
+    record(
+        tmp_path,
+        dataset=dataset,
+        split=split,
+        kind=kind,
+        label_type=label_type,
+        alpha=alpha,
+        vocabulary=vocab_path,
+    )
+    replay = (
+        "fidelity.py",
+        *("--reference", tmp_path),
+        *("--data-root", data_root),
+        *("--vocab", vocab_path),
+    )
+    done = run(*replay)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trajectory = tmp_path / "trajectory.json"
+    wrong = json.loads(trajectory.read_text())
+    wrong["log"][-1]["rationale_loss"] *= 1.001
+    trajectory.write_text(json.dumps(wrong))
+    done = run(*replay)
+    assert done.returncode == 1
+    assert "rationale_loss" in done.stdout
