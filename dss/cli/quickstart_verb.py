@@ -17,7 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's options."""
     parser.add_argument("--output", type=Path, default=Path("quickstart"), metavar="DIR")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[250, 500, 1000], metavar="N", help="of training"
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[250, 500, 1000],
+        metavar="N",
+        help="numbers of training examples",
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="students a point")
 
@@ -28,14 +33,17 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from dss.errors import UserError
-    from dss.quickstart import METHODS, draw, run_quickstart, summarize
+    from dss.quickstart import METHODS, TRAIN, draw, run_quickstart, summarize
 
-    if args.seeds < 1 or min(args.sizes) < 50 or max(args.sizes) > 1200:
-        raise UserError("--seeds is at least 1, --sizes are from 50 to 1200 examples")
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds}: give at least 1")
+    if not all(50 <= size <= TRAIN for size in args.sizes):
+        raise UserError(
+            f"--sizes {' '.join(map(str, args.sizes))}: give numbers from 50 to {TRAIN}"
+        )
     print(NOTE + "\n", flush=True)
-    prepare_jax()
     sizes = sorted(set(args.sizes))
-    outcomes = run_quickstart(args.output, sizes=sizes, seeds=args.seeds)
+    outcomes = run_quickstart(args.output, sizes=sizes, seeds=args.seeds, prepare=prepare_jax)
 
     summary = summarize(outcomes)
     table = Table(title=f"accuracy on unseen pairs, mean ± deviation of {args.seeds} seeds")

@@ -259,7 +259,7 @@ def test_the_quickstart_trains_compares_and_draws(tmp_path):
     sizes = ("--sizes", "60", "120", "--seeds", "1")
     from dss import quickstart
 
-    assert quickstart.STEPS == 800
+    assert quickstart.STEPS == 400
     code = (
         "import sys, dss.quickstart as q; q.STEPS = 4\n"
         "from dss.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
