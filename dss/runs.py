@@ -20,7 +20,7 @@ import optax
 
 from dss.config import load_config, save_config
 from dss.data.registry import register, set_data_root
-from dss.data.tasks import EXPLAIN, Mixture, get_mixture
+from dss.data.tasks import Mixture, extract_rationale, get_mixture
 from dss.data.vocabulary import BYTES, encode_example, load_vocabulary
 from dss.errors import UserError
 from dss.evaluation.evaluator import EvaluationExample, Predictor, Scored, evaluation_set
@@ -267,10 +267,22 @@ def evaluate(run: Run, *, split: str = "test", which: str = "best") -> Evaluatio
     return Evaluation(mixture.name, split, step, scored, tuple(examples), tuple(predictions))
 
 
-def explain(predictor: Predictor, texts: Sequence[str], inputs_length: int) -> list[str]:
-    """Returns the rationale that a student writes for each input."""
-    encoded = [encode_example(predictor.vocabulary, EXPLAIN + t, inputs_length) for t in texts]
-    return predictor.generate(encoded, max_length=predictor.decoding.rationale_length)
+def explain(
+    predictor: Predictor, mixture: Mixture, texts: Sequence[str], inputs_length: int
+) -> list[str]:
+    """Returns the rationale that a student writes for each input.
+
+    Raises:
+      UserError: the mixture that it learnt has no rationales.
+    """
+    task = next((task for task in mixture.tasks if task.kind != "label"), None)
+    if task is None:
+        raise UserError(
+            f"{mixture.name}: its students learn no rationales; train one on a step_by_step mixture"
+        )
+    inputs = [encode_example(predictor.vocabulary, task.prefix + t, inputs_length) for t in texts]
+    written = predictor.generate(inputs, max_length=predictor.decoding.rationale_length)
+    return [extract_rationale(t) for t in written] if task.kind != "rationale" else written
 
 
 def label(

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         while chunk := list(itertools.islice(rows, CHUNK)):
             texts = [row["input"] for row in chunk]
             labels = label(predictor, mixture, texts, length)
-            rationales = explain(predictor, texts, length) if args.rationale else None
+            rationales = explain(predictor, mixture, texts, length) if args.rationale else None
             for i, row in enumerate(chunk):
                 line = row | {"label": labels[i]}
                 if rationales is not None:

@@ -27,6 +27,7 @@ __all__ = [
     "Task",
     "TextRow",
     "extract_label",
+    "extract_rationale",
     "get_mixture",
     "mixture_names",
     "with_teacher",
@@ -44,6 +45,16 @@ class TextRow:
     id: str
     inputs: str
     targets: str
+
+
+def extract_rationale(text: str) -> str:
+    """Returns the rationale in a text that ends with a label; all of the text if it does not.
+
+    >>> extract_rationale("Beavers build with wood. So the answer is wooded area")
+    'Beavers build with wood.'
+    """
+    before, conclusion, after = text.rpartition(CONCLUSION)
+    return (before if conclusion else after).strip()
 
 
 def extract_label(text: str) -> str:
