@@ -50,16 +50,17 @@ __all__ = [
 VOCABULARY_FILE = "vocabulary.model"
 
 
-def use_data(config: DataConfig) -> None:
-    """Makes the datasets known that a configuration names."""
+def use_data(config: DataConfig) -> str | None:
+    """Makes the datasets known that a configuration names; returns the name of the user's own."""
     if config.root is not None:
         if not Path(config.root).expanduser().is_dir():
             raise UserError(f"DATA_ROOT {config.root}: no such folder")
         set_data_root(config.root)
-    if config.dataset_path is not None:
-        path = Path(config.dataset_path).expanduser()
-        name = path.resolve().stem.replace("-", "_")
-        register(name, path, labels=config.labels, metric=config.metric)
+    if config.dataset_path is None:
+        return None
+    path = Path(config.dataset_path).expanduser()
+    name = path.resolve().stem.replace("-", "_")
+    return register(name, path, labels=config.labels, metric=config.metric).name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,10 @@ FILE_WIDTH = 120  # columns where the output is no terminal
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's options."""
     parser.add_argument(
-        "mixture", nargs="?", metavar="MIXTURE", help="its name; without one, all are listed"
+        "mixture",
+        nargs="?",
+        metavar="MIXTURE",
+        help="its name; without one, all are listed, or those of DATASET_PATH",
     )
     add_gin_options(parser)
     parser.add_argument("--examples", type=int, default=2, metavar="N", help="to show of each task")
@@ -38,12 +41,12 @@ def run(args: argparse.Namespace) -> int:
 
     search = [folder for folder in args.gin_search_paths.split(",") if folder]
     experiment = parse_gin(args.gin_file, args.gin, search)
-    use_data(experiment.data)
+    own = use_data(experiment.data)
     name = args.mixture or experiment.mixture
     terminal = sys.stdout.isatty()
     console = Console(highlight=False, soft_wrap=True, width=None if terminal else FILE_WIDTH)
     if name is None:
-        for known in mixture_names():
+        for known in mixture_names(own):
             console.print(known)
         return 0
     if experiment.teacher is not None:

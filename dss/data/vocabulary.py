@@ -111,9 +111,16 @@ class ByteVocabulary:
         return bytes(i - 3 for i in _until_eos(ids) if 3 <= i < self.size).decode(errors="ignore")
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """See `Vocabulary.pieces`."""
-        special = {PAD: "<pad>", EOS: EOS_TEXT, UNK: "<unk>"}
-        return [special.get(int(i)) or f"{int(i) - 3:02x}" for i in ids]
+        """See `Vocabulary.pieces`; a byte that is no printable ASCII is shown as `<e9>`.
+
+        >>> ByteVocabulary().pieces(ByteVocabulary().encode("a é"))
+        ['a', '▁', '<c3>', '<a9>']
+        """
+        special = {PAD: "<pad>", EOS: EOS_TEXT, UNK: "<unk>", ord(" ") + 3: "▁"}
+        return [
+            special.get(i) or (chr(i - 3) if 0x20 < i - 3 < 0x7F else f"<{i - 3:02x}>")
+            for i in map(int, ids)
+        ]
 
 
 @functools.lru_cache(maxsize=8)
