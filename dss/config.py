@@ -66,9 +66,18 @@ def _parse(files: Sequence[str], bindings: Sequence[str], search: Sequence[str])
     paths = [_find(file, ("", *search, root)) for file in files]
     try:
         gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
-        return _experiment()
+        experiment = _experiment()
     except (ValueError, TypeError, SyntaxError, KeyError, RuntimeError, OSError) as error:
         raise UserError(f"configuration: {_describe(error)}") from error
+    used = _macros(gin.operative_config_str())
+    for name in _macros(gin.config_str()):
+        if name not in used:  # nothing reads it: a slip of the pen
+            raise unknown_name("macro", name, used)
+    return experiment
+
+
+def _macros(config: str) -> list[str]:
+    return re.findall(r"^(\w+) = ", config, re.MULTILINE)
 
 
 def _find(file: str, folders: Sequence[str | Path]) -> str:
@@ -84,7 +93,9 @@ def _find(file: str, folders: Sequence[str | Path]) -> str:
 def _describe(error: Exception) -> str:
     """Returns gin's message in a line, with the file and line that it appends to it."""
     where = re.search(r"(?:file|In) \"?([^\"\n]+\.gin)\"?,? line (\d+)", str(error))
-    text = _first_line(error).strip("'\"")
+    text = _first_line(error)
+    if isinstance(error, KeyError):
+        text = text.strip("'\"")
     return f"{text} ({where[1]}:{where[2]})" if where else text
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from dss.evaluation.evaluator import DecodingConfig
+from dss.fields import check_at_least, check_share, check_types
 from dss.student.config import T5Config
 from dss.training.mesh import MeshConfig
 from dss.training.optimizer import OptimizerConfig
@@ -30,10 +31,9 @@ class DataConfig:
     packed: bool = True  # several sequences a row
 
     def __post_init__(self):
+        check_types(self)
         if not 0 < self.fraction <= 1:
             raise ValueError(f"TRAIN_FRACTION must be in (0, 1], got {self.fraction}")
-        if self.batches not in ("paired", "sampled"):
-            raise ValueError(f"DataConfig.batches is 'paired' or 'sampled', got {self.batches!r}")
         lengths = self.feature_lengths
         if set(lengths) != {"inputs", "targets"} or min(lengths.values()) < 2:
             raise ValueError(
@@ -77,7 +77,9 @@ class Experiment:
     decoding: DecodingConfig = DecodingConfig()
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.microbatches < 1:
-            raise ValueError("BATCH_SIZE and microbatches must be at least 1")
+        check_types(self)
+        check_at_least(self, 1, "batch_size", "microbatches", "eval_examples")
+        check_at_least(self, 0, "seed", "z_loss")
+        check_share(self, "dropout_rate", "label_smoothing")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"ALPHA must be in [0, 1], got {self.alpha}")

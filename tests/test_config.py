@@ -82,9 +82,18 @@ def test_user_gin_files_are_found_in_search_paths(tmp_path):
         ("ALPHA=1.5", "ALPHA must be in"),
         ("TRAIN_FRACTION=0", "TRAIN_FRACTION must be in"),
         ("TASK_FEATURE_LENGTHS={'inputs': 8}", "TASK_FEATURE_LENGTHS must be"),
-        ("OptimizerConfig.name='sgd'", "name is one of"),
-        ("DataConfig.batches='both'", "'paired' or 'sampled'"),
+        (
+            "OptimizerConfig.name='sgd'",
+            "OptimizerConfig.name must be one of 'adamw', 'adafactor', got 'sgd'",
+        ),
+        ("DataConfig.batches='both'", "must be one of 'paired', 'sampled'"),
         ("MeshConfig.model=0", "has no devices"),
+        ("BATCH_SIZE=abc", "Experiment.batch_size must be of type int, got 'abc'"),
+        ("BATCH_SIZE=10.5", "Experiment.batch_size must be of type int, got 10.5"),
+        ("DROPOUT_RATE=1.5", "Experiment.dropout_rate must be in"),
+        ("Experiment.eval_examples=0", "Experiment.eval_examples must be at least 1"),
+        ("TRAIN_STEP=5", "unknown macro 'TRAIN_STEP'; did you mean 'TRAIN_STEPS'"),
+        ("DATASET_LABELS=yes", "DataConfig.labels must be of type tuple"),
     ],
 )
 def test_values_out_of_range(flag, message):

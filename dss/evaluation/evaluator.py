@@ -13,6 +13,7 @@ from dss.data.tasks import Mixture, extract_label
 from dss.data.vocabulary import EOS, Vocabulary, encode_example
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
+from dss.fields import check_at_least, check_types
 from dss.student.config import T5Config
 from dss.student.decoding import generate, score_candidates
 from dss.training.mesh import put_batch
@@ -40,11 +41,9 @@ class DecodingConfig:
     length_multiple: int = 32  # inputs are padded to a multiple of this, for few compiled shapes
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.name != "closed" and getattr(self, field.name) < 1:
-                raise ValueError(
-                    f"{field.name} must be at least 1, got {getattr(self, field.name)}"
-                )
+        check_types(self)
+        numbers = [field.name for field in dataclasses.fields(self) if field.type is int]
+        check_at_least(self, 1, *numbers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,9 @@
 import dataclasses
 from typing import Literal
 
-__all__ = ["T5Config"]
+from dss.fields import check_at_least, check_share, check_types
 
-CHOICES = {
-    "activation": ("relu", "gelu", "silu"),
-    "dtype": ("float32", "bfloat16"),
-    "remat": ("none", "full", "dots"),
-}
+__all__ = ["T5Config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,13 +35,7 @@ class T5Config:
     remat: Literal["none", "full", "dots"] = "none"  # what of a layer is recomputed backward
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise ValueError(f"T5Config.{field.name} must be at least 1, got {value}")
-            if field.name in CHOICES and value not in CHOICES[field.name]:
-                raise ValueError(
-                    f"T5Config.{field.name} is one of {CHOICES[field.name]}, got {value!r}"
-                )
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"T5Config.dropout_rate must be in [0, 1), got {self.dropout_rate}")
+        check_types(self)
+        sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+        check_at_least(self, 1, *sizes)
+        check_share(self, "dropout_rate")

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dss.errors import UserError
+from dss.fields import check_types
 
 __all__ = [
     "DEFAULT_RULES",
@@ -37,6 +38,7 @@ class MeshConfig:
     rules: tuple[tuple[str, str], ...] = DEFAULT_RULES  # logical axis -> mesh axis
 
     def __post_init__(self):
+        check_types(self)
         if self.model < 1 or (self.data < 1 and self.data != -1):
             raise ValueError(f"a mesh of data={self.data}, model={self.model} has no devices")
         for axis, where in self.rules:

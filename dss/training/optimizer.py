@@ -6,6 +6,8 @@ from typing import Any, Literal
 import jax
 import optax
 
+from dss.fields import check_at_least, check_share, check_types
+
 __all__ = ["OptimizerConfig", "make_optimizer", "make_schedule"]
 
 STACKS = ("encoder", "decoder")  # parameter groups whose "layers" have a leading layer axis
@@ -27,16 +29,13 @@ class OptimizerConfig:
     clip_global_norm: float | None = 1.0  # None: no clipping
 
     def __post_init__(self):
-        for field, known in (
-            ("name", ("adamw", "adafactor")),
-            ("schedule", ("linear", "constant", "cosine", "rsqrt")),
-        ):
-            if getattr(self, field) not in known:
-                raise ValueError(f"{field} is one of {known}, got {getattr(self, field)!r}")
+        check_types(self)
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+            raise ValueError(
+                f"OptimizerConfig.learning_rate must be above 0, got {self.learning_rate}"
+            )
+        check_at_least(self, 0, "warmup_steps", "weight_decay", "clip_global_norm")
+        check_share(self, "b1", "b2")
 
 
 def make_schedule(config: OptimizerConfig, train_steps: int) -> optax.Schedule:

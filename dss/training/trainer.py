@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dss.errors import UserError
+from dss.fields import check_at_least, check_types
 from dss.training.checkpoints import Checkpoints
 from dss.training.metrics import MetricsWriter
 from dss.training.step import TrainState
@@ -28,9 +29,8 @@ class TrainerConfig:
     log_period: int = 10  # steps between lines of metrics
 
     def __post_init__(self):
-        for field in ("train_steps", "eval_period", "log_period"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        check_types(self)
+        check_at_least(self, 1, "train_steps", "eval_period", "log_period")
 
 
 class Progress:

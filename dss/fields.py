@@ -1,0 +1,71 @@
+"""Checks of configurations: each field holds what its annotation says, in its range."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["check_at_least", "check_share", "check_types"]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, args = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if kind is typing.Literal:
+        return value in args
+    if kind is Mapping:
+        return isinstance(value, Mapping) and all(_fits(v, args[1]) for v in value.values())
+    if kind is tuple:
+        return isinstance(value, tuple | list)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    return f"of type {hint.__name__ if isinstance(hint, type) else hint}"
+
+
+def check_types(config: Any) -> None:
+    """Checks every field of a dataclass against its annotation.
+
+    Raises:
+      ValueError: names the field, what it must be, and what it is.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not _fits(value, hints[field.name]):
+            where = f"{type(config).__name__}.{field.name}"
+            raise ValueError(f"{where} must be {_described(hints[field.name])}, got {value!r}")
+
+
+def check_at_least(config: Any, least: float, *names: str) -> None:
+    """Checks that some fields are no less than `least`; None passes.
+
+    Raises:
+      ValueError: names the field.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            where = f"{type(config).__name__}.{name}"
+            raise ValueError(f"{where} must be at least {least}, got {value}")
+
+
+def check_share(config: Any, *names: str) -> None:
+    """Checks that some fields are in [0, 1), as a dropout rate is.
+
+    Raises:
+      ValueError: names the field.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"{type(config).__name__}.{name} must be in [0, 1), got {value}")
