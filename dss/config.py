@@ -69,10 +69,10 @@ def _parse(files: Sequence[str], bindings: Sequence[str], search: Sequence[str])
         experiment = _experiment()
     except (ValueError, TypeError, SyntaxError, KeyError, RuntimeError, OSError) as error:
         raise UserError(f"configuration: {_describe(error)}") from error
-    used = _macros(gin.operative_config_str())
+    known = {*_macros((root / DEFAULTS).read_text()), *_macros(gin.operative_config_str())}
     for name in _macros(gin.config_str()):
-        if name not in used:  # nothing reads it: a slip of the pen
-            raise unknown_name("macro", name, used)
+        if name not in known:  # nothing reads it: a slip of the pen
+            raise unknown_name("macro", name, known)
     return experiment
 
 

@@ -33,6 +33,7 @@ from dss.training.mesh import make_mesh, param_shardings
 from dss.training.step import init_state
 
 __all__ = [
+    "CHECKPOINTS",
     "Evaluation",
     "Run",
     "check_size",
@@ -48,19 +49,30 @@ __all__ = [
 ]
 
 VOCABULARY_FILE = "vocabulary.model"
+CHECKPOINTS = "checkpoints"
 
 
-def use_data(config: DataConfig) -> str | None:
-    """Makes the datasets known that a configuration names; returns the name of the user's own."""
+def use_data(config: DataConfig, *, must_exist: bool = True) -> str | None:
+    """Makes the datasets known that a configuration names; returns the name of the user's own.
+
+    Args:
+      config: names them.
+      must_exist: False for predicting, which reads no data.
+
+    Raises:
+      UserError: they are not where the configuration says.
+    """
     if config.root is not None:
-        if not Path(config.root).expanduser().is_dir():
+        if must_exist and not Path(config.root).expanduser().is_dir():
             raise UserError(f"DATA_ROOT {config.root}: no such folder")
         set_data_root(config.root)
     if config.dataset_path is None:
         return None
     path = Path(config.dataset_path).expanduser()
     name = path.resolve().stem.replace("-", "_")
-    return register(name, path, labels=config.labels, metric=config.metric).name
+    return register(
+        name, path, labels=config.labels, metric=config.metric, must_exist=must_exist
+    ).name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +94,15 @@ class Run:
         source = self.experiment.vocabulary
         return BYTES if source == BYTES else str(self.folder / VOCABULARY_FILE)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether any step was saved."""
+        folder = self.folder / CHECKPOINTS
+        return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
     def checkpoints(self) -> Checkpoints:
         """Returns the run's checkpoints, for reading."""
-        return Checkpoints(self.folder / "checkpoints", read_only=True)
+        return Checkpoints(self.folder / CHECKPOINTS, read_only=True)
 
     def predictor(self, which: str = "best") -> tuple[Predictor, int]:
         """Returns the student of the checkpoint "best", "latest" or a step, and that step.
@@ -304,7 +322,7 @@ def import_checkpoint(experiment: Experiment) -> Run:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: not empty; import into a new folder")
     run, params = create_run(experiment)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints(folder / CHECKPOINTS)
     checkpoints.save(init_state(jax.tree.map(jax.numpy.asarray, params), optax.identity()))
     checkpoints.close()
     return run

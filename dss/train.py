@@ -21,7 +21,16 @@ from dss.evaluation.evaluator import (
     token_metrics,
 )
 from dss.experiment import Experiment
-from dss.runs import Run, check_size, create_run, load_run, read_initial, run_folder, use_data
+from dss.runs import (
+    CHECKPOINTS,
+    Run,
+    check_size,
+    create_run,
+    load_run,
+    read_initial,
+    run_folder,
+    use_data,
+)
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, init_params
 from dss.training.checkpoints import Checkpoints, abstract_like
@@ -66,6 +75,8 @@ def _open_run(experiment: Experiment) -> tuple[Run, Any | None]:
     if not (folder / CONFIG_FILE).is_file():
         return create_run(experiment)
     run = load_run(folder)
+    if not run.has_checkpoint:  # whatever it was, nothing of it would be lost
+        return create_run(experiment)
     if run.experiment.mixture is None:
         raise UserError(f"{folder}: holds an imported checkpoint; train in another MODEL_DIR")
     _check_same(run, experiment)
@@ -193,7 +204,7 @@ def run_experiment(experiment: Experiment, progress: Progress | None = None) -> 
     eval_step = make_eval_step(config, valid_loss, mesh=mesh, shardings=shardings)
 
     # The state: (1) a checkpoint of this run, (2) the initial checkpoint, (3) fresh parameters.
-    checkpoints = Checkpoints(run.folder / "checkpoints")
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS)
     if checkpoints.latest is not None:
         abstract = abstract_state(config, optimizer, shardings)
         state = checkpoints.restore(checkpoints.latest, abstract)

@@ -90,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             # At exit libraries try to write once more, and say at length that they cannot.
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        elif isinstance(error, OSError) and error.filename:
+            reason = (error.strerror or type(error).__name__).lower()
+            print(f"dss {args.verb}: {error.filename}: {reason}", file=sys.stderr)
         else:
             raise
         return 2

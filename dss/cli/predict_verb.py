@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     experiment = found.experiment
     if experiment.mixture is None:
         raise UserError(f"{found.folder}: no mixture; say with --mixture what the student predicts")
-    use_data(experiment.data)
+    use_data(experiment.data, must_exist=False)
     mixture = get_mixture(experiment.mixture, experiment.alpha)
     rows = _read(args.input)
     predictor, _ = found.predictor(args.checkpoint)

@@ -210,7 +210,12 @@ def _root() -> Path:
 
 
 def register(
-    name: str, path: str | Path, *, labels: Sequence[str] = (), metric: str = "text"
+    name: str,
+    path: str | Path,
+    *,
+    labels: Sequence[str] = (),
+    metric: str = "text",
+    must_exist: bool = True,
 ) -> Dataset:
     """Makes a user's JSON lines a dataset, with all the task and mixture names that go with it.
 
@@ -219,6 +224,7 @@ def register(
       path: a folder or a file, see `JsonlSource`.
       labels: the closed set of labels; predictions are then chosen among them.
       metric: "text" or "equation".
+      must_exist: False where only names and labels are asked for, as in predicting.
 
     Returns:
       The dataset.
@@ -231,7 +237,7 @@ def register(
         raise UserError(f"dataset name {name!r}: use letters, digits and underscores")
     if name in RELEASED:
         raise UserError(f"dataset name {name!r} is that of a released dataset; choose another")
-    if not path.exists():
+    if must_exist and not path.exists():
         raise UserError(f"{path}: no such file or folder; dataset {name!r} should be there")
     if metric not in METRICS:
         raise unknown_name("metric", metric, METRICS)

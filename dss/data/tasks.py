@@ -15,6 +15,7 @@ A task's name is also that of the mixture of it alone.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from dss.data.registry import Dataset, dataset_names, get_dataset
@@ -171,13 +172,13 @@ class Mixture:
         return Mixture(self.name, tasks, rates)
 
 
-def _mixtures(dataset: Dataset) -> dict[str, tuple[Task, ...]]:
+def _mixtures(dataset: Dataset, teachers: Sequence[str]) -> dict[str, tuple[Task, ...]]:
     def task(kind: Kind, teacher: str | None) -> Task:
         return Task(dataset.name, kind, teacher)
 
     gold = task("label", None)
     out: dict[str, tuple[Task, ...]] = {"finetune": (gold,), "label_gold": (gold,)}
-    for teacher in dataset.source.teachers:
+    for teacher in teachers:
         label, rationale = task("label", teacher), task("rationale", teacher)
         single = task("rationale_then_label", teacher)
         out |= {
@@ -192,10 +193,22 @@ def _mixtures(dataset: Dataset) -> dict[str, tuple[Task, ...]]:
     return {f"{dataset.name}_{name}": tasks for name, tasks in out.items()}
 
 
+def _teachers(dataset: Dataset, name: str) -> Sequence[str]:
+    """Returns the teachers that have files or, where none has, the one that a name implies.
+
+    So a run predicts where its data are not, and training says which file is missing.
+    """
+    if dataset.source.teachers:
+        return dataset.source.teachers
+    forms = [form for form in _mixtures(dataset, [""]) if form.endswith("_")]
+    fitting = [form for form in forms if name.startswith(form) and name != form]
+    return [name.removeprefix(max(fitting, key=len))] if fitting else []
+
+
 def mixture_names(dataset: str | None = None) -> list[str]:
     """Returns the names of all mixtures, or of one dataset's."""
-    names = dataset_names() if dataset is None else [dataset]
-    return [mixture for name in names for mixture in _mixtures(get_dataset(name))]
+    datasets = map(get_dataset, dataset_names() if dataset is None else [dataset])
+    return [name for d in datasets for name in _mixtures(d, d.source.teachers)]
 
 
 def with_teacher(name: str, teacher: str) -> str:
@@ -222,9 +235,9 @@ def get_mixture(name: str, alpha: float = 0.5) -> Mixture:
     """
     if not 0 <= alpha <= 1:
         raise UserError(f"ALPHA is {alpha}; it is the label task's rate, between 0 and 1")
-    for dataset in dataset_names():
-        if name.startswith(f"{dataset}_"):
-            tasks = _mixtures(get_dataset(dataset)).get(name)
+    for dataset in map(get_dataset, dataset_names()):
+        if name.startswith(f"{dataset.name}_"):
+            tasks = _mixtures(dataset, _teachers(dataset, name)).get(name)
             if tasks:
                 return Mixture(name, tasks, (1.0,) if len(tasks) == 1 else (alpha, 1 - alpha))
     raise unknown_name("mixture", name, mixture_names())

@@ -37,6 +37,8 @@ def test_help_is_quick_to_write_and_loads_no_jax(verb, capsys):
         (("eval", "/nowhere"), "no run directory"),
         (("predict", "/nowhere"), "no run directory"),
         (("import", "hf:/nowhere", "x"), "no such folder"),
+        (("train", "--gin.DATA_ROOT=/dev/null"), "DATA_ROOT /dev/null: no such folder"),
+        (("eval", "/dev/null/run"), "/dev/null/run: no run directory"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_status_2(
@@ -80,6 +82,13 @@ def test_progress_lines_say_loss_accuracy_rate_and_time_left(capsys):
     assert "step 50/100  valid accuracy 25.0%  valid loss 2.0000  label_loss 1.0000" in out
     line = "step 60/100  loss 1.5000  valid accuracy 25.0%  20.0 examples/s  20 s left"
     assert line in out
+
+
+def test_a_path_that_cannot_be_used_is_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("dss.cli.inspect_verb.run", lambda _: (tmp_path / "file" / "x").mkdir())
+    (tmp_path / "file").write_text("")
+    assert cli.main(["inspect"]) == 2
+    assert capsys.readouterr().err == f"dss inspect: {tmp_path}/file/x: not a directory\n"
 
 
 def test_listing_and_inspecting(small_root, capsys, monkeypatch):

@@ -72,6 +72,17 @@ def test_unknown_mixtures_name_the_nearest(toy):
         get_mixture("toy_finetune", alpha=2)
 
 
+def test_a_name_says_its_teacher_where_no_files_do(tmp_path):
+    register("gone", tmp_path / "gone", labels=("a",), must_exist=False)
+    both = get_mixture("gone_step_by_step_unlabeled_my_llm").tasks
+    assert [task.name for task in both] == ["gone_label_my_llm", "gone_rationale_my_llm"]
+    assert get_mixture("gone_single_target_t").tasks[0].kind == "rationale_then_label"
+    with pytest.raises(UserError, match="unknown mixture 'gone_step_by'"):
+        get_mixture("gone_step_by")
+    with pytest.raises(UserError, match="gone: no such file"):
+        get_mixture("gone_distill_t").tasks[0].rows("train")
+
+
 def test_the_teacher_of_a_name_can_be_replaced():
     name = with_teacher("cqa_step_by_step_palm", "gpt_neox")
     assert name == "cqa_step_by_step_gpt_neox"

@@ -161,9 +161,14 @@ def test_a_run_directory_is_whole(undisturbed, tmp_path):
     assert {row["prediction"] for row in rows} <= {"yes", "no"}
 
 
-def test_predict_reads_standard_input_and_files(undisturbed, tmp_path):
+def test_predict_reads_standard_input_and_files(undisturbed, toy_folder, tmp_path):
     lines = 'is 3 good\n\n{"id": "x", "input": "is 4 good"}\n'
-    process = start("predict", undisturbed, "--rationale", stdin=subprocess.PIPE)
+    alone = tmp_path / "alone"  # without its data
+    shutil.copytree(undisturbed, alone)
+    config = (alone / "config.gin").read_text()
+    assert str(toy_folder) in config
+    (alone / "config.gin").write_text(config.replace(str(toy_folder), "/nowhere/toy"))
+    process = start("predict", alone, "--rationale", stdin=subprocess.PIPE)
     out, err = process.communicate(lines, timeout=200)
     assert process.returncode == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
@@ -224,6 +229,16 @@ def test_what_does_not_fit_a_run_is_one_line(train, undisturbed, toy_folder, voc
     )
     (bad / "train.rules.jsonl").unlink()
     assert "no such file" in finish(train(tmp_path / "new", f"--gin.DATASET_PATH={bad}"), 2)
+
+
+def test_a_run_that_saved_nothing_can_begin_as_another(train, toy_folder, tmp_path):
+    run, bad = tmp_path / "run", tmp_path / "toy"
+    shutil.copytree(toy_folder, bad)
+    (bad / "train.jsonl").write_text("")
+    assert "no examples" in finish(train(run, f"--gin.DATASET_PATH={bad}"), 2)
+    assert load_run(run).experiment.alpha == 0.5
+    finish(train(run, "--gin.ALPHA=0.2", "--gin.TRAIN_STEPS=2", "--gin.EVAL_PERIOD=2"))
+    assert load_run(run).experiment.alpha == 0.2
 
 
 def test_a_hugging_face_checkpoint_is_imported_trained_and_asked(
