@@ -16,6 +16,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[*find_packages(include=["dss", "dss.*", "tasks", "tasks.*"]), "dss.configs"],
     package_dir={"dss.configs": "gin"},
