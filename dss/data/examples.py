@@ -7,7 +7,7 @@ journal `id`, must be there.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +104,17 @@ def _text(where: str, value: dict[str, Any], key: str, default: str | None = Non
     return str(text)
 
 
-def read_examples(path: Path, split: str) -> list[Example]:
+def read_examples(path: Path, split: str, labels: Sequence[str] = ()) -> list[Example]:
     """Returns the examples of a JSON-lines file; one without an id is `<split>-<position>`.
 
+    Args:
+      path: the file.
+      split: for the ids.
+      labels: the closed set of labels; empty where it is open.
+
     Raises:
-      UserError: see `read_json_lines`; a missing input, or an id that came before.
+      UserError: see `read_json_lines`; a missing input, an id that came before, or a label outside
+        the closed set.
     """
     out: dict[str, Example] = {}
     for where, value in read_json_lines(path):
@@ -116,6 +122,8 @@ def read_examples(path: Path, split: str) -> list[Example]:
         if id_ in out:
             raise UserError(f"{where}: id {id_!r} came before; ids must differ")
         label = None if value.get("label") is None else _text(where, value, "label")
+        if labels and label is not None and label not in labels:
+            raise UserError(f"{where}: label {label!r} is none of {', '.join(labels)}")
         out[id_] = Example(id_, _text(where, value, "input"), label)
     return list(out.values())
 

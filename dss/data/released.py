@@ -103,7 +103,7 @@ def _asdiv_row(row: dict[str, Any]) -> tuple[str, str]:
 
 def _nli_row(row: dict[str, Any]) -> tuple[str, str]:
     # The tokenizer turns the text </s> into the id of the end of sequence.
-    return f"{row['premise']}</s>{row['hypothesis']}", NLI_LABELS[row["label"]]
+    return f"{row['premise']}</s>{row['hypothesis']}", dict(enumerate(NLI_LABELS))[row["label"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def test_malformed_lines_name_file_and_line(tmp_path, line, message):
 
 def test_a_label_outside_the_closed_set_is_an_error(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"input": "x", "label": "maybe"}])
-    with pytest.raises(UserError, match=r"label 'maybe' is none of yes, no"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: label 'maybe' is none of yes, no"):
         register("bad", tmp_path, labels=("yes", "no")).examples("train")
 
 

@@ -61,6 +61,16 @@ def test_another_number_of_texts_than_rows_is_an_error(small_root, tmp_path):
     set_data_root(None)
 
 
+def test_an_nli_row_without_a_gold_label_is_an_error(tmp_path):
+    (tmp_path / "esnli").mkdir()
+    rows = tmp_path / "esnli" / "esnli_test.json"
+    rows.write_text('{"premise": "p", "hypothesis": "h", "label": -1}\n')
+    set_data_root(tmp_path)
+    with pytest.raises(UserError, match=r"esnli_test.json:1: not a row of esnli"):
+        get_dataset("esnli").examples("test")
+    set_data_root(None)
+
+
 def test_splits_are_the_references(shared, data_root):
     recorded = json.loads((shared / "fixtures" / "reference_splits.json").read_text())
     assert len(recorded) == 12
