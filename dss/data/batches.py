@@ -93,7 +93,8 @@ def sampled_order(store: TokenStore, batch_size: int, seed: int, rates: tuple[fl
         """Returns how many sequences each task has given before a step; never falls with it."""
         left, counts = step * batch_size, []
         for k, rate in enumerate(rates):
-            counts.append(math.floor(left * rate / sum(rates[k:]) + 0.5))
+            rest = sum(rates[k:])
+            counts.append(math.floor(left * rate / rest + 0.5) if rest else 0)
             left -= counts[-1]
         return counts
 

@@ -23,7 +23,7 @@ from dss.errors import UserError
 
 __all__ = ["Ragged", "TaskTokens", "TokenStore", "cache_dir", "open_store", "tokenize"]
 
-FORMAT = 1  # part of the key: raise it when the arrays change their meaning
+FORMAT = 2  # part of the key: raise it when the arrays change their meaning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,9 @@ def _key(
         dataset = get_dataset(task.dataset)
         files = dataset.files(split, task.teacher)
         hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
-        parts.append([task.dataset, task.kind, task.teacher, task.prefix, hashes])
+        held_out = not dataset.source.has("valid")
+        parts.append([task.dataset, task.kind, task.teacher, task.prefix, hashes, held_out])
+        parts.append(dataset.labels)  # reading checks them
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -204,7 +206,8 @@ def open_store(
     if not path.is_dir():
         rows = [task.rows(split, **options) for task in mixture.tasks]
         for task, task_rows in zip(mixture.tasks, rows, strict=True):
-            if not task_rows:
+            # A validation set without rationales still shows the label's loss.
+            if not task_rows and (split == "train" or not any(rows)):
                 raise UserError(f"{task.name}: no {split} rows; see `dss inspect {mixture.name}`")
         store = tokenize(
             rows, vocabulary, inputs_length=inputs_length, targets_length=targets_length

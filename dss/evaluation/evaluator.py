@@ -202,10 +202,16 @@ class Predictor:
             encode_example(self.vocabulary, task.prefix + e.text, inputs_length) for e in examples
         ]
         if task.kind == "label":
-            choices = [dataset.choices(e.text) for e in examples]
-            if self.decoding.closed and all(choices):
-                return self.choose(inputs, choices)
-            return self.generate(inputs, max_length=self.decoding.max_length)
+            choices = [dataset.choices(e.text) if self.decoding.closed else () for e in examples]
+            out = [""] * len(inputs)
+            some = [i for i, c in enumerate(choices) if c]
+            chosen = self.choose([inputs[i] for i in some], [choices[i] for i in some])
+            others = [i for i, c in enumerate(choices) if not c]
+            length = self.decoding.max_length
+            written = self.generate([inputs[i] for i in others], max_length=length)
+            for i, label in zip(some + others, chosen + written, strict=True):
+                out[i] = label
+            return out
         texts = self.generate(inputs, max_length=self.decoding.rationale_length)
         return [extract_label(t) for t in texts] if task.kind == "rationale_then_label" else texts
 
@@ -238,6 +244,8 @@ def token_metrics(
 ) -> dict[str, float]:
     """Returns the loss of a whole split: of each task, and their mean weighted by rate.
 
+    A task without a token in the split is left out.
+
     Args:
       eval_step: from `make_eval_step`.
       params: the student's.
@@ -250,10 +258,14 @@ def token_metrics(
     for batch in batches:
         sums = jax.tree.map(np.asarray, eval_step(params, batch))
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    counts = np.maximum(totals["counts"], 1)
-    losses = totals["sums"] / counts
-    metrics = {f"{prefix}/loss": float(np.dot(losses, rates) / sum(rates))}
-    for k, name in enumerate(task_names):
-        metrics[f"{prefix}/{name}_loss"] = float(losses[k])
-        metrics[f"{prefix}/{name}_token_accuracy"] = float(totals["correct"][k] / counts[k])
+    there = np.flatnonzero(totals["counts"])
+    losses = totals["sums"][there] / totals["counts"][there]
+    weights = np.asarray(rates)[there]
+    if not weights.any():  # only tasks of rate 0: alpha is 0 and no rationale is there
+        weights = np.ones_like(weights)
+    metrics = {f"{prefix}/loss": float(np.average(losses, weights=weights))}
+    for k, loss in zip(there.tolist(), losses, strict=True):
+        right = totals["correct"][k] / totals["counts"][k]
+        metrics[f"{prefix}/{task_names[k]}_loss"] = float(loss)
+        metrics[f"{prefix}/{task_names[k]}_token_accuracy"] = float(right)
     return metrics

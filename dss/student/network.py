@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 Params = dict[str, Any]
-MASKED = -1e10  # added to the scores that must not count; T5X's value
+MASKED = -1e10  # the scores that must not count; T5X's value
 
 AXES = {  # logical axes of each parameter; a layer's have "layers" before them
     "embedding": ("vocab", "embed"),

@@ -38,6 +38,7 @@ class Checkpoints:
         self.folder = folder.absolute()
         if read_only and not self.folder.is_dir():
             raise UserError(f"{folder}: no checkpoints; is it a run directory of `dss train`?")
+        self._saved: int | None = None  # the step being written; disk does not show it yet
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={
@@ -102,12 +103,13 @@ class Checkpoints:
           score: decides which checkpoint is the best; None where nothing was evaluated.
         """
         step = int(state.step)
-        if step in self.steps:
+        if step == self._saved or step in self.steps:
             return
         items = {"params": ocp.args.StandardSave(state.params)}
         if jax.tree.leaves(state.opt_state):  # an imported checkpoint has none
             items["opt_state"] = ocp.args.PyTreeSave(state.opt_state)
         metrics = None if score is None else {SCORE: score, "step": step}
+        self._saved = step
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:

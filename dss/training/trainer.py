@@ -125,7 +125,7 @@ def train(
         last = step == config.train_steps
         if step % config.log_period == 0 or last:
             numbers = _numbers(values, task_names)
-            _check_finite(numbers, step, checkpoints)
+            _check_finite(numbers["train/loss"], step, checkpoints)
             rate = (step - clock_step) * examples_per_step / (time.monotonic() - clock)
             metrics.write(step, numbers)
             metrics.write_speed(step, {"examples_per_second": rate})
@@ -133,6 +133,7 @@ def train(
             clock, clock_step = time.monotonic(), step
         if step % config.eval_period == 0 or last:
             numbers = evaluate(state)
+            _check_finite(numbers["valid/loss"], step, checkpoints)
             metrics.write(step, numbers)
             progress.evaluated(step, numbers)
             checkpoints.save(state, numbers[score])
@@ -142,12 +143,12 @@ def train(
     return state
 
 
-def _check_finite(numbers: dict[str, float], step: int, checkpoints: Checkpoints) -> None:
-    if not np.isfinite(numbers["train/loss"]):
+def _check_finite(loss: float, step: int, checkpoints: Checkpoints) -> None:
+    if not np.isfinite(loss):
         checkpoints.wait()
         saved = checkpoints.latest
         where = "no checkpoint was saved yet" if saved is None else f"step {saved} is saved"
         raise UserError(
-            f"step {step}: the loss is {numbers['train/loss']}; {where}; "
+            f"step {step}: the loss is {loss}; {where}; "
             "try a lower learning rate, or float32 if the student computes in bfloat16"
         )

@@ -99,6 +99,8 @@ def test_sampling_follows_the_rates(toy_store):
         assert len(tasks) == 10
         counts += np.bincount(tasks, minlength=2)
     assert counts.tolist() == [60, 140]
+    tasks, _ = sampled_order(toy_store, 10, seed=0, rates=(1.0, 0.0))(3)
+    assert tasks.tolist() == [0] * 10
 
 
 def test_a_store_is_read_back_from_the_cache_and_keyed_by_its_settings(toy, tmp_path, monkeypatch):
@@ -113,6 +115,49 @@ def test_a_store_is_read_back_from_the_cache_and_keyed_by_its_settings(toy, tmp_
     half = open_store(mixture, "train", bytes_, fraction=0.5, **lengths)
     assert len(half) == 20
     assert len(list((tmp_path / "tokens").iterdir())) == 2
+
+
+def test_a_store_knows_whether_a_tenth_was_held_out_and_what_labels_there_are(toy_folder, tmp_path):
+    import shutil
+
+    from dss.data.registry import register
+
+    folder = tmp_path / "mine"
+    shutil.copytree(toy_folder, folder)
+
+    def train_ids(**options) -> set[str]:
+        register("mine", folder, **options)
+        mixture = get_mixture("mine_finetune")
+        return set(
+            open_store(
+                mixture, "train", load_vocabulary("bytes"), inputs_length=64, targets_length=32
+            ).ids
+        )
+
+    assert len(train_ids()) == 40
+    with pytest.raises(UserError, match=r"train.jsonl:1: label 'no' is none of yes"):
+        train_ids(labels=("yes",))
+    (folder / "valid.jsonl").unlink()
+    assert len(train_ids()) == 36
+
+
+def test_a_validation_split_may_lack_rationales(toy_folder, tmp_path):
+    import shutil
+
+    from dss.data.registry import register
+
+    folder = tmp_path / "mine"
+    shutil.copytree(toy_folder, folder)
+    (folder / "valid.rules.jsonl").write_text("")
+    register("mine", folder)
+    mixture, lengths = (
+        get_mixture("mine_step_by_step_rules"),
+        dict.fromkeys(("inputs_length", "targets_length"), 64),
+    )
+    valid = open_store(mixture, "valid", load_vocabulary("bytes"), **lengths)
+    assert (valid.rows[:, 1] == -1).all()
+    batch = Batches(valid, sequential_order(valid, 4), num_steps=2)[1]
+    assert set(np.unique(batch["decoder_task_ids"])) == {0, 1}
 
 
 def test_a_task_without_rows_is_an_error(tmp_path):

@@ -80,3 +80,13 @@ def test_metrics_go_on_after_the_step_that_was_restored(tmp_path):
     writer.close()
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_a_step_that_is_still_being_written_keeps_its_score(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path)
+    for step, score in ((1, 0.2), (2, 0.9)):
+        checkpoints.save(at(state, step), score)
+    checkpoints.save(at(state, 2))  # at the end of a run, at once after its evaluation
+    checkpoints.wait()
+    assert checkpoints.best == 2
+    checkpoints.close()
