@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import re
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ __all__ = ["CONFIG_FILE", "gin_root", "load_config", "parse_gin", "save_config"]
 
 CONFIG_FILE = "config.gin"
 DEFAULTS = "runs/train.gin"
+GIN_ERRORS = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    OSError,
+)
 NESTED = {
     "student": T5Config,
     "data": DataConfig,
@@ -67,17 +79,29 @@ def _parse(files: Sequence[str], bindings: Sequence[str], search: Sequence[str])
     try:
         gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
         experiment = _experiment()
-    except (ValueError, TypeError, SyntaxError, KeyError, RuntimeError, OSError) as error:
+    except GIN_ERRORS as error:
         raise UserError(f"configuration: {_describe(error)}") from error
-    known = {*_macros((root / DEFAULTS).read_text()), *_macros(gin.operative_config_str())}
-    for name in _macros(gin.config_str()):
-        if name not in known:  # nothing reads it: a slip of the pen
-            raise unknown_name("macro", name, known)
+    read = {*_names(gin.operative_config_str()), *_names(_defaults())}
+    for name in _names(gin.config_str()):
+        if name not in read:  # nothing reads it: a slip of the pen, or a student that is not there
+            if "." not in name:
+                raise unknown_name("macro", name, [n for n in read if "." not in n])
+            raise UserError(
+                f"configuration: {name} is set and nothing reads it; without a students/ file give "
+                "Experiment.dtype, Experiment.remat and DROPOUT_RATE"
+                if name.startswith("T5Config.")
+                else f"configuration: {name} is set and nothing reads it"
+            )
     return experiment
 
 
-def _macros(config: str) -> list[str]:
-    return re.findall(r"^(\w+) = ", config, re.MULTILINE)
+def _defaults() -> str:
+    return (gin_root() / DEFAULTS).read_text(encoding="utf-8")
+
+
+def _names(config: str) -> list[str]:
+    """Returns the names of the macros and fields that a configuration's text binds."""
+    return re.findall(r"^([\w.]+) = ", config, re.MULTILINE)
 
 
 def _find(file: str, folders: Sequence[str | Path]) -> str:
@@ -94,6 +118,9 @@ def _describe(error: Exception) -> str:
     """Returns gin's message in a line, with the file and line that it appends to it."""
     where = re.search(r"(?:file|In) \"?([^\"\n]+\.gin)\"?,? line (\d+)", str(error))
     text = _first_line(error)
+    unset = re.search(r"configurable 'macro' .* in scope '(\w+)'", str(error))
+    if unset and "'value'" in text:
+        return f"macro {unset[1]!r} is used and never set"
     if isinstance(error, KeyError):
         text = text.strip("'\"")
     return f"{text} ({where[1]}:{where[2]})" if where else text
@@ -142,7 +169,7 @@ def load_config(run: Path, flags: Sequence[str] = ()) -> Experiment:
 
     Args:
       run: the directory.
-      flags: `NAME=VALUE` of gin values to read differently.
+      flags: `NAME=VALUE` of gin values to read differently; a macro stands for its field.
 
     Raises:
       UserError: it is no run directory.
@@ -150,4 +177,10 @@ def load_config(run: Path, flags: Sequence[str] = ()) -> Experiment:
     path = Path(run).expanduser() / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
-    return _parse([str(path)], [_binding(flag) for flag in flags], ())
+    # A run's file has no macros: what they set is in the fields that the defaults name.
+    fields = {m: f for f, m in re.findall(r"^([\w.]+) = %(\w+)", _defaults(), re.MULTILINE)}
+    bindings = []
+    for flag in flags:
+        name, equals, value = flag.partition("=")
+        bindings.append(_binding(fields.get(name, name) + equals + value))
+    return _parse([str(path)], bindings, ())

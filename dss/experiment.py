@@ -63,6 +63,8 @@ class Experiment:
     initial_checkpoint: str | None = None  # hf:PATH, a hub id, or a run; None: from scratch
     vocabulary: str | None = None  # a SentencePiece file or "bytes"; None: the checkpoint's
     dropout_rate: float = 0.1  # in [0, 1)
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; None: the student's
+    remat: Literal["none", "full", "dots"] | None = None  # recomputed backward; None: the student's
     alpha: float = 0.5  # the label task's rate; the rationale's is 1 - alpha
     batch_size: int = 64  # examples (paired) or sequences (sampled) a step
     microbatches: int = 1  # parts of a batch that go through the device one after another
@@ -83,3 +85,12 @@ class Experiment:
         check_share(self, "dropout_rate", "label_smoothing")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"ALPHA must be in [0, 1], got {self.alpha}")
+
+    def settle(self, student: T5Config) -> T5Config:
+        """Returns a student with what the experiment says of its training."""
+        return dataclasses.replace(
+            student,
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype or student.dtype,
+            remat=self.remat or student.remat,
+        )

@@ -18,12 +18,17 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Mapping:
         return isinstance(value, Mapping) and all(_fits(v, args[1]) for v in value.values())
     if kind is tuple:
-        return isinstance(value, tuple | list)
+        items = args[:1] * len(value) if args[1:] == (...,) and _is_list(value) else args
+        return _is_list(value) and len(items) == len(value) and all(map(_fits, value, items))
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, hint)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, tuple | list)
 
 
 def _described(hint: Any) -> str:

@@ -45,6 +45,7 @@ __all__ = [
     "load_run",
     "read_initial",
     "run_folder",
+    "save_run",
     "use_data",
 ]
 
@@ -157,15 +158,20 @@ def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
     if source != BYTES:
         (folder / VOCABULARY_FILE).write_bytes(Path(source).read_bytes())
         source = VOCABULARY_FILE
-    # The run may be evaluated from any folder.
+    experiment = dataclasses.replace(experiment, student=student, vocabulary=source)
+    return save_run(folder, experiment), params
+
+
+def save_run(folder: Path, experiment: Experiment) -> Run:
+    """Writes a run directory's configuration, from which the run is found from any folder."""
     paths = {n: getattr(experiment.data, n) for n in ("root", "dataset_path")}
     absolute: dict[str, Any] = {
         n: str(Path(p).expanduser().resolve()) for n, p in paths.items() if p is not None
     }
     data = dataclasses.replace(experiment.data, **absolute)
-    experiment = dataclasses.replace(experiment, student=student, vocabulary=source, data=data)
+    experiment = dataclasses.replace(experiment, data=data)
     save_config(experiment, folder)
-    return Run(folder, experiment), params
+    return Run(folder, experiment)
 
 
 def run_folder(experiment: Experiment) -> Path:
@@ -192,7 +198,8 @@ def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
             run = load_run(source)
             found, vocabulary = run.config, vocabulary or run.vocabulary_source
             check_size(source, found, student)
-            params = run.predictor("best")[0].params
+            here = dataclasses.replace(run.experiment, mesh=experiment.mesh)
+            params = Run(run.folder, here).predictor("best")[0].params
         else:
             folder = huggingface.resolve(source)
             found = huggingface.read_config(folder)
@@ -210,7 +217,7 @@ def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
         raise UserError(
             "no vocabulary: give --gin.VOCABULARY=FILE, a SentencePiece model, or bytes"
         )
-    return dataclasses.replace(student, dropout_rate=experiment.dropout_rate), vocabulary, params
+    return experiment.settle(student), vocabulary, params
 
 
 SHAPE = (

@@ -29,6 +29,7 @@ from dss.runs import (
     load_run,
     read_initial,
     run_folder,
+    save_run,
     use_data,
 )
 from dss.student.config import T5Config
@@ -82,7 +83,7 @@ def _open_run(experiment: Experiment) -> tuple[Run, Any | None]:
     _check_same(run, experiment)
     # Where the data lie and the mesh may change.
     settled = dataclasses.replace(run.experiment, data=experiment.data, mesh=experiment.mesh)
-    return Run(folder, settled), None
+    return save_run(folder, settled), None
 
 
 def _differences(prefix: str, before: Any, now: Any, may_change: tuple[str, ...]) -> list[str]:
@@ -99,6 +100,8 @@ def _check_same(run: Run, now: Experiment) -> None:
     check_size(str(run.folder), run.config, now.student)
     settled = ("run_dir", "student", "vocabulary", "data", "mesh")
     differs = _differences("", before, now, settled)
+    if now.student is not None:
+        differs += _differences("student.", run.config, now.settle(now.student), ())
     if now.vocabulary is not None:
         vocabularies = load_vocabulary(run.vocabulary_source), load_vocabulary(now.vocabulary)
         if vocabularies[0].fingerprint != vocabularies[1].fingerprint:

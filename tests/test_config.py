@@ -66,14 +66,25 @@ def test_a_run_keeps_its_whole_configuration(tmp_path):
     save_config(experiment, tmp_path)
     assert load_config(tmp_path) == experiment
     assert load_config(tmp_path, ["Experiment.alpha=0.9"]).alpha == 0.9
+    assert load_config(tmp_path, ["ALPHA=0.8", "DATA_ROOT=/data"]).alpha == 0.8
+    assert load_config(tmp_path, ["DATA_ROOT=/data"]).data.root == "/data"
+    with pytest.raises(UserError, match="unknown macro 'ALPHE'"):
+        load_config(tmp_path, ["ALPHE=0.8"])
+
+
+def test_an_experiment_says_how_its_student_computes():
+    experiment = parse_gin(["students/tiny.gin"], ["Experiment.dtype=bfloat16", "DROPOUT_RATE=0.2"])
+    student = experiment.settle(experiment.student)
+    assert (student.dtype, student.remat, student.dropout_rate) == ("bfloat16", "none", 0.2)
 
 
 def test_user_gin_files_are_found_in_search_paths(tmp_path):
     (tmp_path / "mine.gin").write_text("BATCH_SIZE = 7\n")
     assert parse_gin(["mine.gin"], search_paths=[str(tmp_path)]).batch_size == 7
-    (tmp_path / "bad.gin").write_text("BATCH_SIZE = 7\nALPHA == 3\n")
-    with pytest.raises(UserError, match=r"configuration: .*bad.gin"):
-        parse_gin(["bad.gin"], search_paths=[str(tmp_path)])
+    for text in ("ALPHA == 3", "ALPHA = (", "import nosuchmodule"):
+        (tmp_path / "bad.gin").write_text(f"BATCH_SIZE = 7\n{text}\n")
+        with pytest.raises(UserError, match=r"configuration: "):
+            parse_gin(["bad.gin"], search_paths=[str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -94,6 +105,10 @@ def test_user_gin_files_are_found_in_search_paths(tmp_path):
         ("Experiment.eval_examples=0", "Experiment.eval_examples must be at least 1"),
         ("TRAIN_STEP=5", "unknown macro 'TRAIN_STEP'; did you mean 'TRAIN_STEPS'"),
         ("DATASET_LABELS=yes", "DataConfig.labels must be of type tuple"),
+        ("DATASET_LABELS=(0, 1)", "DataConfig.labels must be of type tuple"),
+        ("MeshConfig.rules=(('embed',),)", "MeshConfig.rules must be of type tuple"),
+        ("T5Config.dtype=bfloat16", "T5Config.dtype is set and nothing reads it"),
+        ("ALPHA=%NOPE", "macro 'NOPE' is used and never set"),
     ],
 )
 def test_values_out_of_range(flag, message):
