@@ -156,7 +156,7 @@ def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
     folder = run_folder(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     if source != BYTES:
-        (folder / VOCABULARY_FILE).write_bytes(Path(source).read_bytes())
+        (folder / VOCABULARY_FILE).write_bytes(Path(source).expanduser().read_bytes())
         source = VOCABULARY_FILE
     experiment = dataclasses.replace(experiment, student=student, vocabulary=source)
     return save_run(folder, experiment), params

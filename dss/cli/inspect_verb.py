@@ -9,7 +9,7 @@ from dss.cli.options import add_gin_options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dss.data.tasks import Mixture
+    from dss.data.tasks import Mixture, Task, TextRow
     from dss.data.vocabulary import Vocabulary
     from dss.experiment import Experiment
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     mixture = get_mixture(name, experiment.alpha)
     console.print(f"[bold]{mixture.name}[/bold]")
     _print_sources(console, mixture)
-    _print_counts(console, mixture)
+    _print_counts(console, mixture, experiment)
     if experiment.vocabulary is None:
         console.print("lengths, packed fill, examples: give --gin.VOCABULARY=FILE to see them")
         return 0
@@ -109,7 +109,7 @@ def _print_sources(console: "Console", mixture: "Mixture") -> None:
     console.print()
 
 
-def _print_counts(console: "Console", mixture: "Mixture") -> None:
+def _print_counts(console: "Console", mixture: "Mixture", experiment: "Experiment") -> None:
     from dss.data.statistics import measure_split
 
     dataset = mixture.dataset
@@ -119,7 +119,9 @@ def _print_counts(console: "Console", mixture: "Mixture") -> None:
     )
     for split in _splits(mixture):
         here = [teacher for teacher in teachers if dataset.has(split, teacher)]
-        measured = measure_split(dataset, split, here)
+        measured = measure_split(
+            dataset, split, here, fraction=experiment.data.fraction, seed=experiment.seed
+        )
         counts = str(measured.examples), str(measured.labelled)
         if not here:
             table.add_row(split, "-", *counts, "", "")
@@ -128,6 +130,14 @@ def _print_counts(console: "Console", mixture: "Mixture") -> None:
             accuracy = "" if found.accuracy is None else f"{found.accuracy:.2%}"
             table.add_row(split, teacher, *counts, statuses, accuracy)
     console.print(table)
+
+
+def _rows(task: "Task", split: str, experiment: "Experiment") -> "list[TextRow]":
+    """Returns the rows that the experiment would read."""
+    data = experiment.data
+    return task.rows(
+        split, fraction=data.fraction, seed=experiment.seed, keep_unparsed=data.keep_unparsed
+    )
 
 
 def _print_lengths(
@@ -144,7 +154,7 @@ def _print_lengths(
         for task in mixture.tasks:
             if not task.has(split):
                 continue
-            rows = task.rows(split, keep_unparsed=data.keep_unparsed)
+            rows = _rows(task, split, experiment)
             if not rows:
                 continue
             both = measure_lengths(
@@ -196,7 +206,7 @@ def _print_examples(
 
     data = experiment.data
     for task in mixture.tasks:
-        for row in task.rows("train")[:count]:
+        for row in _rows(task, "train", experiment)[:count]:
             console.print(f"{task.name} {row.id}", style="bold", markup=False)
             sides = (
                 ("inputs", row.inputs, data.inputs_length),

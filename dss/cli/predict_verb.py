@@ -5,8 +5,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dss.cli.options import add_run_options, open_run, prepare_jax
+
+if TYPE_CHECKING:
+    from dss.data.examples import Example
 
 __all__ = ["add_arguments", "run"]
 
@@ -26,25 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rationale", action="store_true", help="write the rationale too")
 
 
-def _read(source: str) -> Iterator[dict]:
-    if source != "-":
-        from dss.data.examples import read_examples
+def _read(source: str) -> Iterator["Example"]:
+    """Yields what is asked for; of standard input as it comes."""
+    from dss.data.examples import Example, read_example, read_examples, read_json
+    from dss.errors import UserError
 
-        for example in read_examples(Path(source), "input"):
-            yield {"id": example.id, "input": example.input}
+    if source != "-":
+        yield from read_examples(Path(source), "input")
         return
-    for number, line in enumerate(sys.stdin):
-        line = line.rstrip("\n")
-        if not line.strip():
-            continue
+    for number, content in enumerate(sys.stdin.buffer):
+        where, id_ = f"standard input:{number + 1}", f"input-{number}"
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
-            value = None
-        if isinstance(value, dict) and isinstance(value.get("input"), str):
-            yield {"id": str(value.get("id", f"input-{number}")), "input": value["input"]}
-        else:
-            yield {"id": f"input-{number}", "input": line}
+            line = content.decode().strip()
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: not UTF-8") from None
+        if line.startswith("{"):
+            yield read_example(where, read_json(where, line), id_)
+        elif line:
+            yield Example(id_, line)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,20 +65,32 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{found.folder}: no mixture; say with --mixture what the student predicts")
     use_data(experiment.data, must_exist=False)
     mixture = get_mixture(experiment.mixture, experiment.alpha)
-    rows = _read(args.input)
+    if (
+        args.output
+        and args.output.exists()
+        and args.input != "-"
+        and args.output.samefile(args.input)
+    ):
+        raise UserError(f"{args.output}: input and output are the same file")
     predictor, _ = found.predictor(args.checkpoint)
     length = experiment.data.inputs_length
-    output = args.output.open("w", encoding="utf-8") if args.output else sys.stdout
-    try:
-        while chunk := list(itertools.islice(rows, CHUNK)):
-            texts = [row["input"] for row in chunk]
+    examples = _read(args.input)
+
+    def predictions() -> Iterator[dict[str, str]]:
+        while chunk := list(itertools.islice(examples, CHUNK)):
+            texts = [example.input for example in chunk]
             labels = label(predictor, mixture, texts, length)
             rationales = explain(predictor, mixture, texts, length) if args.rationale else None
-            for i, row in enumerate(chunk):
-                line = row | {"label": labels[i]}
-                if rationales is not None:
-                    line["rationale"] = rationales[i]
-                print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
+            for i, example in enumerate(chunk):
+                line = {"id": example.id, "input": example.input, "label": labels[i]}
+                yield line | ({"rationale": rationales[i]} if rationales is not None else {})
+
+    lines = predictions()
+    first = list(itertools.islice(lines, 1))  # before an earlier output is written over
+    output = args.output.open("w", encoding="utf-8") if args.output else sys.stdout
+    try:
+        for line in itertools.chain(first, lines):
+            print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
     finally:
         if args.output:
             output.close()

@@ -18,7 +18,9 @@ __all__ = [
     "Example",
     "TeacherOutput",
     "parsed_status",
+    "read_example",
     "read_examples",
+    "read_json",
     "read_json_lines",
     "read_teacher_outputs",
 ]
@@ -71,6 +73,24 @@ def parsed_status(rationale: str, label: str | None) -> str:
     return "ok" if rationale.strip() and (label or "").strip() else "unparsed"
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name}; where there is no value write null")
+
+
+def read_json(where: str, text: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+      UserError: names `where` it stands; it is not JSON, or holds NaN or infinity.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # NaN, a number too long, nested too deeply
+        raise UserError(f"{where}: not JSON that can be read: {error}") from None
+
+
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (`file:line`, object) for each line that is not blank.
 
@@ -83,10 +103,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if not line.strip():
                     continue
                 where = f"{path}:{number}"
-                try:
-                    value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{where}: not JSON: {error.msg}") from None
+                value = read_json(where, line)
                 if not isinstance(value, dict):
                     raise UserError(f"{where}: a {type(value).__name__}, not a JSON object")
                 yield where, value
@@ -97,11 +114,35 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _text(where: str, value: dict[str, Any], key: str, default: str | None = None) -> str:
-    text = value.get(key, default)
+    text = default if value.get(key) is None else value[key]
     if isinstance(text, bool) or not isinstance(text, str | int | float):
         found = "is missing" if text is None else f"is a {type(text).__name__}"
         raise UserError(f"{where}: {key!r} {found}; it should be text")
+    try:
+        str(text).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {key!r} holds half a character: it was cut in two") from None
     return str(text)
+
+
+def read_example(
+    where: str, value: dict[str, Any], default_id: str, labels: Sequence[str] = ()
+) -> Example:
+    """Returns the example of a JSON object.
+
+    Args:
+      where: it stands, for errors.
+      value: the object.
+      default_id: its id where it has none.
+      labels: the closed set of labels; empty where it is open.
+
+    Raises:
+      UserError: a missing input, something that is no text, or a label outside the closed set.
+    """
+    label = None if value.get("label") is None else _text(where, value, "label")
+    if labels and label is not None and label not in labels:
+        raise UserError(f"{where}: label {label!r} is none of {', '.join(labels)}")
+    return Example(_text(where, value, "id", default_id), _text(where, value, "input"), label)
 
 
 def read_examples(path: Path, split: str, labels: Sequence[str] = ()) -> list[Example]:
@@ -113,18 +154,14 @@ def read_examples(path: Path, split: str, labels: Sequence[str] = ()) -> list[Ex
       labels: the closed set of labels; empty where it is open.
 
     Raises:
-      UserError: see `read_json_lines`; a missing input, an id that came before, or a label outside
-        the closed set.
+      UserError: see `read_json_lines` and `read_example`; an id that came before.
     """
     out: dict[str, Example] = {}
     for where, value in read_json_lines(path):
-        id_ = _text(where, value, "id", f"{split}-{len(out)}")
-        if id_ in out:
-            raise UserError(f"{where}: id {id_!r} came before; ids must differ")
-        label = None if value.get("label") is None else _text(where, value, "label")
-        if labels and label is not None and label not in labels:
-            raise UserError(f"{where}: label {label!r} is none of {', '.join(labels)}")
-        out[id_] = Example(id_, _text(where, value, "input"), label)
+        example = read_example(where, value, f"{split}-{len(out)}", labels)
+        if example.id in out:
+            raise UserError(f"{where}: id {example.id!r} came before; ids must differ")
+        out[example.id] = example
     return list(out.values())
 
 

@@ -57,6 +57,7 @@ class JsonlSource:
       path: a folder with `train.jsonl` and, if there are any, `valid.jsonl` and `test.jsonl`; or
         one file, which is the training split. The outputs of a teacher lie next to the examples,
         in `<name of the file>.<teacher>.jsonl`.
+        In the names of tasks and mixtures the teacher `gpt-4o` is `gpt_4o`.
       labels: the closed set of gold labels; empty where it is open.
     """
 
@@ -67,12 +68,7 @@ class JsonlSource:
     @property
     def teachers(self) -> tuple[str, ...]:
         """The teachers that have a journal for any split."""
-        found = set()
-        for split in SPLITS:
-            file = self._file(split)
-            for journal in file.parent.glob(f"{file.stem}.*.jsonl"):
-                found.add(journal.name.removeprefix(f"{file.stem}.").removesuffix(".jsonl"))
-        return tuple(sorted(found))
+        return tuple(sorted({teacher for split in SPLITS for teacher in self._journals(split)}))
 
     def has(self, split: str, teacher: str | None = None) -> bool:
         """See `Source.has`."""
@@ -81,7 +77,9 @@ class JsonlSource:
     def files(self, split: str, teacher: str | None = None) -> list[Path]:
         """See `Source.files`."""
         file = self._file(split)
-        return [file] if teacher is None else [file, file.with_suffix(f".{teacher}.jsonl")]
+        if teacher is None:
+            return [file]
+        return [file, self._journals(split).get(teacher, file.with_suffix(f".{teacher}.jsonl"))]
 
     def examples(self, split: str) -> list[Example]:
         """See `Source.examples`."""
@@ -90,6 +88,15 @@ class JsonlSource:
     def outputs(self, split: str, teacher: str) -> list[TeacherOutput]:
         """See `Source.outputs`."""
         return read_teacher_outputs(self.files(split, teacher)[1], teacher)
+
+    def _journals(self, split: str) -> dict[str, Path]:
+        """Returns the files of the teachers that have one for a split, by the teacher's name."""
+        file = self._file(split)
+        out = {}
+        for path in sorted(file.parent.glob(f"{file.stem}.*.jsonl")):
+            name = path.name.removeprefix(f"{file.stem}.").removesuffix(".jsonl")
+            out[re.sub(r"\W", "_", name, flags=re.ASCII)] = path
+        return out
 
     def _file(self, split: str) -> Path:
         if self.path.is_dir():

@@ -9,13 +9,12 @@ with it is row for row; nothing but fixed patterns is looked for in a text.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dss.data.examples import Example, TeacherOutput, parsed_status, read_json_lines
+from dss.data.examples import Example, TeacherOutput, parsed_status, read_json, read_json_lines
 from dss.errors import UserError
 
 __all__ = ["RELEASED", "TEACHERS", "Format", "ReleasedSource", "cqa_choices"]
@@ -92,18 +91,31 @@ def cqa_choices(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"^\([a-z]\) (.*)$", text.rpartition("Answer Choices:\n")[2], re.M))
 
 
+def _text(row: Any, key: str | int) -> str:
+    if not isinstance(row[key], str):
+        raise TypeError(f"{key!r} is {row[key]!r}, no text")
+    return row[key]
+
+
 def _cqa_row(row: dict[str, Any]) -> tuple[str, str]:
-    choices = "\n".join(f"({letter}) {row['choices'][i]}" for i, letter in enumerate("abcde"))
-    return f"{row['question']}\nAnswer Choices:\n{choices}", row["answer"]
+    choices = [f"({letter}) {_text(row['choices'], i)}" for i, letter in enumerate("abcde")]
+    question = "\n".join((_text(row, "question"), "Answer Choices:", *choices))
+    return question, _text(row, "answer")
+
+
+def _svamp_row(row: dict[str, Any]) -> tuple[str, str]:
+    return _text(row, "input"), _text(row, "label")
 
 
 def _asdiv_row(row: dict[str, Any]) -> tuple[str, str]:
-    return f"{row['Body']}\n{row['Question']}", row["Answer"].split(" ")[0]
+    return f"{_text(row, 'Body')}\n{_text(row, 'Question')}", _text(row, "Answer").split(" ")[0]
 
 
 def _nli_row(row: dict[str, Any]) -> tuple[str, str]:
     # The tokenizer turns the text </s> into the id of the end of sequence.
-    return f"{row['premise']}</s>{row['hypothesis']}", dict(enumerate(NLI_LABELS))[row["label"]]
+    return f"{_text(row, 'premise')}</s>{_text(row, 'hypothesis')}", dict(enumerate(NLI_LABELS))[
+        row["label"]
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +144,7 @@ def _palm_and_gpt_neox(parse: Parser) -> dict[str, Parser]:
 RELEASED = {
     "cqa": Format(row=_cqa_row, parsers=_palm_and_gpt_neox(_parse_choice), candidates=cqa_choices),
     "svamp": Format(
-        row=lambda row: (row["input"], row["label"]),
+        row=_svamp_row,
         parsers=_palm_and_gpt_neox(_parse_equation),
         metric="equation",
     ),
@@ -228,11 +240,11 @@ class ReleasedSource:
 
 def _read_texts(path: Path) -> list[str]:
     try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
+        texts = read_json(str(path), path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{path}: not a list of texts")
     return texts

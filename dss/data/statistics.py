@@ -45,18 +45,27 @@ class SplitStatistics:
     teachers: dict[str, TeacherStatistics]
 
 
-def measure_split(dataset: Dataset, split: str, teachers: Sequence[str]) -> SplitStatistics:
+def measure_split(
+    dataset: Dataset,
+    split: str,
+    teachers: Sequence[str],
+    *,
+    fraction: float = 1.0,
+    seed: int = 0,
+) -> SplitStatistics:
     """Returns the statistics of a split.
 
     Args:
       dataset: which.
       split: "train", "valid" or "test".
       teachers: those that have outputs for it.
+      fraction: of the training examples; see `Dataset.examples`.
+      seed: of the subsample.
 
     Raises:
       UserError: see `Dataset.examples`.
     """
-    examples = dataset.examples(split)
+    examples = dataset.examples(split, fraction=fraction, seed=seed)
     found = {}
     for teacher in teachers:
         outputs = dataset.outputs(split, teacher)

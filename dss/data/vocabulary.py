@@ -132,7 +132,7 @@ def load_vocabulary(source: str | Path) -> Vocabulary:
     """
     if str(source) == BYTES:
         return ByteVocabulary()
-    return SentencePieceVocabulary(Path(source))
+    return SentencePieceVocabulary(Path(source).expanduser())
 
 
 def encode_example(vocabulary: Vocabulary, text: str, length: int) -> list[int]:

@@ -35,7 +35,7 @@ def resolve(source: str) -> Path:
     name = source.removeprefix("hf:")
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such folder; give a checkpoint's folder or a hub id")
     import huggingface_hub
 
@@ -48,11 +48,14 @@ def resolve(source: str) -> Path:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; a Hugging Face T5 folder has one") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a {type(value).__name__}, not a JSON object")
+    return value
 
 
 def read_config(folder: Path) -> T5Config:
@@ -68,7 +71,7 @@ def read_config(folder: Path) -> T5Config:
         raise UserError(f"{path}: model_type is {kind!r}; a student is a t5 or an mt5")
     if kind == "umt5":
         raise UserError(f"{path}: umt5 has a position bias in every layer, which is not supported")
-    projection = raw.get("feed_forward_proj", "gated-gelu" if kind == "mt5" else "relu")
+    projection = raw.get("feed_forward_proj") or ("gated-gelu" if kind == "mt5" else "relu")
     gated = projection.startswith("gated-")
     activation = projection.removeprefix("gated-")
     if projection == "gated-gelu":  # its old meaning: the tanh approximation
@@ -96,6 +99,8 @@ def read_config(folder: Path) -> T5Config:
         )
     except KeyError as error:
         raise UserError(f"{path}: no {error.args[0]!r}; is it a T5's config?") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}; is it a T5's config?") from None
 
 
 def _scaled_logits(raw: dict) -> bool:
@@ -119,7 +124,7 @@ def find_vocabulary(folder: Path) -> str | None:
     if (folder / "spiece.model").is_file():
         return str(folder / "spiece.model")
     tokenizer = folder / "tokenizer_config.json"
-    if tokenizer.is_file() and "ByT5" in _read_json(tokenizer).get("tokenizer_class", ""):
+    if tokenizer.is_file() and "ByT5" in str(_read_json(tokenizer).get("tokenizer_class")):
         return BYTES
     config = folder / "config.json"
     if config.is_file() and _read_json(config).get("vocab_size") == 384:
@@ -132,7 +137,9 @@ class _Tensors:
 
     def __init__(self, folder: Path):
         if (folder / INDEX).is_file():
-            shards = _read_json(folder / INDEX)["weight_map"]
+            shards = _read_json(folder / INDEX).get("weight_map")
+            if not isinstance(shards, dict):
+                raise UserError(f"{folder / INDEX}: no 'weight_map' from tensors to files")
             self._file = {name: folder / shard for name, shard in shards.items()}
         elif (folder / "model.safetensors").is_file():
             with _open(folder / "model.safetensors") as file:

@@ -49,6 +49,10 @@ def test_subsets_are_nested():
         ('{"label": "a"}', r"train.jsonl:2: 'input' is missing"),
         ('{"input": ["x"]}', r"train.jsonl:2: 'input' is a list"),
         ('{"id": "one", "input": "x"}', r"train.jsonl:2: id 'one' came before"),
+        ('{"input": "x", "label": NaN}', r"train.jsonl:2: not JSON that can be read: NaN; .*null"),
+        ('{"input": "a cut \\ud83d"}', r"train.jsonl:2: 'input' holds half a character"),
+        ("[" * 100_000, r"train.jsonl:2: not JSON that can be read"),
+        ('{"input": ' + "9" * 5000 + "}", r"train.jsonl:2: not JSON that can be read"),
     ],
 )
 def test_malformed_lines_name_file_and_line(tmp_path, line, message):
@@ -78,6 +82,22 @@ def test_unknown_status_and_later_lines_of_a_journal(tmp_path):
     write_jsonl(tmp_path / "train.t.jsonl", [{"id": "a", "status": "fine"}])
     with pytest.raises(UserError, match=r"train.t.jsonl:1: status 'fine'"):
         dataset.outputs("train", "t")
+
+
+def test_a_teachers_name_is_made_one_that_tasks_can_have(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x"}])
+    write_jsonl(tmp_path / "train.gpt-4o.jsonl", [{"id": "a", "rationale": "r", "label": "l"}])
+    dataset = register("mine", tmp_path)
+    assert dataset.source.teachers == ("gpt_4o",)
+    assert dataset.outputs("train", "gpt_4o")["a"].rationale == "r"
+
+
+def test_null_is_nothing_in_a_journal_too(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x", "label": None}])
+    journal = [{"id": "a", "rationale": None, "label": None, "status": "refused"}]
+    write_jsonl(tmp_path / "train.t.jsonl", journal)
+    dataset = register("mine", tmp_path)
+    assert dataset.outputs("train", "t")["a"].rationale == ""
 
 
 def test_bad_names_and_paths(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 from dss.data.registry import get_dataset, set_data_root
 from dss.data.released import RELEASED
 from dss.errors import UserError
+from tests.conftest import write_jsonl
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,23 @@ def test_an_nli_row_without_a_gold_label_is_an_error(tmp_path):
     set_data_root(tmp_path)
     with pytest.raises(UserError, match=r"esnli_test.json:1: not a row of esnli"):
         get_dataset("esnli").examples("test")
+    set_data_root(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("svamp", {"input": "x", "label": 5}),
+        ("cqa", {"question": None, "choices": list("abcde"), "answer": "a"}),
+        ("asdiv", {"Body": None, "Question": "q", "Answer": "1"}),
+        ("esnli", {"premise": None, "hypothesis": "h", "label": 1}),
+    ],
+)
+def test_a_row_without_its_texts_is_an_error(tmp_path, name, row):
+    write_jsonl(tmp_path / name / f"{name}_test.json", [row])
+    set_data_root(tmp_path)
+    with pytest.raises(UserError, match=rf"{name}_test.json:1: not a row of {name}: .* no text"):
+        get_dataset(name).examples("test")
     set_data_root(None)
 
 

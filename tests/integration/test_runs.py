@@ -181,6 +181,24 @@ def test_predict_reads_standard_input_and_files(undisturbed, toy_folder, tmp_pat
     assert json.loads(output.read_text())["input"] == "is 3 good"
 
 
+def test_predict_writes_over_nothing_that_it_cannot_replace(undisturbed, tmp_path):
+    output = tmp_path / "out.jsonl"
+    output.write_text("earlier\n")
+    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
+    for source, message in (("bad.jsonl", "'input' is missing"), ("none", "no such file")):
+        err = finish(
+            start("predict", undisturbed, "--input", tmp_path / source, "--output", output), 2
+        )
+        assert message in err.lower()
+    same = ("--input", output, "--output", output)
+    assert "are the same file" in finish(start("predict", undisturbed, *same), 2)
+    assert output.read_text() == "earlier\n"
+    for asked, message in ((b'{"text": "x"}', "standard input:1: 'input'"), (b"\xe9", "not UTF-8")):
+        process = start("predict", undisturbed, "--output", output, stdin=subprocess.PIPE)
+        process.stdin.buffer.write(asked)
+        assert message in finish(process, 2)
+
+
 def test_a_full_disk_is_one_line(undisturbed):
     for options in (("predict", undisturbed, "--output"), ("eval", undisturbed, "--json")):
         process = start(*options, "/dev/full", stdin=subprocess.PIPE)

@@ -47,6 +47,7 @@ def test_bin_files_are_refused_with_the_reason(folder, tmp_path):
         ({"model_type": "umt5"}, "umt5"),
         ({"feed_forward_proj": "gated-tanh"}, "activation 'tanh'"),
         ({"d_model": None}, None),
+        ({"vocab_size": "8"}, "T5Config.vocab_size must be of type int, got '8'"),
     ],
 )
 def test_configurations_that_are_no_t5(folder, tmp_path, changes, message):
@@ -66,8 +67,21 @@ def test_a_file_that_is_cut_short(folder, tmp_path):
         huggingface.read_config(tmp_path)
 
 
+def test_files_that_are_no_json_objects(folder, tmp_path):
+    for content in (b"[]", b"\xff", b"{"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"config\.json: "):
+            huggingface.read_config(tmp_path)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / huggingface.INDEX).write_text("{}")
+    with pytest.raises(UserError, match="no 'weight_map'"):
+        huggingface.read_config(tmp_path)
+
+
 def test_a_missing_folder_and_an_unreachable_hub(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         huggingface.resolve(f"hf:{tmp_path}/none")
     with pytest.raises(UserError, match="the hub did not give it"):
         huggingface.resolve("hf:google/t5-v1_1-small")
+    with pytest.raises(UserError, match="the hub did not give it"):
+        huggingface.resolve("hf:t5-small")
