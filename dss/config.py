@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import logging
 import re
 import tokenize
 from collections.abc import Sequence
@@ -76,11 +77,14 @@ def _parse(files: Sequence[str], bindings: Sequence[str], search: Sequence[str])
     for folder in (str(root), *search):
         gin.add_config_file_search_path(folder)
     paths = [_find(file, ("", *search, root)) for file in files]
+    logging.disable(logging.ERROR)  # gin says at length what it also raises
     try:
         gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
         experiment = _experiment()
     except GIN_ERRORS as error:
         raise UserError(f"configuration: {_describe(error)}") from error
+    finally:
+        logging.disable(logging.NOTSET)
     read = {*_names(gin.operative_config_str()), *_names(_defaults())}
     for name in _names(gin.config_str()):
         if name not in read:  # nothing reads it: a slip of the pen, or a student that is not there
