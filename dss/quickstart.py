@@ -211,8 +211,11 @@ def run_quickstart(
     if not (folder / "vocabulary.model").is_file():
         make_data(folder)
     students = _students(folder, sizes, seeds)
-    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    cores = available[: min(len(students), MAX_PROCESSES)]
+    if hasattr(os, "sched_getaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+    else:
+        cores = list(range(os.cpu_count() or 1))
+    cores = cores[: min(len(students), MAX_PROCESSES)]
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     for core in cores:
