@@ -1,9 +1,13 @@
 """Fixtures: the shared real data, a toy dataset, tiny students, eight simulated devices."""
 
+import contextlib
 import json
 import os
 import tempfile
 from pathlib import Path
+
+with contextlib.suppress(ImportError):
+    import triton  # noqa: F401  CUDA builds of torch bring it; after TensorFlow it would crash
 
 import jax
 import pytest
