@@ -101,7 +101,12 @@ def _check_same(run: Run, now: Experiment) -> None:
     settled = ("run_dir", "student", "vocabulary", "data", "mesh")
     differs = _differences("", before, now, settled)
     if now.student is not None:
-        differs += _differences("student.", run.config, now.settle(now.student), ())
+        wanted = now.settle(now.student)
+        differs += [
+            f"student.{name} was {getattr(run.config, name)!r} and is {getattr(wanted, name)!r}"
+            for name in ("dtype", "remat")
+            if getattr(run.config, name) != getattr(wanted, name)
+        ]
     if now.vocabulary is not None:
         vocabularies = load_vocabulary(run.vocabulary_source), load_vocabulary(now.vocabulary)
         if vocabularies[0].fingerprint != vocabularies[1].fingerprint:

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from dss import __version__
 from dss.errors import UserError
@@ -59,16 +60,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _quiet_full_disk(args: threading.ExceptHookArgs) -> None:
-    """The writer of TensorBoard's events is a thread; the main one tells of a full disk."""
-    if FULL_DISK not in str(args.exc_value):
+def _is_echo(error: BaseException | None) -> bool:
+    """Returns whether an error is one that libraries print of a full disk, where the raised one
+    is enough: writers in threads, and Orbax's writes that end after it has given up.
+    """
+    return FULL_DISK in str(error) or str(error) == "Event loop is closed"
+
+
+def _thread_excepthook(args: threading.ExceptHookArgs) -> None:
+    if not _is_echo(args.exc_value):
         threading.__excepthook__(args)
+
+
+def _unraisable_hook(args: Any) -> None:
+    if not _is_echo(args.exc_value):
+        sys.__unraisablehook__(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit status."""
     args = _parse(sys.argv[1:] if argv is None else argv)
-    threading.excepthook = _quiet_full_disk
+    threading.excepthook, sys.unraisablehook = _thread_excepthook, _unraisable_hook
     try:
         return _module(args.verb).run(args)
     except KeyboardInterrupt:

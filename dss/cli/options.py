@@ -62,12 +62,16 @@ def open_run(args: argparse.Namespace):
 
 def prepare_jax() -> None:
     """Keeps compiled programs between runs, in the cache folder of dss; quiets the libraries."""
+    import logging
+
     import jax
-    from absl import logging
+    from absl import logging as absl_logging
 
     from dss.data.store import cache_dir
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    logging.set_verbosity(logging.FATAL)  # what Orbax logs as an error it raises too
+    # What Orbax and its event loop log as an error Orbax raises too.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

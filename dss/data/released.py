@@ -113,9 +113,8 @@ def _asdiv_row(row: dict[str, Any]) -> tuple[str, str]:
 
 def _nli_row(row: dict[str, Any]) -> tuple[str, str]:
     # The tokenizer turns the text </s> into the id of the end of sequence.
-    return f"{_text(row, 'premise')}</s>{_text(row, 'hypothesis')}", dict(enumerate(NLI_LABELS))[
-        row["label"]
-    ]
+    label = dict(enumerate(NLI_LABELS))[row["label"]]
+    return f"{_text(row, 'premise')}</s>{_text(row, 'hypothesis')}", label
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
