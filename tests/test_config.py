@@ -81,9 +81,13 @@ def test_an_experiment_says_how_its_student_computes():
 def test_user_gin_files_are_found_in_search_paths(tmp_path):
     (tmp_path / "mine.gin").write_text("BATCH_SIZE = 7\n")
     assert parse_gin(["mine.gin"], search_paths=[str(tmp_path)]).batch_size == 7
-    for text in ("ALPHA == 3", "ALPHA = (", "import nosuchmodule"):
+    for text, message in (
+        ("ALPHA == 3", r"configuration: .*bad.gin"),
+        ("ALPHA = (", r"configuration: .*EOF in multi-line"),
+        ("import nosuchmodule", r"configuration: No module named 'nosuchmodule'"),
+    ):
         (tmp_path / "bad.gin").write_text(f"BATCH_SIZE = 7\n{text}\n")
-        with pytest.raises(UserError, match=r"configuration: "):
+        with pytest.raises(UserError, match=message):
             parse_gin(["bad.gin"], search_paths=[str(tmp_path)])
 
 

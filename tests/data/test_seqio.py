@@ -1,13 +1,11 @@
 """The SeqIO tasks read what `dss train` reads; they need TensorFlow, which loads slowly."""
 
 import numpy as np
-import pytest
+import seqio
 
 from dss.data import registry
 from dss.data.tasks import get_mixture
 from dss.data.vocabulary import encode_example, load_vocabulary
-
-seqio = pytest.importorskip("seqio")
 
 
 def test_tokens_are_those_of_the_token_store(shared, data_root, vocab_path, monkeypatch):
@@ -57,7 +55,8 @@ def test_metrics_and_labels_of_a_users_dataset(toy, monkeypatch):
 def test_the_tfds_builder_makes_a_versioned_dataset_with_statistics(
     small_root, toy_folder, tmp_path
 ):
-    tfds = pytest.importorskip("tensorflow_datasets")
+    import tensorflow_datasets as tfds
+
     from dss.data.step_by_step import StepByStep
 
     for config, source, rows in (("esnli", small_root, 20), ("jsonl", toy_folder, 40)):
