@@ -7,6 +7,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = (HERE / "dss" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
 
+# Beam holds protobuf below 7, which newer sentencepiece files were generated for.
+BEAM = ["apache-beam>=2.77", "sentencepiece<0.2.2"]
+
 # The gin files live in gin/ (which is no Python package: `import gin` means gin-config) and are
 # installed as the data of dss.configs, where dss.config finds them from any directory.
 setup(
@@ -20,7 +23,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["dss", "dss.*", "tasks", "tasks.*"]), "dss.configs"],
     package_dir={"dss.configs": "gin"},
-    package_data={"dss.configs": ["**/*.gin"]},
+    package_data={
+        "dss.configs": ["**/*.gin"],
+        "dss.teacher": ["prompts/*.yaml", "report.html"],
+    },
     entry_points={"console_scripts": ["dss = dss.cli.main:main"]},
     install_requires=[
         "jax>=0.10.2",
@@ -31,7 +37,7 @@ setup(
         "gin-config>=0.5.0",
         "numpy>=2.4",
         "safetensors>=0.8",
-        "sentencepiece>=0.2.3",
+        "sentencepiece>=0.2.1",
         "huggingface_hub>=2.4",
         "tensorstore>=0.1.86",
         "rich>=15.0",
@@ -46,9 +52,10 @@ setup(
         "importlib_resources>=6.5",  # tensorflow-datasets needs it to load a builder
     ],
     extras_require={
-        "teacher": ["openai>=2.8", "jinja2>=3.1.6", "pyyaml>=6.0.3"],
+        "teacher": ["openai>=3.57", "jinja2>=3.1.6", "pyyaml>=6.0.3", "pyarrow>=25.0"],
+        "beam": BEAM,
         "report": ["matplotlib>=3.11"],
-        "tfds": ["apache-beam>=2.77", "mlcroissant>=1.1"],  # the `tfds` command needs both to start
+        "tfds": [*BEAM, "mlcroissant>=1.1"],  # the `tfds` command needs both to start
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "test": [
@@ -57,7 +64,8 @@ setup(
             "pytest>=9.2",
             "ruff>=0.15",
             "mypy>=2.4",
-            "transformers>=5.23",
+            *BEAM,
+            "transformers[serving]>=5.23",
             "torch==2.13.0",
         ],
     },

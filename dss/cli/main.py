@@ -15,6 +15,7 @@ __all__ = ["main"]
 
 VERBS = {
     "quickstart": "see the method's gain on synthetic data, in minutes, without a download",
+    "annotate": "have a teacher write a label and a rationale for every example",
     "inspect": "show what a mixture holds: sources, counts, lengths, examples",
     "train": "train a student, or continue a run",
     "eval": "measure a run's accuracy on a split",

@@ -32,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _read(source: str) -> Iterator["Example"]:
     """Yields what is asked for; of standard input as it comes."""
-    from dss.data.examples import Example, read_example, read_examples, read_json
+    from dss.data.examples import Example, read_example, read_json, stream_examples
     from dss.errors import UserError
 
     if source != "-":
-        yield from read_examples(Path(source), "input")
+        yield from stream_examples(Path(source), "input")
         return
     for number, content in enumerate(sys.stdin.buffer):
         where, id_ = f"standard input:{number + 1}", f"input-{number}"

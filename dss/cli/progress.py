@@ -1,86 +1,81 @@
-"""How training shows itself: a bar on a terminal, lines elsewhere."""
+"""How long work shows itself: a bar on a terminal, lines elsewhere."""
 
 import sys
 import time
 
-from dss.training.trainer import Progress
-
-__all__ = ["BarProgress", "LineProgress", "progress_for"]
+__all__ = ["Bar", "Lines", "display_for", "time_left"]
 
 
-def _left(seconds: float) -> str:
+def time_left(seconds: float) -> str:
+    """Returns a time for people to read.
+
+    >>> time_left(250), time_left(40)
+    ('4 min left', '40 s left')
+    """
     minutes, hours = seconds / 60, seconds / 3600
     if hours >= 1:
         return f"{hours:.1f} h left"
     return f"{minutes:.0f} min left" if minutes >= 2 else f"{seconds:.0f} s left"
 
 
-class LineProgress(Progress):
-    """Prints a line at an evaluation, and every few seconds."""
+class Lines:
+    """Prints a line every few seconds, and at the end."""
 
-    def __init__(self, total: int, examples_per_step: int, every: float = 10.0):
-        self.total, self.examples_per_step, self.every = total, examples_per_step, every
-        self.printed = 0.0
-        self.accuracy: str | None = None
+    def __init__(self, noun: str, total: int, every: float = 10.0):
+        """Makes a display.
 
-    def text(self, step: int, values: dict[str, float]) -> str:
-        """Returns what is worth saying of a step."""
-        rate = values["examples_per_second"]
-        parts = [f"loss {values['train/loss']:.4f}"]
-        parts += [self.accuracy] if self.accuracy else []
-        left = (self.total - step) * self.examples_per_step / rate
-        return "  ".join([*parts, f"{rate:.1f} examples/s", _left(left)])
+        Args:
+          noun: what is counted, such as "step".
+          total: how many there are.
+          every: seconds between lines.
+        """
+        self.noun, self.total, self.every = noun, total, every
+        self._printed = 0.0
 
-    def update(self, step: int, values: dict[str, float]) -> None:
-        """See `Progress.update`."""
-        if time.monotonic() - self.printed >= self.every or step == self.total:
-            self.printed = time.monotonic()
-            print(f"step {step}/{self.total}  {self.text(step, values)}", flush=True)
-
-    def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """See `Progress.evaluated`."""
-        shown = {name.removeprefix("valid/"): value for name, value in values.items()}
-        score = next(name for name in ("accuracy", "rouge_l") if name in shown)
-        self.accuracy = f"valid {score} {shown[score]:.1%}"
-        losses = "  ".join(f"{n} {v:.4f}" for n, v in shown.items() if n.endswith("loss"))
-        self.say(f"step {step}/{self.total}  {self.accuracy}  valid {losses}")
+    def show(self, done: int, text: str) -> None:
+        """Shows how far it is."""
+        if time.monotonic() - self._printed >= self.every or done == self.total:
+            self._printed = time.monotonic()
+            self.say(f"{self.noun} {done}/{self.total}  {text}")
 
     def say(self, line: str) -> None:
         """Prints a line."""
         print(line, flush=True)
 
+    def close(self) -> None:
+        """Ends the display."""
 
-class BarProgress(LineProgress):
-    """A bar with the loss, the accuracy, examples a second and the time left."""
 
-    def __init__(self, total: int, examples_per_step: int):
-        super().__init__(total, examples_per_step)
+class Bar(Lines):
+    """A bar that is drawn again and again, and lines above it."""
+
+    def __init__(self, noun: str, total: int):
+        super().__init__(noun, total)
         from rich import progress
 
-        self.bar = progress.Progress(
-            progress.TextColumn("step {task.completed}/{task.total}"),
+        self._bar = progress.Progress(
+            progress.TextColumn(noun + " {task.completed}/{task.total}"),
             progress.BarColumn(),
             progress.TextColumn("{task.description}"),
         )
-        self.task = self.bar.add_task("compiling", total=total)
-        self.bar.start()
+        self._task = self._bar.add_task("starting", total=total)
+        self._bar.start()
 
-    def update(self, step: int, values: dict[str, float]) -> None:
-        """See `Progress.update`."""
-        self.bar.update(self.task, completed=step, description=self.text(step, values))
-        if step == self.total:
-            self.bar.refresh()
+    def show(self, done: int, text: str) -> None:
+        """See `Lines.show`."""
+        self._bar.update(self._task, completed=done, description=text)
+        if done == self.total:
+            self._bar.refresh()
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        self.bar.console.print(line, highlight=False)
+        self._bar.console.print(line, highlight=False)
 
     def close(self) -> None:
-        """See `Progress.close`."""
-        self.bar.stop()
+        """See `Lines.close`."""
+        self._bar.stop()
 
 
-def progress_for(total: int, examples_per_step: int) -> LineProgress:
-    """Returns the progress display that suits standard output."""
-    kind = BarProgress if sys.stdout.isatty() else LineProgress
-    return kind(total, examples_per_step)
+def display_for(noun: str, total: int) -> Lines:
+    """Returns the display that suits standard output."""
+    return (Bar if sys.stdout.isatty() else Lines)(noun, total)

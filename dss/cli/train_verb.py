@@ -23,11 +23,13 @@ def run(args: argparse.Namespace) -> int:
     search = [folder for folder in args.gin_search_paths.split(",") if folder]
     experiment = parse_gin(args.gin_file, args.gin, search)
 
-    from dss.cli.progress import progress_for
+    from dss.cli.progress import display_for
+    from dss.cli.train_progress import TrainProgress
     from dss.train import run_experiment
 
     prepare_jax()
-    progress = progress_for(experiment.trainer.train_steps, experiment.batch_size)
+    display = display_for("step", experiment.trainer.train_steps)
+    progress = TrainProgress(display, experiment.batch_size)
     try:
         result = run_experiment(experiment, progress)
     finally:

@@ -7,6 +7,7 @@ journal `id`, must be there.
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ __all__ = [
     "TeacherOutput",
     "parsed_status",
     "read_example",
-    "read_examples",
     "read_json",
     "read_json_lines",
     "read_teacher_outputs",
+    "stream_examples",
+    "teacher_files",
 ]
 
 STATUSES = ("ok", "unparsed", "refused", "error")
@@ -77,6 +79,9 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name}; where there is no value write null")
 
 
+DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
 def read_json(where: str, text: str) -> Any:
     """Returns the value of a JSON text.
 
@@ -84,7 +89,7 @@ def read_json(where: str, text: str) -> Any:
       UserError: names `where` it stands; it is not JSON, or holds NaN or infinity.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # NaN, a number too long, nested too deeply
@@ -145,8 +150,8 @@ def read_example(
     return Example(_text(where, value, "id", default_id), _text(where, value, "input"), label)
 
 
-def read_examples(path: Path, split: str, labels: Sequence[str] = ()) -> list[Example]:
-    """Returns the examples of a JSON-lines file; one without an id is `<split>-<position>`.
+def stream_examples(path: Path, split: str, labels: Sequence[str] = ()) -> Iterator[Example]:
+    """Yields the examples of a JSON-lines file; one without an id is `<split>-<position>`.
 
     Args:
       path: the file.
@@ -156,13 +161,26 @@ def read_examples(path: Path, split: str, labels: Sequence[str] = ()) -> list[Ex
     Raises:
       UserError: see `read_json_lines` and `read_example`; an id that came before.
     """
-    out: dict[str, Example] = {}
+    ids: set[str] = set()
     for where, value in read_json_lines(path):
-        example = read_example(where, value, f"{split}-{len(out)}", labels)
-        if example.id in out:
+        example = read_example(where, value, f"{split}-{len(ids)}", labels)
+        if example.id in ids:
             raise UserError(f"{where}: id {example.id!r} came before; ids must differ")
-        out[example.id] = example
-    return list(out.values())
+        ids.add(example.id)
+        yield example
+
+
+def teacher_files(examples: Path) -> dict[str, Path]:
+    """Returns the teachers' outputs that lie next to a file of examples, by teacher.
+
+    They are named `<name of the file>.<teacher>.jsonl`; the teacher `gpt-4o` is called `gpt_4o`, as
+    in the names of tasks and mixtures.
+    """
+    out = {}
+    for path in sorted(examples.parent.glob(f"{examples.stem}.*.jsonl")):
+        name = path.name.removeprefix(f"{examples.stem}.").removesuffix(".jsonl")
+        out[re.sub(r"\W", "_", name, flags=re.ASCII)] = path
+    return out
 
 
 def read_teacher_outputs(path: Path, teacher: str) -> list[TeacherOutput]:

@@ -7,7 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from dss.data.examples import Example, TeacherOutput, read_examples, read_teacher_outputs
+from dss.data.examples import (
+    Example,
+    TeacherOutput,
+    read_teacher_outputs,
+    stream_examples,
+    teacher_files,
+)
 from dss.data.metrics import METRICS
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
@@ -68,7 +74,7 @@ class JsonlSource:
     @property
     def teachers(self) -> tuple[str, ...]:
         """The teachers that have a journal for any split."""
-        return tuple(sorted({teacher for split in SPLITS for teacher in self._journals(split)}))
+        return tuple(sorted({t for split in SPLITS for t in teacher_files(self._file(split))}))
 
     def has(self, split: str, teacher: str | None = None) -> bool:
         """See `Source.has`."""
@@ -79,24 +85,15 @@ class JsonlSource:
         file = self._file(split)
         if teacher is None:
             return [file]
-        return [file, self._journals(split).get(teacher, file.with_suffix(f".{teacher}.jsonl"))]
+        return [file, teacher_files(file).get(teacher, file.with_suffix(f".{teacher}.jsonl"))]
 
     def examples(self, split: str) -> list[Example]:
         """See `Source.examples`."""
-        return read_examples(self._file(split), split, self.labels)
+        return list(stream_examples(self._file(split), split, self.labels))
 
     def outputs(self, split: str, teacher: str) -> list[TeacherOutput]:
         """See `Source.outputs`."""
         return read_teacher_outputs(self.files(split, teacher)[1], teacher)
-
-    def _journals(self, split: str) -> dict[str, Path]:
-        """Returns the files of the teachers that have one for a split, by the teacher's name."""
-        file = self._file(split)
-        out = {}
-        for path in sorted(file.parent.glob(f"{file.stem}.*.jsonl")):
-            name = path.name.removeprefix(f"{file.stem}.").removesuffix(".jsonl")
-            out[re.sub(r"\W", "_", name, flags=re.ASCII)] = path
-        return out
 
     def _file(self, split: str) -> Path:
         if self.path.is_dir():

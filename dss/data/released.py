@@ -3,6 +3,7 @@
     <root>/<name>/<name>_{train,valid,test}.json      examples, JSON lines
     <root>/<name>/llm/<split>_CoT_<k>.json            PaLM's texts, in the order of k and the rows
     <root>/gpt-neox/<name>/<split>.json               GPT-NeoX's texts
+    <root>/<name>/<name>_<split>.<teacher>.jsonl      a teacher's of your own, from `dss annotate`
 
 A parse gives rationale and label as the released code did, blanks included, so that a comparison
 with it is row for row; nothing but fixed patterns is looked for in a text.
@@ -14,7 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dss.data.examples import Example, TeacherOutput, parsed_status, read_json, read_json_lines
+from dss.data.examples import (
+    Example,
+    TeacherOutput,
+    parsed_status,
+    read_json,
+    read_json_lines,
+    read_teacher_outputs,
+    teacher_files,
+)
 from dss.errors import UserError
 
 __all__ = ["RELEASED", "TEACHERS", "Format", "ReleasedSource", "cqa_choices"]
@@ -172,8 +181,10 @@ class ReleasedSource:
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The teachers whose texts were released."""
-        return TEACHERS
+        """The teachers whose texts were released, and those whose outputs lie beside them."""
+        splits = ("train", "valid", "test")
+        own = {teacher for split in splits for teacher in teacher_files(self._examples_file(split))}
+        return (*TEACHERS, *sorted(own))
 
     def has(self, split: str, teacher: str | None = None) -> bool:
         """Returns whether a split, or a teacher's texts for it, are there."""
@@ -185,8 +196,11 @@ class ReleasedSource:
         """Returns the files a split is read from, and a teacher's for it, existing or not."""
         if teacher is None:
             return [self._examples_file(split)]
+        examples = self._examples_file(split)
         missing = self.root / self.name / "llm" / f"{split}_CoT_0.json"
-        return [self._examples_file(split), *(self._teacher_files(split, teacher) or [missing])]
+        if teacher not in TEACHERS:
+            missing = examples.with_suffix(f".{teacher}.jsonl")
+        return [examples, *(self._teacher_files(split, teacher) or [missing])]
 
     def examples(self, split: str) -> list[Example]:
         """Returns the examples of a split, in the file's order.
@@ -204,11 +218,13 @@ class ReleasedSource:
         return out
 
     def outputs(self, split: str, teacher: str) -> list[TeacherOutput]:
-        """Returns a teacher's outputs for a split, one an example, in the same order.
+        """Returns a teacher's outputs for a split; of a released one as many as examples, in order.
 
         Raises:
           UserError: a missing or malformed file, or another number of texts than of examples.
         """
+        if teacher not in TEACHERS:
+            return read_teacher_outputs(self.files(split, teacher)[1], teacher)
         parse = RELEASED[self.name].parsers[teacher]
         _, *paths = self.files(split, teacher)
         texts = [text for path in paths for text in _read_texts(path)]
@@ -232,6 +248,9 @@ class ReleasedSource:
         if teacher == "gpt_neox":
             path = self.root / "gpt-neox" / self.name / f"{split}.json"
             return [path] if path.is_file() else []
+        if teacher != "palm":
+            own = teacher_files(self._examples_file(split)).get(teacher)
+            return [own] if own else []
         found = (self.root / self.name / "llm").glob(f"{split}_CoT_*.json")
         numbered = [(re.fullmatch(r".*_CoT_(\d+)", path.stem), path) for path in found]
         return [path for _, path in sorted((int(m[1]), path) for m, path in numbered if m)]

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from dss.cli import main as cli
-from dss.cli.progress import LineProgress
+from dss.cli.progress import Lines
+from dss.cli.train_progress import TrainProgress
 
 
 @pytest.mark.parametrize("verb", [None, *cli.VERBS])
@@ -74,7 +75,7 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, wrapped):
 
 
 def test_progress_lines_say_loss_accuracy_rate_and_time_left(capsys):
-    progress = LineProgress(total=100, examples_per_step=10)
+    progress = TrainProgress(Lines("step", total=100), examples_per_step=10)
     values = {"train/loss": 1.5, "examples_per_second": 20.0}
     progress.evaluated(50, {"valid/loss": 2.0, "valid/label_loss": 1.0, "valid/accuracy": 0.25})
     progress.update(60, values)

@@ -1,0 +1,35 @@
+"""How training shows itself."""
+
+from dss.cli.progress import Lines, time_left
+from dss.training.trainer import Progress
+
+__all__ = ["TrainProgress"]
+
+
+class TrainProgress(Progress):
+    """Shows the loss, the accuracy, examples a second and the time left."""
+
+    def __init__(self, display: Lines, examples_per_step: int):
+        self.display, self.examples_per_step = display, examples_per_step
+        self.accuracy: str | None = None
+
+    def update(self, step: int, values: dict[str, float]) -> None:
+        """See `Progress.update`."""
+        rate = values["examples_per_second"]
+        parts = [f"loss {values['train/loss']:.4f}"]
+        parts += [self.accuracy] if self.accuracy else []
+        left = (self.display.total - step) * self.examples_per_step / rate
+        text = "  ".join([*parts, f"{rate:.1f} examples/s", time_left(left)])
+        self.display.show(step, text)
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """See `Progress.evaluated`."""
+        shown = {name.removeprefix("valid/"): value for name, value in values.items()}
+        score = next(name for name in ("accuracy", "rouge_l") if name in shown)
+        self.accuracy = f"valid {score} {shown[score]:.1%}"
+        losses = "  ".join(f"{n} {v:.4f}" for n, v in shown.items() if n.endswith("loss"))
+        self.display.say(f"step {step}/{self.display.total}  {self.accuracy}  valid {losses}")
+
+    def close(self) -> None:
+        """See `Progress.close`."""
+        self.display.close()

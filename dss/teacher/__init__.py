@@ -1,0 +1,1 @@
+"""Prompting an LLM: prompts, client, journal, and what is made of its answers."""

@@ -1,0 +1,142 @@
+"""The providers' batch route, at about half the price: request files out, result files in.
+
+The files are those of OpenAI's batch API, which others take too: one JSON object a line, known by
+its `custom_id`, which is the request's key. Results may come in any order, in any number of files.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dss.data.examples import Example, read_json_lines
+from dss.errors import UserError
+from dss.teacher.journal import Attempt, Journal
+from dss.teacher.reply import Reply, read_reply
+from dss.teacher.request import Request, Writer
+
+__all__ = ["export_batch", "import_batch"]
+
+MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # a file, by OpenAI's limits
+AT_ONCE = 1000  # rows a transaction
+
+
+def export_batch(
+    journal: Journal, writer: Writer, examples: Iterable[Example], stem: Path
+) -> list[tuple[Path, int]]:
+    """Writes the requests that have no answer to files `<stem>-000.jsonl`, `-001`, ...
+
+    Args:
+      journal: open for writing, and described; the requests are written to it too.
+      writer: of the requests.
+      examples: that are asked about.
+      stem: of the files; those of an earlier export are removed.
+
+    Returns:
+      (file, number of requests) of each.
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for old in stem.parent.glob(f"{stem.name}-[0-9][0-9][0-9].jsonl"):
+        old.unlink()
+    out: list[tuple[Path, int]] = []
+    lines: list[bytes] = []
+    size = 0
+    chunk: list[Request] = []
+
+    def flush() -> None:
+        nonlocal lines, size
+        path = stem.parent / f"{stem.name}-{len(out):03d}.jsonl"
+        path.write_bytes(b"".join(lines))
+        out.append((path, len(lines)))
+        lines, size = [], 0
+
+    for request in _open_requests(journal, writer, examples):
+        line = json.dumps(_batch_line(writer, request), ensure_ascii=False).encode() + b"\n"
+        if lines and (len(lines) == MOST_REQUESTS or size + len(line) > MOST_BYTES):
+            flush()
+        lines.append(line)
+        size += len(line)
+        chunk.append(request)
+        if len(chunk) == AT_ONCE:
+            journal.add(chunk, [])
+            chunk = []
+    journal.add(chunk, [])
+    if lines:
+        flush()
+    return out
+
+
+def _open_requests(
+    journal: Journal, writer: Writer, examples: Iterable[Example]
+) -> Iterator[Request]:
+    """Yields requests without an answer; of the same one that several examples make, one."""
+    seen: set[bytes] = set()
+    for example in examples:
+        for request in writer.requests(example):
+            key = bytes.fromhex(request.key)
+            if key not in seen and not journal.final_among([request.key]):
+                seen.add(key)
+                yield request
+
+
+def _batch_line(writer: Writer, request: Request) -> dict[str, Any]:
+    url = "/v1" + writer.teacher.path
+    return {"custom_id": request.key, "method": "POST", "url": url, "body": writer.body(request)}
+
+
+def import_batch(journal: Journal, files: Sequence[Path]) -> dict[str, int]:
+    """Reads results and errors of batches into a journal.
+
+    Args:
+      journal: open for writing.
+      files: as they were downloaded, in any order; reading one twice changes nothing.
+
+    Returns:
+      How many lines were `new`, were there `before`, and are of `unknown` requests.
+
+    Raises:
+      UserError: a file is missing, or a line is no result; what stands before it is kept.
+    """
+    counts = {"new": 0, "before": 0, "unknown": 0}
+    for path in files:
+        chunk: list[Attempt] = []
+        try:
+            for where, value in read_json_lines(path):
+                attempt = _read_result(where, value)
+                if not journal.knows(attempt.key):
+                    counts["unknown"] += 1
+                    continue
+                chunk.append(attempt)
+                if len(chunk) == AT_ONCE:
+                    _keep(journal, chunk, counts)
+                    chunk = []
+        finally:
+            _keep(journal, chunk, counts)
+    return counts
+
+
+def _keep(journal: Journal, chunk: Sequence[Attempt], counts: dict[str, int]) -> None:
+    new = journal.add([], chunk)
+    counts["new"] += new
+    counts["before"] += len(chunk) - new
+
+
+def _read_result(where: str, value: dict[str, Any]) -> Attempt:
+    key, response, error = value.get("custom_id"), value.get("response"), value.get("error")
+    if not isinstance(key, str):
+        raise UserError(f"{where}: has no `custom_id`; is it a result of a batch?")
+    if isinstance(response, dict) and isinstance(response.get("status_code"), int):
+        body = json.dumps(response.get("body"), ensure_ascii=False)
+        reply = read_reply(response["status_code"], body)
+    elif isinstance(error, dict):  # it expired, or was cancelled
+        content = json.dumps({"error": error}, ensure_ascii=False)
+        reply = Reply(status="failed", code=None, response=content)
+    else:
+        raise UserError(f"{where}: has neither a `response` with a status code nor an `error`")
+    origin = value.get("id")
+    if not isinstance(origin, str):
+        content = json.dumps(value, sort_keys=True)
+        origin = hashlib.sha256(content.encode()).hexdigest()
+    return Attempt(key=key, reply=reply, latency=None, at=time.time(), origin=f"batch:{origin}")

@@ -1,0 +1,108 @@
+"""Sends a request and returns the reply, whatever happens to it on the way."""
+
+import asyncio
+import email.utils
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import httpx2
+import openai
+
+from dss.errors import UserError
+from dss.teacher.reply import Reply, read_reply
+from dss.teacher.request import Teacher
+
+__all__ = ["Client", "api_key", "retry_after"]
+
+HIDDEN = "[API key]"
+NO_KEY = "none"  # what a server that asks for no key is sent
+OPENAI_HOST = "api.openai.com"
+
+
+def api_key(variable: str, base_url: str) -> str:
+    """Returns the key in an environment variable.
+
+    Raises:
+      UserError: it is not set, and the endpoint is one that surely needs it.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key and OPENAI_HOST in base_url:
+        raise UserError(
+            f"{variable} is not set; put your key there, or name the variable it is in with "
+            "--key-env, or give --base-url of a server that needs none"
+        )
+    return key or NO_KEY
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Returns the seconds that a reply asks to wait; None where it asks nothing.
+
+    Args:
+      headers: of the reply: `retry-after-ms`, or `Retry-After` in seconds or as a date
+        (RFC 9110, section 10.2.3).
+      now: seconds since 1970.
+    """
+    try:
+        return max(0.0, float(headers["retry-after-ms"]) / 1000)
+    except (KeyError, ValueError):
+        pass
+    value = headers.get("retry-after", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
+    except (ValueError, TypeError):
+        return None
+
+
+class Client:
+    """An OpenAI-compatible endpoint. Retries nothing: that is decided where attempts are counted.
+
+    The key is in no reply: where an endpoint repeats it, it is blotted out.
+    """
+
+    def __init__(self, teacher: Teacher, key: str, timeout: float):
+        """Makes a client.
+
+        Args:
+          teacher: says where, and what path.
+          key: of the endpoint.
+          timeout: seconds for a whole reply.
+        """
+        self._path, self._key, self._timeout = teacher.path, key, timeout
+        self._client = openai.AsyncOpenAI(
+            api_key=key, base_url=teacher.base_url, max_retries=0, timeout=None
+        )
+
+    async def send(self, body: Mapping[str, Any]) -> tuple[Reply, float | None]:
+        """Returns the reply, and the seconds that it asks to wait before another request."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                response = await self._client.post(
+                    self._path, body=dict(body), cast_to=httpx2.Response
+                )
+        except TimeoutError:
+            return self._lost("timeout", f"no whole reply in {self._timeout:g} s"), None
+        except openai.APIStatusError as error:
+            response = error.response
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            status = "unreachable" if isinstance(cause, httpx2.ConnectError) else "dropped"
+            return self._lost(status, f"{type(cause).__name__}: {cause}"), None
+        text = response.content.decode(errors="replace")
+        wait = retry_after(response.headers, time.time())
+        return read_reply(response.status_code, self._hide(text)), wait
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.close()
+
+    def _lost(self, status: str, what: str) -> Reply:
+        return Reply(status=status, code=None, response=self._hide(what))
+
+    def _hide(self, text: str) -> str:
+        return text if self._key == NO_KEY else text.replace(self._key, HIDDEN)

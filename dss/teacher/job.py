@@ -1,0 +1,180 @@
+"""An annotation put together: which examples, which prompt and teacher, and where it is kept."""
+
+import collections
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dss import __version__
+from dss.data.examples import Example, stream_examples
+from dss.data.registry import get_dataset
+from dss.errors import UserError
+from dss.teacher.journal import Journal
+from dss.teacher.outputs import annotations, write_jsonl, write_parquet
+from dss.teacher.prompt import load_prompt
+from dss.teacher.request import Teacher, Writer, file_name
+
+__all__ = ["Job", "dataset_job", "file_job"]
+
+JOURNAL_FILE = "journal.sqlite"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A teacher's work on one file of examples.
+
+    Attributes:
+      source: the file that holds the examples.
+      stem: of the names of the files that are written.
+      folder: where they are written.
+      name: of the teacher, in the names of files and mixtures.
+      writer: of the requests.
+      rows: the examples, where they are read already; None streams them from `source`.
+    """
+
+    source: Path
+    stem: str
+    folder: Path
+    name: str
+    writer: Writer
+    rows: tuple[Example, ...] | None = None
+
+    @property
+    def journal_path(self) -> Path:
+        """The journal, one for all that is annotated in a folder."""
+        return self.folder / JOURNAL_FILE
+
+    def file(self, suffix: str) -> Path:
+        """Returns the file for this teacher's outputs with a suffix, such as "jsonl"."""
+        return self.folder / f"{self.stem}.{self.name}.{suffix}"
+
+    def examples(self) -> Iterator[Example]:
+        """Yields the examples in their order.
+
+        Raises:
+          UserError: see `stream_examples`.
+        """
+        if self.rows is not None:
+            yield from self.rows
+        else:
+            yield from stream_examples(self.source, self.stem, self.writer.prompt.labels)
+
+    def export(self, journal: Journal, *, parquet: bool = False) -> collections.Counter[str] | None:
+        """Writes what the journal holds as the JSON lines that training reads.
+
+        In a folder that is not the source's, the examples are written beside it, so that
+        DATASET_PATH may name them. Nothing is written where nothing has changed since.
+
+        Args:
+          journal: open for writing.
+          parquet: also write a Parquet file with examples and outputs.
+
+        Returns:
+          How many lines have each status; None where nothing had changed.
+        """
+        target, fingerprint = self.file("jsonl"), self._fingerprint(journal)
+        wanted = [target, self.file("parquet")] if parquet else [target]
+        if journal.export_of(target) == fingerprint and all(path.is_file() for path in wanted):
+            return None
+        counts: collections.Counter[str] = collections.Counter()
+
+        def lines() -> Iterable[dict[str, Any]]:
+            for annotation in annotations(journal, self.writer, self.examples()):
+                counts[annotation.status] += 1
+                yield annotation.line(self.name)
+
+        write_jsonl(target, lines())
+        self.copy_examples()
+        if parquet:
+            write_parquet(
+                self.file("parquet"),
+                annotations(journal, self.writer, self.examples()),
+                self.name,
+            )
+        journal.set_export(target, fingerprint)
+        return counts
+
+    def copy_examples(self) -> None:
+        """Writes the examples to the folder, unless they are there anyway."""
+        if self.source.parent.resolve() != self.folder.resolve():
+            rows = (dataclasses.asdict(example) for example in self.examples())
+            write_jsonl(self.folder / f"{self.stem}.jsonl", rows)
+
+    def _fingerprint(self, journal: Journal) -> str:
+        """Returns a hash of all that an export is made of."""
+        stat = self.source.stat()
+        parts = [
+            *(self.writer.prompt.source, dataclasses.asdict(self.writer.teacher), __version__),
+            *(str(self.source.resolve()), stat.st_size, stat.st_mtime_ns, journal.last_attempt()),
+        ]
+        content = json.dumps(parts, sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def file_job(
+    path: Path, prompt: str, teacher: Teacher, *, output: Path | None, name: str | None
+) -> Job:
+    """Returns the job of a file of JSON lines.
+
+    Args:
+      path: of the file.
+      prompt: a name or a file, see `load_prompt`.
+      teacher: who is asked.
+      output: the folder to write to; None for the file's own.
+      name: of the teacher in the names of files and mixtures; None for the model's.
+
+    Raises:
+      UserError: something of it is missing or wrong.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; give one of its files, such as {path / 'train.jsonl'}")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    return Job(
+        source=path,
+        stem=path.stem,
+        folder=output or path.parent,
+        name=_name(name, teacher),
+        writer=Writer(load_prompt(prompt), teacher),
+    )
+
+
+def dataset_job(
+    dataset: str,
+    split: str,
+    prompt: str | None,
+    teacher: Teacher,
+    *,
+    output: Path | None,
+    name: str | None,
+) -> Job:
+    """Returns the job of a split of a released dataset; the prompt's default is the dataset's.
+
+    Raises:
+      UserError: something of it is missing or wrong.
+    """
+    found = get_dataset(dataset)
+    if found.source_split(split) != split:
+        raise UserError(
+            f"{dataset} has no file for {split}: it is a tenth of train; annotate --split train"
+        )
+    (source,) = found.files(split)
+    return Job(
+        source=source,
+        stem=source.stem if output is None else split,
+        folder=output or source.parent,
+        name=_name(name, teacher),
+        writer=Writer(load_prompt(prompt or dataset), teacher),
+        rows=tuple(found.source.examples(split)),
+    )
+
+
+def _name(name: str | None, teacher: Teacher) -> str:
+    if name is None:
+        return file_name(teacher.model)
+    if file_name(name) != name:
+        raise UserError(f"--name {name!r}: use letters, digits, '_', '-' and '.'")
+    return name

@@ -1,0 +1,84 @@
+"""What tokens cost, from a file that the user owns. A price that nobody gave is unknown."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dss.errors import UserError
+from dss.teacher.journal import Usage
+
+__all__ = ["Price", "load_price"]
+
+MILLION = 1e6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Price:
+    """A model's price, in `currency` for a million tokens.
+
+    Attributes:
+      currency: as the file says.
+      input: of a prompt's tokens.
+      output: of an answer's.
+      cached_input: of those of a prompt that the endpoint had in its cache.
+      batch_input: of a prompt's, in a batch.
+      batch_output: of an answer's, in a batch.
+    """
+
+    input: float
+    output: float
+    cached_input: float | None = None
+    batch_input: float | None = None
+    batch_output: float | None = None
+    currency: str = ""
+
+    def cost(self, usage: Usage, *, batch: bool = False) -> float | None:
+        """Returns what counted tokens cost; None where the file has no price for a batch."""
+        if batch:
+            if self.batch_input is None or self.batch_output is None:
+                return None if usage.prompt or usage.completion else 0.0
+            cost = usage.prompt * self.batch_input + usage.completion * self.batch_output
+            return cost / MILLION
+        cached = self.input if self.cached_input is None else self.cached_input
+        cost = (usage.prompt - usage.cached) * self.input + usage.cached * cached
+        return (cost + usage.completion * self.output) / MILLION
+
+    def text(self, cost: float) -> str:
+        """Returns a cost with its currency."""
+        return f"{cost:.4f} {self.currency}".strip() if cost < 1 else f"{cost:,.2f} {self.currency}"
+
+
+def load_price(path: Path, model: str) -> Price | None:
+    """Returns a model's price from a file; None where it has none.
+
+        currency: EUR
+        models:
+          my-model: {input: 0.5, output: 1.5, cached_input: 0.25}
+
+    Raises:
+      UserError: the file is missing or not of this form.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    models = content.get("models") if isinstance(content, dict) else None
+    if not isinstance(models, dict):
+        raise UserError(f"{path}: has no `models`, each with its input and output price")
+    if model not in models:
+        return None
+    return _price(f"{path}: {model}", models[model], str(content.get("currency", "")))
+
+
+def _price(where: str, value: Any, currency: str) -> Price:
+    names = [field.name for field in dataclasses.fields(Price) if field.name != "currency"]
+    if not isinstance(value, dict) or not {"input", "output"} <= set(value) <= set(names):
+        raise UserError(f"{where}: give input and output, and if you like {', '.join(names[2:])}")
+    for name, number in value.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or not number >= 0:
+            raise UserError(f"{where}: {name} is {number!r}; give a price for a million tokens")
+    return Price(currency=currency, **value)

@@ -1,0 +1,310 @@
+"""What a teacher is asked, and how its text is read: one YAML file a task.
+
+    instruction      text that stands first (the system message of a chat); may be missing
+    exemplars        a list of {input, rationale, label}
+    form             {question, answer, pattern}: two Jinja templates and a regular expression
+    hint             the same for hint mode, where the gold label is shown; may be missing
+    choices_pattern  a regular expression with one group: the answers that an input offers
+    labels           the closed set of labels; without it and choices any text is one
+    metric           "text" or "equation": when two labels are the same
+    stop             where the next question would begin; the text after it is not read
+    parameters       of the request, such as max_tokens and temperature
+
+Templates see `input`, `choices` (the answers offered, or the labels), and in an answer or a hint
+`label` and `rationale`; a name that is not defined is an error, and they run in a sandbox. A
+pattern has the groups `rationale` and `label`.
+"""
+
+import dataclasses
+import importlib.resources
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import yaml
+
+from dss.data.examples import Example
+from dss.data.metrics import METRICS
+from dss.errors import UserError, unknown_name
+
+__all__ = ["Exemplar", "Form", "Parsed", "Prompt", "load_prompt", "prompt_names", "read_prompt"]
+
+SHIPPED = importlib.resources.files("dss.teacher") / "prompts"
+OURS = ("name", "source")  # fields of a prompt that its file does not give
+SEPARATOR = "\n\n"  # between the exemplars of a plain completion
+ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exemplar:
+    """An example with its answer, shown to the teacher."""
+
+    input: str
+    rationale: str
+    label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """What was found in a text: a blank rationale or a label of None is one that was not."""
+
+    rationale: str
+    label: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a question and its answer are written.
+
+    Attributes:
+      question: Jinja template of what the teacher reads.
+      answer: Jinja template of what it should write after it.
+      pattern: finds `rationale` and `label` in what it wrote.
+    """
+
+    question: jinja2.Template
+    answer: jinja2.Template
+    pattern: re.Pattern[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What a teacher is asked about the examples of a task; see the module."""
+
+    name: str
+    exemplars: tuple[Exemplar, ...]
+    form: Form
+    hint: Form | None = None
+    instruction: str = ""
+    choices_pattern: re.Pattern[str] | None = None
+    labels: tuple[str, ...] = ()
+    metric: str = "text"
+    stop: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    source: str = ""  # the YAML text
+
+    def choices(self, text: str) -> tuple[str, ...]:
+        """Returns the labels that are possible for an input; none where any text is."""
+        return tuple(self.choices_pattern.findall(text)) if self.choices_pattern else self.labels
+
+    def is_same(self, label: str, other: str) -> bool:
+        """Returns whether two labels count as one, by the prompt's metric."""
+        return METRICS[self.metric](label, other)
+
+    def turns(self, *, hinted: bool = False) -> list[tuple[str, str]]:
+        """Returns (question, answer) of each exemplar.
+
+        Raises:
+          UserError: one of them cannot be written with the templates.
+        """
+        form = self._form(hinted)
+        out = []
+        for number, shown in enumerate(self.exemplars, 1):
+            where = f"prompt {self.name}: exemplar {number}"
+            values = self._values(shown.input) | {"label": shown.label}
+            question = _render(where, form.question, values)
+            answer = _render(where, form.answer, values | {"rationale": shown.rationale})
+            out.append((question, answer))
+        return out
+
+    def question(self, example: Example, *, hinted: bool = False) -> str:
+        """Returns what the teacher reads of an example.
+
+        Raises:
+          UserError: the template does not fit the example, or there is no gold label to show.
+        """
+        values: dict[str, Any] = self._values(example.input)
+        if hinted:
+            if example.label is None:
+                raise UserError(f"example {example.id!r} has no label, which --hint would show")
+            values["label"] = example.label
+        return _render(f"example {example.id!r}", self._form(hinted).question, values)
+
+    def parse(self, text: str, example: Example, *, hinted: bool = False) -> Parsed:
+        """Returns what a teacher's text says of an example.
+
+        The text counts up to the first stop sequence. A label outside the possible ones is none;
+        letters of another case are forgiven. In hint mode the label is the one that was shown,
+        and a text that concludes another one has no label.
+        """
+        ends = [at for at in map(text.find, self.stop) if at >= 0]
+        match = self._form(hinted).pattern.search(text[: min(ends, default=None)])
+        if match is None:
+            return Parsed("", None)
+        found = match.groupdict()
+        rationale = (found["rationale"] or "").strip()
+        label = self._possible((found.get("label") or "").strip(), example.input)
+        if hinted:
+            assert example.label is not None
+            wrong = found.get("label") and not (label and self.is_same(label, example.label))
+            return Parsed(rationale, None if wrong else example.label)
+        return Parsed(rationale, label)
+
+    def _possible(self, label: str, text: str) -> str | None:
+        choices = self.choices(text)
+        if not choices or label in choices:
+            return label or None
+        folded = {choice.casefold(): choice for choice in choices}
+        return folded.get(label.casefold())
+
+    def _form(self, hinted: bool) -> Form:
+        if not hinted:
+            return self.form
+        if self.hint is None:
+            raise UserError(f"prompt {self.name}: has no `hint`, which --hint needs")
+        return self.hint
+
+    def _values(self, text: str) -> dict[str, Any]:
+        return {"input": text, "choices": list(self.choices(text))}
+
+
+def _render(where: str, template: jinja2.Template, values: Mapping[str, Any]) -> str:
+    try:
+        return template.render(values)
+    except Exception as error:  # whatever a template's expression raises
+        raise UserError(f"{where}: does not fit the template: {error}") from None
+
+
+def prompt_names() -> list[str]:
+    """Returns the names of the prompts that are shipped."""
+    files = (Path(str(file)) for file in SHIPPED.iterdir())
+    return sorted(file.stem for file in files if file.suffix == ".yaml")
+
+
+def load_prompt(source: str) -> Prompt:
+    """Returns a prompt: the name of a shipped one, or a YAML file.
+
+    Raises:
+      UserError: there is none, or see `read_prompt`.
+    """
+    path = Path(source).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        where, name = str(path), path.stem
+    elif source in prompt_names():
+        where, name, path = f"prompt {source}", source, Path(str(SHIPPED / f"{source}.yaml"))
+    else:
+        raise unknown_name("prompt", source, prompt_names())
+    try:
+        return read_prompt(where, name, path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def read_prompt(where: str, name: str, text: str) -> Prompt:
+    """Returns the prompt of a YAML text.
+
+    Raises:
+      UserError: names `where` it stands; something is wrong, or the exemplars' own answers do not
+        give their rationale and label when they are parsed.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{where}{line}: not YAML: {problem}") from None
+    prompt = dataclasses.replace(_read(where, name, content), source=text)
+    for hinted in (False, True) if prompt.hint else (False,):
+        _check_exemplars(where, prompt, hinted)
+    return prompt
+
+
+def _read(where: str, name: str, content: Any) -> Prompt:
+    fields = [field.name for field in dataclasses.fields(Prompt) if field.name not in OURS]
+    values = _mapping(where, content, fields, ("exemplars", "form"))
+    exemplars = values["exemplars"]
+    if not isinstance(exemplars, list):
+        raise UserError(f"{where}: exemplars: should be a list")
+    keys = [field.name for field in dataclasses.fields(Exemplar)]
+    shown = []
+    for number, value in enumerate(exemplars, 1):
+        at = f"{where}: exemplar {number}"
+        value = _mapping(at, value, keys, keys)
+        shown.append(Exemplar(**{key: _text(f"{at}: {key}", value[key]) for key in keys}))
+    metric = _text(f"{where}: metric", values.get("metric", "text"))
+    if metric not in METRICS:
+        raise UserError(f"{where}: {unknown_name('metric', metric, METRICS)}")
+    choices = values.get("choices_pattern")
+    parameters = values.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise UserError(f"{where}: parameters: should be NAME: VALUE lines")
+    return Prompt(
+        name=name,
+        exemplars=tuple(shown),
+        form=_read_form(f"{where}: form", values["form"]),
+        hint=_read_form(f"{where}: hint", values["hint"]) if values.get("hint") else None,
+        instruction=_text(f"{where}: instruction", values.get("instruction", "")),
+        choices_pattern=None if choices is None else _pattern(f"{where}: choices_pattern", choices),
+        labels=_texts(f"{where}: labels", values.get("labels", [])),
+        metric=metric,
+        stop=_texts(f"{where}: stop", values.get("stop", [])),
+        parameters=parameters,
+    )
+
+
+def _read_form(where: str, content: Any) -> Form:
+    keys = ("question", "answer", "pattern")
+    values = _mapping(where, content, keys, keys)
+    question, answer = (_template(f"{where}: {key}", values[key]) for key in keys[:2])
+    pattern = _pattern(f"{where}: pattern", values["pattern"])
+    if "rationale" not in pattern.groupindex:
+        raise UserError(f"{where}: pattern: has no group (?P<rationale>...)")
+    return Form(question, answer, pattern)
+
+
+def _template(where: str, value: Any) -> jinja2.Template:
+    try:
+        return ENVIRONMENT.from_string(_text(where, value))
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{where}: not a Jinja template: {error}") from None
+
+
+def _check_exemplars(where: str, prompt: Prompt, hinted: bool) -> None:
+    answers = [answer for _, answer in prompt.turns(hinted=hinted)]
+    for number, (shown, answer) in enumerate(zip(prompt.exemplars, answers, strict=True), 1):
+        example = Example(str(number), shown.input, shown.label)
+        parsed = prompt.parse(answer, example, hinted=hinted)
+        if parsed != Parsed(shown.rationale, shown.label):
+            raise UserError(
+                f"{where}: exemplar {number}: its own answer {answer!r} parses as rationale "
+                f"{parsed.rationale!r} and label {parsed.label!r}; mend the pattern or the labels"
+            )
+
+
+def _mapping(where: str, value: Any, known: Sequence[str], needed: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: should have {', '.join(needed)}, as NAME: VALUE lines")
+    for key in value:
+        if key not in known:
+            raise UserError(f"{where}: {unknown_name('name', str(key), known)}")
+    for key in needed:
+        if key not in value:
+            raise UserError(f"{where}: has no `{key}`")
+    return value
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {value!r} is a {type(value).__name__}; put text in quotes")
+    return value.strip() if where.endswith(("input", "rationale", "label")) else value
+
+
+def _texts(where: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise UserError(f"{where}: should be a list of texts")
+    return tuple(_text(where, item) for item in value)
+
+
+def _pattern(where: str, value: Any) -> re.Pattern[str]:
+    try:
+        return re.compile(_text(where, value))
+    except re.error as error:
+        raise UserError(f"{where}: not a regular expression: {error}") from None

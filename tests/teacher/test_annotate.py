@@ -1,0 +1,427 @@
+import asyncio
+import collections
+import email.utils
+import json
+import sqlite3
+import time
+
+import pytest
+
+from dss.errors import UserError
+from dss.teacher.annotate import Progress
+from dss.teacher.prices import Price
+from dss.testing import FakeEndpoint, FakeReply, chat_reply, completion_reply, last_question
+from tests.teacher.conftest import FastClock, label_of
+
+ERROR = {"message": "no", "type": "x", "code": None}
+
+
+def number_of(body) -> int:
+    return int(last_question(body).split("Number: ")[1].split("\n")[0])
+
+
+def right(body, text="It is {n}.\nLabel: {label}", **changes) -> FakeReply:
+    n = number_of(body)
+    return chat_reply(text.format(n=n, label=label_of(n)), **changes)
+
+
+def failure(code: int, /, **error) -> FakeReply:
+    return FakeReply(code=code, body=json.dumps({"error": ERROR | error}).encode())
+
+
+def lines_of(job) -> list[dict]:
+    return [json.loads(line) for line in job.file("jsonl").read_text().splitlines()]
+
+
+def attempts(job) -> collections.Counter:
+    with sqlite3.connect(job.journal_path) as connection:
+        rows = connection.execute("SELECT status, count(*) FROM attempts GROUP BY status")
+        return collections.Counter(dict(rows.fetchall()))
+
+
+class Said(Progress):
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+
+def test_every_example_is_asked_once_and_exported_in_order(numbers):
+    with FakeEndpoint(right) as endpoint:
+        job = numbers.job(endpoint.url)
+        state = numbers.ask(job)
+        assert (state.done, state.sent, state.stopped) == (20, 20, None)
+        again = numbers.ask(job)
+    assert (endpoint.count, again.sent, again.done) == (20, 0, 20)
+    lines = lines_of(job)
+    assert [line["id"] for line in lines] == [f"n{i}" for i in range(20)]
+    assert lines[3] == {
+        "id": "n3",
+        "rationale": "It is 3.",
+        "label": "odd",
+        "status": "ok",
+        "teacher": "m",
+        "raw": "It is 3.\nLabel: odd",
+    }
+
+
+def test_a_chat_shows_exemplars_as_turns_and_a_completion_as_one_text(numbers):
+    with FakeEndpoint(right) as endpoint:
+        numbers.ask(numbers.job(endpoint.url))
+    body = endpoint.bodies[0]
+    assert [m["role"] for m in body["messages"]] == ["user", "assistant"] * 2 + ["user"]
+    assert body["messages"][1]["content"] == "Two is twice one.\nLabel: even"
+    assert {k: body[k] for k in ("model", "max_tokens", "temperature", "stop")} == {
+        "model": "m",
+        "max_tokens": 50,
+        "temperature": 0,
+        "stop": ["\nNumber:"],
+    }
+
+    def complete(body):
+        n = int(body["prompt"].rpartition("Number: ")[2].split("\n")[0])
+        return completion_reply(f" It is {n}.\nLabel: {label_of(n)}")
+
+    with FakeEndpoint(complete) as endpoint:
+        job = numbers.job(endpoint.url, api="completions", parameters={"temperature": None})
+        numbers.ask(job)
+    text = endpoint.bodies[0]["prompt"]
+    assert text.startswith(
+        "Number: two\nWhy: Two is twice one.\nLabel: even\n\nNumber: three\nWhy:"
+    )
+    assert text.endswith("\nWhy:")
+    assert "temperature" not in endpoint.bodies[0]
+    assert collections.Counter(line["status"] for line in lines_of(job)) == {"ok": 20}
+
+
+ONCE = {  # what the endpoint does the first time it hears of a number
+    0: (failure(500), "failed"),
+    1: (failure(503), "failed"),
+    2: (FakeReply(code=200, body=b'{"choices": [{"mess', lost=True), "dropped"),
+    3: (FakeReply(code=200, body=b'{"choices": [{"message": {"cont'), "malformed"),
+    4: (FakeReply(code=200, body=b"<html>busy</html>"), "malformed"),
+    5: (FakeReply(code=200, body=b'{"choices": []}'), "empty"),
+    6: (FakeReply(code=200, body=b'{"choices": null}'), "empty"),
+    7: (chat_reply(None), "empty"),
+    8: (FakeReply(code=200, body=b'{"error": {"message": "upstream", "code": 502}}'), "failed"),
+    9: (FakeReply(delay=3.0, body=b"{}"), "timeout"),
+    10: (failure(429), "limited"),
+    11: (FakeReply(code=200, body=b"[" * 100_000), "malformed"),
+    12: (FakeReply(code=200, body=b'{"choices": [{"message": {"content": 3}}]}'), "empty"),
+}
+ALWAYS = {
+    13: (failure(400, message="too long"), "rejected", "error"),
+    14: (chat_reply("", finish_reason="content_filter"), "refused", "refused"),
+    15: (chat_reply(None, refusal="I can not help."), "refused", "refused"),
+    16: (chat_reply("It is", finish_reason="length"), "answered", "unparsed"),
+    17: (chat_reply("", finish_reason="length"), "answered", "unparsed"),
+    18: (chat_reply("It is 18.\nLabel: both"), "answered", "unparsed"),
+}
+
+
+def test_each_fault_has_its_status_and_the_others_go_on(numbers):
+    seen = collections.Counter()
+
+    def answer(body):
+        n = number_of(body)
+        seen[n] += 1
+        if n in ONCE and seen[n] == 1:
+            return ONCE[n][0]
+        return ALWAYS[n][0] if n in ALWAYS else right(body)
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        state = numbers.ask(job, timeout=1.0)
+    expected = collections.Counter(status for _, status in ONCE.values())
+    expected.update(status for _, status, _ in ALWAYS.values())
+    expected["answered"] += 20 - len(ALWAYS)
+    assert attempts(job) == expected
+    assert state.kinds == expected
+    statuses = {int(line["id"][1:]): line["status"] for line in lines_of(job)}
+    assert statuses == {n: ALWAYS[n][2] if n in ALWAYS else "ok" for n in range(20)}
+    assert all(seen[n] == (2 if n in ONCE else 1) for n in range(20))
+    assert state.no_answer == 1
+    raw = {line["id"]: line["raw"] for line in lines_of(job)}
+    assert raw["n13"] == "HTTP 400: too long"
+    assert raw["n18"] == "It is 18.\nLabel: both"
+    assert state.usage.silent == 9  # the 200 without a count, the timeout and the broken connection
+
+
+def test_retry_after_is_waited_for_as_told_however_long_and_said(numbers):
+    date = email.utils.formatdate(time.time() + 3600, usegmt=True)
+    waits = iter(["2", "300", date])
+    clock, said = FastClock(), Said()
+
+    def answer(body):
+        wait = next(waits, None)
+        if wait is None:
+            return right(body)
+        return FakeReply(code=429, headers={"Retry-After": wait}, body=b"{}")
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        state = numbers.ask(job, clock=clock, progress=said, concurrency=1)
+    assert (state.done, state.no_answer, endpoint.count) == (20, 0, 23)
+    long = sorted(wait for wait in clock.waits if wait > 1)
+    assert long == pytest.approx([2, 300, 3600], abs=2)
+    assert [line.split(", until")[0] for line in said.lines][:2] == [
+        "the endpoint asks to wait 2 s",
+        "the endpoint asks to wait 300 s",
+    ]
+    assert "HTTP 429" in said.lines[2]
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (failure(401, message="Incorrect API key provided"), "HTTP 401: Incorrect API key"),
+        (failure(429, message="quota", code="insufficient_quota"), "HTTP 429: quota"),
+        (failure(429, message="quota", type="insufficient_quota"), "HTTP 429: quota"),
+        (failure(402, message="Payment required"), "HTTP 402: Payment required"),
+        (failure(400, message="Your credit balance is too low"), "credit balance is too low"),
+    ],
+)
+def test_a_wrong_key_or_no_quota_stops_at_once_with_one_line(numbers, reply, message):
+    numbers.count = 500
+    asked = collections.Counter()
+
+    def answer(body):
+        asked["n"] += 1
+        return right(body) if asked["n"] <= 5 else reply
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        with pytest.raises(UserError, match=message) as caught:
+            numbers.ask(job, concurrency=8)
+    assert "\n" not in str(caught.value)
+    assert endpoint.count <= 5 + 8
+    assert sum(line["status"] == "ok" for line in lines_of(job)) == 5
+
+
+def test_a_server_that_never_answers_ends_the_run_after_some_requests(numbers):
+    numbers.count = 500
+    with FakeEndpoint(lambda _: failure(404, message="no model m")) as endpoint:
+        job = numbers.job(endpoint.url)
+        with pytest.raises(UserError, match=r"20 requests in a row.*no model m"):
+            numbers.ask(job)
+    assert endpoint.count < 100
+    with pytest.raises(UserError, match=r"20 requests in a row.*ConnectError"):
+        numbers.ask(numbers.job("http://127.0.0.1:9/v1"), attempts=2)
+
+
+def test_failures_are_tried_again_up_to_the_limit_and_by_the_next_run(numbers):
+    broken = True
+
+    def answer(body):
+        return failure(500) if number_of(body) == 3 and broken else right(body)
+
+    clock = FastClock()
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        state = numbers.ask(job, attempts=3, clock=clock)
+        assert (state.no_answer, endpoint.count) == (1, 22)
+        assert len(clock.waits) == 2
+        assert 0.5 <= clock.waits[0] <= 1
+        assert 1 <= clock.waits[1] <= 2
+        assert lines_of(job)[3]["status"] == "error"
+        broken = False
+        state = numbers.ask(job)
+    assert (state.no_answer, endpoint.count) == (0, 23)
+    assert lines_of(job)[3]["status"] == "ok"
+
+
+def test_identical_examples_are_paid_for_once(numbers, tmp_path):
+    job = numbers.job()
+    rows = "".join(json.dumps({"id": str(i), "input": str(i % 3)}) + "\n" for i in range(20))
+    with FakeEndpoint(right) as endpoint:
+        job = numbers.job(endpoint.url)
+        job.source.write_text(rows)
+        state = numbers.ask(job)
+    assert endpoint.count == 3
+    assert (state.done, len(lines_of(job))) == (20, 20)
+
+
+def test_max_requests_stops_cleanly_and_the_next_run_goes_on(numbers):
+    with FakeEndpoint(right) as endpoint:
+        job = numbers.job(endpoint.url)
+        state = numbers.ask(job, max_requests=7)
+        assert (endpoint.count, state.stopped) == (7, "--max-requests 7 reached")
+        assert len(lines_of(job)) == 7
+        state = numbers.ask(job)
+    assert (endpoint.count, state.stopped) == (20, None)
+
+
+def test_max_cost_is_never_passed_and_counts_earlier_runs(numbers):
+    price = Price(input=1000.0, output=1000.0)  # 0.1 for a prompt of 100 tokens, 0.05 at most after
+
+    def answer(body):
+        return right(body, prompt_tokens=100)
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        state = numbers.ask(job, max_cost=1.0, price=price)
+        assert "--max-cost 1 reached" in state.stopped
+        assert 0.8 < state.cost <= 1.0
+        before = endpoint.count
+        state = numbers.ask(job, max_cost=1.0, price=price)
+        assert endpoint.count == before
+        state = numbers.ask(job, max_cost=100.0, price=price)
+    assert (endpoint.count, state.stopped) == (20, None)
+    assert state.cost == pytest.approx(20 * 0.105)
+    assert state.projected_cost == pytest.approx(state.cost)
+
+
+def test_max_cost_needs_a_price_and_a_limit_on_each_answer(numbers):
+    with pytest.raises(UserError, match="--max-cost needs the model's price"):
+        numbers.ask(numbers.job(), max_cost=1.0)
+    job = numbers.job(parameters={"max_tokens": None})
+    with pytest.raises(UserError, match="--max-cost needs a limit on each answer"):
+        numbers.ask(job, max_cost=1.0, price=Price(input=1.0, output=1.0))
+
+
+def test_attempts_that_brought_no_count_are_in_the_cost_at_their_most(numbers):
+    numbers.count = 2
+    seen = collections.Counter()
+
+    def answer(body):
+        seen[number_of(body)] += 1
+        lost = seen[number_of(body)] == 1
+        return FakeReply(body=b"x" * 100, lost=True) if lost else right(body, prompt_tokens=100)
+
+    price = Price(input=1000.0, output=1000.0)
+    with FakeEndpoint(answer) as endpoint:
+        state = numbers.ask(numbers.job(endpoint.url), price=price)
+    assert state.usage.silent == 2
+    assert state.cost == pytest.approx(2 * 0.105 + 2 * (0.1 + 0.05), rel=0.02)
+
+
+def test_concurrency_finds_the_limit_of_the_endpoint(numbers):
+    """More than ten at once are turned away: the run settles near ten and loses nothing."""
+    numbers.count = 400
+
+    def answer(body):
+        if endpoint.busy > 10:
+            return failure(429)
+        reply = right(body)
+        return FakeReply(body=reply.body, delay=0.01)
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        state = numbers.ask(job, concurrency=64)
+    assert (state.done, state.no_answer) == (400, 0)
+    assert endpoint.at_once <= 64
+    assert state.kinds["limited"] < 150
+    assert {line["status"] for line in lines_of(job)} == {"ok"}
+
+
+def test_the_key_is_nowhere(numbers, capsys):
+    """Neither sent back by the endpoint nor in an error is it written or shown."""
+    seen = collections.Counter()
+
+    def answer(body):
+        seen["n"] += 1
+        if seen["n"] == 3:
+            return failure(500, message="bad key sk-secret-1")
+        return right(body, text="sk-secret-1 is {n}.\nLabel: {label}")
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job, key="sk-secret-1")
+        assert all("bearer sk-secret-1" in head.lower() for head in endpoint.headers)
+    for path in job.folder.iterdir():
+        assert b"sk-secret-1" not in path.read_bytes(), path
+    assert lines_of(job)[0]["rationale"] == "[API key] is 0."
+    echo = FakeEndpoint(lambda _: failure(401, message="sk-secret-1?"))
+    with echo, pytest.raises(UserError, match=r"\[API key\]\?"):
+        numbers.ask(numbers.job(echo.url, samples=1, parameters={"top_p": 1}), key="sk-secret-1")
+
+
+def test_an_example_that_does_not_fit_ends_the_run_and_keeps_the_answers(numbers):
+    with FakeEndpoint(right) as endpoint:
+        job = numbers.job(endpoint.url)
+        with job.source.open("a") as file:
+            file.write('{"id": "n3", "input": "x"}\n')
+        numbers.count += 1
+        with pytest.raises(UserError, match="id 'n3' came before"):
+            asyncio_run_without_export(numbers, job)
+    assert attempts(job)["answered"] == 20
+
+
+def asyncio_run_without_export(numbers, job):
+    from dss.teacher.annotate import Annotator, Limits
+    from dss.teacher.client import Client
+    from dss.teacher.journal import Journal
+
+    journal = Journal(job.journal_path)
+    journal.describe(job.writer)
+    client = Client(job.writer.teacher, "k", 10.0)
+    try:
+        asyncio.run(Annotator(journal, job.writer, client, Limits()).run(job.examples(), 21))
+    finally:
+        journal.close()
+
+
+def test_a_full_disk_ends_the_run_before_anything_more_is_bought(numbers, monkeypatch):
+    from dss.teacher.journal import Journal
+
+    written = collections.Counter()
+    add = Journal.add
+
+    def full(self, requests, attempts):
+        written["n"] += 1
+        if written["n"] > 2:
+            raise UserError(f"{self.path}: database or disk is full")
+        return add(self, requests, attempts)
+
+    monkeypatch.setattr(Journal, "add", full)
+    numbers.count = 200
+    endpoint = FakeEndpoint(right)
+    with endpoint, pytest.raises(UserError, match="disk is full"):
+        numbers.ask(numbers.job(endpoint.url), concurrency=4)
+    assert endpoint.count <= 3 * 4
+
+
+def test_samples_are_requests_of_their_own_and_the_majority_wins(numbers):
+    seen = collections.Counter()
+
+    def answer(body):
+        n = number_of(body)
+        seen[n] += 1
+        label = label_of(n) if seen[n] != 2 else label_of(n + 1)
+        return chat_reply(f"Try {seen[n]}.\nLabel: {label}")
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url, samples=3, parameters={"temperature": 0.7})
+        state = numbers.ask(job, concurrency=1)
+    assert (endpoint.count, state.total) == (60, 60)
+    line = lines_of(job)[5]
+    assert (line["label"], line["vote"], line["rationale"]) == ("odd", 0.6667, "Try 1.")
+    assert [sample["label"] for sample in line["samples"]] == ["odd", "even", "odd"]
+
+
+def test_hint_mode_shows_the_label_and_keeps_it(numbers):
+    def answer(body):
+        n = number_of(body)
+        assert f"\nLabel: {label_of(n)}\nWhy:" in last_question(body)
+        return chat_reply("Label: odd" if n == 2 else f"Because of {n}.")
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url, hinted=True)
+        numbers.ask(job)
+    lines = lines_of(job)
+    assert (lines[3]["label"], lines[3]["rationale"]) == ("odd", "Because of 3.")
+    assert (lines[2]["label"], lines[2]["status"]) == (None, "unparsed")
+
+
+def test_budgets_per_minute_are_kept(numbers):
+    clock = FastClock()
+    with FakeEndpoint(right) as endpoint:
+        numbers.ask(numbers.job(endpoint.url), clock=clock, requests_per_minute=60)
+    assert 17 <= clock.ahead <= 21  # 20 requests at one a second, a second's worth at once
+    clock = FastClock()
+    with FakeEndpoint(lambda body: right(body, prompt_tokens=1000)) as endpoint:
+        job = numbers.job(endpoint.url)
+        job.journal_path.unlink()
+        numbers.ask(job, clock=clock, tokens_per_minute=60_000, concurrency=1)
+    assert 16 <= clock.ahead <= 22  # 20 times 1,005 tokens at 1,000 a second

@@ -1,0 +1,166 @@
+import collections
+
+import pytest
+
+from dss.data.examples import Example
+from dss.data.registry import get_dataset
+from dss.data.released import RELEASED
+from dss.errors import UserError
+from dss.teacher.prompt import Parsed, load_prompt, prompt_names, read_prompt
+
+SPLITS = {
+    "cqa": ("train", "test"),
+    "svamp": ("train", "test"),
+    "esnli": ("valid", "test"),
+    "anli1": ("valid", "test"),
+}
+TEXT = """
+labels: [good, bad]
+stop: ["\\nText:"]
+form:
+  question: "Text: {{ input }}\\nWhy:"
+  answer: " {{ rationale }}\\nLabel: {{ label }}"
+  pattern: '(?s)\\A\\s*(?P<rationale>.*?)\\s*(?:Label: (?P<label>[^\\n]*))?\\Z'
+exemplars:
+  - {input: sun, rationale: It shines., label: good}
+"""
+
+
+def read(text: str):
+    return read_prompt("p.yaml", "p", text)
+
+
+@pytest.mark.parametrize("name", prompt_names())
+def test_shipped_prompts_show_balanced_exemplars_whose_answers_parse_back(name):
+    prompt = load_prompt(name)  # parses each exemplar's own answer
+    assert prompt.hint is not None
+    inputs = [shown.input for shown in prompt.exemplars]
+    assert len(set(inputs)) == len(inputs)
+    if prompt.labels:
+        counts = collections.Counter(shown.label for shown in prompt.exemplars)
+        assert set(counts) == set(prompt.labels)
+        assert len(set(counts.values())) == 1
+    if name in RELEASED or name == "cqa":
+        assert 7 <= len(inputs) <= 10
+
+
+def test_exemplars_of_cqa_and_svamp_are_balanced_over_letters_and_operations():
+    cqa = load_prompt("cqa")
+    letters = [cqa.choices(shown.input).index(shown.label) for shown in cqa.exemplars]
+    assert sorted(collections.Counter(letters).values()) == [2] * 5
+    svamp = load_prompt("svamp")
+    operations = collections.Counter(shown.label.split()[1] for shown in svamp.exemplars)
+    assert operations == dict.fromkeys("+-*/", 2)
+    assert all(svamp.is_same(s.label, f"( {s.label.strip('()')} )") for s in svamp.exemplars)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_no_exemplar_is_in_any_split(name, data_root):
+    prompt, dataset = load_prompt(name), get_dataset(name)
+    seen = {
+        part.strip().casefold()
+        for split in SPLITS[name]
+        for example in dataset.source.examples(split)
+        for part in (example.input, *example.input.split("</s>"), example.input.split("\n")[0])
+    }
+    for shown in prompt.exemplars:
+        for part in (shown.input, *shown.input.split("</s>"), shown.input.split("\n")[0]):
+            assert part.strip().casefold() not in seen
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_shipped_prompts_know_the_metric_and_the_labels_of_their_dataset(name):
+    prompt, form = load_prompt(name), RELEASED[name]
+    assert (prompt.metric, prompt.labels) == (form.metric, form.labels)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_released_texts_parse_as_the_released_code_parses_them(name, data_root):
+    """The rationale is the same; so is the label, where it is one that the input allows."""
+    prompt, dataset = load_prompt(name), get_dataset(name)
+    different = collections.Counter()
+    for split in SPLITS[name]:
+        outputs = dataset.source.outputs(split, "palm")
+        for example, output in zip(dataset.source.examples(split), outputs, strict=True):
+            parsed = prompt.parse(output.raw, example)
+            choices = dataset.choices(example.input)
+            label = (output.label or "").strip() or None
+            if choices and label not in choices:  # ours may be a choice in other letters
+                folded = [c for c in choices if c.casefold() == (label or "").casefold()]
+                label = folded[0] if folded else None
+            different["rationale"] += parsed.rationale != output.rationale.strip()
+            different["label"] += parsed.label != label
+            different["rows"] += 1
+    # Released texts that conclude twice, or name a second choice: 3 of 10,962 in CQA, one of
+    # 19,666 in e-SNLI is cut off within the next `Premise`.
+    allowed = {"cqa": (3, 0), "esnli": (0, 1)}.get(name, (0, 0))
+    assert (different["rationale"], different["label"]) == allowed
+    assert different["rows"] > 900
+
+
+def test_a_label_outside_the_possible_ones_is_none_and_case_is_forgiven():
+    prompt = read(TEXT)
+    example = Example("1", "moon", "bad")
+    assert prompt.parse(" Dark.\nLabel: Bad", example) == Parsed("Dark.", "bad")
+    assert prompt.parse(" Dark.\nLabel: dim", example) == Parsed("Dark.", None)
+    assert prompt.parse(" Dark.\nLabel: bad\nText: more\nLabel: good", example).label == "bad"
+    assert prompt.parse("", example) == Parsed("", None)
+
+
+def test_a_hint_shows_the_gold_label_and_a_text_that_concludes_another_one_has_none():
+    prompt = load_prompt("svamp")
+    example = Example("1", "2 and 2\nSum?", "( 2.0 + 2.0 )")
+    assert "( 2.0 + 2.0 )" in prompt.question(example, hinted=True)
+    assert "( 2.0 + 2.0 )" not in prompt.question(example)
+    assert prompt.parse("Add them.", example, hinted=True) == Parsed("Add them.", example.label)
+    agreeing = prompt.parse("Add. The answer is (2 + 2).", example, hinted=True)
+    assert agreeing == Parsed("Add.", example.label)
+    other = prompt.parse("Subtract. The answer is (2 - 2).", example, hinted=True)
+    assert other == Parsed("Subtract.", None)
+    with pytest.raises(UserError, match="example '1' has no label"):
+        prompt.question(Example("1", "2 and 2\nSum?"), hinted=True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("labels: [good, bad]", "labels: [yes, no]", "True is a bool; put text in quotes"),
+        ("labels:", "lables:", "did you mean 'labels'"),
+        ("{{ input }}", "{{ inptu }}", "'inptu' is undefined"),
+        ("{{ input }}", "{{ input", "not a Jinja template"),
+        ("{{ input }}", "{{ input.__class__.__mro__ }}", "unsafe"),
+        ("(?P<label>", "(?P<label", "not a regular expression"),
+        ("(?P<rationale>", "(?P<reason>", "no group"),
+        ("Label: (?P", "Answer: (?P", "exemplar 1: its own answer"),
+        ("label: good}", "label: great}", "exemplar 1: its own answer"),
+        ("rationale: It shines., ", "", "exemplar 1: has no `rationale`"),
+        ("form:", "metric: f1\nform:", "unknown metric"),
+        ("form:", "form: [", "not YAML"),
+        ('stop: ["\\nText:"]', "stop: text", "should be a list"),
+        ("form:", "parameters: 3\nform:", "parameters: should be NAME: VALUE"),
+    ],
+)
+def test_what_is_wrong_in_a_prompt_is_said_in_one_line(old, new, message):
+    assert old in TEXT
+    with pytest.raises(UserError, match=message) as caught:
+        read(TEXT.replace(old, new))
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("p.yaml") or "prompt p: exemplar" in str(caught.value)
+
+
+def test_an_unknown_prompt_names_the_near_ones(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'svamp'"):
+        load_prompt("swamp")
+    with pytest.raises(UserError, match="no such file"):
+        load_prompt(str(tmp_path / "mine.yaml"))
+    (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_prompt(str(tmp_path / "bad.yaml"))
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(UserError, match="should have exemplars, form"):
+        load_prompt(str(tmp_path / "empty.yaml"))
+
+
+def test_an_input_that_does_not_fit_the_template_is_named():
+    with pytest.raises(UserError, match="example 'x7': does not fit the template"):
+        load_prompt("esnli").question(Example("x7", "no separator"))
