@@ -158,7 +158,7 @@ class Annotator:
         self._error: Exception | None = None
         self._in_a_row = 0
         self._asking: set[str] = set()
-        self._reserved = 0.0
+        self._reserved: list[float] = []  # the most that each attempt in flight can cost
         self._usage = journal.usage(writer.teacher)
         self._batch_usage = journal.usage(writer.teacher, batch=True)
         self._count_cost()
@@ -277,7 +277,7 @@ class Annotator:
         most_cost = self._most_cost(tokens, request)
         if not await self._afford(most_cost):
             return None
-        self._reserved += most_cost
+        self._reserved.append(most_cost)
         try:
             sent_at = await self.pacer.turn(tokens + (self.writer.most_tokens or 0))
             if self.pacer.stopped.is_set() or not self._may_send():
@@ -289,7 +289,7 @@ class Annotator:
             await self._record(request, attempt)
             self._count(request, reply, tokens)
         finally:
-            self._reserved -= most_cost
+            self._reserved.remove(most_cost)
             self.pacer.wake()
         if reply.status in COMPLAINTS:
             self.pacer.complained(sent_at)
@@ -310,7 +310,7 @@ class Annotator:
         budget = self.limits.max_cost
         while budget is not None and not self.pacer.stopped.is_set():
             assert self.state.cost is not None
-            if self.state.cost + self._reserved + most_cost <= budget:
+            if self.state.cost + sum(self._reserved) + most_cost <= budget:
                 break
             if not self._reserved:
                 assert self.price is not None

@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -44,18 +45,17 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         (RFC 9110, section 10.2.3).
       now: seconds since 1970.
     """
+    for name, seconds_each in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers[name]) * seconds_each
+        except (KeyError, ValueError):
+            continue
+        if math.isfinite(seconds):
+            return max(0.0, seconds)
     try:
-        return max(0.0, float(headers["retry-after-ms"]) / 1000)
-    except (KeyError, ValueError):
-        pass
-    value = headers.get("retry-after", "")
-    try:
-        return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - now)
-    except (ValueError, TypeError):
+        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
+        return max(0.0, date.timestamp() - now)
+    except (ValueError, TypeError, OverflowError):
         return None
 
 

@@ -69,7 +69,7 @@ class Reply:
         error = _error(_decoded(self.response))
         said = error.get("message") if error else None
         text = said if isinstance(said, str) and said.strip() else self.response
-        line = " ".join(text.split())[:SHOWN]
+        line = _whole(" ".join(text.split())[:SHOWN])
         return f"HTTP {self.code}: {line}" if self.code else line
 
 
@@ -150,7 +150,12 @@ def _choice(value: Any) -> dict[str, Any]:
 def _text(choice: dict[str, Any]) -> str:
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else choice.get("text")
-    return text if isinstance(text, str) else ""
+    return _whole(text) if isinstance(text, str) else ""
+
+
+def _whole(text: str) -> str:
+    """Returns a text with a mark in place of half characters, which no file can hold."""
+    return text.encode(errors="replace").decode()
 
 
 def _count(usage: dict[str, Any], name: str) -> int | None:

@@ -1,0 +1,154 @@
+import json
+import sqlite3
+
+import pyarrow.parquet as pq
+import pytest
+
+from dss.data.examples import read_teacher_outputs
+from dss.data.registry import register
+from dss.data.tasks import get_mixture
+from dss.errors import UserError
+from dss.teacher.journal import Journal
+from dss.teacher.outputs import Sample, vote
+from dss.teacher.prompt import load_prompt
+from dss.testing import FakeEndpoint, chat_reply
+from tests.teacher.test_annotate import lines_of, right
+
+
+def sample(label, status=None, rationale="why"):
+    status = status or ("ok" if label else "unparsed")
+    return Sample(status=status, rationale=rationale, label=label, raw=f"raw {label}")
+
+
+def test_a_vote_counts_labels_that_are_the_same_by_the_metric():
+    prompt = load_prompt("svamp")
+    samples = [sample("(2 + 3)"), sample("(5 - 5)"), sample("(3 + 2)"), sample(None)]
+    assert vote(prompt, samples) == (samples[0], 0.5)
+
+
+def test_a_vote_prefers_the_earlier_of_two_and_a_sample_with_a_rationale():
+    prompt = load_prompt("free_form")
+    samples = [sample("a", "unparsed", ""), sample("b"), sample("a")]
+    assert vote(prompt, samples) == (samples[2], 2 / 3)
+    assert vote(prompt, [sample("b"), sample("a")]) == (sample("b"), 0.5)
+
+
+def test_a_vote_without_a_label_keeps_what_is_most_worth_keeping():
+    prompt = load_prompt("free_form")
+    samples = [sample(None, "error", ""), sample(None, "unparsed"), sample(None, "refused", "")]
+    assert vote(prompt, samples) == (samples[1], 0.0)
+
+
+def test_what_is_exported_is_what_training_reads(numbers):
+    with FakeEndpoint(right) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job)
+    outputs = read_teacher_outputs(job.file("jsonl"), "m")
+    assert [output.id for output in outputs] == [f"n{i}" for i in range(20)]
+    register("numbers", job.source, labels=("even", "odd"))
+    rows = get_mixture("numbers_step_by_step_m").tasks[1].rows("train")
+    assert {row.targets for row in rows} <= {f"It is {i}." for i in range(20)}
+    assert len(rows) == 18
+
+
+def test_reparsing_with_another_pattern_asks_nothing_and_changes_no_key(numbers):
+    with FakeEndpoint(right) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job)
+        prompt = job.folder / "other.yaml"
+        text = (job.folder / "prompt.yaml").read_text()
+        pattern = "(?P<rationale>.*?)\\s*(?:Label"
+        assert pattern in text
+        prompt.write_text(text.replace(pattern, f"(?:It is )?{pattern}"))
+        from dss.teacher.job import file_job
+
+        other = file_job(job.source, str(prompt), job.writer.teacher, output=None, name=None)
+        journal = Journal(other.journal_path)
+        assert other.export(journal) == {"ok": 20}
+        assert other.export(journal) is None
+        journal.close()
+        assert lines_of(other)[3]["rationale"] == "3."
+        assert numbers.ask(other).sent == 0
+    assert endpoint.count == 20
+
+
+def test_a_changed_exemplar_leaves_other_answers_where_they_are(numbers):
+    with FakeEndpoint(right) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job)
+        changed = numbers.job(endpoint.url)
+        text = (job.folder / "prompt.yaml").read_text().replace("Two is twice", "Two is 2 times")
+        (job.folder / "prompt.yaml").write_text(text)
+        from dss.teacher.job import file_job
+
+        changed = file_job(
+            job.source,
+            str(job.folder / "prompt.yaml"),
+            job.writer.teacher,
+            output=None,
+            name=None,
+        )
+        assert numbers.ask(changed).sent == 20
+        assert numbers.ask(job).sent == 0
+    assert endpoint.count == 40
+
+
+def test_parquet_holds_examples_and_outputs(numbers):
+    def answer(body):
+        return right(body, text="A ☃ {n}.\nLabel: {label}")
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job)
+    journal = Journal(job.journal_path)
+    job.export(journal, parquet=True)
+    journal.close()
+    rows = pq.read_table(job.file("parquet")).to_pylist()
+    assert rows[3] | {"samples": []} == {
+        "id": "n3",
+        "input": "3",
+        "gold": "odd",
+        "rationale": "A ☃ 3.",
+        "label": "odd",
+        "status": "ok",
+        "teacher": "m",
+        "raw": "A ☃ 3.\nLabel: odd",
+        "vote": 1.0,
+        "samples": [],
+    }
+    assert len(rows) == 20
+    assert not list(job.folder.glob("*.partial"))
+
+
+def test_output_elsewhere_is_a_dataset_of_its_own(numbers, tmp_path):
+    from dss.teacher.job import file_job
+
+    with FakeEndpoint(right) as endpoint:
+        job = numbers.job(endpoint.url)
+        prompt = str(job.folder / "prompt.yaml")
+        teacher = job.writer.teacher
+        elsewhere = tmp_path / "made" / "here"
+        job = file_job(job.source, prompt, teacher, output=elsewhere, name="the-teacher")
+        numbers.ask(job)
+    names = {path.name for path in elsewhere.iterdir()}
+    assert {"numbers.jsonl", "numbers.the-teacher.jsonl", "journal.sqlite"} <= names
+    dataset = register("numbers", elsewhere / "numbers.jsonl")
+    assert dataset.source.teachers == ("the_teacher",)
+    assert len(dataset.outputs("train", "the_teacher")) == 20
+    with pytest.raises(UserError, match="--name 'a/b'"):
+        file_job(job.source, prompt, teacher, output=elsewhere, name="a/b")
+
+
+def test_half_a_character_from_the_endpoint_is_kept_and_exported(numbers):
+    def answer(body):
+        return chat_reply("\ud83d is half.\nLabel: odd")
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job)
+    assert "is half." in lines_of(job)[0]["rationale"]
+    with sqlite3.connect(job.journal_path) as connection:
+        (response,) = connection.execute("SELECT response FROM attempts LIMIT 1").fetchone()
+    assert "\\ud83d" in response
+    assert len(read_teacher_outputs(job.file("jsonl"), "m")) == 20
+    assert json.loads(response)["choices"]
