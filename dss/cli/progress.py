@@ -30,12 +30,14 @@ class Lines:
           every: seconds between lines.
         """
         self.noun, self.total, self.every = noun, total, every
-        self._printed = 0.0
+        self._printed = float("-inf")
+        self._last: int | None = None
 
     def show(self, done: int, text: str) -> None:
         """Shows how far it is."""
-        if time.monotonic() - self._printed >= self.every or done == self.total:
-            self._printed = time.monotonic()
+        is_due = time.monotonic() - self._printed >= self.every or done == self.total
+        if is_due and done != self._last:
+            self._printed, self._last = time.monotonic(), done
             self.say(f"{self.noun} {done}/{self.total}  {text}")
 
     def say(self, line: str) -> None:

@@ -20,6 +20,7 @@ from dss.teacher.request import Teacher, Writer, file_name
 __all__ = ["Job", "dataset_job", "file_job"]
 
 JOURNAL_FILE = "journal.sqlite"
+PROMPT_OF = {"asdiv": "svamp"}  # of datasets that have none of their own name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,7 @@ def dataset_job(
         stem=source.stem if output is None else split,
         folder=output or source.parent,
         name=_name(name, teacher),
-        writer=Writer(load_prompt(prompt or dataset), teacher),
+        writer=Writer(load_prompt(prompt or PROMPT_OF.get(dataset, dataset)), teacher),
         rows=tuple(found.source.examples(split)),
     )
 

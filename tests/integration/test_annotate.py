@@ -196,26 +196,26 @@ def test_released_texts_come_through_the_chain_as_the_released_parse(
     assert "step 3 done" in done.stdout
 
 
-def test_a_teacher_of_a_released_dataset_may_lie_beside_it(small_root, tmp_path):
+@pytest.mark.parametrize("name", ["svamp", "asdiv"])
+def test_a_teacher_of_a_released_dataset_may_lie_beside_it(small_root, tmp_path, name):
     """Without --output a dataset's own mixtures get the new teacher."""
-    import shutil
 
     root = tmp_path / "data"
-    shutil.copytree(small_root / "svamp", root / "svamp")
+    shutil.copytree(small_root / name, root / name)
 
     def answer(_):
         return chat_reply("Because. The answer is (1 + 1).")
 
     with FakeEndpoint(answer) as endpoint:
         done = run(
-            *("annotate", "--dataset=svamp", f"--data-root={root}", "--teacher=gpt-x"),
+            *("annotate", f"--dataset={name}", f"--data-root={root}", "--teacher=gpt-x"),
             *("--base-url", endpoint.url),
         )
     assert done.returncode == 0, done.stderr
-    assert (root / "svamp" / "svamp_train.gpt-x.jsonl").is_file()
-    done = run("inspect", "svamp_step_by_step_gpt_x", f"--gin.DATA_ROOT={root}")
+    assert (root / name / f"{name}_train.gpt-x.jsonl").is_file()
+    done = run("inspect", f"{name}_step_by_step_gpt_x", f"--gin.DATA_ROOT={root}")
     assert done.returncode == 0, done.stderr
-    assert "svamp_rationale_gpt_x" in done.stdout
+    assert f"{name}_rationale_gpt_x" in done.stdout
     assert "18 ok" in done.stdout
 
 

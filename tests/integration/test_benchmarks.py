@@ -92,3 +92,12 @@ def test_fidelity_holds_for_other_datasets_and_kinds_of_t5(
     done = run(*replay)
     assert done.returncode == 1
     assert re.search(r"rationale_loss +1.0e-03 +above", done.stdout), done.stdout
+
+
+def test_annotating_asks_once_and_writes_every_line(tmp_path):
+    """The figures themselves are for 100,000 examples on a quiet machine."""
+    done = run("annotate.py", "--examples=1000", "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["requests"] == figures["lines"] == 1000
+    assert figures["peak_mb"] < 300

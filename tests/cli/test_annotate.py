@@ -1,0 +1,126 @@
+import json
+
+import pytest
+
+from dss.cli import main as cli
+from dss.testing import FakeEndpoint
+from tests.teacher.conftest import PROMPT, numbers_file
+from tests.teacher.test_annotate import right
+from tests.teacher.test_batch import result
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch):
+    """A folder with numbers.jsonl, prompt.yaml and prices.yaml, and the options that name them."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    numbers_file(tmp_path, 20)
+    (tmp_path / "prompt.yaml").write_text(PROMPT)
+    (tmp_path / "prices.yaml").write_text("currency: EUR\nmodels: {m: {input: 100, output: 200}}")
+    return ["annotate", "--input=numbers.jsonl", "--prompt=prompt.yaml", "--teacher=m"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--base-url=http://u:p@h/v1"], "holds a key or a query; give the key in the environment"),
+        (["--base-url=localhost:8000"], "give one like https://host/v1"),
+        ([], "OPENAI_API_KEY is not set"),
+        (["--samples=0"], "--samples 0: give at least 1"),
+        (["--samples=3"], "temperature 0 would buy the same answer 3 times"),
+        (
+            ["--max-cost=1", "--base-url=http://127.0.0.1:9/v1"],
+            "--max-cost needs the model's price",
+        ),
+        (["--concurrency=0", "--base-url=http://127.0.0.1:9/v1"], "--concurrency 0: give at least"),
+        (["--param=x", "--base-url=http://127.0.0.1:9/v1"], "--param x: give it as NAME=VALUE"),
+        (["--dataset=cqa"], "give what to annotate"),
+        (["--prompt=cqq"], "unknown prompt 'cqq'; did you mean 'cqa'"),
+        (["--prices=none.yaml"], "none.yaml: no such file"),
+        (["--input=none.jsonl"], "none.jsonl: no such file"),
+        (["--input=."], "a folder; give one of its files"),
+        (["--reparse"], "no such journal; nothing was annotated there yet"),
+        (["--report"], "no such journal; nothing was annotated there yet"),
+        (["--name=a b", "--dry-run"], "--name 'a b'"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line_and_buys_nothing(given, options, message, capsys):
+    assert cli.main([*given, *options]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_an_input_with_a_wrong_line_buys_nothing(given, tmp_path, capsys):
+    with (tmp_path / "numbers.jsonl").open("a") as file:
+        file.write('{"id": "x", "input": "7", "label": "seven"}\n')
+    with FakeEndpoint(right) as endpoint:
+        assert cli.main([*given, f"--base-url={endpoint.url}"]) == 2
+    assert "numbers.jsonl:21: label 'seven' is none of even, odd" in capsys.readouterr().err
+    assert endpoint.count == 0
+
+
+def test_a_dry_run_shows_prompts_tokens_and_price_and_sends_nothing(given, tmp_path, capsys):
+    before = sorted(tmp_path.iterdir())
+    assert cli.main([*given, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("[user] Number: two\nWhy:") == 2
+    assert "---- n1" in out
+    assert "requests: 20, of which 0 have an answer" in out
+    assert "at 4 characters a token; to write: at most 1,000" in out
+    assert "price: unknown; give a file" in out
+    assert sorted(tmp_path.iterdir()) == before
+    with FakeEndpoint(right) as endpoint:
+        url = f"--base-url={endpoint.url}"
+        assert cli.main([*given, url, "--max-requests=5"]) == 0
+        capsys.readouterr()
+        assert cli.main([*given, url, "--dry-run", "--prices=prices.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "of which 5 have an answer" in out
+    # The endpoint counted 100 tokens a prompt; 15 prompts and 15 answers of 50 are left.
+    assert "tokens to read: about 1,509, as counted so far; to write: at most 750" in out
+    assert "price: at most about 0.3009 EUR" in out
+    assert endpoint.count == 5
+
+
+def test_asking_says_what_it_did_and_stops_where_it_should(given, tmp_path, capsys):
+    with FakeEndpoint(right) as endpoint:
+        url = f"--base-url={endpoint.url}"
+        assert cli.main([*given, url, "--max-requests=7", "--prices=prices.yaml"]) == 0
+        out = capsys.readouterr().out
+        assert "--max-requests 7 reached; the same command goes on" in out
+        assert "numbers.m.jsonl: 7 lines: 7 ok" in out
+        assert cli.main([*given, url, "--prices=prices.yaml", "--parquet"]) == 0
+        out = capsys.readouterr().out
+        assert "request 20/20" in out
+        assert "EUR of about" in out
+        assert "2,100 tokens" in out
+        assert "numbers.m.jsonl: 20 lines: 20 ok" in out
+        assert (tmp_path / "numbers.m.parquet").is_file()
+        assert cli.main([*given, url, "--reparse"]) == 0
+    assert endpoint.count == 20
+    assert "numbers.m.jsonl: nothing new" in capsys.readouterr().out
+
+
+def test_a_report_prints_numbers_and_writes_a_page(given, tmp_path, capsys):
+    with FakeEndpoint(right) as endpoint:
+        url = f"--base-url={endpoint.url}"
+        assert cli.main([*given, url]) == 0
+        assert cli.main([*given, url, "--report", "--prices=prices.yaml"]) == 0
+    out = capsys.readouterr().out
+    assert "teacher's accuracy: 100.00% (20 of 20 with a gold label)" in out
+    assert "cost: 0.2200 EUR" in out
+    assert "n19" in (tmp_path / "numbers.m.html").read_text()
+
+
+def test_a_batch_goes_out_and_comes_back(given, tmp_path, capsys):
+    url = "--base-url=http://127.0.0.1:9/v1"
+    assert cli.main([*given, url, "--batch-export=out"]) == 0
+    assert "out/numbers.m-000.jsonl: 20 requests" in capsys.readouterr().out
+    requests = [json.loads(t) for t in (tmp_path / "out" / "numbers.m-000.jsonl").open()]
+    lines = [json.dumps(result(request, i)) for i, request in enumerate(reversed(requests))]
+    (tmp_path / "back.jsonl").write_text("\n".join(lines))
+    assert cli.main([*given, url, "--batch-import", "back.jsonl"]) == 0
+    out = capsys.readouterr().out
+    assert "20 results read; 0 were there before, 0 are of requests" in out
+    assert "numbers.m.jsonl: 20 lines: 20 ok" in out
