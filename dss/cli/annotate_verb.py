@@ -297,8 +297,8 @@ def _batch_import(args: argparse.Namespace, job: "Job") -> int:
 def _dry_run(job: "Job", price: "Price | None") -> int:
     import itertools
 
-    from dss.teacher.annotate import tokens_per_character
     from dss.teacher.journal import Journal, Usage
+    from dss.teacher.prices import tokens_per_character
 
     usage = Usage()
     journal = None

@@ -37,7 +37,8 @@ Batch = dict[str, np.ndarray]
 Order = Callable[[int], tuple[np.ndarray, np.ndarray]]
 """An order maps a step to the sequences of its batch: their tasks and their rows, [N] each."""
 
-SAMPLE_STEPS = 32  # batches looked at to choose the row shape and the number of rows
+SAMPLE_STEPS = 32  # batches looked at to choose the number of rows
+SHAPE_STEPS = 4  # those of them looked at to choose the row shape
 
 
 @functools.lru_cache(maxsize=8)
@@ -149,7 +150,7 @@ class Batches:
             return max(1, int(np.ceil(rows / row_multiple))) * row_multiple
 
         if packed:
-            self.shape = choose_row_shape(lengths[:4], store.longest)
+            self.shape = choose_row_shape(lengths[:SHAPE_STEPS], store.longest)
             usual = max(pack(i, t, self.shape).num_rows for i, t in lengths)
             ladder = {usual, usual * 1.25, len(store.tasks) * most}
         else:

@@ -10,6 +10,8 @@ import numpy as np
 
 __all__ = ["Packing", "RowShape", "choose_row_shape", "pack"]
 
+TARGET_WEIGHTS = (0.5, 1.0, 2.0)  # of the decoder against the encoder, in what is left of a row
+
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
@@ -31,9 +33,12 @@ class Packing:
 
 
 def pack(input_lengths: np.ndarray, target_lengths: np.ndarray, shape: RowShape) -> Packing:
-    """Packs N sequences, the largest first, each into the fullest row that still takes it.
+    """Packs N sequences into few rows.
 
-    Best fit decreasing in two dimensions: a row must have room for the input and for the target.
+    Rows are filled one after another, each time with the sequence that comes nearest to what is
+    left of the row in both dimensions: a row that has used up its decoder slots wastes its encoder
+    slots, so long and short targets must be mixed (Panigrahy et al., 2011, Heuristics for vector
+    bin packing: the norm-based greedy). How much a dimension weighs is tried out.
 
     Args:
       input_lengths: [N] lengths in tokens.
@@ -49,33 +54,52 @@ def pack(input_lengths: np.ndarray, target_lengths: np.ndarray, shape: RowShape)
             f"a sequence of {input_lengths.max()} / {target_lengths.max()} tokens is longer than "
             f"the row, {shape.inputs} / {shape.targets}"
         )
-    size = np.maximum(input_lengths / shape.inputs, target_lengths / shape.targets)
-    free = np.empty((n, 2), np.int64)  # per row: encoder slots, decoder slots
-    used = np.zeros(n, np.int32)
-    num_rows = 0
-    row, segment, input_start, target_start = np.empty((4, n), np.int32)
-    scale = np.array([1 / shape.inputs, 1 / shape.targets])
-    for i in np.argsort(-size, kind="stable"):
-        need = (input_lengths[i], target_lengths[i])
-        room = free[:num_rows]
-        fits = np.flatnonzero((room[:, 0] >= need[0]) & (room[:, 1] >= need[1]))
-        if len(fits):
-            r = fits[np.argmin(room[fits] @ scale)]
-        else:
-            r = num_rows
-            free[r] = shape.inputs, shape.targets
-            num_rows += 1
-        used[r] += 1
-        row[i], segment[i] = r, used[r]
-        input_start[i], target_start[i] = shape.inputs - free[r, 0], shape.targets - free[r, 1]
-        free[r] -= need
-    return Packing(row, segment, input_start, target_start, num_rows)
+    lengths = np.stack([input_lengths, target_lengths], 1).astype(np.int64)
+    tried = (_fill_rows(lengths, shape, weight) for weight in TARGET_WEIGHTS)
+    order, row = min(tried, key=lambda found: found[1][-1] if n else 0)
+    first = np.searchsorted(row, row)  # position of the first sequence of the same row
+    before = np.cumsum(lengths[order], axis=0) - lengths[order]
+    starts = np.empty((n, 2), np.int32)
+    starts[order] = before - before[first]
+    rows, segments = np.empty((2, n), np.int32)
+    rows[order], segments[order] = row, np.arange(n) - first + 1
+    return Packing(rows, segments, starts[:, 0], starts[:, 1], int(row[-1]) + 1 if n else 0)
+
+
+def _fill_rows(
+    lengths: np.ndarray, shape: RowShape, target_weight: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the sequences in the order they are placed, and the row of each, both [N]."""
+    n = len(lengths)
+    scale = np.array([1 / shape.inputs, np.sqrt(target_weight) / shape.targets])
+    size = lengths * scale
+    largest_first = np.argsort(-size.sum(1), kind="stable")
+    size, lengths = size[largest_first], lengths[largest_first]
+    placed = np.zeros(n, bool)
+    order, row = np.empty((2, n), np.int64)
+    free = np.array([shape.inputs, shape.targets])
+    current = 0
+    for i in range(n):
+        while True:
+            fits = ~placed & (lengths <= free).all(1)
+            if fits.any():
+                break
+            free = np.array([shape.inputs, shape.targets])
+            current += 1
+        rest = free * scale - size
+        j = np.where(fits, np.einsum("nd,nd->n", rest, rest), np.inf).argmin()
+        placed[j] = True
+        free = free - lengths[j]
+        order[i], row[i] = largest_first[j], current
+    return order, row
 
 
 def choose_row_shape(
     batches: list[tuple[np.ndarray, np.ndarray]], longest: tuple[int, int], multiple: int = 8
 ) -> RowShape:
-    """Returns the row shape that packs some sample batches into the fewest slots.
+    """Returns the row shape that packs each of some sample batches into the fewest slots.
+
+    All batches get as many rows as the fullest one needs, so that one is what counts.
 
     The encoder's row is at least the longest input and the decoder's the longest target, so that
     every sequence fits; candidates go up to four times that.
@@ -91,9 +115,9 @@ def choose_row_shape(
 
     mean_ratio = sum(t.sum() for _, t in batches) / sum(i.sum() for i, _ in batches)
     candidates = set()
-    for factor in (1.0, 1.25, 1.5, 2.0, 3.0, 4.0):
+    for factor in (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0):
         inputs = up(longest[0] * factor)
-        for balance in (0.9, 1.0, 1.1, 1.25):
+        for balance in (0.95, 1.0, 1.05, 1.1):
             candidates.add((inputs, max(up(longest[1]), up(inputs * mean_ratio * balance))))
     for factor in (1.0, 1.5, 2.0):
         targets = up(longest[1] * factor)
@@ -101,7 +125,7 @@ def choose_row_shape(
 
     def slots(candidate: tuple[int, int]) -> tuple[int, int]:
         shape = RowShape(*candidate)
-        rows = sum(pack(i, t, shape).num_rows for i, t in batches)
+        rows = max(pack(i, t, shape).num_rows for i, t in batches)
         # On a tie the shorter row: attention costs the square of it.
         return rows * (shape.inputs + shape.targets), shape.inputs
 

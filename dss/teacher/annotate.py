@@ -20,20 +20,12 @@ from dss.errors import UserError
 from dss.teacher.client import Client
 from dss.teacher.journal import Attempt, Journal, Usage
 from dss.teacher.pacing import Clock, Pacer, backoff
-from dss.teacher.prices import Price
+from dss.teacher.prices import Price, tokens_per_character, total_cost
 from dss.teacher.reply import FINAL, STOPPING, Reply
 from dss.teacher.request import Request, Writer
 
-__all__ = [
-    "Annotator",
-    "Limits",
-    "Progress",
-    "State",
-    "tokens_per_character",
-    "total_cost",
-]
+__all__ = ["Annotator", "Limits", "Progress", "State"]
 
-CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted some
 IN_A_ROW = 20  # requests without an answer after which none is expected any more
 LOOKED_UP_AT_ONCE = 64  # requests in the journal
 COMPLAINTS = ("limited", "failed", "timeout", "dropped", "unreachable")
@@ -426,25 +418,3 @@ class Annotator:
         finally:
             for number in caught:
                 loop.remove_signal_handler(number)
-
-
-def total_cost(price: Price | None, sent: Usage, batch: Usage) -> float | None:
-    """Returns what a teacher's attempts cost; None where a price is missing.
-
-    Args:
-      price: of the model.
-      sent: usage of what was sent from here. Attempts that brought no count are taken as paid for,
-        with the longest answer that they could have.
-      batch: usage of what came in batches.
-    """
-    if price is None:
-        return None
-    prompt = sent.silent_characters * tokens_per_character(sent)
-    silent = Usage(prompt=round(prompt), completion=sent.silent_completion)
-    costs = price.cost(sent), price.cost(silent), price.cost(batch, batch=True)
-    return None if None in costs else sum(costs)  # type: ignore[arg-type]
-
-
-def tokens_per_character(usage: Usage) -> float:
-    """Returns how long a prompt's token is, as far as the endpoint has counted any."""
-    return usage.prompt / usage.characters if usage.prompt else 1 / CHARACTERS_PER_TOKEN

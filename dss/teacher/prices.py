@@ -9,8 +9,9 @@ import yaml
 from dss.errors import UserError
 from dss.teacher.journal import Usage
 
-__all__ = ["Price", "load_price"]
+__all__ = ["Price", "load_price", "tokens_per_character", "total_cost"]
 
+CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted some
 MILLION = 1e6
 
 
@@ -82,3 +83,25 @@ def _price(where: str, value: Any, currency: str) -> Price:
         if isinstance(number, bool) or not isinstance(number, int | float) or not number >= 0:
             raise UserError(f"{where}: {name} is {number!r}; give a price for a million tokens")
     return Price(currency=currency, **value)
+
+
+def total_cost(price: Price | None, sent: Usage, batch: Usage) -> float | None:
+    """Returns what a teacher's attempts cost; None where a price is missing.
+
+    Args:
+      price: of the model.
+      sent: usage of what was sent from here. Attempts that brought no count are taken as paid for,
+        with the longest answer that they could have.
+      batch: usage of what came in batches.
+    """
+    if price is None:
+        return None
+    prompt = sent.silent_characters * tokens_per_character(sent)
+    silent = Usage(prompt=round(prompt), completion=sent.silent_completion)
+    costs = price.cost(sent), price.cost(silent), price.cost(batch, batch=True)
+    return None if None in costs else sum(costs)  # type: ignore[arg-type]
+
+
+def tokens_per_character(usage: Usage) -> float:
+    """Returns how long a prompt's token is, as far as the endpoint has counted any."""
+    return usage.prompt / usage.characters if usage.prompt else 1 / CHARACTERS_PER_TOKEN

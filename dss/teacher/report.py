@@ -11,11 +11,10 @@ from typing import Any
 
 import jinja2
 
-from dss.teacher.annotate import total_cost
 from dss.teacher.job import Job
 from dss.teacher.journal import Journal, Usage
 from dss.teacher.outputs import Annotation, annotations
-from dss.teacher.prices import Price
+from dss.teacher.prices import Price, total_cost
 
 __all__ = ["Report", "make_report", "write_page"]
 

@@ -1,0 +1,330 @@
+"""Times one training step of dss and of the PyTorch reference, in turn, on the same examples.
+
+    python benchmarks/train_step.py --student small --dataset cqa --batch 36 --data-root DIR
+        --vocab FILE [--steps 5] [--json FILE]
+    python benchmarks/train_step.py --student small --random
+
+Sides: dss packed and unpacked, and the step of the reference (transformers' T5, each view padded to
+its longest sequence, AdamW) in float32 and under bfloat16 autocast. Every side is a process of its
+own that keeps its model; they take their steps one after another, on the same examples, and the
+medians are of the steps after the first two. Useful operations are those of the tokens that are
+there, forward and backward; the peak is a float32 matrix product's on the same machine.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from dss.config import parse_gin
+from dss.data.batches import Batches, fill, paired_order
+from dss.data.registry import set_data_root
+from dss.data.store import Ragged, TaskTokens, TokenStore, open_store
+from dss.data.tasks import get_mixture
+from dss.data.vocabulary import load_vocabulary
+from dss.errors import UserError
+from dss.student.config import T5Config
+
+ALPHA, DROPOUT, LEARNING_RATE = 0.5, 0.1, 5e-5
+WARM = 2  # steps before those that count
+SIDES = ("dss packed", "dss unpacked", "PyTorch f32", "PyTorch bf16")
+REFERENCE = "PyTorch f32"
+RANDOM_EXAMPLES = 4096
+IGNORED = -100  # the target that PyTorch's loss leaves out
+MATRIX = 2048  # side of the product that measures the peak
+
+
+def random_store(vocab_size: int) -> TokenStore:
+    """Returns tokens without a meaning, in lengths like CQA's."""
+    draw = np.random.default_rng(0)
+
+    def ragged(mean: float, deviation: float, least: int, most: int) -> Ragged:
+        lengths = np.clip(draw.normal(mean, deviation, RANDOM_EXAMPLES), least, most).astype(int)
+        return Ragged.of([draw.integers(3, vocab_size, n).tolist() for n in lengths])
+
+    inputs = ragged(48, 10, 24, 102)
+    rows = np.tile(np.arange(RANDOM_EXAMPLES)[:, None], 2)
+    labels, rationales = ragged(4, 1, 2, 10), ragged(30, 8, 10, 71)
+    tasks = TaskTokens(inputs, labels), TaskTokens(inputs, rationales)
+    return TokenStore(tasks, rows, tuple(map(str, range(RANDOM_EXAMPLES))))
+
+
+def open_data(args: argparse.Namespace, vocab_size: int) -> TokenStore:
+    if args.random:
+        return random_store(vocab_size)
+    set_data_root(args.data_root)
+    mixture = get_mixture(f"{args.dataset}_step_by_step_palm", ALPHA)
+    vocabulary = load_vocabulary(str(args.vocab))
+    return open_store(mixture, args.split, vocabulary, inputs_length=1024, targets_length=256)
+
+
+def useful_operations(config: T5Config, inputs: np.ndarray, targets: np.ndarray) -> float:
+    """Returns the operations of a step on sequences of these lengths: three times a forward's."""
+    heads = config.num_heads * config.d_kv
+    mlp = (3 if config.gated else 2) * config.d_model * config.d_ff
+    square, attention = 2 * config.d_model * heads, 4 * heads
+    source, target = inputs.astype(float), targets.astype(float)
+    encoder = 2 * source * (2 * square + mlp) + attention * source**2
+    decoder = 2 * target * (3 * square + mlp) + 2 * source * square
+    decoder += attention * (target**2 / 2 + target * source)
+    logits = 2 * target * config.d_model * config.vocab_size
+    layers = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
+    return float(3 * (layers + logits).sum())
+
+
+class DssSide:
+    """Our step, packed or not, on one device."""
+
+    def __init__(self, config: T5Config, store: TokenStore, args: argparse.Namespace, packed: bool):
+        import jax
+
+        from dss.student.network import init_params
+        from dss.training.mesh import MeshConfig, make_mesh, put_batch
+        from dss.training.optimizer import OptimizerConfig, make_optimizer
+        from dss.training.step import LossConfig, init_state, make_train_step, state_shardings
+
+        steps = WARM + args.steps
+        order = paired_order(store, args.batch, seed=0)
+        self.batches = Batches(store, order, num_steps=steps, packed=packed)
+        mesh_config = MeshConfig()
+        mesh = make_mesh(mesh_config, jax.devices()[:1])
+        optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE), steps)
+        shardings = state_shardings(config, optimizer, mesh, mesh_config)
+        loss = LossConfig(num_tasks=2, rates=(ALPHA, 1 - ALPHA))
+        state = jax.device_put(init_state(init_params(config, 0), optimizer), shardings)
+        step = make_train_step(config, optimizer, loss, mesh=mesh, shardings=shardings)
+        self.jax, self.put, self.mesh = jax, put_batch, mesh
+        self.compile_seconds, self.programs = 0.0, {}
+        self.step_function, self.state = step, state
+
+    def step(self, number: int) -> float:
+        batch = self.put(self.mesh, self.batches[number])
+        rows = next(iter(batch.values())).shape[0]
+        if rows not in self.programs:
+            began = time.perf_counter()
+            self.programs[rows] = self.step_function.lower(self.state, batch).compile()
+            self.compile_seconds += time.perf_counter() - began
+        began = time.perf_counter()
+        self.state, metrics = self.programs[rows](self.state, batch)
+        self.jax.block_until_ready((self.state, metrics))
+        return time.perf_counter() - began
+
+    def facts(self) -> dict:
+        fills = [fill(self.batches[number]) for number in range(len(self.batches))]
+        encoder, decoder = np.mean(fills, axis=0)
+        shape = self.batches.shape
+        return {
+            "compile_seconds": round(self.compile_seconds, 1),
+            "fill": [round(float(encoder), 3), round(float(decoder), 3)],
+            "row": [shape.inputs, shape.targets],
+        }
+
+
+class PyTorchSide:
+    """The reference's step: two forward passes, one loss, AdamW."""
+
+    def __init__(self, config: T5Config, store: TokenStore, args: argparse.Namespace, bf16: bool):
+        import torch
+        import transformers
+
+        gate = "gated-gelu" if config.gated else "relu"
+        shape = transformers.T5Config(
+            vocab_size=config.vocab_size,
+            d_model=config.d_model,
+            d_kv=config.d_kv,
+            d_ff=config.d_ff,
+            num_heads=config.num_heads,
+            num_layers=config.num_encoder_layers,
+            num_decoder_layers=config.num_decoder_layers,
+            feed_forward_proj=gate,
+            tie_word_embeddings=config.tied_embeddings,
+            dropout_rate=DROPOUT,
+            decoder_start_token_id=0,
+            use_cache=False,
+        )
+        torch.manual_seed(0)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = transformers.T5ForConditionalGeneration(shape).to(self.device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
+        self.torch, self.bf16, self.store = torch, bf16, store
+        self.order = paired_order(store, args.batch, seed=0)
+        self.fills: list[tuple[float, float]] = []
+
+    def padded(self, sequences: Ragged, rows: np.ndarray, value: int):
+        lengths = sequences.lengths[rows]
+        out = np.full((len(rows), lengths.max()), value, np.int64)
+        for i, row in enumerate(rows):
+            out[i, : lengths[i]] = sequences[row]
+        return self.torch.from_numpy(out).to(self.device), lengths.sum() / out.size
+
+    def step(self, number: int) -> float:
+        torch = self.torch
+        tasks, rows = self.order(number)
+        views, filled = [], []
+        for k, task in enumerate(self.store.tasks):
+            here = rows[tasks == k]
+            inputs, inputs_fill = self.padded(task.inputs, here, 0)
+            targets, targets_fill = self.padded(task.targets, here, IGNORED)
+            views.append((inputs, targets))
+            filled.append((inputs_fill, targets_fill))
+        self.fills.append(tuple(np.mean(filled, axis=0)))
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            losses = [
+                self.model(input_ids=inputs, attention_mask=inputs != 0, labels=targets).loss
+                for inputs, targets in views
+            ]
+            loss = ALPHA * losses[0] + (1 - ALPHA) * losses[1]
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss.item()
+        return time.perf_counter() - began
+
+    def facts(self) -> dict:
+        encoder, decoder = np.mean(self.fills, axis=0)
+        return {
+            "compile_seconds": 0.0,
+            "fill": [round(float(encoder), 3), round(float(decoder), 3)],
+            "row": None,
+        }
+
+
+def serve(side: str, args: argparse.Namespace, pipe: Connection) -> None:
+    """Takes steps as it is told; runs in a process of its own."""
+    config = student(args)
+    store = open_data(args, config.vocab_size)
+    if side.startswith("dss"):
+        taken = DssSide(config, store, args, side == "dss packed")
+    else:
+        taken = PyTorchSide(config, store, args, side == "PyTorch bf16")
+    pipe.send("ready")
+    while (number := pipe.recv()) is not None:
+        pipe.send(taken.step(number))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    pipe.send(taken.facts() | {"peak_gb": round(peak, 2)})
+
+
+def student(args: argparse.Namespace) -> T5Config:
+    flags = [f"Experiment.dropout_rate={DROPOUT}"]
+    experiment = parse_gin([f"students/{args.student}.gin"], flags)
+    assert experiment.student is not None
+    return experiment.settle(experiment.student)
+
+
+def measure_peak() -> float:
+    """Returns the operations a second of a float32 matrix product, the best of five."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((MATRIX, MATRIX))
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        product(a, a).block_until_ready()
+        times.append(time.perf_counter() - began)
+    return 2 * MATRIX**3 / min(times)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--student", default="small", help="a file of gin/students")
+    parser.add_argument("--dataset", default="cqa")
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--batch", type=int, default=36, help="examples a step")
+    parser.add_argument("--steps", type=int, default=5, help="that count")
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--vocab", type=Path)
+    parser.add_argument("--random", action="store_true", help="random tokens, no data")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    if not args.random and (args.data_root is None or args.vocab is None):
+        parser.error("give --data-root and --vocab, or --random")
+    try:
+        config = student(args)
+        store = open_data(args, config.vocab_size)
+    except UserError as error:
+        print(f"train_step: {error}", file=sys.stderr)
+        return 2
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for side in args.sides:
+        pipes[side], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(side, args, theirs), daemon=True))
+        processes[-1].start()
+        pipes[side].recv()
+    seconds: dict[str, list[float]] = {side: [] for side in args.sides}
+    for number in range(WARM + args.steps):
+        for side, pipe in pipes.items():
+            pipe.send(number)
+            seconds[side].append(pipe.recv())
+    order = paired_order(store, args.batch, seed=0)
+    tokens, operations = [], []
+    for number in range(WARM, WARM + args.steps):
+        tasks, rows = order(number)
+        inputs = np.concatenate([store.tasks[k].inputs.lengths[rows[tasks == k]] for k in (0, 1)])
+        targets = np.concatenate([store.tasks[k].targets.lengths[rows[tasks == k]] for k in (0, 1)])
+        tokens.append(int(inputs.sum() + targets.sum()))
+        operations.append(useful_operations(config, inputs, targets))
+    result: dict = {"sides": {}}
+    for side, pipe in pipes.items():
+        pipe.send(None)
+        taken = statistics.median(seconds[side][WARM:])
+        result["sides"][side] = {
+            "seconds": round(taken, 3),
+            "examples_per_second": round(args.batch / taken, 2),
+            "tokens_per_second": round(statistics.mean(tokens) / taken, 1),
+            "operations_per_second": statistics.mean(operations) / taken,
+        } | pipe.recv()
+    for process in processes:
+        process.join()
+    peak = measure_peak()
+    for row in result["sides"].values():
+        row["share_of_peak"] = round(row.pop("operations_per_second") / peak, 3)
+    speed = {side: row["examples_per_second"] for side, row in result["sides"].items()}
+    if "dss packed" in speed and REFERENCE in speed:
+        result["ratio_vs_pytorch_f32"] = round(speed["dss packed"] / speed[REFERENCE], 3)
+    result |= {
+        "student": args.student,
+        "dataset": "random" if args.random else args.dataset,
+        "batch": args.batch,
+        "steps": args.steps,
+        "peak_gflops": round(peak / 1e9, 1),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
+    print(
+        f"{'side':<14} {'s/step':>7} {'ex/s':>6} {'tokens/s':>9} {'fill':>11} {'of peak':>8} ",
+        end="",
+    )
+    print(f"{'GB':>6} {'compile':>8}")
+    for side, row in result["sides"].items():
+        filled = " ".join(f"{part:.0%}" for part in row["fill"])
+        print(
+            f"{side:<14} {row['seconds']:>7.2f} {row['examples_per_second']:>6.2f} "
+            f"{row['tokens_per_second']:>9.0f} {filled:>11} {row['share_of_peak']:>8.1%} "
+            f"{row['peak_gb']:>6.2f} {row['compile_seconds']:>7.1f}s"
+        )
+    if "ratio_vs_pytorch_f32" in result:
+        print(f"dss packed is {result['ratio_vs_pytorch_f32']:.2f} times as fast as {REFERENCE}")
+    print(f"peak {result['peak_gflops']:.0f} GFLOP/s; {result['machine']}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
