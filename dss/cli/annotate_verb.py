@@ -96,20 +96,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Annotates, or does what stands in its place."""
     try:
+        if args.parquet:
+            import pyarrow.parquet  # noqa: F401  before anything is paid for
         job = _job(args)
+        price = _price(args, job)
+        modes: tuple[tuple[Any, Callable[[], int]], ...] = (
+            (args.dry_run, lambda: _dry_run(job, price)),
+            (args.reparse, lambda: _reparse(args, job)),
+            (args.report, lambda: _report(job, price)),
+            (args.batch_export, lambda: _batch_export(args, job)),
+            (args.batch_import, lambda: _batch_import(args, job)),
+            (args.pipeline_options is not None, lambda: _run_pipeline(args, job)),
+        )
+        return next((mode for asked, mode in modes if asked), lambda: _ask(args, job, price))()
     except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is missing; pip install 'dss[teacher]'") from None
-    price = _price(args, job)
-    if args.dry_run:
-        return _dry_run(job, price)
-    modes: tuple[tuple[Any, Callable[[], int]], ...] = (
-        (args.reparse, lambda: _reparse(args, job)),
-        (args.report, lambda: _report(job, price)),
-        (args.batch_export, lambda: _batch_export(args, job)),
-        (args.batch_import, lambda: _batch_import(args, job)),
-        (args.pipeline_options is not None, lambda: _run_pipeline(args, job)),
-    )
-    return next((mode for asked, mode in modes if asked), lambda: _ask(args, job, price))()
+        extras = "teacher" if args.pipeline_options is None else "teacher,beam"
+        raise UserError(f"{error.name} is missing; pip install 'dss[{extras}]'") from None
 
 
 def _job(args: argparse.Namespace) -> "Job":
@@ -181,10 +183,8 @@ def _limits(args: argparse.Namespace) -> "Limits":
 
 
 def _run_pipeline(args: argparse.Namespace, job: "Job") -> int:
-    try:
-        from dss.teacher.beam import run_pipeline
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error.name} is missing; pip install 'dss[teacher,beam]'") from None
+    from dss.teacher.beam import run_pipeline
+
     limits = _limits(args)
     for name in ("max_requests", "max_cost"):
         if getattr(limits, name) is not None:
@@ -192,12 +192,22 @@ def _run_pipeline(args: argparse.Namespace, job: "Job") -> int:
                 f"--{name.replace('_', '-')}: the workers of a pipeline do not share one count; "
                 "leave it or --pipeline-options away"
             )
-    missing = run_pipeline(job, limits, args.key_env, shlex.split(args.pipeline_options))
-    job.copy_examples()
-    print(f"{job.file('jsonl')}: written")
-    if missing:
-        print(f"{missing} requests brought no answer; the same command tries them again")
-    return int(missing > 0)
+    try:
+        options = shlex.split(args.pipeline_options)
+    except ValueError as error:
+        raise UserError(f"--pipeline-options: {error}") from None
+    with _journal(job) as journal:
+        job.check(journal)
+        missing = run_pipeline(job, journal, limits, args.key_env, options)
+        _export(args, job, journal)
+    return _said_missing(missing)
+
+
+def _said_missing(count: int) -> int:
+    """Says that requests have no answer, where some have none; returns the exit status."""
+    if count:
+        print(f"{count} requests brought no answer; the same command tries them again")
+    return int(count > 0)
 
 
 def _ask(args: argparse.Namespace, job: "Job", price: "Price | None") -> int:
@@ -207,30 +217,29 @@ def _ask(args: argparse.Namespace, job: "Job", price: "Price | None") -> int:
     from dss.cli.progress import display_for
     from dss.teacher.annotate import Annotator
     from dss.teacher.client import Client, api_key
+    from dss.teacher.reply import FINAL
 
-    limits = _limits(args)
-    teacher = job.writer.teacher
+    limits, teacher = _limits(args), job.writer.teacher
     client = Client(teacher, api_key(args.key_env, teacher.base_url), limits.timeout)
-    total = sum(1 for _ in job.examples())
     with _journal(job) as journal:
+        total = job.check(journal)
         progress = AnnotateProgress(display_for("request", total * teacher.samples), price)
+        annotator = Annotator(journal, job.writer, client, limits, price=price, progress=progress)
         try:
-            annotator = Annotator(
-                journal, job.writer, client, limits, price=price, progress=progress
-            )
             state = asyncio.run(annotator.run(job.examples(), total))
+        except UserError:
+            if any(annotator.state.kinds[status] for status in FINAL):
+                _export(args, job, journal)
+            raise
         finally:
             progress.close()
-            _export(args, job, journal)
+        _export(args, job, journal)
     if state.stopped == "interrupted":
         print("interrupted; the same command goes on")
         return INTERRUPTED
     if state.stopped is not None:
         print(f"{state.stopped}; the same command goes on")
-    elif state.no_answer:
-        print(f"{state.no_answer} requests brought no answer; the same command tries them again")
-        return 1
-    return 0
+    return _said_missing(state.no_answer)
 
 
 def _export(args: argparse.Namespace, job: "Job", journal: "Journal") -> None:
@@ -273,11 +282,15 @@ def _batch_export(args: argparse.Namespace, job: "Job") -> int:
     from dss.teacher.batch import export_batch
 
     stem = args.batch_export / f"{job.stem}.{job.name}"
+    if args.batch_export.resolve() == job.folder.resolve():
+        raise UserError(f"--batch-export {args.batch_export}: give a folder of its own")
     with _journal(job) as journal:
+        job.check(journal)
         files = export_batch(journal, job.writer, job.examples(), stem)
     for path, count in files:
         print(f"{path}: {count} requests, {path.stat().st_size:,} bytes")
-    print("now: hand them to the provider; then give its files with --batch-import")
+    print("now: hand them to the provider; then give its files with --batch-import. Until then a")
+    print("live run, or another export, would ask for the same answers again")
     return 0
 
 
@@ -305,7 +318,7 @@ def _dry_run(job: "Job", price: "Price | None") -> int:
     if job.journal_path.is_file():
         journal = Journal(job.journal_path, create=False)
         usage = journal.usage(job.writer.teacher)
-    count = answered = characters = most = 0
+    count = answered = characters = left = 0
     for example in job.examples():
         for request in job.writer.requests(example):
             count += 1
@@ -313,7 +326,9 @@ def _dry_run(job: "Job", price: "Price | None") -> int:
                 answered += 1
                 continue
             characters += request.characters
-            most += job.writer.most_tokens or 0
+            left += 1
+    if not count:
+        raise UserError(f"{job.source}: no examples")
     for example in itertools.islice(job.examples(), SHOWN_PROMPTS):
         request = job.writer.requests(example)[0]
         print(f"---- {example.id}\n{job.writer.show(request)}\n")
@@ -322,9 +337,13 @@ def _dry_run(job: "Job", price: "Price | None") -> int:
     prompt = round(characters * tokens_per_character(usage))
     basis = "as counted so far" if usage.prompt else "at 4 characters a token"
     print(f"requests: {count:,}, of which {answered:,} have an answer")
-    print(f"tokens to read: about {prompt:,}, {basis}; to write: at most {most:,}")
+    most = None if job.writer.most_tokens is None else job.writer.most_tokens * left
+    at_most = "nobody knows: no max_tokens" if most is None else f"at most {most:,}"
+    print(f"tokens to read: about {prompt:,}, {basis}; to write: {at_most}")
     if price is None:
         print("price: unknown; give a file that has this model's with --prices")
+    elif most is None:
+        print("price: unknown, as nothing limits an answer; give max_tokens")
     else:
         cost = price.cost(Usage(prompt=prompt, completion=most))
         print(f"price: at most about {price.text(cost or 0.0)}")

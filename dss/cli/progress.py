@@ -31,13 +31,13 @@ class Lines:
         """
         self.noun, self.total, self.every = noun, total, every
         self._printed = float("-inf")
-        self._last: int | None = None
+        self._ended = False
 
     def show(self, done: int, text: str) -> None:
         """Shows how far it is."""
-        is_due = time.monotonic() - self._printed >= self.every or done == self.total
-        if is_due and done != self._last:
-            self._printed, self._last = time.monotonic(), done
+        is_end = done == self.total and not self._ended
+        if is_end or time.monotonic() - self._printed >= self.every:
+            self._printed, self._ended = time.monotonic(), done == self.total
             self.say(f"{self.noun} {done}/{self.total}  {text}")
 
     def say(self, line: str) -> None:

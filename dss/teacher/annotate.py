@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
+import math
 import random
 import signal
 import time
@@ -28,6 +29,7 @@ __all__ = ["Annotator", "Limits", "Progress", "State"]
 
 IN_A_ROW = 20  # requests without an answer after which none is expected any more
 LOOKED_UP_AT_ONCE = 64  # requests in the journal
+MOST_DENSE = 4.0  # tokens a character of a prompt until the endpoint has counted: one a byte
 COMPLAINTS = ("limited", "failed", "timeout", "dropped", "unreachable")
 
 
@@ -57,7 +59,7 @@ class Limits:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             least = 1 if field.name in ("concurrency", "attempts", "max_requests") else 0
-            if value is not None and (value < least or value == 0):
+            if value is not None and not (value >= least and 0 < value < math.inf):
                 flag = "--" + field.name.replace("_", "-")
                 raise UserError(f"{flag} {value}: give {'at least 1' if least else 'more than 0'}")
 
@@ -75,6 +77,7 @@ class State:
       kinds: attempts of this run by their status.
       usage: tokens of everything that was sent to the teacher, in this run and before.
       cost: of that usage and of batches; None where no price is known.
+      cost_before: what it was when this run began.
       stopped: why the run ended early; None where it did not.
     """
 
@@ -86,14 +89,16 @@ class State:
     kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     usage: Usage = Usage()
     cost: float | None = None
+    cost_before: float = 0.0
     stopped: str | None = None
 
     @property
     def projected_cost(self) -> float | None:
-        """What everything will have cost in the end, if the rest is like what is done."""
-        if self.cost is None or not self.done:
-            return None
-        return self.cost * self.total / self.done
+        """What everything will have cost in the end, if the rest is like what this run asked."""
+        if self.cost is None or not self.asked:
+            return self.cost if self.done == self.total else None
+        each = (self.cost - self.cost_before) / self.asked
+        return self.cost + each * (self.total - self.done)
 
 
 class Progress:
@@ -150,10 +155,12 @@ class Annotator:
         self._error: Exception | None = None
         self._in_a_row = 0
         self._asking: set[str] = set()
+        self._densest = MOST_DENSE  # tokens a character of a prompt
         self._reserved: list[float] = []  # the most that each attempt in flight can cost
         self._usage = journal.usage(writer.teacher)
         self._batch_usage = journal.usage(writer.teacher, batch=True)
         self._count_cost()
+        self.state.cost_before = self.state.cost or 0.0
         if limits.max_cost is not None and self.state.cost is None:
             lacks = "the model's price" if price is None else "its batch_input and batch_output"
             raise UserError(f"--max-cost needs {lacks}; give a file that has it with --prices")
@@ -187,11 +194,13 @@ class Annotator:
                     task = asyncio.create_task(self._ask(request))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
-            except UserError as error:
+            except Exception as error:  # the examples: what is in flight is waited for
                 self._fail(error)
             try:
-                while tasks:
+                while tasks or self._pending:
                     await asyncio.gather(*tasks, return_exceptions=True)
+                    if self._flushing is not None:  # replies whose requests were left at once
+                        await self._flushing
             finally:
                 self.progress.update(self.state, self.pacer)
                 self._disk.shutdown()
@@ -229,7 +238,6 @@ class Annotator:
         finally:
             self._asking.discard(request.key)
             self.pacer.leave()
-            self.progress.update(self.state, self.pacer)
 
     async def _until_settled(self, request: Request) -> None:
         """Attempts a request until it has its final reply, is given up, or the run stops."""
@@ -250,24 +258,25 @@ class Annotator:
                 failures += 1
             if reply.status == "rejected" or failures == self.limits.attempts:
                 self._settle(answered=False)
-                if self._in_a_row == IN_A_ROW:
-                    where = self.writer.teacher.base_url
-                    self._fail(
-                        UserError(
-                            f"{where}: {IN_A_ROW} requests in a row brought no answer; the last: "
-                            f"{reply.message}"
-                        )
-                    )
+                self._give_up_if_hopeless(reply)
                 return
             if wait is None:
                 seconds = backoff(max(limited, failures), random.random())
                 await self.pacer.clock.wait(self.pacer.stopped, seconds)
 
+    def _give_up_if_hopeless(self, reply: Reply) -> None:
+        where = self.writer.teacher.base_url
+        if set(self.state.kinds) == {"unreachable"}:
+            self._fail(UserError(f"{where}: no server answers there: {reply.message}"))
+        elif self._in_a_row >= IN_A_ROW:
+            what = f"{IN_A_ROW} requests in a row brought no answer; the last: {reply.message}"
+            self._fail(UserError(f"{where}: {what}"))
+
     async def _attempt(self, request: Request) -> tuple[Reply, float | None] | None:
         """Sends a request once and journals the reply; returns None where it may not be sent."""
         tokens = self._prompt_tokens(request)
-        most_cost = self._most_cost(tokens, request)
-        if not await self._afford(most_cost):
+        most_cost = await self._afford(request)
+        if most_cost is None:
             return None
         self._reserved.append(most_cost)
         try:
@@ -283,6 +292,7 @@ class Annotator:
         finally:
             self._reserved.remove(most_cost)
             self.pacer.wake()
+        self.progress.update(self.state, self.pacer)
         if reply.status in COMPLAINTS:
             self.pacer.complained(sent_at)
         elif reply.status in FINAL:
@@ -297,25 +307,29 @@ class Annotator:
         self.state.sent += 1
         return True
 
-    async def _afford(self, most_cost: float) -> bool:
-        """Waits until the most that a request can cost is left; returns False where it never is."""
+    async def _afford(self, request: Request) -> float | None:
+        """Waits until the most that a request can cost is left; returns it, or None if never."""
         budget = self.limits.max_cost
-        while budget is not None and not self.pacer.stopped.is_set():
+        while not self.pacer.stopped.is_set():
+            most_cost = self._most_cost(request)  # known better with every reply
+            if budget is None:
+                return most_cost
             assert self.state.cost is not None
+            assert self.price is not None
             if self.state.cost + sum(self._reserved) + most_cost <= budget:
-                break
+                return most_cost
             if not self._reserved:
-                assert self.price is not None
                 spent = self.price.text(self.state.cost)
                 self.stop(f"--max-cost {budget:g} reached: {spent} spent, the next may not fit")
             else:
                 await self.pacer.changed()
-        return not self.pacer.stopped.is_set()
+        return None
 
     def _prompt_tokens(self, request: Request) -> float:
         return request.characters * tokens_per_character(self._usage)
 
-    def _most_cost(self, prompt_tokens: float, request: Request) -> float:
+    def _most_cost(self, request: Request) -> float:
+        """Returns what a request can cost, its prompt taken as dense as the densest one so far."""
         if self.price is None or self.limits.max_cost is None:
             return 0.0
         if self.writer.most_tokens is None:
@@ -323,7 +337,8 @@ class Annotator:
                 "--max-cost needs a limit on each answer: give max_tokens in the prompt's "
                 "parameters or with --param max_tokens=N"
             )
-        tokens = Usage(prompt=round(prompt_tokens), completion=self.writer.most_tokens)
+        prompt = math.ceil(request.characters * self._densest)
+        tokens = Usage(prompt=prompt, completion=self.writer.most_tokens)
         return self.price.cost(tokens) or 0.0
 
     async def _record(self, request: Request, attempt: Attempt) -> None:
@@ -343,16 +358,20 @@ class Annotator:
             try:
                 await loop.run_in_executor(self._disk, self.journal.add, requests, attempts)
             except Exception as error:
+                self._fail(error)
                 for future in waiting:
-                    future.set_exception(error)
+                    future.cancel()
             else:
                 for future in waiting:
-                    future.set_result(None)
+                    if not future.done():  # its request was left at once
+                        future.set_result(None)
 
     def _count(self, request: Request, reply: Reply, expected_prompt: float) -> None:
         self.state.kinds[reply.status] += 1
         if reply.prompt_tokens is not None:
             completion = reply.completion_tokens or 0
+            density = reply.prompt_tokens / max(1, request.characters)
+            self._densest = density if self._densest == MOST_DENSE else max(density, self._densest)
             self._usage += Usage(
                 prompt=reply.prompt_tokens,
                 cached=reply.cached_tokens or 0,
@@ -380,9 +399,9 @@ class Annotator:
         self._in_a_row = 0 if answered else self._in_a_row + 1
 
     def _pause(self, reply: Reply, seconds: float) -> None:
-        self.pacer.pause(seconds)
-        if seconds >= 1:
-            until = time.strftime("%H:%M:%S", time.localtime(time.time() + seconds))
+        is_longer = self.pacer.pause(seconds)
+        if is_longer and seconds >= 1:
+            until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + seconds))
             self.progress.say(
                 f"the endpoint asks to wait {seconds:.0f} s, until {until} (HTTP {reply.code})"
             )
@@ -409,7 +428,7 @@ class Annotator:
 
         caught = []
         for number in (signal.SIGINT, signal.SIGTERM):
-            # Only the main thread may; Beam's workers are stopped by their runner.
+            # Only the main thread may; in other ones nobody presses Ctrl-C.
             with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
                 loop.add_signal_handler(number, end)
                 caught.append(number)

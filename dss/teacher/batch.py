@@ -4,6 +4,7 @@ The files are those of OpenAI's batch API, which others take too: one JSON objec
 its `custom_id`, which is the request's key. Results may come in any order, in any number of files.
 """
 
+import glob
 import hashlib
 import json
 import time
@@ -26,7 +27,7 @@ AT_ONCE = 1000  # rows a transaction
 def export_batch(
     journal: Journal, writer: Writer, examples: Iterable[Example], stem: Path
 ) -> list[tuple[Path, int]]:
-    """Writes the requests that have no answer to files `<stem>-000.jsonl`, `-001`, ...
+    """Writes the requests that have no answer to files `<stem>.batch-000.jsonl`, ...
 
     Args:
       journal: open for writing, and described; the requests are written to it too.
@@ -38,7 +39,7 @@ def export_batch(
       (file, number of requests) of each.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
-    for old in stem.parent.glob(f"{stem.name}-[0-9][0-9][0-9].jsonl"):
+    for old in stem.parent.glob(f"{glob.escape(stem.name)}.batch-[0-9][0-9][0-9].jsonl"):
         old.unlink()
     out: list[tuple[Path, int]] = []
     lines: list[bytes] = []
@@ -47,7 +48,7 @@ def export_batch(
 
     def flush() -> None:
         nonlocal lines, size
-        path = stem.parent / f"{stem.name}-{len(out):03d}.jsonl"
+        path = stem.parent / f"{stem.name}.batch-{len(out):03d}.jsonl"
         path.write_bytes(b"".join(lines))
         out.append((path, len(lines)))
         lines, size = [], 0
@@ -128,10 +129,10 @@ def _read_result(where: str, value: dict[str, Any]) -> Attempt:
     if not isinstance(key, str):
         raise UserError(f"{where}: has no `custom_id`; is it a result of a batch?")
     if isinstance(response, dict) and isinstance(response.get("status_code"), int):
-        body = json.dumps(response.get("body"), ensure_ascii=False)
+        body = json.dumps(response.get("body"))
         reply = read_reply(response["status_code"], body)
     elif isinstance(error, dict):  # it expired, or was cancelled
-        content = json.dumps({"error": error}, ensure_ascii=False)
+        content = json.dumps({"error": error})
         reply = Reply(status="failed", code=None, response=content)
     else:
         raise UserError(f"{where}: has neither a `response` with a status code nor an `error`")

@@ -3,17 +3,19 @@
     {"examples": examples, "attempts": earlier} | Annotate(...)  ->  outputs, attempts
 
 Every worker asks for itself, with the limits of one process. An attempt is known by its request's
-key, so a pipeline that reads the attempts of earlier ones pays for no answer twice; a bundle that a
-runner tries again, because its machine died, is asked again.
+key, so a pipeline that is given the attempts of earlier ones pays for no answer twice; what a
+worker had in hand when its machine died is asked again.
 """
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import logging
+import shutil
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +23,23 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics, MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from dss.data.examples import Example, read_example, read_json
+from dss.data.examples import Example
 from dss.errors import UserError
 from dss.teacher.annotate import Annotator, Limits
 from dss.teacher.client import Client, api_key
 from dss.teacher.job import Job
 from dss.teacher.journal import Attempt, Journal
-from dss.teacher.outputs import annotations
+from dss.teacher.outputs import annotations, write_jsonl
 from dss.teacher.prompt import Prompt, read_prompt
-from dss.teacher.reply import Reply
+from dss.teacher.reply import FINAL, Reply
 from dss.teacher.request import Teacher, Writer
 
-__all__ = ["Annotate", "attempt_line", "read_attempt_line", "read_example_line", "run_pipeline"]
+__all__ = ["Annotate", "attempt_line", "read_attempt_line", "run_pipeline"]
 
+EXAMPLES, KNOWN = "examples.jsonl", "known.jsonl"  # files that a pipeline reads
 ATTEMPTS = "attempts"  # tag of the second output
 BATCH = 256  # questions that a worker has in hand
 UNANSWERED = Metrics.counter("dss.annotate", "unanswered")
-
-
-def read_example_line(line: str, labels: Sequence[str] = ()) -> Example:
-    """Returns the example on a line of JSON, which must have an id.
-
-    Raises:
-      UserError: it has none, or is no example.
-    """
-    where = f"input line {line[:60]!r}"
-    value = read_json(where, line)
-    if not isinstance(value, dict) or value.get("id") is None:
-        raise UserError(f"{where}: has no `id`, which a pipeline needs: its lines have no numbers")
-    return read_example(where, value, "", labels)
 
 
 def attempt_line(question: str, attempt: Attempt) -> str:
@@ -74,6 +64,7 @@ class _Spec:
     name: str
     limits: Limits
     key_variable: str
+    folder: str | None
 
     def writer(self) -> Writer:
         prompt = read_prompt(f"prompt {self.prompt_name}", self.prompt_name, self.prompt_source)
@@ -117,12 +108,23 @@ class _Ask(beam.DoFn):
             journal.add([request for samples in asked for request in samples], earlier)
             before = journal.last_attempt()
             self._ask(journal, examples)
-            for attempt in journal.attempts_after(before):
-                pair = question_of[attempt.key], attempt
+            made = [(question_of[a.key], a) for a in journal.attempts_after(before)]
+            self._keep(made)
+            for pair in made:
                 yield beam.pvalue.TaggedOutput(ATTEMPTS, pair)
             for found in annotations(journal, self._writer, examples):
                 yield found.line(self._spec.name)
             journal.close()
+
+    def _keep(self, made: list[tuple[str, Attempt]]) -> None:
+        """Writes attempts to a file of their own, so that they outlive a pipeline that fails."""
+        if self._spec.folder is None or not made:
+            return
+        path = Path(self._spec.folder) / f"attempts-{uuid.uuid4().hex}.jsonl"
+        partial = path.with_suffix(".partial")
+        lines = (attempt_line(question, attempt) + "\n" for question, attempt in made)
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(path)
 
     def _ask(self, journal: Journal, examples: list[Example]) -> None:
         """Asks; an error that ends the asking is logged, so that the bundle keeps its answers."""
@@ -136,6 +138,7 @@ class _Ask(beam.DoFn):
             self._stopped = True
             logging.getLogger(__name__).error("stopped asking: %s", error)
         state = annotator.state
+        self._stopped = self._stopped or state.stopped is not None
         UNANSWERED.inc(state.total - state.done + state.no_answer)
 
 
@@ -149,7 +152,13 @@ class Annotate(beam.PTransform):
     """
 
     def __init__(
-        self, prompt: Prompt, teacher: Teacher, name: str, limits: Limits, key_variable: str
+        self,
+        prompt: Prompt,
+        teacher: Teacher,
+        name: str,
+        limits: Limits,
+        key_variable: str,
+        folder: str | None = None,
     ):
         """Makes the transform.
 
@@ -159,6 +168,7 @@ class Annotate(beam.PTransform):
           name: of the teacher in the outputs.
           limits: of each worker process.
           key_variable: the environment variable of the workers that holds the key.
+          folder: that all workers see; the attempts of each batch are written there too, at once.
         """
         super().__init__()
         self._spec = _Spec(
@@ -168,9 +178,10 @@ class Annotate(beam.PTransform):
             name=name,
             limits=limits,
             key_variable=key_variable,
+            folder=folder,
         )
 
-    def expand(self, inputs: Mapping[str, beam.PCollection]) -> dict[str, beam.PCollection]:
+    def expand(self, inputs):
         """See `beam.PTransform`."""
         by_question = inputs["examples"] | "ByQuestion" >> beam.ParDo(_ByQuestion(self._spec))
         found = (
@@ -183,44 +194,77 @@ class Annotate(beam.PTransform):
         return {"outputs": found["outputs"], "attempts": found[ATTEMPTS]}
 
 
-def run_pipeline(job: Job, limits: Limits, key_variable: str, options: Sequence[str]) -> int:
-    """Runs a job as a pipeline and writes its outputs, in no particular order.
+def run_pipeline(
+    job: Job, journal: Journal, limits: Limits, key_variable: str, options: Sequence[str]
+) -> int:
+    """Asks about a job's examples in a pipeline, from its journal and into it.
 
-    The attempts are kept in a folder beside the outputs, and those of earlier pipelines are read
-    from there. Files are local or on a file system that all workers see; for other ones put
-    `Annotate` between transforms of your own.
+    What passes between here and the workers lies in a folder beside the journal, which all of them
+    must see: the examples, the answers that the journal has, and the attempts that are made. What a
+    pipeline that failed left there is read first.
 
     Args:
       job: what is asked about, and of whom.
+      journal: open for writing, and described.
       limits: of each worker process.
       key_variable: the environment variable of the workers that holds the key.
       options: Beam's, such as "--runner=DirectRunner".
 
     Returns:
       How many requests brought no answer.
+
+    Raises:
+      UserError: the key or the options cannot be used.
     """
-    attempts = job.file("attempts")
-    attempts.mkdir(parents=True, exist_ok=True)
-    earlier = [str(path) for path in sorted(attempts.glob("*.jsonl"))]
-    labels = job.writer.prompt.labels
-    prompt, teacher = job.writer.prompt, job.writer.teacher
-    pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
-    if job.rows is None:
-        lines = pipeline | "Read" >> beam.io.ReadFromText(str(job.source.absolute()))
-        examples = lines | "Decode" >> beam.Map(read_example_line, labels)
-    else:
-        examples = pipeline | "Examples" >> beam.Create(job.rows)
-    files = pipeline | "EarlierFiles" >> beam.Create(earlier)
-    known = files | beam.io.ReadAllFromText() | "DecodeEarlier" >> beam.Map(read_attempt_line)
-    annotate = Annotate(prompt, teacher, job.name, limits, key_variable)
-    found = {"examples": examples, "attempts": known} | annotate
-    encoded = found["outputs"] | "Encode" >> beam.Map(json.dumps, ensure_ascii=False)
-    target = str(job.file("jsonl").absolute())
-    _ = encoded | "Write" >> beam.io.WriteToText(target, num_shards=1, shard_name_template="")
-    made = found["attempts"] | "EncodeAttempts" >> beam.MapTuple(attempt_line)
-    prefix = str(attempts.absolute() / f"{time.time_ns()}")
-    _ = made | "WriteAttempts" >> beam.io.WriteToText(prefix, file_name_suffix=".jsonl")
+    api_key(key_variable, job.writer.teacher.base_url)
+    folder = job.file("pipeline")
+    folder.mkdir(parents=True, exist_ok=True)
+    _read_attempts(folder, journal)
+    write_jsonl(folder / EXAMPLES, map(dataclasses.asdict, job.examples()))
+    with (folder / KNOWN).open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in _known(job, journal))
+    teacher = job.writer.teacher
+    annotate = Annotate(
+        job.writer.prompt, teacher, job.name, limits, key_variable, str(folder.absolute())
+    )
+    try:
+        pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
+    except (ValueError, SystemExit) as error:
+        raise UserError(f"--pipeline-options: {' '.join(str(error).split())}") from None
+
+    def read(name: str) -> beam.PCollection:
+        source = beam.io.ReadFromText(str((folder / name).absolute()))
+        return pipeline | f"Read {name}" >> source
+
+    examples = read(EXAMPLES) | "Decode" >> beam.Map(lambda line: Example(**json.loads(line)))
+    known = read(KNOWN) | "DecodeKnown" >> beam.Map(read_attempt_line)
+    _ = {"examples": examples, "attempts": known} | annotate
     result = pipeline.run()
     result.wait_until_finish()
+    _read_attempts(folder, journal)
+    shutil.rmtree(folder)
     counters = result.metrics().query(MetricsFilter().with_metric(UNANSWERED))["counters"]
     return sum(counter.committed or 0 for counter in counters)
+
+
+def _known(job: Job, journal: Journal) -> Iterator[str]:
+    """Writes the requests to the journal; yields the attempts that settle some, a line each."""
+    examples = job.examples()
+    while chunk := list(itertools.islice(examples, BATCH)):
+        asked = [job.writer.requests(example) for example in chunk]
+        journal.add([request for samples in asked for request in samples], [])
+        for samples in asked:
+            for request in samples:
+                outcome = journal.outcome(request.key)
+                if outcome is not None and outcome.reply.status in FINAL:
+                    yield attempt_line(samples[0].key, outcome)
+
+
+def _read_attempts(folder: Path, journal: Journal) -> None:
+    for path in sorted(folder.glob("attempts-*.jsonl")):
+        made = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            _, attempt = read_attempt_line(line)
+            made.append(dataclasses.replace(attempt, origin=f"pipeline:{path.stem}:{number}"))
+        journal.add([], made)
+        path.unlink()

@@ -19,6 +19,8 @@ __all__ = ["Client", "api_key", "retry_after"]
 
 HIDDEN = "[API key]"
 NO_KEY = "none"  # what a server that asks for no key is sent
+SHORTEST_KEY = 16  # characters; a shorter one is a word, which a teacher may write
+LONGEST_WAIT = 1e9  # seconds
 OPENAI_HOST = "api.openai.com"
 
 
@@ -26,9 +28,13 @@ def api_key(variable: str, base_url: str) -> str:
     """Returns the key in an environment variable.
 
     Raises:
-      UserError: it is not set, and the endpoint is one that surely needs it.
+      UserError: it cannot be one, or is not set and the endpoint is one that surely needs it.
     """
     key = os.environ.get(variable, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            f"{variable}: holds a character that no key has; is it the whole key alone?"
+        )
     if not key and OPENAI_HOST in base_url:
         raise UserError(
             f"{variable} is not set; put your key there, or name the variable it is in with "
@@ -51,12 +57,17 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         except (KeyError, ValueError):
             continue
         if math.isfinite(seconds):
-            return max(0.0, seconds)
+            return _told(seconds)
     try:
         date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
-        return max(0.0, date.timestamp() - now)
+        return _told(date.timestamp() - now)
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def _told(seconds: float) -> float | None:
+    """Returns a wait that can be meant; one of no time says nothing of when to try again."""
+    return seconds if 0 < seconds < LONGEST_WAIT else None
 
 
 class Client:
@@ -105,4 +116,4 @@ class Client:
         return Reply(status=status, code=None, response=self._hide(what))
 
     def _hide(self, text: str) -> str:
-        return text if self._key == NO_KEY else text.replace(self._key, HIDDEN)
+        return text.replace(self._key, HIDDEN) if len(self._key) >= SHORTEST_KEY else text

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from dss.data.examples import Example, stream_examples
 from dss.data.registry import get_dataset
 from dss.errors import UserError
 from dss.teacher.journal import Journal
-from dss.teacher.outputs import annotations, write_jsonl, write_parquet
+from dss.teacher.outputs import Annotation, annotations, write_jsonl, write_parquet
 from dss.teacher.prompt import load_prompt
 from dss.teacher.request import Teacher, Writer, file_name
 
@@ -63,46 +63,73 @@ class Job:
         else:
             yield from stream_examples(self.source, self.stem, self.writer.prompt.labels)
 
+    def check(self, journal: Journal) -> int:
+        """Returns how many examples there are, when all is fit to be asked about.
+
+        Raises:
+          UserError: no examples, one that is malformed or, in hint mode, has no label; or a file
+            of somebody else where the examples would be written.
+        """
+        count = 0
+        for example in self.examples():
+            count += 1
+            if self.writer.teacher.hinted and example.label is None:
+                self.writer.requests(example)  # says so
+        if not count:
+            raise UserError(f"{self.source}: no examples")
+        copy = self._copy
+        if copy is not None and copy.exists() and journal.export_of(copy) is None:
+            raise UserError(f"{copy}: is there already; name another folder with --output")
+        return count
+
     def export(self, journal: Journal, *, parquet: bool = False) -> collections.Counter[str] | None:
         """Writes what the journal holds as the JSON lines that training reads.
 
         In a folder that is not the source's, the examples are written beside it, so that
-        DATASET_PATH may name them. Nothing is written where nothing has changed since.
+        DATASET_PATH may name them. Nothing is written where nothing has changed since, or where
+        the journal has nothing and there is a file.
 
         Args:
           journal: open for writing.
           parquet: also write a Parquet file with examples and outputs.
 
         Returns:
-          How many lines have each status; None where nothing had changed.
+          How many lines have each status; None where nothing was written.
         """
-        target, fingerprint = self.file("jsonl"), self._fingerprint(journal)
-        wanted = [target, self.file("parquet")] if parquet else [target]
-        if journal.export_of(target) == fingerprint and all(path.is_file() for path in wanted):
-            return None
+        fingerprint = self._fingerprint(journal)
+
+        def is_current(path: Path) -> bool:
+            return path.is_file() and journal.export_of(path) == fingerprint
+
         counts: collections.Counter[str] = collections.Counter()
 
-        def lines() -> Iterable[dict[str, Any]]:
-            for annotation in annotations(journal, self.writer, self.examples()):
+        def found() -> Iterator[Annotation]:
+            return annotations(journal, self.writer, self.examples())
+
+        def lines() -> Iterator[dict[str, Any]]:
+            for annotation in found():
                 counts[annotation.status] += 1
                 yield annotation.line(self.name)
 
+        copy, table, target = self._copy, self.file("parquet"), self.file("jsonl")
+        if copy is not None and not is_current(copy):
+            write_jsonl(copy, (dataclasses.asdict(example) for example in self.examples()))
+            journal.set_export(copy, fingerprint)
+        has_any = next(found(), None) is not None
+        if parquet and has_any and not is_current(table):
+            write_parquet(table, found(), self.name)
+            journal.set_export(table, fingerprint)
+        if is_current(target) or (target.exists() and not has_any):
+            return None
         write_jsonl(target, lines())
-        self.copy_examples()
-        if parquet:
-            write_parquet(
-                self.file("parquet"),
-                annotations(journal, self.writer, self.examples()),
-                self.name,
-            )
         journal.set_export(target, fingerprint)
         return counts
 
-    def copy_examples(self) -> None:
-        """Writes the examples to the folder, unless they are there anyway."""
-        if self.source.parent.resolve() != self.folder.resolve():
-            rows = (dataclasses.asdict(example) for example in self.examples())
-            write_jsonl(self.folder / f"{self.stem}.jsonl", rows)
+    @property
+    def _copy(self) -> Path | None:
+        """Where the examples are written too; None where the source is in the folder."""
+        is_there = self.source.parent.resolve() == self.folder.resolve()
+        return None if is_there else self.folder / f"{self.stem}.jsonl"
 
     def _fingerprint(self, journal: Journal) -> str:
         """Returns a hash of all that an export is made of."""

@@ -216,10 +216,11 @@ class Journal:
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                self._writer.execute("COMMIT")
             except BaseException:
-                self._writer.execute("ROLLBACK")
+                if self._writer.in_transaction:  # a full disk has rolled back already
+                    self._writer.execute("ROLLBACK")
                 raise
-            self._writer.execute("COMMIT")
 
     def knows(self, key: str) -> bool:
         """Returns whether a request was ever written."""

@@ -120,9 +120,12 @@ class Pacer:
             self._eased_at = self.clock.now()
             self.limit = max(1.0, self.limit / 2)
 
-    def pause(self, seconds: float) -> None:
-        """Sends nothing for some seconds."""
-        self._paused_until = max(self._paused_until, self.clock.now() + seconds)
+    def pause(self, seconds: float) -> bool:
+        """Sends nothing for some seconds; returns whether that is news of a second or more."""
+        until = self.clock.now() + seconds
+        is_longer = until >= self._paused_until + 1
+        self._paused_until = max(self._paused_until, until)
+        return is_longer
 
     def stop(self) -> None:
         """Ends all waiting."""

@@ -13,6 +13,7 @@ __all__ = ["Price", "load_price", "tokens_per_character", "total_cost"]
 
 CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted some
 MILLION = 1e6
+MOST_EXPENSIVE = 1e12  # for a million tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def load_price(path: Path, model: str) -> Price | None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     models = content.get("models") if isinstance(content, dict) else None
     if not isinstance(models, dict):
@@ -80,7 +81,8 @@ def _price(where: str, value: Any, currency: str) -> Price:
     if not isinstance(value, dict) or not {"input", "output"} <= set(value) <= set(names):
         raise UserError(f"{where}: give input and output, and if you like {', '.join(names[2:])}")
     for name, number in value.items():
-        if isinstance(number, bool) or not isinstance(number, int | float) or not number >= 0:
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not 0 <= number < MOST_EXPENSIVE:
             raise UserError(f"{where}: {name} is {number!r}; give a price for a million tokens")
     return Price(currency=currency, **value)
 

@@ -90,7 +90,9 @@ class Prompt:
 
     def choices(self, text: str) -> tuple[str, ...]:
         """Returns the labels that are possible for an input; none where any text is."""
-        return tuple(self.choices_pattern.findall(text)) if self.choices_pattern else self.labels
+        if self.choices_pattern is None:
+            return self.labels
+        return tuple(choice.strip() for choice in self.choices_pattern.findall(text))
 
     def is_same(self, label: str, other: str) -> bool:
         """Returns whether two labels count as one, by the prompt's metric."""
@@ -206,7 +208,7 @@ def read_prompt(where: str, name: str, text: str) -> Prompt:
     """
     try:
         content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
@@ -233,30 +235,39 @@ def _read(where: str, name: str, content: Any) -> Prompt:
     if metric not in METRICS:
         raise UserError(f"{where}: {unknown_name('metric', metric, METRICS)}")
     choices = values.get("choices_pattern")
+    choices = None if choices is None else _pattern(f"{where}: choices_pattern", choices)
+    if choices is not None and choices.groups != 1:
+        raise UserError(f"{where}: choices_pattern: has {choices.groups} groups; give it one")
+    stop = _texts(f"{where}: stop", values.get("stop", []))
+    if not all(stop):
+        raise UserError(f"{where}: stop: an empty text stops at once")
     parameters = values.get("parameters", {})
     if not isinstance(parameters, dict):
         raise UserError(f"{where}: parameters: should be NAME: VALUE lines")
     return Prompt(
         name=name,
         exemplars=tuple(shown),
-        form=_read_form(f"{where}: form", values["form"]),
-        hint=_read_form(f"{where}: hint", values["hint"]) if values.get("hint") else None,
+        form=_read_form(f"{where}: form", values["form"], ("rationale", "label")),
+        hint=_read_form(f"{where}: hint", values["hint"], ("rationale",))
+        if values.get("hint")
+        else None,
         instruction=_text(f"{where}: instruction", values.get("instruction", "")),
-        choices_pattern=None if choices is None else _pattern(f"{where}: choices_pattern", choices),
+        choices_pattern=choices,
         labels=_texts(f"{where}: labels", values.get("labels", [])),
         metric=metric,
-        stop=_texts(f"{where}: stop", values.get("stop", [])),
+        stop=stop,
         parameters=parameters,
     )
 
 
-def _read_form(where: str, content: Any) -> Form:
+def _read_form(where: str, content: Any, groups: Sequence[str]) -> Form:
     keys = ("question", "answer", "pattern")
     values = _mapping(where, content, keys, keys)
     question, answer = (_template(f"{where}: {key}", values[key]) for key in keys[:2])
     pattern = _pattern(f"{where}: pattern", values["pattern"])
-    if "rationale" not in pattern.groupindex:
-        raise UserError(f"{where}: pattern: has no group (?P<rationale>...)")
+    for group in groups:
+        if group not in pattern.groupindex:
+            raise UserError(f"{where}: pattern: has no group (?P<{group}>...)")
     return Form(question, answer, pattern)
 
 
@@ -294,6 +305,10 @@ def _mapping(where: str, value: Any, known: Sequence[str], needed: Sequence[str]
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: {value!r} is a {type(value).__name__}; put text in quotes")
+    try:  # JSON writes what is beyond the first 65,536 characters in two halves
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: holds half a character") from None
     return value.strip() if where.endswith(("input", "rationale", "label")) else value
 
 

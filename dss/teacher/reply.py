@@ -12,7 +12,7 @@
 | unreachable | no connection could be made | tried again |
 | limited | 429: too many requests | tried again when told |
 | rejected | the request is wrong for this endpoint, other 4xx | not tried again in this run |
-| denied | the key is wrong or may not do this | the run stops |
+| denied | the key is wrong | the run stops |
 | exhausted | the quota or the credit is used up | the run stops |
 """
 
@@ -27,6 +27,8 @@ CUT_OFF = ("timeout", "dropped")
 STOPPING = ("denied", "exhausted")
 NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 NO_CREDIT_TEXT = "credit balance is too low"
+WRONG_KEY_TEXT = "API key not valid"  # Gemini says so with 400
+MOST_TOKENS = 2**40  # no answer has more; what a database can hold
 TRY_AGAIN_CODES = (408, 409, 425)
 SHOWN = 300  # characters of a message
 
@@ -84,7 +86,7 @@ def read_reply(code: int, response: str) -> Reply:
     error = _error(value)
     if 200 <= code < 300 and error:  # some gateways report an upstream's error so
         inner = error.get("code")
-        code = inner if isinstance(inner, int) and inner >= 400 else 502
+        code = inner if isinstance(inner, int) and 400 <= inner < 600 else 502
     if not 200 <= code < 300:
         return Reply(status=_error_status(code, error or {}), code=code, response=response)
     if not isinstance(value, dict) or "choices" not in value:
@@ -105,7 +107,7 @@ def read_reply(code: int, response: str) -> Reply:
         status=status,
         code=code,
         response=response,
-        finish_reason=finish if isinstance(finish, str) else None,
+        finish_reason=_whole(finish) if isinstance(finish, str) else None,
         prompt_tokens=_count(usage, "prompt_tokens"),
         cached_tokens=_count(details, "cached_tokens") if isinstance(details, dict) else None,
         completion_tokens=_count(usage, "completion_tokens"),
@@ -114,12 +116,16 @@ def read_reply(code: int, response: str) -> Reply:
 
 def _error_status(code: int, error: dict[str, Any]) -> str:
     said = error.get("message")
-    no_credit = isinstance(said, str) and NO_CREDIT_TEXT in said
-    if code == 402 or no_credit or any(error.get(name) in NO_CREDIT for name in ("code", "type")):
+    said = said if isinstance(said, str) else ""
+    if (
+        code == 402
+        or NO_CREDIT_TEXT in said
+        or any(error.get(name) in NO_CREDIT for name in ("code", "type"))
+    ):
         return "exhausted"
     if code == 429:
         return "limited"
-    if code == 401:
+    if code == 401 or WRONG_KEY_TEXT in said:
         return "denied"
     return "failed" if code >= 500 or code in TRY_AGAIN_CODES else "rejected"
 
@@ -160,4 +166,5 @@ def _whole(text: str) -> str:
 
 def _count(usage: dict[str, Any], name: str) -> int | None:
     value = usage.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_TOKENS
+    return value if is_count else None

@@ -11,9 +11,12 @@ from urllib.parse import urlsplit
 from dss.data.examples import Example
 from dss.errors import UserError
 from dss.teacher.prompt import SEPARATOR, Prompt
+from dss.teacher.reply import MOST_TOKENS
 
 __all__ = ["Request", "Teacher", "Writer", "file_name"]
 
+OURS = ("model", "messages", "prompt", "stream", "n", "best_of")  # parameters that we set
+MOST = ("max_tokens", "max_completion_tokens")  # parameters that limit an answer
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 
 
@@ -39,11 +42,19 @@ class Teacher:
 
     def __post_init__(self):
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--base-url {self.base_url!r}: give one like https://host/v1")
-        if parts.username or parts.password or parts.query:
+        wrong = UserError(f"--base-url {self.base_url!r}: give one like https://host/v1")
+        try:
+            parts = urlsplit(self.base_url)
+            port = parts.port
+        except ValueError:
+            raise wrong from None
+        is_url = parts.scheme in ("http", "https") and parts.hostname and port != 0
+        if not is_url or not re.fullmatch(r"[!-~]+", self.base_url):
+            raise wrong
+        if parts.username or parts.password or parts.query or parts.fragment:
             raise UserError("--base-url: holds a key or a query; give the key in the environment")
+        if not self.model.isprintable() or not self.model.strip():
+            raise UserError(f"--teacher {self.model!r}: is no model's name")
         if self.samples < 1:
             raise UserError(f"--samples {self.samples}: give at least 1")
 
@@ -80,6 +91,7 @@ class Writer:
         self.prompt, self.teacher = prompt, teacher
         named = {**prompt.parameters, "stop": list(prompt.stop) or None, **teacher.parameters}
         self._parameters = {name: value for name, value in named.items() if value is not None}
+        _check_parameters(self._parameters, teacher.samples)
         if teacher.samples > 1 and self._parameters.get("temperature") == 0:
             raise UserError(
                 f"--samples {teacher.samples} at temperature 0 would buy the same answer "
@@ -105,8 +117,9 @@ class Writer:
     @property
     def most_tokens(self) -> int | None:
         """The most tokens that an answer may have; None where nothing limits it."""
-        named = self._parameters
-        return named.get("max_tokens") or named.get("max_completion_tokens")
+        return max(
+            (self._parameters[name] for name in MOST if name in self._parameters), default=None
+        )
 
     def body(self, request: Request) -> dict[str, Any]:
         """Returns what is sent."""
@@ -141,6 +154,24 @@ class Writer:
         if "prompt" in body:
             return body["prompt"]
         return "\n".join(f"[{m['role']}] {m['content']}" for m in body["messages"])
+
+
+def _check_parameters(parameters: Mapping[str, Any], samples: int) -> None:
+    for name in OURS:
+        if name in parameters:
+            raise UserError(f"parameter {name!r}: is not yours to set; see --teacher and --samples")
+    if samples > 1 and "seed" in parameters:
+        raise UserError(
+            f"parameter 'seed': would make all {samples} samples the same; leave it out"
+        )
+    try:
+        json.dumps(parameters, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"parameters: cannot be sent as JSON: {error}") from None
+    for name in MOST:
+        value = parameters.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MOST_TOKENS:
+            raise UserError(f"parameter {name!r}: is {value!r}; give a whole number of tokens")
 
 
 def file_name(model: str) -> str:

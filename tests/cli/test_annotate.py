@@ -5,7 +5,7 @@ import pytest
 from dss.cli import main as cli
 from dss.testing import FakeEndpoint
 from tests.teacher.conftest import PROMPT, numbers_file
-from tests.teacher.test_annotate import right
+from tests.teacher.test_annotate import failure, right
 from tests.teacher.test_batch import result
 
 
@@ -16,6 +16,8 @@ def given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     numbers_file(tmp_path, 20)
     (tmp_path / "prompt.yaml").write_text(PROMPT)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "numbers.jsonl").write_text("somebody else's")
     (tmp_path / "prices.yaml").write_text("currency: EUR\nmodels: {m: {input: 100, output: 200}}")
     return ["annotate", "--input=numbers.jsonl", "--prompt=prompt.yaml", "--teacher=m"]
 
@@ -42,6 +44,10 @@ def given(tmp_path, monkeypatch):
         (["--reparse"], "no such journal; nothing was annotated there yet"),
         (["--report"], "no such journal; nothing was annotated there yet"),
         (["--name=a b", "--dry-run"], "--name 'a b'"),
+        (["--max-cost=nan", "--base-url=http://127.0.0.1:9/v1"], "--max-cost nan: give more"),
+        (["--batch-export=."], "--batch-export .: give a folder of its own"),
+        (["--pipeline-options='", "--base-url=http://127.0.0.1:9/v1"], "--pipeline-options: No"),
+        (["--output=other", "--base-url=http://127.0.0.1:9/v1"], "other/numbers.jsonl: is there"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_buys_nothing(given, options, message, capsys):
@@ -58,6 +64,44 @@ def test_an_input_with_a_wrong_line_buys_nothing(given, tmp_path, capsys):
         assert cli.main([*given, f"--base-url={endpoint.url}"]) == 2
     assert "numbers.jsonl:21: label 'seven' is none of even, odd" in capsys.readouterr().err
     assert endpoint.count == 0
+
+
+def test_an_empty_input_and_a_hint_without_a_label_buy_nothing(given, tmp_path, capsys):
+    with FakeEndpoint(right) as endpoint:
+        url = f"--base-url={endpoint.url}"
+        with (tmp_path / "numbers.jsonl").open("a") as file:
+            file.write('{"id": "x", "input": "7"}\n')
+        assert cli.main([*given, url, "--hint"]) == 2
+        assert "example 'x' has no label" in capsys.readouterr().err
+        (tmp_path / "numbers.jsonl").write_text("")
+        for option in ("--dry-run", "--api=chat"):
+            assert cli.main([*given, url, option]) == 2
+            assert "numbers.jsonl: no examples" in capsys.readouterr().err
+    assert endpoint.count == 0
+
+
+def test_outputs_are_not_replaced_by_fewer(given, tmp_path, capsys):
+    with FakeEndpoint(right) as endpoint:
+        url = f"--base-url={endpoint.url}"
+        assert cli.main([*given, url]) == 0
+    good = (tmp_path / "numbers.m.jsonl").read_text()
+    assert len(good.splitlines()) == 20
+    assert cli.main([*given, url, "--reparse", "--param=max_tokens=60"]) == 0
+    with FakeEndpoint(lambda _: failure(401)) as endpoint:
+        assert cli.main([*given, f"--base-url={endpoint.url}"]) == 2
+    assert cli.main([*given, url, "--max-cost=1"]) == 2
+    assert (tmp_path / "numbers.m.jsonl").read_text() == good
+
+
+def test_parquet_follows_the_json_lines(given, tmp_path, capsys):
+    import pyarrow.parquet as pq
+
+    with FakeEndpoint(right) as endpoint:
+        url = f"--base-url={endpoint.url}"
+        assert cli.main([*given, url, "--max-requests=2", "--parquet"]) == 0
+        assert cli.main([*given, url]) == 0
+        assert cli.main([*given, url, "--parquet"]) == 0
+    assert pq.read_table(tmp_path / "numbers.m.parquet").num_rows == 20
 
 
 def test_a_dry_run_shows_prompts_tokens_and_price_and_sends_nothing(given, tmp_path, capsys):
@@ -116,8 +160,8 @@ def test_a_report_prints_numbers_and_writes_a_page(given, tmp_path, capsys):
 def test_a_batch_goes_out_and_comes_back(given, tmp_path, capsys):
     url = "--base-url=http://127.0.0.1:9/v1"
     assert cli.main([*given, url, "--batch-export=out"]) == 0
-    assert "out/numbers.m-000.jsonl: 20 requests" in capsys.readouterr().out
-    requests = [json.loads(t) for t in (tmp_path / "out" / "numbers.m-000.jsonl").open()]
+    assert "out/numbers.m.batch-000.jsonl: 20 requests" in capsys.readouterr().out
+    requests = [json.loads(t) for t in (tmp_path / "out" / "numbers.m.batch-000.jsonl").open()]
     lines = [json.dumps(result(request, i)) for i, request in enumerate(reversed(requests))]
     (tmp_path / "back.jsonl").write_text("\n".join(lines))
     assert cli.main([*given, url, "--batch-import", "back.jsonl"]) == 0

@@ -116,6 +116,26 @@ def test_an_interrupt_finishes_what_is_in_flight(tmp_path, number):
     assert endpoint.count == len(outputs_of(tmp_path)) == 2000
 
 
+def test_a_second_interrupt_leaves_at_once(tmp_path):
+    numbers_file(tmp_path, 50)
+    with FakeEndpoint(lambda _: FakeReply(delay=60.0)) as endpoint:
+        process = subprocess.Popen(
+            [*DSS, *command(tmp_path, endpoint.url)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while endpoint.count < 2:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert errors == "dss: interrupted\n"
+
+
 def test_an_interrupt_ends_a_long_wait_at_once(tmp_path):
     numbers_file(tmp_path, 20)
     wait = FakeReply(code=429, headers={"Retry-After": "1000"}, body=b"{}")

@@ -205,7 +205,7 @@ def test_a_server_that_never_answers_ends_the_run_after_some_requests(numbers):
         with pytest.raises(UserError, match=r"20 requests in a row.*no model m"):
             numbers.ask(job)
     assert endpoint.count < 100
-    with pytest.raises(UserError, match=r"20 requests in a row.*ConnectError"):
+    with pytest.raises(UserError, match=r"no server answers there: ConnectError"):
         numbers.ask(numbers.job("http://127.0.0.1:9/v1"), attempts=2)
 
 
@@ -314,26 +314,108 @@ def test_concurrency_finds_the_limit_of_the_endpoint(numbers):
     assert {line["status"] for line in lines_of(job)} == {"ok"}
 
 
-def test_the_key_is_nowhere(numbers, capsys):
+def test_a_key_that_is_a_word_changes_no_answer(numbers):
+    with FakeEndpoint(lambda body: right(body, text="A test of {n}.\nLabel: {label}")) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job, key="test")
+    assert lines_of(job)[3]["rationale"] == "A test of 3."
+
+
+def test_waits_of_no_time_do_not_end_the_backing_off(numbers):
+    seen = collections.Counter()
+
+    def answer(body):
+        seen["n"] += 1
+        if seen["n"] <= 5:
+            return FakeReply(code=429, headers={"Retry-After": "0"}, body=b"{}")
+        return right(body)
+
+    clock = FastClock()
+    with FakeEndpoint(answer) as endpoint:
+        numbers.ask(numbers.job(endpoint.url), clock=clock, concurrency=1)
+    assert endpoint.count == 25
+    assert clock.ahead > 0.5 + 1 + 2 + 4 + 8
+
+
+def test_money_is_foreseen_for_what_is_in_flight_and_for_dense_prompts(numbers):
+    """Prompts of more tokens than characters: the budget still holds."""
+    price = Price(input=1000.0, output=0.0)
+    with FakeEndpoint(lambda body: right(body, prompt_tokens=300)) as endpoint:
+        state = numbers.ask(numbers.job(endpoint.url), max_cost=1.0, price=price)
+    assert 0.3 <= state.cost <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"n": 5}, "'n': is not yours to set"),
+        ({"messages": []}, "'messages': is not yours to set"),
+        ({"model": "x"}, "'model': is not yours to set"),
+        ({"stream": True}, "'stream': is not yours to set"),
+        ({"max_tokens": -5}, "'max_tokens': is -5; give a whole number"),
+        ({"max_tokens": "50"}, "'max_tokens': is '50'"),
+        ({"temperature": float("nan")}, "cannot be sent as JSON"),
+        ({"logit_bias": {1: 2, "a": 3}}, "cannot be sent as JSON"),
+    ],
+)
+def test_parameters_that_would_spoil_a_run_are_refused(numbers, parameters, message):
+    with pytest.raises(UserError, match=message):
+        numbers.job(parameters=parameters)
+    with pytest.raises(UserError, match="'seed': would make all 2 samples the same"):
+        numbers.job(parameters={"seed": 1, "temperature": 1}, samples=2)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1/v1", "http://h:abc/v1", "http://h:99999/v1", "http://a b/v1", "ftp://h/v1"]
+)
+def test_a_wrong_url_is_refused(numbers, url):
+    with pytest.raises(UserError, match="--base-url"):
+        numbers.job(url)
+
+
+def test_odd_numbers_and_texts_in_a_reply_lose_nothing(numbers):
+    odd = iter(
+        [
+            {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 10**30}},
+            {"choices": [{"message": {"content": "x"}}], "usage": {"completion_tokens": -5}},
+            {"choices": [{"message": {"content": "x"}, "finish_reason": "\ud83d"}]},
+            {"error": {"code": 10**24}},
+        ]
+    )
+
+    def answer(body):
+        value = next(odd, None)
+        return right(body) if value is None else FakeReply(body=json.dumps(value).encode())
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        state = numbers.ask(job)
+    assert (state.done, endpoint.count) == (20, 21)
+    assert attempts(job) == {"answered": 20, "failed": 1}
+
+
+def test_the_key_is_nowhere(numbers):
     """Neither sent back by the endpoint nor in an error is it written or shown."""
     seen = collections.Counter()
 
     def answer(body):
         seen["n"] += 1
         if seen["n"] == 3:
-            return failure(500, message="bad key sk-secret-1")
-        return right(body, text="sk-secret-1 is {n}.\nLabel: {label}")
+            return failure(500, message="bad key sk-a-long-secret-1")
+        return right(body, text="sk-a-long-secret-1 is {n}.\nLabel: {label}")
 
     with FakeEndpoint(answer) as endpoint:
         job = numbers.job(endpoint.url)
-        numbers.ask(job, key="sk-secret-1")
-        assert all("bearer sk-secret-1" in head.lower() for head in endpoint.headers)
+        numbers.ask(job, key="sk-a-long-secret-1")
+        assert all("bearer sk-a-long-secret-1" in head.lower() for head in endpoint.headers)
     for path in job.folder.iterdir():
-        assert b"sk-secret-1" not in path.read_bytes(), path
+        assert b"sk-a-long-secret-1" not in path.read_bytes(), path
     assert lines_of(job)[0]["rationale"] == "[API key] is 0."
-    echo = FakeEndpoint(lambda _: failure(401, message="sk-secret-1?"))
+    echo = FakeEndpoint(lambda _: failure(401, message="sk-a-long-secret-1?"))
     with echo, pytest.raises(UserError, match=r"\[API key\]\?"):
-        numbers.ask(numbers.job(echo.url, samples=1, parameters={"top_p": 1}), key="sk-secret-1")
+        numbers.ask(
+            numbers.job(echo.url, samples=1, parameters={"top_p": 1}), key="sk-a-long-secret-1"
+        )
 
 
 def test_an_example_that_does_not_fit_ends_the_run_and_keeps_the_answers(numbers):

@@ -50,6 +50,8 @@ def test_results_and_errors_come_back_in_any_order_and_twice(exported):
     expired = {"code": "batch_expired", "message": "This request expired."}
     lines[5] = {"id": "e5", "custom_id": requests[5]["custom_id"], "response": None}
     lines[5]["error"] = expired
+    half = lines[6]["response"]["body"]["choices"][0]["message"]
+    half["content"] = half["content"].replace("It is 6.", "It is 6. \ud83d")
     lines.append(result(requests[0] | {"custom_id": "other"}, 99))
     random.Random(0).shuffle(lines)
     results = write_jsonl(job.folder / "results.jsonl", lines[:12])
@@ -83,6 +85,8 @@ def test_a_batch_costs_what_the_price_file_says_of_batches(exported):
 def test_a_live_run_asks_only_for_what_the_batch_did_not_bring(numbers):
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
+        beside = job.folder / "numbers-000.jsonl"
+        beside.write_text("mine")
         journal = Journal(job.journal_path)
         journal.describe(job.writer)
         ((path, _),) = export_batch(journal, job.writer, job.examples(), job.folder / "numbers")
@@ -91,6 +95,7 @@ def test_a_live_run_asks_only_for_what_the_batch_did_not_bring(numbers):
         import_batch(journal, [write_jsonl(job.folder / "results.jsonl", results)])
         journal.close()
         assert numbers.ask(job).sent == 5
+        assert beside.read_text() == "mine"
     assert endpoint.count == 5
     assert {line["status"] for line in lines_of(job)} == {"ok"}
 

@@ -91,9 +91,9 @@ def test_released_texts_parse_as_the_released_code_parses_them(name, data_root):
             different["rationale"] += parsed.rationale != output.rationale.strip()
             different["label"] += parsed.label != label
             different["rows"] += 1
-    # Released texts that conclude twice, or name a second choice: 3 of 10,962 in CQA, one of
-    # 19,666 in e-SNLI is cut off within the next `Premise`.
-    allowed = {"cqa": (3, 0), "esnli": (0, 1)}.get(name, (0, 0))
+    # One of 10,962 texts in CQA names a second choice, one of 19,666 in e-SNLI is cut off within
+    # the next `Premise`.
+    allowed = {"cqa": (0, 1), "esnli": (0, 1)}.get(name, (0, 0))
     assert (different["rationale"], different["label"]) == allowed
     assert different["rows"] > 900
 
@@ -131,11 +131,16 @@ def test_a_hint_shows_the_gold_label_and_a_text_that_concludes_another_one_has_n
         ("{{ input }}", "{{ input.__class__.__mro__ }}", "unsafe"),
         ("(?P<label>", "(?P<label", "not a regular expression"),
         ("(?P<rationale>", "(?P<reason>", "no group"),
+        ("form:", 'instruction: "\\ud83d"\nform:', "half a character"),
         ("Label: (?P", "Answer: (?P", "exemplar 1: its own answer"),
         ("label: good}", "label: great}", "exemplar 1: its own answer"),
         ("rationale: It shines., ", "", "exemplar 1: has no `rationale`"),
         ("form:", "metric: f1\nform:", "unknown metric"),
         ("form:", "form: [", "not YAML"),
+        ("form:", "parameters: {a: 2024-13-45}\nform:", "not YAML"),
+        ("form:", "choices_pattern: '(a)(b)'\nform:", "has 2 groups; give it one"),
+        ("(?P<label>", "(?P<answer>", "has no group"),
+        ('["\\nText:"]', '[""]', "an empty text stops at once"),
         ('stop: ["\\nText:"]', "stop: text", "should be a list"),
         ("form:", "parameters: 3\nform:", "parameters: should be NAME: VALUE"),
     ],
@@ -146,6 +151,35 @@ def test_what_is_wrong_in_a_prompt_is_said_in_one_line(old, new, message):
         read(TEXT.replace(old, new))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("p.yaml") or "prompt p: exemplar" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", prompt_names())
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("\n" * 20_000, " " * 20_000 + "x", "So the answer is (a) a. " * 2000 + "\nx"),
+        *("The answer is (1 " * 2000, "(" * 4000, "Answer: " * 3000, "Label:" * 3000),
+    ],
+    ids=lambda text: repr(text[:8]),
+)
+def test_a_text_gone_wild_is_read_in_no_time(name, text):
+    """A pattern that backtracks takes minutes over these."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from dss.data.examples import Example; from dss.teacher.prompt import *;"
+        "load_prompt(sys.argv[1]).parse(sys.argv[2], Example('1', 'a</s>b'))"
+    )
+    subprocess.run([sys.executable, "-c", code, name, text], check=True, timeout=30)
+
+
+def test_choices_are_taken_without_the_white_space_around_them():
+    prompt = load_prompt("cqa")
+    example = Example("1", "Where?\r\nAnswer Choices:\r\n(a) here \r\n(b) there\r\n")
+    assert prompt.choices(example.input) == ("here", "there")
+    parsed = prompt.parse("Why. So the answer is (b) there.", example)
+    assert parsed == Parsed("Why.", "there")
 
 
 def test_an_unknown_prompt_names_the_near_ones(tmp_path):

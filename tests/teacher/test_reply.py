@@ -42,8 +42,8 @@ def test_whatever_comes_is_read_and_kept(code, value):
         (408, "failed"),
         (429, "limited"),
         (500, "failed"),
-        (529, "failed"),
         (302, "rejected"),
+        (529, "failed"),
     ],
 )
 def test_the_http_status_decides_where_there_is_no_answer(code, status):
@@ -76,11 +76,13 @@ def test_tokens_are_read_with_those_from_the_cache():
         ({"retry-after": "0.5"}, 0.5),
         ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
         ({"retry-after": "Thu, 01 Jan 1970 00:20:00 GMT"}, 200.0),
-        ({"retry-after": "Thu, 01 Jan 1970 00:00:10 GMT"}, 0.0),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:10 GMT"}, None),
         ({"retry-after": "soon"}, None),
-        ({"retry-after": "-3"}, 0.0),
+        ({"retry-after": "-3"}, None),
         ({"retry-after": "nan"}, None),
         ({"retry-after": "inf"}, None),
+        ({"retry-after": "1e18"}, None),
+        ({"retry-after": "0"}, None),
         ({}, None),
     ],
 )
@@ -95,3 +97,7 @@ def test_the_key_comes_from_the_environment_alone(monkeypatch):
     assert api_key("OPENAI_API_KEY", "http://localhost:8000/v1") == "none"
     monkeypatch.setenv("MY_KEY", " k\n")
     assert api_key("MY_KEY", "https://api.openai.com/v1") == "k"
+    for wrong in ("sk-a\nsk-b", "ключ"):
+        monkeypatch.setenv("MY_KEY", wrong)
+        with pytest.raises(UserError, match="holds a character that no key has"):
+            api_key("MY_KEY", "https://api.openai.com/v1")
