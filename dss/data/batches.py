@@ -12,6 +12,7 @@ more segments (one, if unpacked); a segment is one view of one example. Two segm
     decoder_task_ids       [R, T]   1 1 2 2 2 0     1 + the target's task in the mixture
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -34,11 +35,26 @@ __all__ = [
 ]
 
 Batch = dict[str, np.ndarray]
-Order = Callable[[int], tuple[np.ndarray, np.ndarray]]
-"""An order maps a step to the sequences of its batch: their tasks and their rows, [N] each."""
 
 SAMPLE_STEPS = 32  # batches looked at to choose the number of rows
 SHAPE_STEPS = 4  # those of them looked at to choose the row shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Which sequences each step has.
+
+    Attributes:
+      draw: maps a step to their tasks and their rows, [N] each.
+      most: no step has more of them.
+    """
+
+    draw: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    most: int
+
+    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the sequences of a step."""
+        return self.draw(step)
 
 
 @functools.lru_cache(maxsize=8)
@@ -70,7 +86,7 @@ def paired_order(store: TokenStore, batch_size: int, seed: int) -> Order:
         positions = step * batch_size + np.arange(batch_size)
         return views(store, _shuffled(len(store), positions, seed))
 
-    return order
+    return Order(order, batch_size * len(store.tasks))
 
 
 def sequential_order(store: TokenStore, batch_size: int) -> Order:
@@ -80,7 +96,7 @@ def sequential_order(store: TokenStore, batch_size: int) -> Order:
         start = step * batch_size
         return views(store, np.arange(start, min(start + batch_size, len(store))))
 
-    return order
+    return Order(order, batch_size * len(store.tasks))
 
 
 def sampled_order(store: TokenStore, batch_size: int, seed: int, rates: tuple[float, ...]) -> Order:
@@ -108,7 +124,7 @@ def sampled_order(store: TokenStore, batch_size: int, seed: int, rates: tuple[fl
             rows.append(_shuffled(len(task.inputs), positions, seed, stream=k + 1))
         return np.concatenate(tasks), np.concatenate(rows)
 
-    return order
+    return Order(order, batch_size)
 
 
 def _slots(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -144,7 +160,6 @@ class Batches:
     ):
         self.store, self.order, self.num_steps, self.packed = store, order, num_steps, packed
         lengths = [self._lengths(*order(s)) for s in range(min(num_steps, SAMPLE_STEPS))]
-        most = max(len(i) for i, _ in lengths)
 
         def up(rows: float) -> int:
             return max(1, int(np.ceil(rows / row_multiple))) * row_multiple
@@ -152,10 +167,10 @@ class Batches:
         if packed:
             self.shape = choose_row_shape(lengths[:SHAPE_STEPS], store.longest)
             usual = max(pack(i, t, self.shape).num_rows for i, t in lengths)
-            ladder = {usual, usual * 1.25, len(store.tasks) * most}
+            ladder = {usual, usual * 1.25, order.most}
         else:
             self.shape = RowShape(*store.longest)
-            ladder = {len(store.tasks) * most}
+            ladder = {order.most}
         self.row_counts = sorted({up(rows) for rows in ladder})
 
     def __len__(self) -> int:

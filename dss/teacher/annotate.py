@@ -281,13 +281,18 @@ class Annotator:
         self._reserved.append(most_cost)
         try:
             sent_at = await self.pacer.turn(tokens + (self.writer.most_tokens or 0))
-            if self.pacer.stopped.is_set() or not self._may_send():
+            if sent_at is None:
                 return None
-            began = time.monotonic()
-            reply, wait = await self.client.send(self.writer.body(request))
-            latency = time.monotonic() - began
-            attempt = Attempt(key=request.key, reply=reply, latency=latency, at=time.time())
-            await self._record(request, attempt)
+            try:
+                if not self._may_send():
+                    return None
+                began = time.monotonic()
+                reply, wait = await self.client.send(self.writer.body(request))
+                latency = time.monotonic() - began
+                attempt = Attempt(key=request.key, reply=reply, latency=latency, at=time.time())
+                await self._record(request, attempt)
+            finally:
+                self.pacer.came_back()
             self._count(request, reply, tokens)
         finally:
             self._reserved.remove(most_cost)

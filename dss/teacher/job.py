@@ -10,7 +10,7 @@ from typing import Any
 
 from dss import __version__
 from dss.data.examples import Example, stream_examples
-from dss.data.registry import get_dataset
+from dss.data.registry import SPLITS, get_dataset
 from dss.errors import UserError
 from dss.teacher.journal import Journal
 from dss.teacher.outputs import Annotation, annotations, write_jsonl, write_parquet
@@ -61,7 +61,10 @@ class Job:
         if self.rows is not None:
             yield from self.rows
         else:
-            yield from stream_examples(self.source, self.stem, self.writer.prompt.labels)
+            # The ids that training gives to examples without one: the split's, by the file's name.
+            ends = (split for split in SPLITS if f"-{self.source.stem}".endswith(f"-{split}"))
+            split = next(ends, "train")
+            yield from stream_examples(self.source, split, self.writer.prompt.labels)
 
     def check(self, journal: Journal) -> int:
         """Returns how many examples there are, when all is fit to be asked about.

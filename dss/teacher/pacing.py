@@ -51,7 +51,7 @@ class Pacer:
           clock: another one for tests.
         """
         self.most, self.limit = most, float(min(START, most))
-        self.in_flight = 0
+        self.in_flight = self._taken = 0
         self.clock = clock or Clock()
         self.stopped = asyncio.Event()
         self._request_seconds = 60 / requests_per_minute if requests_per_minute else 0.0
@@ -63,17 +63,17 @@ class Pacer:
         self._changed = asyncio.Event()
 
     async def enter(self) -> bool:
-        """Waits for a place among the requests at once; returns whether it was got, not stopped."""
-        while self.in_flight >= int(self.limit) and not self.stopped.is_set():
+        """Waits for one of the `most` places; returns whether it was got, not stopped."""
+        while self._taken >= self.most and not self.stopped.is_set():
             await self.changed()
         if self.stopped.is_set():
             return False
-        self.in_flight += 1
+        self._taken += 1
         return True
 
     def leave(self) -> None:
         """Gives the place back."""
-        self.in_flight -= 1
+        self._taken -= 1
         self.wake()
 
     async def changed(self) -> None:
@@ -85,24 +85,33 @@ class Pacer:
         """Ends the waits of `changed`."""
         self._changed.set()
 
-    async def turn(self, tokens: float) -> float:
-        """Waits until a request may be sent, or the pacer is stopped.
+    async def turn(self, tokens: float) -> float | None:
+        """Waits until a request may be sent; `came_back` must follow.
 
         Args:
           tokens: that it will take, as far as is known.
 
         Returns:
-          When it was let go, by the clock.
+          When it was let go, by the clock; None if the pacer was stopped.
         """
         while not self.stopped.is_set():
             now = self.clock.now()
             due = max(self._paused_until, self._request_due - BURST_SECONDS, self._tokens_due)
-            if due <= now:
+            if self.in_flight >= int(self.limit):
+                await self.changed()
+            elif due > now:
+                await self.clock.wait(self.stopped, due - now)
+            else:
                 self._request_due = max(self._request_due, now) + self._request_seconds
                 self._tokens_due = max(self._tokens_due, now) + tokens * self._token_seconds
-                break
-            await self.clock.wait(self.stopped, due - now)
-        return self.clock.now()
+                self.in_flight += 1
+                return now
+        return None
+
+    def came_back(self) -> None:
+        """Says that a request is not in flight any more."""
+        self.in_flight -= 1
+        self.wake()
 
     def used(self, tokens: float) -> None:
         """Corrects the tokens that `turn` was told by how many more there were (or fewer)."""

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sqlite3
 
@@ -8,10 +9,13 @@ from dss.data.examples import read_teacher_outputs
 from dss.data.registry import register
 from dss.data.tasks import get_mixture
 from dss.errors import UserError
+from dss.teacher.job import file_job
 from dss.teacher.journal import Journal
 from dss.teacher.outputs import Sample, vote
 from dss.teacher.prompt import load_prompt
 from dss.testing import FakeEndpoint, chat_reply
+from tests.conftest import write_jsonl
+from tests.teacher.conftest import label_of
 from tests.teacher.test_annotate import lines_of, right
 
 
@@ -60,8 +64,6 @@ def test_reparsing_with_another_pattern_asks_nothing_and_changes_no_key(numbers)
         pattern = "(?P<rationale>.*?)\\s*(?:Label"
         assert pattern in text
         prompt.write_text(text.replace(pattern, f"(?:It is )?{pattern}"))
-        from dss.teacher.job import file_job
-
         other = file_job(job.source, str(prompt), job.writer.teacher, output=None, name=None)
         journal = Journal(other.journal_path)
         assert other.export(journal) == {"ok": 20}
@@ -79,8 +81,6 @@ def test_a_changed_exemplar_leaves_other_answers_where_they_are(numbers):
         changed = numbers.job(endpoint.url)
         text = (job.folder / "prompt.yaml").read_text().replace("Two is twice", "Two is 2 times")
         (job.folder / "prompt.yaml").write_text(text)
-        from dss.teacher.job import file_job
-
         changed = file_job(
             job.source,
             str(job.folder / "prompt.yaml"),
@@ -121,8 +121,6 @@ def test_parquet_holds_examples_and_outputs(numbers):
 
 
 def test_output_elsewhere_is_a_dataset_of_its_own(numbers, tmp_path):
-    from dss.teacher.job import file_job
-
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
         prompt = str(job.folder / "prompt.yaml")
@@ -137,6 +135,25 @@ def test_output_elsewhere_is_a_dataset_of_its_own(numbers, tmp_path):
     assert len(dataset.outputs("train", "the_teacher")) == 20
     with pytest.raises(UserError, match="--name 'a/b'"):
         file_job(job.source, prompt, teacher, output=elsewhere, name="a/b")
+
+
+@pytest.mark.parametrize("name", ["mine", "mine-valid", "train", "test"])
+def test_examples_without_an_id_get_the_one_that_training_gives_them(numbers, name):
+    job = numbers.job()
+    source = job.folder / "own" / f"{name}.jsonl"
+    rows = [{"input": str(i), "label": label_of(i)} for i in range(20)]
+    write_jsonl(source, rows)
+    if name == "mine-valid":
+        write_jsonl(source.with_name("mine.jsonl"), rows)
+    with FakeEndpoint(right) as endpoint:
+        teacher = dataclasses.replace(job.writer.teacher, base_url=endpoint.url)
+        prompt = str(job.folder / "prompt.yaml")
+        numbers.ask(file_job(source, prompt, teacher, output=None, name=None))
+    split = {"mine": "train", "mine-valid": "valid"}.get(name, name)
+    path = source.parent if split == name else source.parent / "mine.jsonl"
+    dataset = register("own_numbers", path)
+    ids = {example.id for example in dataset.source.examples(split)}
+    assert dataset.outputs(split, "m").keys() == ids
 
 
 def test_half_a_character_from_the_endpoint_is_kept_and_exported(numbers):
