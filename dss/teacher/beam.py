@@ -44,7 +44,7 @@ UNANSWERED = Metrics.counter("dss.annotate", "unanswered")
 
 def attempt_line(question: str, attempt: Attempt) -> str:
     """Returns an attempt as a line of JSON, with the key of the question it belongs to."""
-    return json.dumps({"question": question, **dataclasses.asdict(attempt)}, ensure_ascii=False)
+    return json.dumps({"question": question, **dataclasses.asdict(attempt)})
 
 
 def read_attempt_line(line: str) -> tuple[str, Attempt]:
@@ -108,6 +108,7 @@ class _Ask(beam.DoFn):
             journal.add([request for samples in asked for request in samples], earlier)
             before = journal.last_attempt()
             self._ask(journal, examples)
+            UNANSWERED.inc(len(question_of) - len(journal.final_among(list(question_of))))
             made = [(question_of[a.key], a) for a in journal.attempts_after(before)]
             self._keep(made)
             for pair in made:
@@ -137,9 +138,7 @@ class _Ask(beam.DoFn):
         except UserError as error:
             self._stopped = True
             logging.getLogger(__name__).error("stopped asking: %s", error)
-        state = annotator.state
-        self._stopped = self._stopped or state.stopped is not None
-        UNANSWERED.inc(state.total - state.done + state.no_answer)
+        self._stopped = self._stopped or annotator.state.stopped is not None
 
 
 class Annotate(beam.PTransform):

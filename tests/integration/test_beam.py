@@ -22,7 +22,7 @@ def test_a_pipeline_asks_each_question_once_and_knows_what_earlier_ones_asked(tm
     def answer(body):
         if number_of(body) in (5, 6) and broken:
             return failure(400)
-        return right(body)
+        return right(body, text="It\u2028is {n}.\nLabel: {label}")
 
     with FakeEndpoint(answer) as endpoint:
         args = command(tmp_path, endpoint.url, PIPELINE, "--samples=2", "--temperature=1")
@@ -40,7 +40,7 @@ def test_a_pipeline_asks_each_question_once_and_knows_what_earlier_ones_asked(tm
         assert run(*args[:-3], *args[-2:], "--report").returncode == 0
         by_id = {line["id"]: line for line in lines}
         assert all(by_id[f"n{i}"]["label"] == label_of(i) for i in range(300))
-        assert by_id["again"]["rationale"] == "It is 7."
+        assert by_id["again"]["rationale"] == "It\u2028is 7."
         assert collections.Counter(line["status"] for line in lines) == {"ok": 301}
         # The journal has it all: neither a pipeline nor a run here asks again.
         assert run(*args).returncode == 0
@@ -50,7 +50,7 @@ def test_a_pipeline_asks_each_question_once_and_knows_what_earlier_ones_asked(tm
 
 
 def test_a_wrong_key_in_a_pipeline_keeps_the_answers_that_were_paid_for(tmp_path):
-    numbers_file(tmp_path, 100)
+    numbers_file(tmp_path, 400)  # two batches
     asked = collections.Counter()
 
     def answer(body):
@@ -62,11 +62,11 @@ def test_a_wrong_key_in_a_pipeline_keeps_the_answers_that_were_paid_for(tmp_path
         done = run(*args)
         assert done.returncode == 1
         assert "HTTP 401: bad key" in done.stderr
-        assert "70 requests brought no answer" in done.stdout
+        assert "370 requests brought no answer" in done.stdout
         asked.subtract(n=1000)
         assert run(*args).returncode == 0
-    assert endpoint.count <= 100 + 4
-    assert len((tmp_path / "numbers.m.jsonl").read_text().splitlines()) == 100
+    assert endpoint.count <= 400 + 4
+    assert len((tmp_path / "numbers.m.jsonl").read_text().splitlines()) == 400
 
 
 def test_limits_that_workers_cannot_share_are_refused(tmp_path):
