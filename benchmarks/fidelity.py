@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import optax
 
-from dss.data.batches import Batches, iterate, views
+from dss.data.batches import Batches, Order, iterate, views
 from dss.data.registry import get_dataset, set_data_root
 from dss.data.store import TokenStore, tokenize
 from dss.data.tasks import EXPLAIN, PREDICT, TextRow
@@ -128,7 +128,7 @@ def replay(
     order = [np.array(rows) for rows in trajectory["order"]]
     batches = Batches(
         store,
-        lambda s: views(store, order[s]),
+        Order(lambda s: views(store, order[s]), most=2 * max(map(len, order))),
         num_steps=len(order),
         packed=args.packed,
         row_multiple=args.devices * args.microbatches,

@@ -39,13 +39,16 @@ def shell(script: str, folder: Path, **env: Path) -> str:
 
 
 def test_the_example_on_your_own_data(tmp_path):
-    write, train = blocks("Your own data")
+    write, train, annotate = blocks("Your own data")
     shell(write, tmp_path)
     out = shell(train, tmp_path)
     assert "step 60 done" in out
     assert "tickets_step_by_step_rules test" in out
     assert '"label": "b' in out
     assert '"rationale": "' in out
+    out = shell(annotate, tmp_path)
+    assert "Message: The invoice shows the wrong amount" in out
+    assert "requests: 6, of which 0 have an answer" in out
 
 
 @pytest.mark.parametrize("dataset", ["cqa", "svamp"])
