@@ -10,9 +10,6 @@ import numpy as np
 
 __all__ = ["Packing", "RowShape", "choose_row_shape", "pack"]
 
-# What a decoder slot (with its logits) and a pair of slots in attention cost, an encoder slot being
-# 1: measured with T5 1.1 small on a CPU over four shapes, docs/performance.md.
-DECODER_SLOT, ATTENTION_PAIR = 3.6, 0.002
 TARGET_WEIGHTS = (0.5, 1.0, 2.0)  # of the decoder against the encoder, in what is left of a row
 
 
@@ -100,7 +97,7 @@ def _fill_rows(
 def choose_row_shape(
     batches: list[tuple[np.ndarray, np.ndarray]], longest: tuple[int, int], multiple: int = 8
 ) -> RowShape:
-    """Returns the row shape with which each of some sample batches costs least.
+    """Returns the row shape that packs each of some sample batches into the fewest slots.
 
     All batches get as many rows as the fullest one needs, so that one is what counts.
 
@@ -126,11 +123,10 @@ def choose_row_shape(
         targets = up(longest[1] * factor)
         candidates.add((max(up(longest[0]), up(targets / mean_ratio)), targets))
 
-    def cost(candidate: tuple[int, int]) -> float:
+    def slots(candidate: tuple[int, int]) -> tuple[int, int]:
         shape = RowShape(*candidate)
         rows = max(pack(i, t, shape).num_rows for i, t in batches)
-        S, T = shape.inputs, shape.targets
-        pairs = S * S + T * T + T * S  # that attention looks at
-        return rows * (S + DECODER_SLOT * T + ATTENTION_PAIR * pairs)
+        # On a tie the shorter row: attention costs the square of it.
+        return rows * (shape.inputs + shape.targets), shape.inputs
 
-    return RowShape(*min(sorted(candidates), key=cost))
+    return RowShape(*min(sorted(candidates), key=slots))
