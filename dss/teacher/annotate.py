@@ -434,7 +434,7 @@ class Annotator:
         caught = []
         for number in (signal.SIGINT, signal.SIGTERM):
             # Only the main thread may; in other ones nobody presses Ctrl-C.
-            with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
+            with contextlib.suppress(ValueError, RuntimeError):
                 loop.add_signal_handler(number, end)
                 caught.append(number)
         try:
