@@ -131,7 +131,7 @@ def replay(
         Order(lambda s: views(store, order[s]), most=2 * max(map(len, order))),
         num_steps=len(order),
         packed=args.packed,
-        row_multiple=args.devices * args.microbatches,
+        groups=args.devices * args.microbatches,
     )
     state = jax.device_put(init_state(params, optimizer), shardings)
     log = []

@@ -12,6 +12,7 @@ there, forward and backward; the peak is a float32 matrix product's on the same 
 """
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -87,11 +88,13 @@ class DssSide:
     def __init__(self, config: T5Config, store: TokenStore, args: argparse.Namespace, packed: bool):
         import jax
 
+        from dss.memory import keep_freed_memory
         from dss.student.network import init_params
         from dss.training.mesh import MeshConfig, make_mesh, put_batch
         from dss.training.optimizer import OptimizerConfig, make_optimizer
         from dss.training.step import LossConfig, init_state, make_train_step, state_shardings
 
+        keep_freed_memory()  # as the command line does
         steps = WARM + args.steps
         order = paired_order(store, args.batch, seed=0)
         self.batches = Batches(store, order, num_steps=steps, packed=packed)
@@ -108,24 +111,23 @@ class DssSide:
 
     def step(self, number: int) -> float:
         batch = self.put(self.mesh, self.batches[number])
-        rows = next(iter(batch.values())).shape[0]
-        if rows not in self.programs:
+        shape = tuple(array.shape for array in batch.values())
+        if shape not in self.programs:
             began = time.perf_counter()
-            self.programs[rows] = self.step_function.lower(self.state, batch).compile()
+            self.programs[shape] = self.step_function.lower(self.state, batch).compile()
             self.compile_seconds += time.perf_counter() - began
         began = time.perf_counter()
-        self.state, metrics = self.programs[rows](self.state, batch)
+        self.state, metrics = self.programs[shape](self.state, batch)
         self.jax.block_until_ready((self.state, metrics))
         return time.perf_counter() - began
 
     def facts(self) -> dict:
         fills = [fill(self.batches[number]) for number in range(len(self.batches))]
         encoder, decoder = np.mean(fills, axis=0)
-        shape = self.batches.shape
         return {
             "compile_seconds": round(self.compile_seconds, 1),
             "fill": [round(float(encoder), 3), round(float(decoder), 3)],
-            "row": [shape.inputs, shape.targets],
+            "shapes": [dataclasses.asdict(shape) for shape in self.batches.shapes],
         }
 
 
@@ -197,7 +199,7 @@ class PyTorchSide:
         return {
             "compile_seconds": 0.0,
             "fill": [round(float(encoder), 3), round(float(decoder), 3)],
-            "row": None,
+            "shapes": [],
         }
 
 

@@ -144,9 +144,9 @@ def training_store(experiment: Experiment) -> TokenStore:
 
 
 def training_batches(
-    experiment: Experiment, mixture: Mixture, store: TokenStore, row_multiple: int
+    experiment: Experiment, mixture: Mixture, store: TokenStore, groups: int
 ) -> Batches:
-    """Returns the training batches of an experiment; rows come in multiples of `row_multiple`."""
+    """Returns the training batches of an experiment, in some number of groups."""
     if experiment.data.batches == "paired":
         order = paired_order(store, experiment.batch_size, experiment.seed)
     else:
@@ -156,7 +156,7 @@ def training_batches(
         order,
         num_steps=experiment.trainer.train_steps,
         packed=experiment.data.packed,
-        row_multiple=row_multiple,
+        groups=groups,
     )
 
 
@@ -230,7 +230,7 @@ def run_experiment(experiment: Experiment, progress: Progress | None = None) -> 
         sequential_order(valid_store, experiment.batch_size),
         num_steps=-(-len(valid_store) // experiment.batch_size),
         packed=experiment.data.packed,
-        row_multiple=mesh.shape["data"],
+        groups=mesh.shape["data"],
     )
     put = functools.partial(put_batch, mesh)
     examples = evaluation_set(

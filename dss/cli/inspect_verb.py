@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 FILE_WIDTH = 120  # columns where the output is no terminal
+FILL_STEPS = 8  # batches looked at to tell how full they are
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     vocabulary = load_vocabulary(experiment.vocabulary)
     _print_lengths(console, mixture, vocabulary, experiment)
-    _print_fill(console, mixture, vocabulary, experiment)
+    _print_batches(console, mixture, vocabulary, experiment)
     _print_examples(console, mixture, vocabulary, experiment, args.examples)
     return 0
 
@@ -172,9 +173,10 @@ def _print_lengths(
     console.print(table)
 
 
-def _print_fill(
+def _print_batches(
     console: "Console", mixture: "Mixture", vocabulary: "Vocabulary", experiment: "Experiment"
 ) -> None:
+    """Prints the shapes that training batches have and how full the first ones are."""
     import dataclasses
 
     import numpy as np
@@ -185,13 +187,26 @@ def _print_fill(
     experiment = dataclasses.replace(experiment, mixture=mixture.name, teacher=None)
     store = training_store(experiment)
     batches = training_batches(experiment, mixture, store, experiment.microbatches)
-    fills = np.array([fill(batches[step]) for step in range(min(8, len(batches)))])
-    encoder, decoder = fills.mean(axis=0)
-    rows = " or ".join(str(n) for n in batches.row_counts)
+    kind = "packed" if batches.packed else "unpacked"
+    table = _table(
+        f"{kind} batches of {experiment.batch_size} examples",
+        *("shape", "side", "slots", "rows of attention"),
+    )
+    for number, shape in enumerate(batches.shapes, start=1):
+        if batches.widths is None:
+            encoder = decoder = str(shape.input_rows)
+            groups = shape.input_rows
+        else:
+            widths, groups = batches.widths, batches.groups
+            encoder = f"{groups * shape.input_rows} of {widths.inputs}"
+            decoder = f"{groups * shape.target_rows} of {widths.targets}, over {widths.cross}"
+        table.add_row(str(number), "encoder", str(groups * shape.inputs), encoder)
+        table.add_row("", "decoder", str(groups * shape.targets), decoder)
+    console.print(table)
+    steps = min(FILL_STEPS, len(batches))
+    encoder, decoder = np.mean([fill(batches[step]) for step in range(steps)], axis=0)
     console.print(
-        f"{'packed' if batches.packed else 'unpacked'} batches of {experiment.batch_size} "
-        f"examples: {rows} rows of {batches.shape.inputs} + {batches.shape.targets} slots; "
-        f"filled: encoder {encoder:.1%}, decoder {decoder:.1%}\n"
+        f"  filled, mean of {steps} steps: encoder {encoder:.1%}, decoder {decoder:.1%}\n"
     )
 
 

@@ -61,14 +61,18 @@ def open_run(args: argparse.Namespace):
 
 
 def prepare_jax() -> None:
-    """Keeps compiled programs between runs, in the cache folder of dss; quiets the libraries."""
+    """Keeps compiled programs between runs, in the cache folder of dss, and memory between steps;
+    quiets the libraries.
+    """
     import logging
 
     import jax
     from absl import logging as absl_logging
 
     from dss.data.store import cache_dir
+    from dss.memory import keep_freed_memory
 
+    keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     # What Orbax and its event loop log as an error Orbax raises too.

@@ -30,6 +30,10 @@ class TrainProgress(Progress):
         losses = "  ".join(f"{n} {v:.4f}" for n, v in shown.items() if n.endswith("loss"))
         self.display.say(f"step {step}/{self.display.total}  {self.accuracy}  valid {losses}")
 
+    def finished(self, data_wait: float) -> None:
+        """See `Progress.finished`."""
+        self.display.say(f"steps waited for batches {data_wait:.1%} of their time")
+
     def close(self) -> None:
         """See `Progress.close`."""
         self.display.close()

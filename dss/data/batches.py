@@ -1,15 +1,23 @@
 """Train and validation batches: a pure function of (seed, step), from a token store.
 
-A batch is a dict of int32 arrays, R rows of S encoder and T decoder slots. Each row holds one or
-more segments (one, if unpacked); a segment is one view of one example. Two segments of a row,
-`predict: a` -> `x` and `explain: b` -> `y z`, look so (1 is EOS, 0 padding):
+A batch is a dict of int32 arrays. Its sequences, each one view of one example, are its segments.
+Packed, they lie one after another in G groups of N encoder and M decoder slots, and three arrays
+say which slots the rows of attention read (see `dss.student.network.Rows`). Two segments of a
+group, `predict: a` -> `x` and `explain: b` -> `y z`, look so (1 is EOS, 0 padding):
 
-    encoder_input_tokens   [R, S]   predict : a 1 explain : b 1 0 0
-    encoder_segment_ids    [R, S]         1 1 1 1       2 2 2 2 0 0
-    decoder_target_tokens  [R, T]   x 1 y z 1 0
-    decoder_input_tokens   [R, T]   0 x 0 y z 0     targets, shifted right in each segment
-    decoder_segment_ids    [R, T]   1 1 2 2 2 0
-    decoder_task_ids       [R, T]   1 1 2 2 2 0     1 + the target's task in the mixture
+    encoder_input_tokens   [G, N]   predict : a 1 explain : b 1 0 0
+    encoder_segment_ids    [G, N]         1 1 1 1       2 2 2 2 0 0
+    decoder_target_tokens  [G, M]   x 1 y z 1 0
+    decoder_input_tokens   [G, M]   0 x 0 y z 0     targets, shifted right in each segment
+    decoder_segment_ids    [G, M]   1 1 2 2 2 0
+    decoder_task_ids       [G, M]   1 1 2 2 2 0     1 + the target's task in the mixture
+    encoder_rows           [G, R, S]   slots that a row of the encoder's self-attention reads:
+                                       (0 1 2 3), (4 5 6 7); N for none
+    decoder_rows           [G, Q, T]   the same for the decoder's: (0 1 2 3 4); M for none
+    cross_rows             [G, Q, C]   encoder slots that a row of decoder_rows attends to:
+                                       (0 1 2 3 4 5 6 7); N for none
+
+Unpacked, every group is one sequence and its own row, and there are no rows.
 """
 
 import dataclasses
@@ -19,7 +27,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from dss.data.packing import RowShape, choose_row_shape, pack
+from dss.data.packing import PackedShape, RowWidths, choose_shapes, choose_widths, deal, next_fit
 from dss.data.store import TokenStore
 
 __all__ = [
@@ -36,8 +44,8 @@ __all__ = [
 
 Batch = dict[str, np.ndarray]
 
-SAMPLE_STEPS = 32  # batches looked at to choose the number of rows
-SHAPE_STEPS = 4  # those of them looked at to choose the row shape
+SAMPLE_STEPS = 32  # batches looked at to choose the width of rows
+CHUNK_STEPS = 1024  # batches laid out together, to see what they need
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +148,13 @@ class Batches:
       store: the tokens.
       order: which sequences each step has.
       num_steps: how many steps there are; indices go from 0 to below it.
-      packed: several sequences a row, or one.
-      row_multiple: the number of rows is a multiple of this (data shards x microbatches).
+      packed: sequences in flat slots; or each in a row of its own, padded to the longest.
+      groups: G, among which the sequences are dealt (data shards x microbatches).
 
     Attributes:
-      shape: the row shape.
-      row_counts: the numbers of rows a batch may have, ascending; at most three, so a training
-        step is compiled at most three times, and nearly always once.
+      widths: of attention's rows; None if unpacked.
+      shapes: the shapes that batches have, ascending; at most three, so a training step is
+        compiled at most three times. Every step is looked at, so every step fits one.
     """
 
     def __init__(
@@ -156,75 +164,149 @@ class Batches:
         *,
         num_steps: int,
         packed: bool = True,
-        row_multiple: int = 1,
+        groups: int = 1,
     ):
         self.store, self.order, self.num_steps, self.packed = store, order, num_steps, packed
-        lengths = [self._lengths(*order(s)) for s in range(min(num_steps, SAMPLE_STEPS))]
-
-        def up(rows: float) -> int:
-            return max(1, int(np.ceil(rows / row_multiple))) * row_multiple
-
-        if packed:
-            self.shape = choose_row_shape(lengths[:SHAPE_STEPS], store.longest)
-            usual = max(pack(i, t, self.shape).num_rows for i, t in lengths)
-            ladder = {usual, usual * 1.25, order.most}
-        else:
-            self.shape = RowShape(*store.longest)
-            ladder = {order.most}
-        self.row_counts = sorted({up(rows) for rows in ladder})
+        self.groups = groups
+        self._lengths = [(task.inputs.lengths, task.targets.lengths) for task in store.tasks]
+        self.widths: RowWidths | None = None
+        if not packed:
+            rows = -(-order.most // groups) * groups
+            self.shapes: tuple[PackedShape, ...] = (PackedShape(*store.longest, rows, rows),)
+            return
+        sample = self._dealt(range(min(num_steps, SAMPLE_STEPS)))[0]
+        self.widths = choose_widths(sample, store.longest)
+        chunks = range(0, num_steps, CHUNK_STEPS)
+        needed = [self._needed(range(s, min(s + CHUNK_STEPS, num_steps))) for s in chunks]
+        self.shapes = choose_shapes(np.concatenate(needed))
 
     def __len__(self) -> int:
         return self.num_steps
 
-    def _lengths(self, tasks: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        inputs, targets = np.zeros((2, len(tasks)), np.int64)
-        for k, task in enumerate(self.store.tasks):
+    def _sequences(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the tasks [n], rows [n] and lengths [n, 2] of a step's sequences."""
+        tasks, rows = self.order(step)
+        lengths = np.empty((len(tasks), 2), np.int64)
+        for k, (inputs, targets) in enumerate(self._lengths):
             here = tasks == k
-            inputs[here] = task.inputs.lengths[rows[here]]
-            targets[here] = task.targets.lengths[rows[here]]
-        return inputs, targets
+            lengths[here] = np.stack([inputs[rows[here]], targets[rows[here]]], axis=1)
+        return tasks, rows, lengths
+
+    def _dealt(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the sequences of some steps, dealt among the groups.
+
+        Returns:
+          Lengths [steps * G, n, 2], 0 where a group has fewer than n sequences, and which sequence
+          of its step each is [steps * G, n], -1 for none.
+        """
+        most, G = self.order.most, self.groups
+        lengths = np.zeros((len(steps), most, 2), np.int64)
+        for i, step in enumerate(steps):
+            found = self._sequences(step)[2]
+            lengths[i, : len(found)] = found
+        group = deal(lengths, G)
+        # In each group the order drawn is kept; a stable sort by group brings it together.
+        order = np.argsort(group, axis=1, kind="stable")
+        counts = (group[:, :, None] == np.arange(G)).sum(axis=1)  # [steps, G]
+        n = counts.max()
+        first = np.cumsum(counts, axis=1) - counts
+        index = first[:, :, None] + np.arange(n)
+        there = np.arange(n) < counts[:, :, None]
+        which = np.take_along_axis(order, np.minimum(index, most - 1).reshape(len(steps), -1), 1)
+        dealt = np.take_along_axis(lengths, which[:, :, None], axis=1).reshape(-1, n, 2)
+        which = which.reshape(-1, n)
+        there = there.reshape(-1, n) & (dealt[:, :, 0] > 0)
+        return np.where(there[:, :, None], dealt, 0), np.where(there, which, -1)
+
+    def _rows(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns each sequence's row of the encoder and of the decoder, [X, n] each."""
+        widths = self.widths
+        assert widths is not None
+        encoder = next_fit(lengths[..., :1], (widths.inputs,))
+        return encoder, next_fit(lengths, (widths.cross, widths.targets))
+
+    def _needed(self, steps: range) -> np.ndarray:
+        """Returns the slots and rows that the fullest group of each step needs, [steps, 4]."""
+        lengths = self._dealt(steps)[0]
+        rows = [found.max(axis=1) + 1 for found in self._rows(lengths)]
+        needed = np.concatenate([lengths.sum(axis=1), np.stack(rows, axis=1)], axis=1)
+        return needed.reshape(len(steps), self.groups, 4).max(axis=1)
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
-        tasks, rows = self.order(step)
-        input_lengths, target_lengths = self._lengths(tasks, rows)
-        if self.packed:
-            packing = pack(input_lengths, target_lengths, self.shape)
-            place = packing.row, packing.segment, packing.input_start, packing.target_start
-        else:
-            zeros = np.zeros(len(tasks), np.int64)
-            place = np.arange(len(tasks)), zeros + 1, zeros, zeros
-        needed = int(place[0].max(initial=0)) + 1
-        num_rows = next(n for n in self.row_counts if n >= needed)
+        tasks, rows, lengths = self._sequences(step)
+        n = len(tasks)
+        if not self.packed:
+            shape, G = self.shapes[0], self.shapes[0].input_rows
+            group, segment, starts = np.arange(n), np.ones(n, int), np.zeros((n, 2), int)
+            return self._tokens(tasks, rows, lengths, shape, G, group, segment, starts)
+        dealt, which = self._dealt(range(step, step + 1))
+        need = self._needed(range(step, step + 1))[0]
+        shape = next(s for s in self.shapes if (need <= dataclasses.astuple(s)).all())
+        # Back from the groups [G, n] to the step's own order [n].
+        at = which >= 0
+        group, segment = np.empty((2, n), np.int64)
+        group[which[at]], segment[which[at]] = (i for i in np.nonzero(at))
+        before = np.cumsum(dealt, axis=1) - dealt
+        starts = np.empty((n, 2), np.int64)
+        starts[which[at]] = before[at]
+        batch = self._tokens(tasks, rows, lengths, shape, self.groups, group, segment + 1, starts)
 
-        S, T = self.shape.inputs, self.shape.targets
-        batch = {
-            "encoder_input_tokens": np.zeros((num_rows, S), np.int32),
-            "encoder_segment_ids": np.zeros((num_rows, S), np.int32),
-            "decoder_target_tokens": np.zeros((num_rows, T), np.int32),
-            "decoder_input_tokens": np.zeros((num_rows, T), np.int32),
-            "decoder_segment_ids": np.zeros((num_rows, T), np.int32),
-            "decoder_task_ids": np.zeros((num_rows, T), np.int32),
-        }
+        encoder, decoder = self._rows(dealt)
+        widths = self.widths
+        assert widths is not None
+        layouts = (
+            ("encoder_rows", encoder, 0, shape.input_rows, widths.inputs),
+            ("decoder_rows", decoder, 1, shape.target_rows, widths.targets),
+            ("cross_rows", decoder, 0, shape.target_rows, widths.cross),
+        )
+        for name, row, side, num_rows, width in layouts:
+            empty = (shape.inputs, shape.targets)[side]
+            table = np.full((self.groups, num_rows, width), empty, np.int32)
+            row, first, size = row[at], before[..., side][at], dealt[..., side][at]
+            # A row begins where its first sequence does, and that is where its slots begin.
+            key = np.nonzero(at)[0] * num_rows + row
+            opens = np.r_[True, key[1:] != key[:-1]]
+            row_start = first[opens][np.cumsum(opens) - 1]
+            to = _slots(key * width + first - row_start, size)
+            table.reshape(-1)[to] = _slots(first, size)
+            batch[name] = table
+        return batch
+
+    def _tokens(
+        self,
+        tasks: np.ndarray,
+        rows: np.ndarray,
+        lengths: np.ndarray,
+        shape: PackedShape,
+        groups: int,
+        group: np.ndarray,
+        segment: np.ndarray,
+        starts: np.ndarray,
+    ) -> Batch:
+        """Returns the arrays of tokens, the n sequences at their groups and first slots [n, 2]."""
+        N, M = shape.inputs, shape.targets
+        names = ("target_tokens", "input_tokens", "segment_ids", "task_ids")
+        batch = {f"encoder_{name}": np.zeros((groups, N), np.int32) for name in names[1:3]}
+        batch |= {f"decoder_{name}": np.zeros((groups, M), np.int32) for name in names}
         flat = {name: array.reshape(-1) for name, array in batch.items()}
         for k, task in enumerate(self.store.tasks):
             here = tasks == k
-            row, segment, input_start, target_start = (a[here] for a in place)
-            lengths = input_lengths[here]
-            to = _slots(row * S + input_start, lengths)
-            tokens = task.inputs.tokens[_slots(task.inputs.offsets[rows[here]], lengths)]
+            sizes = lengths[here, 0]
+            to = _slots(group[here] * N + starts[here, 0], sizes)
+            tokens = task.inputs.tokens[_slots(task.inputs.offsets[rows[here]], sizes)]
             flat["encoder_input_tokens"][to] = tokens
-            flat["encoder_segment_ids"][to] = np.repeat(segment, lengths)
+            flat["encoder_segment_ids"][to] = np.repeat(segment[here], sizes)
 
-            lengths = target_lengths[here]
-            to = _slots(row * T + target_start, lengths)
-            tokens = task.targets.tokens[_slots(task.targets.offsets[rows[here]], lengths)]
+            sizes = lengths[here, 1]
+            to = _slots(group[here] * M + starts[here, 1], sizes)
+            tokens = task.targets.tokens[_slots(task.targets.offsets[rows[here]], sizes)]
             flat["decoder_target_tokens"][to] = tokens
             shifted = np.roll(tokens, 1)
-            shifted[np.cumsum(lengths) - lengths] = 0
+            shifted[np.cumsum(sizes) - sizes] = 0
             flat["decoder_input_tokens"][to] = shifted
-            flat["decoder_segment_ids"][to] = np.repeat(segment, lengths)
+            flat["decoder_segment_ids"][to] = np.repeat(segment[here], sizes)
             flat["decoder_task_ids"][to] = k + 1
         return batch
 

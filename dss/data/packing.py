@@ -1,132 +1,159 @@
-"""Packing: several sequences in one row, told apart by segment ids, so that padding costs nothing.
+"""Packing: sequences one after another in flat slots, so that padding costs nothing.
 
-Raffel et al. (2020, section 3.5.2) pack text to text examples; here both views of an example are
-packed alike. Attention never crosses a segment, so each sequence is trained as if it were alone.
+Raffel et al. (2020, section 3.5.2) pack several sequences in a row. Here only attention has rows;
+everything else of a T5 looks at a token alone, and sees flat slots that hold sequence after
+sequence, encoder and decoder each filled to the end. Both views of an example are packed alike.
+Attention never crosses a segment, so each sequence is trained as if it were alone.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["Packing", "RowShape", "choose_row_shape", "pack"]
+__all__ = ["PackedShape", "RowWidths", "choose_shapes", "choose_widths", "deal", "next_fit"]
 
-TARGET_WEIGHTS = (0.5, 1.0, 2.0)  # of the decoder against the encoder, in what is left of a row
-
-
-@dataclasses.dataclass(frozen=True)
-class RowShape:
-    """How long a packed row is, in tokens, on the encoder's and on the decoder's side."""
-
-    inputs: int
-    targets: int
+SLOT_MULTIPLE = 16  # numbers of slots are multiples of this
+WIDTH_MULTIPLE = 8  # and widths of rows of this
+WIDTH_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of the longest sequence, tried
+QUANTILES = np.arange(0.1, 1.0, 0.1)  # of what steps need, tried as the smaller shapes
+WORTH_A_SHAPE = 0.01  # of all slots must be saved by one more compiled shape
+MOST_SHAPES = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Packing:
-    """Where each of N sequences lies: its row, its segment in that row, and its first slots."""
+class RowWidths:
+    """How many tokens a row of attention holds."""
 
-    row: np.ndarray  # [N] int32
-    segment: np.ndarray  # [N] int32, from 1
-    input_start: np.ndarray  # [N] int32
-    target_start: np.ndarray  # [N] int32
-    num_rows: int
+    inputs: int  # S, of the encoder's self-attention
+    targets: int  # T, of the decoder's self-attention
+    cross: int  # C, encoder tokens that a decoder's row attends to
 
 
-def pack(input_lengths: np.ndarray, target_lengths: np.ndarray, shape: RowShape) -> Packing:
-    """Packs N sequences into few rows.
+@dataclasses.dataclass(frozen=True)
+class PackedShape:
+    """The shape of a batch, a group: slots of encoder and decoder, and rows of their attention."""
 
-    Rows are filled one after another, each time with the sequence that comes nearest to what is
-    left of the row in both dimensions: a row that has used up its decoder slots wastes its encoder
-    slots, so long and short targets must be mixed (Panigrahy et al., 2011, Heuristics for vector
-    bin packing: the norm-based greedy). How much a dimension weighs is tried out.
+    inputs: int  # N
+    targets: int  # M
+    input_rows: int  # R
+    target_rows: int  # Q
+
+
+def _up(x: float, multiple: int) -> int:
+    return int(np.ceil(x / multiple)) * multiple
+
+
+def deal(lengths: np.ndarray, groups: int) -> np.ndarray:
+    """Returns a group for each sequence so that the groups are nearly equal on both sides.
+
+    From the largest on, each goes where the fuller side is then least full.
 
     Args:
-      input_lengths: [N] lengths in tokens.
-      target_lengths: [N] lengths in tokens.
-      shape: the row's size; no sequence may be longer.
+      lengths: [X, n, 2] input and target lengths of X lists.
+      groups: G.
 
-    Raises:
-      ValueError: a sequence is longer than a row.
+    Returns:
+      [X, n] int64, from 0.
     """
-    n = len(input_lengths)
-    if n and (input_lengths.max() > shape.inputs or target_lengths.max() > shape.targets):
-        raise ValueError(
-            f"a sequence of {input_lengths.max()} / {target_lengths.max()} tokens is longer than "
-            f"the row, {shape.inputs} / {shape.targets}"
-        )
-    lengths = np.stack([input_lengths, target_lengths], 1).astype(np.int64)
-    tried = (_fill_rows(lengths, shape, weight) for weight in TARGET_WEIGHTS)
-    order, row = min(tried, key=lambda found: found[1][-1] if n else 0)
-    first = np.searchsorted(row, row)  # position of the first sequence of the same row
-    before = np.cumsum(lengths[order], axis=0) - lengths[order]
-    starts = np.empty((n, 2), np.int32)
-    starts[order] = before - before[first]
-    rows, segments = np.empty((2, n), np.int32)
-    rows[order], segments[order] = row, np.arange(n) - first + 1
-    return Packing(rows, segments, starts[:, 0], starts[:, 1], int(row[-1]) + 1 if n else 0)
+    X, n, _ = lengths.shape
+    out = np.zeros((X, n), np.int64)
+    if groups == 1:
+        return out
+    size = lengths / np.maximum(lengths.sum(axis=1, keepdims=True), 1)
+    largest_first = np.argsort(-size.max(axis=2), axis=1, kind="stable")
+    load, lists = np.zeros((X, groups, 2)), np.arange(X)
+    for i in largest_first.T:
+        own = size[lists, i]
+        group = (load + own[:, None]).max(axis=2).argmin(axis=1)
+        load[lists, group] += own
+        out[lists, i] = group
+    return out
 
 
-def _fill_rows(
-    lengths: np.ndarray, shape: RowShape, target_weight: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the sequences in the order they are placed, and the row of each, both [N]."""
-    n = len(lengths)
-    scale = np.array([1 / shape.inputs, np.sqrt(target_weight) / shape.targets])
-    size = lengths * scale
-    largest_first = np.argsort(-size.sum(1), kind="stable")
-    size, lengths = size[largest_first], lengths[largest_first]
-    placed = np.zeros(n, bool)
-    order, row = np.empty((2, n), np.int64)
-    free = np.array([shape.inputs, shape.targets])
-    current = 0
+def next_fit(lengths: np.ndarray, widths: Sequence[int]) -> np.ndarray:
+    """Returns the row of each sequence where rows are filled in order, each until one is too long.
+
+    Rows cut short waste attention only, so that nothing cleverer is worth its time.
+
+    Args:
+      lengths: [X, n, d] for X lists of n sequences, in d dimensions (encoder, decoder).
+      widths: d, what a row holds; no sequence is longer.
+
+    Returns:
+      [X, n] int64, from 0.
+    """
+    X, n, d = lengths.shape
+    row, used, rows = np.zeros(X, np.int64), np.zeros((X, d), np.int64), np.zeros((X, n), np.int64)
     for i in range(n):
-        while True:
-            fits = ~placed & (lengths <= free).all(1)
-            if fits.any():
-                break
-            free = np.array([shape.inputs, shape.targets])
-            current += 1
-        rest = free * scale - size
-        j = np.where(fits, np.einsum("nd,nd->n", rest, rest), np.inf).argmin()
-        placed[j] = True
-        free = free - lengths[j]
-        order[i], row[i] = largest_first[j], current
-    return order, row
+        used = used + lengths[:, i]
+        over = (used > widths).any(axis=1)
+        used = np.where(over[:, None], lengths[:, i], used)
+        row = row + over
+        rows[:, i] = row
+    return rows
 
 
-def choose_row_shape(
-    batches: list[tuple[np.ndarray, np.ndarray]], longest: tuple[int, int], multiple: int = 8
-) -> RowShape:
-    """Returns the row shape that packs each of some sample batches into the fewest slots.
-
-    All batches get as many rows as the fullest one needs, so that one is what counts.
-
-    The encoder's row is at least the longest input and the decoder's the longest target, so that
-    every sequence fits; candidates go up to four times that.
+def choose_widths(lengths: np.ndarray, longest: tuple[int, int]) -> RowWidths:
+    """Returns the widths with which attention has the fewest scores.
 
     Args:
-      batches: (input lengths [N], target lengths [N]) of each sample batch.
+      lengths: [X, n, 2] input and target lengths of X sample lists; 0 where a list has fewer.
       longest: the longest input and target of all the data, in tokens.
-      multiple: row lengths are multiples of this.
     """
 
-    def up(x: float) -> int:
-        return int(np.ceil(x / multiple)) * multiple
+    def candidates(longest: float) -> list[int]:
+        return sorted({_up(longest * f, WIDTH_MULTIPLE) for f in WIDTH_FACTORS})
 
-    mean_ratio = sum(t.sum() for _, t in batches) / sum(i.sum() for i, _ in batches)
-    candidates = set()
-    for factor in (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0):
-        inputs = up(longest[0] * factor)
-        for balance in (0.95, 1.0, 1.05, 1.1):
-            candidates.add((inputs, max(up(longest[1]), up(inputs * mean_ratio * balance))))
-    for factor in (1.0, 1.5, 2.0):
-        targets = up(longest[1] * factor)
-        candidates.add((max(up(longest[0]), up(targets / mean_ratio)), targets))
+    def rows(widths: Sequence[int], sides: slice) -> float:
+        return next_fit(lengths[..., sides], widths)[:, -1].mean() + 1
 
-    def slots(candidate: tuple[int, int]) -> tuple[int, int]:
-        shape = RowShape(*candidate)
-        rows = max(pack(i, t, shape).num_rows for i, t in batches)
-        # On a tie the shorter row: attention costs the square of it.
-        return rows * (shape.inputs + shape.targets), shape.inputs
+    def encoder_scores(S: int) -> float:
+        return rows((S,), slice(0, 1)) * S * S
 
-    return RowShape(*min(sorted(candidates), key=slots))
+    def decoder_scores(widths: tuple[int, int]) -> float:
+        T, C = widths
+        return rows((C, T), slice(0, 2)) * T * (T + C)
+
+    inputs, targets = (candidates(side) for side in longest)
+    ratio = lengths[..., 0].sum() / max(lengths[..., 1].sum(), 1)
+    pairs = {
+        (T, max(inputs[0], _up(T * ratio * balance, WIDTH_MULTIPLE)))
+        for T in targets
+        for balance in (1.0, 1.25, 1.5)
+    }
+    S = min(inputs, key=encoder_scores)
+    T, C = min(sorted(pairs), key=decoder_scores)
+    return RowWidths(S, T, C)
+
+
+def choose_shapes(needed: np.ndarray) -> tuple[PackedShape, ...]:
+    """Returns at most three shapes, ascending, such that every step fits one and slots are filled.
+
+    The largest is what the largest step needs; smaller ones are tried at quantiles of what steps
+    need, and taken where they save enough.
+
+    Args:
+      needed: [steps, 4] of each step: slots of encoder and decoder, rows of encoder and decoder.
+    """
+    slots, rows = needed[:, :2], needed[:, 2:]
+    ladder = np.quantile(slots, [*QUANTILES, 1.0], axis=0)
+    ladder = np.ceil(ladder / SLOT_MULTIPLE).astype(int) * SLOT_MULTIPLE
+    fits = (slots[:, None] <= ladder).all(axis=2)  # [steps, rungs]
+    size = (ladder / ladder[-1]).mean(axis=1)
+    top = len(ladder) - 1
+
+    def cost(rungs: tuple[int, ...]) -> float:
+        first = fits[:, rungs].argmax(axis=1)
+        return float(size[list(rungs)][first].mean())
+
+    chosen: tuple[int, ...] = (top,)
+    while len(chosen) < MOST_SHAPES:
+        better = min((tuple(sorted({r, *chosen})) for r in range(top)), key=cost)
+        if cost(better) > cost(chosen) * (1 - WORTH_A_SHAPE):
+            break
+        chosen = better
+    return tuple(
+        PackedShape(*map(int, ladder[rung]), *(int(n) for n in rows[fits[:, rung]].max(axis=0)))
+        for rung in chosen
+    )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dss.student.config import T5Config
-from dss.student.network import T5, bind
+from dss.student.network import T5, attend, bind
 
 __all__ = ["Beams", "Cache", "generate", "score_candidates"]
 
@@ -21,7 +21,7 @@ NEVER = -1e9  # the score of a hypothesis that must not win
 
 
 class Cache(NamedTuple):
-    """Keys and values of the decoder's layers, [L, B, positions, H, K] each."""
+    """Keys and values of the decoder's layers, [L, B, H, positions, K] each."""
 
     keys: jax.Array
     values: jax.Array
@@ -36,13 +36,15 @@ def _cross_cache(model: T5, encoded: jax.Array) -> Cache:
     definition, params = model.decoder.split_layers()
 
     def layer(_, params: nnx.State) -> tuple[None, Cache]:
-        return None, Cache(*nnx.merge(definition, params).cross.keys_values(encoded))
+        cross = nnx.merge(definition, params).cross
+        sides = (cross.project(encoded, kernel) for kernel in (cross.key, cross.value))
+        return None, Cache(*(side.swapaxes(1, 2) for side in sides))
 
     return jax.lax.scan(layer, None, params)[1]
 
 
 def _empty_cache(config: T5Config, rows: int, length: int) -> Cache:
-    shape = (config.num_decoder_layers, rows, length, config.num_heads, config.d_kv)
+    shape = (config.num_decoder_layers, rows, config.num_heads, length, config.d_kv)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
@@ -62,25 +64,28 @@ def _step(
     Returns:
       Logits [B, V] of the next token and the cache with position t.
     """
-    decoder, length = model.decoder, cache.keys.shape[2]
+    decoder, length = model.decoder, cache.keys.shape[3]
     positions = jnp.arange(length)
     bias = decoder.bias(t[None], positions)
-    past = (positions <= t)[None, None, None]
+    past = (positions <= t)[None, None]
     definition, params = decoder.split_layers()
 
     def layer(x: jax.Array, inputs) -> tuple[jax.Array, Cache]:
         params, cached, crossed = inputs
         block = nnx.merge(definition, params)
+        own, over = block.attention, block.cross
         y = block.norm(x, block.attention_norm)
-        new = block.attention.keys_values(y)
+        new = [own.project(y, kernel).swapaxes(1, 2) for kernel in (own.key, own.value)]
         cached = Cache(
             *(
-                jax.lax.dynamic_update_slice_in_dim(c, n, t, 1)
+                jax.lax.dynamic_update_slice_in_dim(c, n, t, 2)
                 for c, n in zip(cached, new, strict=True)
             )
         )
-        x += block.attention(y, *cached, bias, past)
-        x += block.cross(block.norm(x, block.cross_norm), *crossed, None, mask)
+        query = own.project(y, own.query).swapaxes(1, 2)
+        x += own.combine(attend(query, cached.keys, cached.values, bias, past).swapaxes(1, 2))
+        query = over.project(block.norm(x, block.cross_norm), over.query).swapaxes(1, 2)
+        x += over.combine(attend(query, crossed.keys, crossed.values, None, mask).swapaxes(1, 2))
         x += block.mlp(block.norm(x, block.mlp_norm))
         return x, cached
 
@@ -164,7 +169,7 @@ class Beams(NamedTuple):
     t: jax.Array  # [], tokens decoded
     tokens: jax.Array  # [B, N, T], running hypotheses
     scores: jax.Array  # [B, N], their summed log-probability
-    cache: Cache  # of the running hypotheses, [L, B * N, T, H, K]
+    cache: Cache  # of the running hypotheses, [L, B * N, H, T, K]
     done_tokens: jax.Array  # [B, N, T], finished hypotheses
     done_scores: jax.Array  # [B, N], their mean log-probability a token; NEVER where there is none
     open: jax.Array  # [B], whether a running hypothesis may still beat a finished one

@@ -1,8 +1,8 @@
 """The T5 encoder-decoder (Raffel et al., 2020, section 2.1): one network for all sizes and kinds.
 
 The layers of a stack lie in one array with a leading layer axis and are scanned, so that compile
-time does not grow with depth. Dimensions: B batch, R rows, S source, T target, V vocabulary,
-D model, H heads, K head size, L layers.
+time does not grow with depth. Dimensions: B batch, G groups, N encoder slots, M decoder slots, R
+rows, S source, T target, V vocabulary, D model, H heads, K head size, L layers.
 
 Parameters are a nested dict of float32 arrays; every layer's has the leading axis L:
 
@@ -25,6 +25,15 @@ import numpy as np
 from flax import nnx
 
 from dss.student.config import T5Config
+from dss.student.ops import (
+    Rows,
+    dropout,
+    dropout_seeds,
+    from_rows,
+    linear,
+    rms_norm,
+    to_rows,
+)
 
 __all__ = [
     "T5",
@@ -33,6 +42,7 @@ __all__ = [
     "Mlp",
     "Stack",
     "abstract_params",
+    "attend",
     "bind",
     "init_params",
     "logical_axes",
@@ -71,23 +81,8 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * stddev)
 
 
-def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Returns x with elements zeroed at `rate`, the rest scaled up; x itself without a key."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(keep, x / (1 - rate), 0)
-
-
 def _keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
     return [None] * n if key is None else list(jax.random.split(key, n))
-
-
-def _rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Layer norm without mean and bias; its statistics are float32."""
-    wide = x.astype(jnp.float32)
-    variance = jnp.mean(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype) * scale.astype(x.dtype)
 
 
 def relative_buckets(
@@ -120,32 +115,34 @@ def relative_buckets(
     return offset + xp.where(distance < exact, distance, far)
 
 
-def _attend(
+def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     bias: jax.Array | None,
     mask: jax.Array,
-    dropout: Callable[[jax.Array], jax.Array] = lambda x: x,
+    dropout_rate: float = 0.0,
+    dropout_seed: jax.Array | None = None,
 ) -> jax.Array:
     """Returns softmax(query key^T + bias) value; T5 does not scale the scores.
 
     Args:
-      query: [R, T, H, K].
-      key: [R, S, H, K].
-      value: [R, S, H, K].
-      bias: [1, H, T, S] float32, or None.
-      mask: [R, 1, T, S] bool, what may be attended to.
-      dropout: applied to the weights.
+      query: [..., H, T, K].
+      key: [..., H, S, K].
+      value: [..., H, S, K].
+      bias: [H, T, S] float32, or None.
+      mask: [..., 1, T, S] bool, what may be attended to.
+      dropout_rate: of the weights.
+      dropout_seed: [2], or None for no dropout.
 
     Returns:
-      [R, T, H, K].
+      [..., H, T, K].
     """
-    scores = jnp.einsum("rthk,rshk->rhts", query, key).astype(jnp.float32)
+    scores = jnp.einsum("...tk,...sk->...ts", query, key).astype(jnp.float32)
     if bias is not None:
         scores += bias
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(query.dtype)
-    return jnp.einsum("rhts,rshk->rthk", dropout(weights), value)
+    return jnp.einsum("...ts,...sk->...tk", dropout(weights, dropout_rate, dropout_seed), value)
 
 
 class Attention(nnx.Module):
@@ -159,20 +156,33 @@ class Attention(nnx.Module):
         self.value = _normal(rngs, (D, HK), D**-0.5)
         self.out = _normal(rngs, (HK, D), HK**-0.5)
 
-    def heads(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
-        """Returns x [..., D] projected to [..., H, K]."""
-        y = x @ kernel[...].astype(x.dtype)
-        return y.reshape(*x.shape[:-1], self.config.num_heads, self.config.d_kv)
+    def project(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
+        """Returns x [G, N, D] through one of the kernels, in heads, [G, N, H, K]."""
+        H, K = self.config.num_heads, self.config.d_kv
+        return linear(x, kernel[...].astype(x.dtype).reshape(-1, H, K))
 
-    def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the keys and values of x [..., D], each [..., H, K]."""
-        return self.heads(x, self.key), self.heads(x, self.value)
+    def combine(self, y: jax.Array) -> jax.Array:
+        """Returns the heads' results y [G, N, H, K] as one, [G, N, D]."""
+        H, K = self.config.num_heads, self.config.d_kv
+        return linear(y, self.out[...].astype(y.dtype).reshape(H, K, -1), 2)
 
-    def __call__(self, x, keys, values, bias, mask, dropout_key=None) -> jax.Array:
-        """Returns what x [R, T, D] attends to, [R, T, D]; see `_attend`."""
-        dropout = functools.partial(_dropout, rate=self.config.dropout_rate, key=dropout_key)
-        y = _attend(self.heads(x, self.query), keys, values, bias, mask, dropout)
-        return y.reshape(*x.shape[:-1], -1) @ self.out[...].astype(x.dtype)
+    def __call__(self, x, rows, encoded, encoded_rows, bias, mask, seed=None) -> jax.Array:
+        """Returns what x [G, M, D] finds in `encoded` [G, N, D], or in itself, [G, M, D].
+
+        Args:
+          x: what asks.
+          rows: `Rows` of x, or None.
+          encoded: what is looked at: x, or the encoder's output.
+          encoded_rows: its `Rows`, or None.
+          bias: see `attend`.
+          mask: [G, R, 1, T, S] bool.
+          seed: [2] of dropout, or None.
+        """
+        query = to_rows(self.project(x, self.query), rows)
+        key = to_rows(self.project(encoded, self.key), encoded_rows)
+        value = to_rows(self.project(encoded, self.value), encoded_rows)
+        y = attend(query, key, value, bias, mask, self.config.dropout_rate, seed)
+        return self.combine(from_rows(y, rows))
 
 
 class Mlp(nnx.Module):
@@ -186,13 +196,19 @@ class Mlp(nnx.Module):
             self.wi_1 = _normal(rngs, (D, F), D**-0.5)
         self.wo = _normal(rngs, (F, D), F**-0.5)
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, seed: jax.Array | None = None) -> jax.Array:
         """Returns the layer's output for x [..., D], [..., D]."""
-        hidden = ACTIVATIONS[self.config.activation](x @ self.wi_0[...].astype(x.dtype))
-        if self.config.gated:
-            hidden *= x @ self.wi_1[...].astype(x.dtype)
-        hidden = _dropout(hidden, self.config.dropout_rate, dropout_key)
-        return hidden @ self.wo[...].astype(x.dtype)
+        kernels = [self.wi_0, self.wi_1] if self.config.gated else [self.wi_0]
+        inner = [linear(x, kernel[...].astype(x.dtype)) for kernel in kernels]
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # cheaper than reading what it made
+        def activate(inner: list[jax.Array], seed: jax.Array | None) -> jax.Array:
+            hidden = ACTIVATIONS[self.config.activation](inner[0])
+            for gate in inner[1:]:
+                hidden *= gate
+            return dropout(hidden, self.config.dropout_rate, seed)
+
+        return linear(activate(inner, seed), self.wo[...].astype(x.dtype))
 
 
 class Layer(nnx.Module):
@@ -210,22 +226,32 @@ class Layer(nnx.Module):
 
     def norm(self, x: jax.Array, scale: nnx.Param) -> jax.Array:
         """Returns x normalised before one of the sublayers."""
-        return _rms_norm(x, scale[...], self.config.layer_norm_epsilon)
+        return rms_norm(x, scale[...], self.config.layer_norm_epsilon)
 
-    def __call__(self, x, bias, mask, encoded=None, cross_mask=None, dropout_key=None):
-        """Returns x [R, T, D] after the layer, [R, T, D]."""
-        keys = iter(_keys(dropout_key, 6))
+    def __call__(self, x, rows, bias, mask, cross=None, seeds=None) -> jax.Array:
+        """Returns x [G, N, D] after the layer, [G, N, D].
+
+        Args:
+          x: the residual stream.
+          rows: `Rows` of x, or None.
+          bias: [H, S, S] of its positions.
+          mask: [G, R, 1, S, S] bool.
+          cross: in a decoder: the encoder's output, its `Rows` or None, and the mask.
+          seeds: [6, 2] of dropout, or None.
+        """
+        seed = iter([None] * 6 if seeds is None else seeds)
 
         def residual(y: jax.Array) -> jax.Array:
-            return x + _dropout(y, self.config.dropout_rate, next(keys))
+            return x + dropout(y, self.config.dropout_rate, next(seed))
 
         y = self.norm(x, self.attention_norm)
-        x = residual(self.attention(y, *self.attention.keys_values(y), bias, mask, next(keys)))
-        if self.is_decoder:
+        x = residual(self.attention(y, rows, y, rows, bias, mask, next(seed)))
+        if cross is not None:
+            encoded, encoded_rows, cross_mask = cross
             y = self.norm(x, self.cross_norm)
-            attended = self.cross(y, *self.cross.keys_values(encoded), None, cross_mask, next(keys))
-            x = residual(attended)
-        return residual(self.mlp(self.norm(x, self.mlp_norm), next(keys)))
+            y = self.cross(y, rows, encoded, encoded_rows, None, cross_mask, next(seed))
+            x = residual(y)
+        return residual(self.mlp(self.norm(x, self.mlp_norm), next(seed)))
 
 
 class Stack(nnx.Module):
@@ -247,40 +273,40 @@ class Stack(nnx.Module):
         self.norm = nnx.Param(jnp.ones(config.d_model))
 
     def bias(self, query_positions, key_positions) -> jax.Array:
-        """Returns the position bias [1, H, T, S] for positions [T] and [S]."""
+        """Returns the position bias [H, T, S] for positions [T] and [S]."""
         buckets = relative_buckets(
             key_positions[None, :] - query_positions[:, None],
             bidirectional=not self.is_decoder,
             buckets=self.config.relative_buckets,
             max_distance=self.config.relative_max_distance,
         )
-        return self.relative_bias[...][buckets].transpose(2, 0, 1)[None]
+        return self.relative_bias[...][buckets].transpose(2, 0, 1)
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """Returns x [..., D] normalised after the last layer."""
-        return _rms_norm(x, self.norm[...], self.config.layer_norm_epsilon)
+        return rms_norm(x, self.norm[...], self.config.layer_norm_epsilon)
 
     def split_layers(self) -> tuple[nnx.GraphDef, nnx.State]:
         """Returns the definition of one layer and the parameters of all, for a scan."""
         return nnx.split(self.layers)
 
-    def __call__(self, x, mask, encoded=None, cross_mask=None, dropout_key=None) -> jax.Array:
-        """Returns x [R, T, D] after the stack, [R, T, D]."""
+    def __call__(self, x, rows, mask, cross=None, dropout_key=None) -> jax.Array:
+        """Returns x [G, N, D] after the stack, [G, N, D]; see `Layer`."""
         rate = self.config.dropout_rate
         first, scanned, last = _keys(dropout_key, 3)
-        positions = np.arange(x.shape[1])
+        positions = np.arange(mask.shape[-1])
         bias = self.bias(positions, positions)
         definition, params = self.split_layers()
 
-        def layer(x: jax.Array, params_key) -> tuple[jax.Array, None]:
-            params, key = params_key
-            return nnx.merge(definition, params)(x, bias, mask, encoded, cross_mask, key), None
+        def layer(x: jax.Array, params_seeds) -> tuple[jax.Array, None]:
+            params, seeds = params_seeds
+            return nnx.merge(definition, params)(x, rows, bias, mask, cross, seeds), None
 
         layer = _remat(layer, self.config.remat)
         depth = jax.tree.leaves(params)[0].shape[0]
-        keys = None if scanned is None else jax.random.split(scanned, depth)
-        x, _ = jax.lax.scan(layer, _dropout(x, rate, first), (params, keys))
-        return _dropout(self.final_norm(x), rate, last)
+        x = dropout(x, rate, dropout_seeds(first))
+        x, _ = jax.lax.scan(layer, x, (params, dropout_seeds(scanned, depth, 6)))
+        return dropout(self.final_norm(x), rate, dropout_seeds(last))
 
 
 def _remat(layer: Callable, policy: str) -> Callable:
@@ -315,20 +341,27 @@ class T5(nnx.Module):
         return self.embedding[...].astype(self.config.dtype)[tokens]
 
     def encode(
-        self, inputs: jax.Array, segment_ids: jax.Array, dropout_key: jax.Array | None = None
+        self,
+        inputs: jax.Array,
+        segment_ids: jax.Array,
+        row_slots: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the encoded inputs.
 
         Args:
-          inputs: [R, S] ids.
-          segment_ids: [R, S], 0 for padding; a token sees its own segment only.
+          inputs: [G, N] ids.
+          segment_ids: [G, N], 0 for padding; a token sees its own segment only.
+          row_slots: [G, R, S], where attention's rows read; see `Rows`. None: a group is a row.
           dropout_key: None for no dropout.
 
         Returns:
-          [R, S, D].
+          [G, N, D].
         """
-        mask = _same_segment(segment_ids, segment_ids)
-        return self.encoder(self.embed(inputs), mask, dropout_key=dropout_key)
+        rows = None if row_slots is None else Rows.of(row_slots, inputs.shape[1])
+        segments = _in_rows(segment_ids, rows)
+        mask = _same_segment(segments, segments)
+        return self.encoder(self.embed(inputs), rows, mask, dropout_key=dropout_key)
 
     def decode(
         self,
@@ -336,26 +369,34 @@ class T5(nnx.Module):
         inputs: jax.Array,
         segment_ids: jax.Array,
         encoder_segment_ids: jax.Array,
+        row_slots: jax.Array | None = None,
+        cross_slots: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the decoder's last hidden states, teacher-forced.
 
         Args:
-          encoded: [R, S, D].
-          inputs: [R, T] ids, the targets shifted right.
-          segment_ids: [R, T].
-          encoder_segment_ids: [R, S]; a segment reads the encoder's segment of the same number.
+          encoded: [G, N, D].
+          inputs: [G, M] ids, the targets shifted right.
+          segment_ids: [G, M].
+          encoder_segment_ids: [G, N]; a segment reads the encoder's segment of the same number.
+          row_slots: [G, Q, T], where the rows of self-attention read.
+          cross_slots: [G, Q, C], the encoder's slots that each of these rows attends to.
           dropout_key: None for no dropout.
 
         Returns:
-          [R, T, D].
+          [G, M, D].
         """
-        causal = np.tri(inputs.shape[1], dtype=bool)
+        rows = None if row_slots is None else Rows.of(row_slots, inputs.shape[1])
+        encoded_rows = None if cross_slots is None else Rows.of(cross_slots, encoded.shape[1])
+        segments = _in_rows(segment_ids, rows)
+        causal = np.tri(segments.shape[-1], dtype=bool)
+        cross_mask = _same_segment(segments, _in_rows(encoder_segment_ids, encoded_rows))
         return self.decoder(
             self.embed(inputs),
-            _same_segment(segment_ids, segment_ids) & causal,
-            encoded,
-            _same_segment(segment_ids, encoder_segment_ids),
+            rows,
+            _same_segment(segments, segments) & causal,
+            (encoded, encoded_rows, cross_mask),
             dropout_key,
         )
 
@@ -364,7 +405,7 @@ class T5(nnx.Module):
         kernel = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
         if self.config.scaled_logits:
             hidden = hidden * self.config.d_model**-0.5
-        return (hidden @ kernel.astype(hidden.dtype)).astype(jnp.float32)
+        return linear(hidden, kernel.astype(hidden.dtype)).astype(jnp.float32)
 
     def __call__(
         self,
@@ -373,28 +414,42 @@ class T5(nnx.Module):
         encoder_segment_ids: jax.Array | None = None,
         decoder_segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        row_slots: tuple[jax.Array | None, ...] = (None, None, None),
     ) -> jax.Array:
-        """Returns the logits [R, T, V] of every decoder slot.
+        """Returns the logits [G, M, V] of every decoder slot.
 
         Without segment ids a row is one example: its encoder inputs that are not 0, and all of its
-        decoder inputs. See `encode` and `decode` for the arguments.
+        decoder inputs. `row_slots` are the encoder's, the decoder's and the cross-attention's; see
+        `encode` and `decode`.
         """
         if encoder_segment_ids is None:
             encoder_segment_ids = (encoder_inputs != 0).astype(jnp.int32)
         if decoder_segment_ids is None:
             decoder_segment_ids = jnp.ones_like(decoder_inputs)
         encoder_key, decoder_key = _keys(dropout_key, 2)
-        encoded = self.encode(encoder_inputs, encoder_segment_ids, encoder_key)
+        encoder_slots, decoder_slots, cross_slots = row_slots
+        encoded = self.encode(encoder_inputs, encoder_segment_ids, encoder_slots, encoder_key)
         hidden = self.decode(
-            encoded, decoder_inputs, decoder_segment_ids, encoder_segment_ids, decoder_key
+            encoded,
+            decoder_inputs,
+            decoder_segment_ids,
+            encoder_segment_ids,
+            decoder_slots,
+            cross_slots,
+            decoder_key,
         )
         return self.logits(hidden)
 
 
+def _in_rows(segment_ids: jax.Array, rows: Rows | None) -> jax.Array:
+    """Returns segment ids [G, N] in rows, [G, R, S]; 0 where a place reads none."""
+    return to_rows(segment_ids[..., None], rows)[..., 0]
+
+
 def _same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Returns [R, 1, T, S]: whether query and key are of one segment and no padding."""
-    same = queries[:, :, None] == keys[:, None, :]
-    return (same & (keys != 0)[:, None, :])[:, None]
+    """Returns [G, R, 1, T, S]: whether query and key are of one segment and no padding."""
+    same = queries[..., :, None] == keys[..., None, :]
+    return (same & (keys != 0)[..., None, :])[..., None, :, :]
 
 
 @functools.lru_cache(maxsize=8)

@@ -91,6 +91,7 @@ def _token_losses(
         batch["encoder_segment_ids"],
         batch["decoder_segment_ids"],
         key,
+        tuple(batch.get(name) for name in ("encoder_rows", "decoder_rows", "cross_rows")),
     )
     targets = batch["decoder_target_tokens"]
     losses = cross_entropy(

@@ -42,6 +42,9 @@ class Progress:
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Called after each evaluation."""
 
+    def finished(self, data_wait: float) -> None:
+        """Called after the last step, with the share of the steps' time that waited for batches."""
+
     def close(self) -> None:
         """Called at the end, however it came."""
 
@@ -118,9 +121,14 @@ def train(
     Raises:
       UserError: the loss is not a number; what was saved before stays.
     """
-    step, clock, clock_step = int(state.step), time.monotonic(), int(state.step)
+    start = step = int(state.step)
+    clock, clock_step = time.monotonic(), step
+    waited = spent = 0.0  # seconds of all steps but the first, which compiles
     while step < config.train_steps and stop.received is None:
-        state, values = train_step(state, next(batches))
+        began = time.monotonic()
+        batch = next(batches)
+        waiting = time.monotonic() - began
+        state, values = train_step(state, batch)
         step += 1
         last = step == config.train_steps
         if step % config.log_period == 0 or last:
@@ -131,6 +139,8 @@ def train(
             metrics.write_speed(step, {"examples_per_second": rate})
             progress.update(step, numbers | {"examples_per_second": rate})
             clock, clock_step = time.monotonic(), step
+        if step > start + 1:
+            waited, spent = waited + waiting, spent + time.monotonic() - began
         if step % config.eval_period == 0 or last:
             numbers = evaluate(state)
             _check_finite(numbers["valid/loss"], step, checkpoints)
@@ -138,6 +148,8 @@ def train(
             progress.evaluated(step, numbers)
             checkpoints.save(state, numbers[score])
             clock, clock_step = time.monotonic(), step
+    if spent:
+        progress.finished(waited / spent)
     checkpoints.save(state)
     checkpoints.wait()
     return state

@@ -98,5 +98,12 @@ def test_listing_and_inspecting(small_root, capsys, monkeypatch):
     assert "cqa_step_by_step_palm\n" in capsys.readouterr().out
     assert cli.main(["inspect", "cqa_step_by_step_palm", root, "--gin.VOCABULARY=bytes"]) == 0
     out = capsys.readouterr().out
-    for wanted in ("cqa_rationale_palm", "20 ok", "100.00%", "filled: encoder", "explain: q"):
+    for wanted in (
+        "cqa_rationale_palm",
+        "20 ok",
+        "100.00%",
+        "packed batches of 64 examples",
+        "filled, mean",
+        "explain: q",
+    ):
         assert wanted in out, wanted

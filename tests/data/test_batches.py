@@ -2,10 +2,13 @@ import numpy as np
 import pytest
 
 from dss.data.batches import Batches, fill, iterate, paired_order, sampled_order, sequential_order
+from dss.data.packing import PackedShape, RowWidths
 from dss.data.store import TokenStore, open_store, tokenize
 from dss.data.tasks import TextRow, get_mixture
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
+
+ROWS = ("encoder", "decoder", "cross")
 
 
 class Letters:
@@ -26,14 +29,21 @@ def store() -> TokenStore:
 
 def test_a_packed_batch_in_full(store):
     batches = Batches(store, sequential_order(store, 2), num_steps=1)
-    batch = batches[0]
-    assert batch["encoder_input_tokens"].tolist() == [[7, 3, 1, 18, 3, 1, 18, 4, 1] + [0] * 7]
-    assert batch["encoder_segment_ids"].tolist() == [[1] * 3 + [2] * 3 + [3] * 3 + [0] * 7]
-    assert batch["decoder_target_tokens"].tolist() == [[28, 28, 1, 26, 1, 27, 1, 0]]
-    assert batch["decoder_input_tokens"].tolist() == [[0, 28, 28, 0, 26, 0, 27, 0]]
-    assert batch["decoder_segment_ids"].tolist() == [[1, 1, 1, 2, 2, 3, 3, 0]]
-    assert batch["decoder_task_ids"].tolist() == [[2, 2, 2, 1, 1, 1, 1, 0]]
-    assert fill(batch) == (9 / 16, 7 / 8)
+    batches.widths = RowWidths(inputs=6, targets=5, cross=9)
+    batches.shapes = (PackedShape(inputs=11, targets=8, input_rows=2, target_rows=2),)
+    batch = {name: array[0].tolist() for name, array in batches[0].items()}
+    assert batch == {
+        "encoder_input_tokens": [18, 3, 1, 7, 3, 1, 18, 4, 1, 0, 0],
+        "encoder_segment_ids": [1] * 3 + [2] * 3 + [3] * 3 + [0] * 2,
+        "decoder_target_tokens": [26, 1, 28, 28, 1, 27, 1, 0],
+        "decoder_input_tokens": [0, 26, 0, 28, 28, 0, 27, 0],
+        "decoder_segment_ids": [1, 1, 2, 2, 2, 3, 3, 0],
+        "decoder_task_ids": [1, 1, 2, 2, 2, 1, 1, 0],
+        "encoder_rows": [[0, 1, 2, 3, 4, 5], [6, 7, 8, 11, 11, 11]],
+        "decoder_rows": [[0, 1, 2, 3, 4], [5, 6, 8, 8, 8]],
+        "cross_rows": [[0, 1, 2, 3, 4, 5, 11, 11, 11], [6, 7, 8] + [11] * 6],
+    }
+    assert fill(batches[0]) == (9 / 11, 7 / 8)
 
 
 def test_unpacked_rows_hold_one_sequence(store):
@@ -76,17 +86,36 @@ def test_an_epoch_has_every_view_once_and_packing_changes_no_sequence(toy_store)
     assert len(seen) == 80
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_rows_read_every_slot_once_and_cross_rows_its_inputs(toy_store, groups):
+    batches = Batches(toy_store, paired_order(toy_store, 8, seed=1), num_steps=5, groups=groups)
+    for batch in map(batches.__getitem__, range(5)):
+        for g in range(groups):
+            found = {
+                side: (batch[f"{side}_rows"][g], np.append(batch[f"{over}_segment_ids"][g], 0))
+                for side, over in zip(ROWS, ("encoder", "decoder", "encoder"), strict=True)
+            }
+            for side in ("encoder", "decoder"):
+                slots, segments = found[side]
+                read = np.sort(slots[segments[slots] > 0])
+                assert read.tolist() == np.flatnonzero(segments).tolist()
+            decoder, cross = found["decoder"], found["cross"]
+            for own, over in zip(decoder[1][decoder[0]], cross[0], strict=True):
+                wanted = np.flatnonzero(np.isin(cross[1][:-1], own[own > 0]))
+                assert sorted(over[over < len(cross[1]) - 1]) == wanted.tolist()
+
+
 def test_a_batch_is_a_function_of_seed_and_step(toy_store):
     order = paired_order(toy_store, 8, seed=1)
-    batches = Batches(toy_store, order, num_steps=12, row_multiple=4)
+    batches = Batches(toy_store, order, num_steps=12, groups=4)
     resumed = list(iterate(batches, start=9))
     assert len(resumed) == 3
     for name, array in resumed[0].items():
         np.testing.assert_array_equal(array, batches[9][name])
     other = Batches(toy_store, paired_order(toy_store, 8, seed=2), num_steps=12)
     assert _texts(other[0]) != _texts(batches[0])
-    assert len(batches.row_counts) <= 3
-    assert all(rows % 4 == 0 for rows in batches.row_counts)
+    assert {len(array) for array in resumed[0].values()} == {4}
+    assert len(batches.shapes) <= 3
     with pytest.raises(IndexError):
         batches[12]
 

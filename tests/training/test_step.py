@@ -51,7 +51,7 @@ def run(toy):
             paired_order(store, 8, seed=0),
             num_steps=STEPS,
             packed=packed,
-            row_multiple=mesh_config.data * microbatches,
+            groups=mesh_config.data * microbatches,
         )
         state = jax.device_put(init_state(init_params(config, 0), update), shardings)
         losses = []

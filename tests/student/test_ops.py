@@ -1,0 +1,137 @@
+"""Each written gradient is autodiff's, and each gather is what it says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dss.student.ops import (
+    Rows,
+    dropout,
+    dropout_seeds,
+    from_rows,
+    linear,
+    rms_norm,
+    to_rows,
+)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def plain_norm(x, scale):
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def dense(x, kernel):
+    return jnp.einsum("gnd,df->gnf", x, kernel)
+
+
+def heads(y, kernel):
+    return jnp.einsum("gnhk,hkd->gnd", y, kernel)
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "args"),
+    [
+        (lambda x, s: rms_norm(x, s, 1e-6), plain_norm, [(2, 5, 8), (8,)]),
+        (linear, dense, [(2, 5, 8), (8, 3)]),
+        (linear, dense, [(2, 5, 3), (3, 8)]),
+        (lambda x, k: linear(x, k, 2), heads, [(2, 5, 3, 4), (3, 4, 6)]),
+        (lambda x, k: linear(x, k, 2), heads, [(2, 5, 3, 4), (3, 4, 20)]),
+    ],
+    ids=["norm", "narrowing", "widening", "of heads", "of heads, wider"],
+)
+def test_values_and_gradients_are_those_of_the_plain_form(ours, plain, args):
+    arrays = [normal(i, *shape) for i, shape in enumerate(args)]
+    found, back = jax.vjp(ours, *arrays)
+    wanted, plain_back = jax.vjp(plain, *arrays)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    g = normal(9, *wanted.shape)
+    for a, b in zip(back(g), plain_back(g), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_norm_keeps_the_dtype_and_float32_statistics():
+    x = 1e3 * normal(0, 4, 64).astype(jnp.bfloat16)
+    y = rms_norm(x, jnp.ones(64), 1e-6)
+    assert y.dtype == jnp.bfloat16
+    wide = plain_norm(x.astype(jnp.float32), jnp.ones(64))
+    np.testing.assert_allclose(y.astype(jnp.float32), wide, rtol=1e-2)
+    dx, ds = jax.grad(lambda x, s: rms_norm(x, s, 1e-6).sum(), (0, 1))(x, jnp.ones(64))
+    assert (dx.dtype, ds.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(rate):
+    seeds = dropout_seeds(jax.random.key(0), 2)
+    x = jnp.ones((300, 1000))
+    first, second = (dropout(x, rate, seed) for seed in seeds)
+    n = x.size
+    for y in (first, second):
+        assert set(np.unique(y)) == {np.float32(0), np.float32(1 / (1 - rate))}
+        # Within five or six standard deviations of a binomial share.
+        assert abs(float((y == 0).mean()) - rate) < 5 * (rate * (1 - rate) / n) ** 0.5
+        columns = np.asarray((y == 0).mean(axis=0))
+        assert np.abs(columns - rate).max() < 6 * (rate * (1 - rate) / 300) ** 0.5
+        rows = np.asarray((y == 0).mean(axis=1))
+        assert np.abs(rows - rate).max() < 6 * (rate * (1 - rate) / 1000) ** 0.5
+    both = float(((first == 0) & (second == 0)).mean())
+    assert abs(both - rate**2) < 5 * rate / n**0.5
+    neighbours = float(((first[:, 1:] == 0) & (first[:, :-1] == 0)).mean())
+    assert abs(neighbours - rate**2) < 5 * rate / n**0.5
+
+
+def test_dropout_is_a_function_of_its_seed_and_its_gradient_has_the_same_mask():
+    seed = dropout_seeds(jax.random.key(0))
+    x = normal(0, 6, 7) + 10
+    y, back = jax.vjp(lambda x: dropout(x, 0.4, seed), x)
+    np.testing.assert_array_equal(y, dropout(x, 0.4, seed))
+    (dx,) = back(jnp.ones_like(x))
+    np.testing.assert_allclose(dx * x, y, rtol=1e-6)
+    assert dropout(x, 0.4, None) is x
+    assert dropout(x, 0.0, seed) is x
+
+
+def test_rows_read_slots_and_give_them_back():
+    slots = jnp.array([[[0, 1, 5], [3, 4, 5]], [[2, 3, 4], [0, 5, 5]]])  # 5 reads nothing
+    rows = Rows.of(slots, 5)
+    x = normal(0, 2, 5, 3, 4)
+    y = to_rows(x, rows)
+    assert y.shape == (2, 2, 3, 3, 4)
+    for g, r, s in np.ndindex(2, 2, 3):
+        slot = int(slots[g, r, s])
+        wanted = np.zeros((3, 4)) if slot == 5 else x[g, slot]
+        np.testing.assert_array_equal(y[g, r, :, s], wanted)
+    back = np.array(x)
+    back[0, 2] = back[1, 1] = 0  # which no row reads
+    np.testing.assert_array_equal(from_rows(y, rows), back)
+
+
+def test_the_gathers_gradients_are_autodiffs():
+    slots = jnp.array([[[0, 1, 5], [3, 4, 5]]])
+    rows = Rows.of(slots, 5)
+    x, y = normal(0, 1, 5, 2, 4), normal(1, 1, 2, 2, 3, 4)
+
+    def gather(x):
+        padded = jnp.pad(x[0], ((0, 1), (0, 0), (0, 0)))
+        return jnp.moveaxis(padded[slots[0]], 2, 1)[None]
+
+    def scatter(y):
+        flat = jnp.moveaxis(y[0], 2, 1).reshape(6, 2, 4)
+        return jnp.zeros((6, 2, 4)).at[slots.reshape(-1)].set(flat)[None, :5]
+
+    for ours, plain, value in ((to_rows, gather, x), (from_rows, scatter, y)):
+        found, back = jax.vjp(lambda v, f=ours: f(v, rows), value)
+        wanted, plain_back = jax.vjp(plain, value)
+        np.testing.assert_array_equal(found, wanted)
+        g = normal(3, *wanted.shape)
+        np.testing.assert_allclose(back(g)[0], plain_back(g)[0], rtol=1e-6)
+
+
+def test_without_rows_a_group_is_a_row():
+    x = normal(0, 3, 5, 2, 4)
+    y = to_rows(x, None)
+    assert y.shape == (3, 1, 2, 5, 4)
+    np.testing.assert_array_equal(from_rows(y, None), x)
