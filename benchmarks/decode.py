@@ -3,6 +3,7 @@
     python benchmarks/decode.py --student small [--batch 1 32 64] [--beams 1 4] [--length 32]
         [--repeats 5] [--threads N] [--sides dss transformers ctranslate2] [--json FILE]
 
+A batch's inputs are near in length, as dss and CTranslate2 make batches of what they are given.
 The weights are random float32, written once as a Hugging Face folder that all sides read. Two
 modes: forced, every output has exactly --length tokens (EOS is never likely); natural, an output
 ends at EOS, whose column of the head is scaled so that lengths vary, or at --length. The two
@@ -50,6 +51,7 @@ SIDES = {  # what each needs installed
 }
 MODES = {"forced": 0.0, "natural": 2.5}  # how EOS's column of the head is scaled
 LABELS = {"CQA": (5, 4), "NLI": (3, 2)}  # labels to choose among, tokens of each
+POOL = 16  # batches of inputs, sorted by length, of which the middle one is decoded
 PAUSE = 0.05  # seconds between turns: threads that have just worked spin for a while
 
 
@@ -76,8 +78,10 @@ class DssSide:
         import jax
 
         from dss.interop.huggingface import load_params, read_config
+        from dss.memory import keep_freed_memory
         from dss.student import decoding
 
+        keep_freed_memory()  # as the command line does
         self.config, self.decoding = read_config(folder), decoding
         self.params = jax.device_put(load_params(folder, self.config))
         self.put, self.device = jax.device_put, jax.devices()[0].platform
@@ -259,7 +263,8 @@ def serve(side: str, inputs: list[list[int]], cores: list[int], pipe: Connection
             folder, taken = told[0], None  # give up the old weights first
             taken = kinds[side](folder, len(cores))
         job = told[1]
-        prepared = taken.prepare(inputs[: job.batch], job)
+        first = (len(inputs) - job.batch) // 2
+        prepared = taken.prepare(inputs[first : first + job.batch], job)
         began = time.perf_counter()
         tokens = taken.decode(job, *prepared)
         pipe.send((time.perf_counter() - began, [until_end(row) for row in tokens]))
@@ -398,10 +403,11 @@ def check(args: argparse.Namespace) -> T5Config:
 
 
 def random_inputs(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
-    """Returns inputs without a meaning, in lengths spread like CQA's."""
+    """Returns inputs without a meaning, in lengths spread like CQA's, shortest first."""
     draw, mean = np.random.default_rng(0), args.inputs
-    lengths = np.clip(draw.normal(mean, mean / 5, max(args.batch)), mean / 2, 2 * mean).astype(int)
-    return [[*draw.integers(3, vocab_size, n - 1).tolist(), EOS] for n in lengths]
+    count = POOL * max(args.batch)
+    lengths = np.clip(draw.normal(mean, mean / 5, count), mean / 2, 2 * mean).astype(int)
+    return [[*draw.integers(3, vocab_size, n - 1).tolist(), EOS] for n in np.sort(lengths)]
 
 
 def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:

@@ -8,7 +8,9 @@ Sides: dss packed and unpacked, and the step of the reference (transformers' T5,
 its longest sequence, AdamW) in float32 and under bfloat16 autocast. Every side is a process of its
 own that keeps its model; they take their steps one after another, on the same examples, and the
 medians are of the steps after the first two. Useful operations are those of the tokens that are
-there, forward and backward; the peak is a float32 matrix product's on the same machine.
+there, forward and backward; the peak is that of a matrix product in --dtype on the same device. On
+an accelerator, --sides "dss packed" --dtype bfloat16 (PyTorch's sides stay on the CPU); memory is
+then the device's.
 """
 
 import argparse
@@ -41,7 +43,7 @@ SIDES = ("dss packed", "dss unpacked", "PyTorch f32", "PyTorch bf16")
 REFERENCE = "PyTorch f32"
 RANDOM_EXAMPLES = 4096
 IGNORED = -100  # the target that PyTorch's loss leaves out
-MATRIX = 2048  # side of the product that measures the peak
+MATRIX, ACCELERATOR_MATRIX = 2048, 8192  # side of the product that measures the peak
 
 
 def random_store(vocab_size: int) -> TokenStore:
@@ -80,6 +82,10 @@ def useful_operations(config: T5Config, inputs: np.ndarray, targets: np.ndarray)
     logits = 2 * target * config.d_model * config.vocab_size
     layers = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
     return float(3 * (layers + logits).sum())
+
+
+def process_peak_gb() -> float:
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)
 
 
 class DssSide:
@@ -121,11 +127,16 @@ class DssSide:
         self.jax.block_until_ready((self.state, metrics))
         return time.perf_counter() - began
 
+    def peak_gb(self) -> float:
+        stats = self.jax.devices()[0].memory_stats()  # a CPU has none
+        return round(stats["peak_bytes_in_use"] / 1e9, 2) if stats else process_peak_gb()
+
     def facts(self) -> dict:
         fills = [fill(self.batches[number]) for number in range(len(self.batches))]
         encoder, decoder = np.mean(fills, axis=0)
         return {
             "compile_seconds": round(self.compile_seconds, 1),
+            "peak_gb": self.peak_gb(),
             "fill": [round(float(encoder), 3), round(float(decoder), 3)],
             "shapes": [dataclasses.asdict(shape) for shape in self.batches.shapes],
         }
@@ -198,6 +209,7 @@ class PyTorchSide:
         encoder, decoder = np.mean(self.fills, axis=0)
         return {
             "compile_seconds": 0.0,
+            "peak_gb": process_peak_gb(),
             "fill": [round(float(encoder), 3), round(float(decoder), 3)],
             "shapes": [],
         }
@@ -205,6 +217,7 @@ class PyTorchSide:
 
 def serve(side: str, args: argparse.Namespace, pipe: Connection) -> None:
     """Takes steps as it is told; runs in a process of its own."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several share a device
     config = student(args)
     store = open_data(args, config.vocab_size)
     if side.startswith("dss"):
@@ -214,23 +227,23 @@ def serve(side: str, args: argparse.Namespace, pipe: Connection) -> None:
     pipe.send("ready")
     while (number := pipe.recv()) is not None:
         pipe.send(taken.step(number))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    pipe.send(taken.facts() | {"peak_gb": round(peak, 2)})
+    pipe.send(taken.facts())
 
 
 def student(args: argparse.Namespace) -> T5Config:
-    flags = [f"Experiment.dropout_rate={DROPOUT}"]
+    flags = [f"Experiment.dropout_rate={DROPOUT}", f"Experiment.dtype={args.dtype!r}"]
     experiment = parse_gin([f"students/{args.student}.gin"], flags)
     assert experiment.student is not None
     return experiment.settle(experiment.student)
 
 
-def measure_peak() -> float:
-    """Returns the operations a second of a float32 matrix product, the best of five."""
+def measure_peak(dtype: str) -> float:
+    """Returns the operations a second of a matrix product, the best of five."""
     import jax
     import jax.numpy as jnp
 
-    a = jnp.ones((MATRIX, MATRIX))
+    side = MATRIX if jax.default_backend() == "cpu" else ACCELERATOR_MATRIX
+    a = jnp.ones((side, side), dtype)
     product = jax.jit(jnp.matmul)
     product(a, a).block_until_ready()
     times = []
@@ -238,7 +251,7 @@ def measure_peak() -> float:
         began = time.perf_counter()
         product(a, a).block_until_ready()
         times.append(time.perf_counter() - began)
-    return 2 * MATRIX**3 / min(times)
+    return 2 * side**3 / min(times)
 
 
 def main() -> int:
@@ -250,6 +263,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5, help="that count")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--vocab", type=Path)
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of dss"
+    )
     parser.add_argument("--random", action="store_true", help="random tokens, no data")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--json", type=Path, help="write the figures there too")
@@ -294,7 +310,7 @@ def main() -> int:
         } | pipe.recv()
     for process in processes:
         process.join()
-    peak = measure_peak()
+    peak = measure_peak(args.dtype)
     for row in result["sides"].values():
         row["share_of_peak"] = round(row.pop("operations_per_second") / peak, 3)
     speed = {side: row["examples_per_second"] for side, row in result["sides"].items()}
@@ -305,6 +321,7 @@ def main() -> int:
         "dataset": "random" if args.random else args.dataset,
         "batch": args.batch,
         "steps": args.steps,
+        "dtype": args.dtype,
         "peak_gflops": round(peak / 1e9, 1),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
     }

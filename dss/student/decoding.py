@@ -12,16 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dss.student.config import T5Config
-from dss.student.network import T5, attend, bind
+from dss.student.network import T5, Attention, Layer, attend, bind
 
-__all__ = ["Beams", "Cache", "generate", "score_candidates"]
+__all__ = ["Beams", "Cache", "Source", "generate", "score_candidates"]
 
 START, EOS = 0, 1
 NEVER = -1e9  # the score of a hypothesis that must not win
+CHUNK = 128  # ids whose best one is looked at first; T5 vocabularies are multiples of it
 
 
 class Cache(NamedTuple):
-    """Keys and values of the decoder's layers, [L, B, H, positions, K] each."""
+    """Keys and values of one decoder layer, [B, H, positions, K] each."""
 
     keys: jax.Array
     values: jax.Array
@@ -32,65 +33,88 @@ def _input_segments(inputs: jax.Array) -> jax.Array:
     return jnp.cumsum(inputs[:, ::-1] != 0, axis=1)[:, ::-1].clip(max=1)
 
 
-def _cross_cache(model: T5, encoded: jax.Array) -> Cache:
+def _layers(model: T5) -> list[Layer]:
+    """Returns the decoder's layers one by one: a loop over tokens then finds each in its place,
+    where a scan would copy its parameters and its cache for every token.
+    """
     definition, params = model.decoder.split_layers()
-
-    def layer(_, params: nnx.State) -> tuple[None, Cache]:
-        cross = nnx.merge(definition, params).cross
-        sides = (cross.project(encoded, kernel) for kernel in (cross.key, cross.value))
-        return None, Cache(*(side.swapaxes(1, 2) for side in sides))
-
-    return jax.lax.scan(layer, None, params)[1]
+    depth = model.config.num_decoder_layers
+    return [nnx.merge(definition, jax.tree.map(lambda x, i=i: x[i], params)) for i in range(depth)]
 
 
-def _empty_cache(config: T5Config, rows: int, length: int) -> Cache:
-    shape = (config.num_decoder_layers, rows, config.num_heads, length, config.d_kv)
+def _heads(attention: Attention, x: jax.Array, kernel: nnx.Param) -> jax.Array:
+    """Returns x [B, S, D] through a kernel, [B, H, S, K]."""
+    return attention.project(x, kernel).swapaxes(1, 2)
+
+
+def _cross_cache(layer: Layer, encoded: jax.Array) -> Cache:
+    cross = layer.cross
+    return Cache(_heads(cross, encoded, cross.key), _heads(cross, encoded, cross.value))
+
+
+def _empty_cache(config: T5Config, batch: int, positions: int) -> Cache:
+    shape = (batch, config.num_heads, positions, config.d_kv)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 
+class Source(NamedTuple):
+    """What decoding reads at every step."""
+
+    layers: list[Layer]
+    crossed: list[Cache]  # of the encoder's output, a layer each
+    mask: jax.Array  # [B, 1, 1, S], the inputs that are no padding
+
+
 def _step(
-    model: T5, tokens: jax.Array, t: jax.Array, cache: Cache, cross: Cache, mask: jax.Array
-) -> tuple[jax.Array, Cache]:
-    """Decodes one position.
+    model: T5,
+    source: Source,
+    tokens: jax.Array,
+    t: jax.Array,
+    caches: list[Cache],
+    ancestors: jax.Array,
+) -> tuple[jax.Array, list[Cache]]:
+    """Decodes one position of N hypotheses a row.
+
+    The hypotheses of a row are the queries of one attention, over the same inputs and over the
+    positions of all of them; which of these are a hypothesis's own past, `ancestors` says. So a
+    search never moves what is cached.
 
     Args:
       model: the student.
-      tokens: [B], the ids at position t.
+      source: its layers and the inputs.
+      tokens: [B, N], the ids at position t.
       t: the position, [].
-      cache: of the positions before t.
-      cross: of the encoder's output.
-      mask: [B, 1, 1, S] bool, the inputs that are no padding.
+      caches: a layer each, of the positions before t: P * N, N neighbours for a position.
+      ancestors: [B, N, P], the hypothesis that wrote each position of a hypothesis's past.
 
     Returns:
-      Logits [B, V] of the next token and the cache with position t.
+      Logits [B, N, V] of the next token and the caches with position t.
     """
-    decoder, length = model.decoder, cache.keys.shape[3]
-    positions = jnp.arange(length)
-    bias = decoder.bias(t[None], positions)
-    past = (positions <= t)[None, None]
-    definition, params = decoder.split_layers()
+    decoder, (B, N, P) = model.decoder, ancestors.shape
+    positions = jnp.arange(P)
+    bias = jnp.repeat(decoder.bias(t[None], positions), N, axis=-1)
+    own = ancestors[..., None] == jnp.arange(N)  # [B, N, P, N]
+    past = (own & (positions <= t)[:, None]).reshape(B, 1, N, P * N)
 
-    def layer(x: jax.Array, inputs) -> tuple[jax.Array, Cache]:
-        params, cached, crossed = inputs
-        block = nnx.merge(definition, params)
-        own, over = block.attention, block.cross
-        y = block.norm(x, block.attention_norm)
-        new = [own.project(y, kernel).swapaxes(1, 2) for kernel in (own.key, own.value)]
-        cached = Cache(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(c, n, t, 2)
-                for c, n in zip(cached, new, strict=True)
-            )
-        )
-        query = own.project(y, own.query).swapaxes(1, 2)
-        x += own.combine(attend(query, cached.keys, cached.values, bias, past).swapaxes(1, 2))
-        query = over.project(block.norm(x, block.cross_norm), over.query).swapaxes(1, 2)
-        x += over.combine(attend(query, crossed.keys, crossed.values, None, mask).swapaxes(1, 2))
-        x += block.mlp(block.norm(x, block.mlp_norm))
-        return x, cached
+    def cached(layer: Layer, y: jax.Array, cache: Cache) -> Cache:
+        kernels = (layer.attention.key, layer.attention.value)
+        new = (_heads(layer.attention, y, kernel) for kernel in kernels)
+        update = jax.lax.dynamic_update_slice_in_dim
+        return Cache(*(update(c, n, t * N, 2) for c, n in zip(cache, new, strict=True)))
 
-    x, cache = jax.lax.scan(layer, model.embed(tokens)[:, None], (params, cache, cross))
-    return model.logits(decoder.final_norm(x))[:, 0], cache
+    def look(attention: Attention, y: jax.Array, cache: Cache, bias, mask) -> jax.Array:
+        query = _heads(attention, y, attention.query)
+        found = attend(query, cache.keys, cache.values, bias, mask)
+        return attention.combine(found.swapaxes(1, 2))
+
+    x, out = model.embed(tokens), []
+    for layer, cache, crossed in zip(source.layers, caches, source.crossed, strict=True):
+        y = layer.norm(x, layer.attention_norm)
+        out.append(cached(layer, y, cache))
+        x += look(layer.attention, y, out[-1], bias, past)
+        x += look(layer.cross, layer.norm(x, layer.cross_norm), crossed, None, source.mask)
+        x += layer.mlp(layer.norm(x, layer.mlp_norm))
+    return model.logits(decoder.final_norm(x)), out
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_length", "num_beams", "stop"))
@@ -122,42 +146,49 @@ def generate(
     """
     model = bind(config, params)
     segments = _input_segments(inputs)
-    encoded = model.encode(inputs, segments)
-    mask = (segments > 0)[:, None, None]
-    cross = _cross_cache(model, encoded)
+    encoded, layers = model.encode(inputs, segments), _layers(model)
+    crossed = [_cross_cache(layer, encoded) for layer in layers]
+    source = Source(layers, crossed, (segments > 0)[:, None, None])
     if num_beams == 1:
-        return _greedy(model, cross, mask, max_length, stop)
-    repeat = functools.partial(jnp.repeat, repeats=num_beams)
-    cross = Cache(repeat(cross.keys, axis=1), repeat(cross.values, axis=1))
-    return _beam_search(model, cross, repeat(mask, axis=0), max_length, num_beams, stop)
+        return _greedy(model, source, max_length, stop)
+    return _beam_search(model, source, max_length, num_beams, stop)
 
 
-def _greedy(
-    model: T5, cross: Cache, mask: jax.Array, max_length: int, stop: bool
-) -> tuple[jax.Array, jax.Array]:
-    rows = mask.shape[0]
+def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the greatest of x [..., V] and where it is first: two reductions that a CPU does in
+    vectors, which it cannot do with `argmax`.
+    """
+    best = x.max(axis=-1)
+    places = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
+    return best, jnp.where(x == best[..., None], places, x.shape[-1] - 1).min(axis=-1)
+
+
+def _greedy(model: T5, source: Source, max_length: int, stop: bool) -> tuple[jax.Array, jax.Array]:
+    B = source.mask.shape[0]
+    ancestors = jnp.zeros((B, 1, max_length), jnp.int32)
 
     def running(state) -> jax.Array:
         t, _, _, ended, _, _ = state
         return (t < max_length) & ~(stop & ended.all())
 
     def step(state):
-        t, tokens, last, ended, scores, cache = state
-        logits, cache = _step(model, last, t, cache, cross, mask)
-        best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        chosen = jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+        t, tokens, last, ended, scores, caches = state
+        logits, caches = _step(model, source, last[:, None], t, caches, ancestors)
+        logits = logits[:, 0]
+        chosen, best = _argmax(logits)
+        chosen -= jax.nn.logsumexp(logits, axis=-1)
         best, chosen = jnp.where(ended, 0, best), jnp.where(ended, 0.0, chosen)
         tokens = tokens.at[:, t].set(best)
         ended |= stop & (best == EOS)
-        return t + 1, tokens, best, ended, scores + chosen, cache
+        return t + 1, tokens, best, ended, scores + chosen, caches
 
     state = (
         jnp.zeros((), jnp.int32),
-        jnp.zeros((rows, max_length), jnp.int32),
-        jnp.full(rows, START, jnp.int32),
-        jnp.zeros(rows, bool),
-        jnp.zeros(rows, jnp.float32),
-        _empty_cache(model.config, rows, max_length),
+        jnp.zeros((B, max_length), jnp.int32),
+        jnp.full(B, START, jnp.int32),
+        jnp.zeros(B, bool),
+        jnp.zeros(B, jnp.float32),
+        [_empty_cache(model.config, B, max_length) for _ in source.layers],
     )
     _, tokens, _, _, scores, _ = jax.lax.while_loop(running, step, state)
     return tokens, scores
@@ -169,7 +200,8 @@ class Beams(NamedTuple):
     t: jax.Array  # [], tokens decoded
     tokens: jax.Array  # [B, N, T], running hypotheses
     scores: jax.Array  # [B, N], their summed log-probability
-    cache: Cache  # of the running hypotheses, [L, B * N, H, T, K]
+    ancestors: jax.Array  # [B, N, T], see `_step`
+    caches: list[Cache]
     done_tokens: jax.Array  # [B, N, T], finished hypotheses
     done_scores: jax.Array  # [B, N], their mean log-probability a token; NEVER where there is none
     open: jax.Array  # [B], whether a running hypothesis may still beat a finished one
@@ -181,28 +213,52 @@ def _take(array: jax.Array, beams: jax.Array) -> jax.Array:
     return jnp.take_along_axis(array, index, axis=1)
 
 
+def _best_continuations(
+    logits: jax.Array, scores: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the continuations with the greatest log-probability.
+
+    The best ones are among the chunks of the vocabulary with the greatest maxima, so that only
+    those are searched.
+
+    Args:
+      logits: [B, N, V].
+      scores: [B, N] of the hypotheses so far.
+      count: M, how many are wanted.
+
+    Returns:
+      Scores, hypotheses and ids, [B, M] each, best first.
+    """
+    B, _, V = logits.shape
+    chunk = CHUNK if V % CHUNK == 0 else 1
+    base = scores - jax.nn.logsumexp(logits, axis=-1)
+    chunks = logits.reshape(B, -1, chunk)
+    bases = jnp.repeat(base, V // chunk, axis=1)  # of each chunk
+    which = jnp.sort(jax.lax.top_k(chunks.max(axis=-1) + bases, count)[1], axis=-1)
+    near = _take(chunks, which) + _take(bases, which)[..., None]
+    best, index = jax.lax.top_k(near.reshape(B, -1), count)
+    flat = _take(which, index // chunk) * chunk + index % chunk
+    return best, flat // V, (flat % V).astype(jnp.int32)
+
+
 def _beam_search(
-    model: T5, cross: Cache, mask: jax.Array, max_length: int, num_beams: int, stop: bool
+    model: T5, source: Source, max_length: int, num_beams: int, stop: bool
 ) -> tuple[jax.Array, jax.Array]:
-    N, B = num_beams, mask.shape[0] // num_beams
+    N, B = num_beams, source.mask.shape[0]
 
     def running(s: Beams) -> jax.Array:
         return (s.t < max_length) & s.open.any()
 
     def step(s: Beams) -> Beams:
         last = jnp.where(s.t > 0, s.tokens[:, :, jnp.maximum(s.t - 1, 0)], START)
-        logits, cache = _step(model, last.reshape(-1), s.t, s.cache, cross, mask)
-        log_probs = jax.nn.log_softmax(logits).reshape(B, N, -1) + s.scores[:, :, None]
-        V = log_probs.shape[-1]
+        ancestors = s.ancestors.at[:, :, s.t].set(jnp.arange(N))
+        logits, caches = _step(model, source, last, s.t, s.caches, ancestors)
         # 2 N continuations hold at least N that do not end here.
-        scores, index = jax.lax.top_k(log_probs.reshape(B, -1), 2 * N)
-        parents, ids = index // V, (index % V).astype(jnp.int32)
+        scores, parents, ids = _best_continuations(logits, s.scores, 2 * N)
         tokens = _take(s.tokens, parents).at[:, :, s.t].set(ids)
         ends = (stop & (ids == EOS)) | (s.t == max_length - 1)
 
         kept_scores, kept = jax.lax.top_k(jnp.where(ends, scores + NEVER, scores), N)
-        flat = (jnp.arange(B)[:, None] * N + _take(parents, kept)).reshape(-1)
-        cache = Cache(*(c[:, flat] for c in cache))
 
         # Only an end among the N best counts; the others stand by to continue.
         counts = ends & (jnp.arange(2 * N) < N) & s.open[:, None]
@@ -213,7 +269,14 @@ def _beam_search(
         worst = done_scores.min(axis=1)
         still = s.open & (kept_scores[:, 0] / (s.t + 1) > worst)
         return Beams(
-            s.t + 1, _take(tokens, kept), kept_scores, cache, done_tokens, done_scores, still
+            t=s.t + 1,
+            tokens=_take(tokens, kept),
+            scores=kept_scores,
+            ancestors=_take(ancestors, _take(parents, kept)),
+            caches=caches,
+            done_tokens=done_tokens,
+            done_scores=done_scores,
+            open=still,
         )
 
     zeros = jnp.zeros((B, N, max_length), jnp.int32)
@@ -222,13 +285,14 @@ def _beam_search(
         running,
         step,
         Beams(
-            jnp.zeros((), jnp.int32),
-            zeros,
-            jnp.broadcast_to(first, (B, N)),
-            _empty_cache(model.config, B * N, max_length),
-            zeros,
-            jnp.full((B, N), NEVER),
-            jnp.ones(B, bool),
+            t=jnp.zeros((), jnp.int32),
+            tokens=zeros,
+            scores=jnp.broadcast_to(first, (B, N)),
+            ancestors=zeros,
+            caches=[_empty_cache(model.config, B, N * max_length) for _ in source.layers],
+            done_tokens=zeros,
+            done_scores=jnp.full((B, N), NEVER),
+            open=jnp.ones(B, bool),
         ),
     )
     return end.done_tokens[:, 0], end.done_scores[:, 0]
@@ -252,11 +316,15 @@ def score_candidates(
     B, C, T = candidates.shape
     model = bind(config, params)
     segments = _input_segments(inputs)
-    encoded = jnp.repeat(model.encode(inputs, segments), C, axis=0)
-    targets = candidates.reshape(B * C, T)
-    shifted = jnp.pad(targets, ((0, 0), (1, 0)))[:, :-1]
-    hidden = model.decode(encoded, shifted, jnp.ones_like(targets), jnp.repeat(segments, C, axis=0))
-    log_probs = jax.nn.log_softmax(model.logits(hidden))
-    chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
-    scores = jnp.sum(jnp.where(targets != 0, chosen, 0), axis=-1)
-    return jnp.where((targets != 0).any(axis=-1), scores, -jnp.inf).reshape(B, C)
+    encoded = model.encode(inputs, segments)
+    # All candidates of an input are one row of the decoder, that sees the input's one segment.
+    targets = candidates.reshape(B, C * T)
+    shifted = jnp.pad(candidates, ((0, 0), (0, 0), (1, 0)))[:, :, :-1].reshape(B, C * T)
+    own = jnp.broadcast_to(jnp.repeat(jnp.arange(1, C + 1), T), targets.shape)
+    hidden = model.decode(encoded, shifted, own, segments, reads=jnp.ones_like(targets))
+    logits = model.logits(hidden)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    chosen -= jax.nn.logsumexp(logits, axis=-1)
+    real = (candidates != 0).any(axis=-1)
+    scores = jnp.where(targets != 0, chosen, 0).reshape(B, C, T).sum(axis=-1)
+    return jnp.where(real, scores, -jnp.inf)

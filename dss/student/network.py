@@ -372,6 +372,7 @@ class T5(nnx.Module):
         row_slots: jax.Array | None = None,
         cross_slots: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        reads: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the decoder's last hidden states, teacher-forced.
 
@@ -379,10 +380,12 @@ class T5(nnx.Module):
           encoded: [G, N, D].
           inputs: [G, M] ids, the targets shifted right.
           segment_ids: [G, M].
-          encoder_segment_ids: [G, N]; a segment reads the encoder's segment of the same number.
+          encoder_segment_ids: [G, N].
           row_slots: [G, Q, T], where the rows of self-attention read.
           cross_slots: [G, Q, C], the encoder's slots that each of these rows attends to.
           dropout_key: None for no dropout.
+          reads: [G, M], the encoder's segment that each token attends to; None: the one of its
+            own segment's number.
 
         Returns:
           [G, M, D].
@@ -391,7 +394,8 @@ class T5(nnx.Module):
         encoded_rows = None if cross_slots is None else Rows.of(cross_slots, encoded.shape[1])
         segments = _in_rows(segment_ids, rows)
         causal = np.tri(segments.shape[-1], dtype=bool)
-        cross_mask = _same_segment(segments, _in_rows(encoder_segment_ids, encoded_rows))
+        reading = segments if reads is None else _in_rows(reads, rows)
+        cross_mask = _same_segment(reading, _in_rows(encoder_segment_ids, encoded_rows))
         return self.decoder(
             self.embed(inputs),
             rows,
