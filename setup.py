@@ -67,6 +67,7 @@ setup(
             *BEAM,
             "transformers[serving]>=5.23",
             "torch==2.13.0",
+            "ctranslate2>=4.8",
         ],
     },
 )

@@ -28,7 +28,7 @@ class DataConfig:
     fraction: float = 1.0  # of the training examples, (0, 1]
     keep_unparsed: bool = False  # train on blanks where a teacher's text has no target
     batches: Literal["paired", "sampled"] = "paired"  # each example in all views; or by rate
-    packed: bool = True  # several sequences a row
+    packed: bool = True  # sequences one after another; or a row each, padded
 
     def __post_init__(self):
         check_types(self)

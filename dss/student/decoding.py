@@ -14,7 +14,7 @@ from flax import nnx
 from dss.student.config import T5Config
 from dss.student.network import T5, Attention, Layer, attend, bind
 
-__all__ = ["Beams", "Cache", "Source", "generate", "score_candidates"]
+__all__ = ["Beams", "Cache", "Source", "best_continuations", "generate", "score_candidates"]
 
 START, EOS = 0, 1
 NEVER = -1e9  # the score of a hypothesis that must not win
@@ -213,7 +213,7 @@ def _take(array: jax.Array, beams: jax.Array) -> jax.Array:
     return jnp.take_along_axis(array, index, axis=1)
 
 
-def _best_continuations(
+def best_continuations(
     logits: jax.Array, scores: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the continuations with the greatest log-probability.
@@ -254,7 +254,7 @@ def _beam_search(
         ancestors = s.ancestors.at[:, :, s.t].set(jnp.arange(N))
         logits, caches = _step(model, source, last, s.t, s.caches, ancestors)
         # 2 N continuations hold at least N that do not end here.
-        scores, parents, ids = _best_continuations(logits, s.scores, 2 * N)
+        scores, parents, ids = best_continuations(logits, s.scores, 2 * N)
         tokens = _take(s.tokens, parents).at[:, :, s.t].set(ids)
         ends = (stop & (ids == EOS)) | (s.t == max_length - 1)
 

@@ -79,10 +79,12 @@ def test_progress_lines_say_loss_accuracy_rate_and_time_left(capsys):
     values = {"train/loss": 1.5, "examples_per_second": 20.0}
     progress.evaluated(50, {"valid/loss": 2.0, "valid/label_loss": 1.0, "valid/accuracy": 0.25})
     progress.update(60, values)
+    progress.finished(data_wait=0.0123)
     out = capsys.readouterr().out
     assert "step 50/100  valid accuracy 25.0%  valid loss 2.0000  label_loss 1.0000" in out
     line = "step 60/100  loss 1.5000  valid accuracy 25.0%  20.0 examples/s  20 s left"
     assert line in out
+    assert "steps waited for batches 1.2% of their time" in out
 
 
 def test_a_path_that_cannot_be_used_is_one_line(monkeypatch, capsys, tmp_path):

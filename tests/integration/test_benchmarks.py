@@ -117,3 +117,28 @@ def test_the_training_step_is_timed_against_pytorchs(tmp_path):
     assert min(sides["dss packed"]["fill"]) > max(sides["dss unpacked"]["fill"])
     speeds = [sides[side]["examples_per_second"] for side in ("dss packed", "PyTorch f32")]
     assert figures["ratio_vs_pytorch_f32"] == pytest.approx(speeds[0] / speeds[1], abs=0.01)
+
+
+@pytest.mark.parametrize(("batch", "groups"), [(64, 1), (36, 1), (64, 4)])
+def test_packing_fills_both_sides_of_all_four_datasets(
+    data_root, vocab_path, tmp_path, batch, groups
+):
+    done = run(
+        *("packing.py", "--data-root", data_root, "--vocab", vocab_path, "--steps=40"),
+        *(f"--batch={batch}", f"--groups={groups}", "--json", tmp_path / "figures.json"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "figures.json").read_text())["datasets"]
+    assert list(found) == ["cqa", "svamp", "esnli", "anli1"]
+    for row in found.values():
+        assert row["exact"]
+        assert min(row["fill"]) >= 0.9
+        assert len(row["shapes"]) <= 3
+
+
+def test_what_a_user_waits_for_is_timed(tmp_path):
+    done = run("start_up.py", "--repeats=1", "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["first_step_seconds"] > figures["help_seconds"] > 0
+    assert set(figures["compile_seconds"]) == {"small", "xxl"}

@@ -8,7 +8,7 @@ import pytest
 
 from dss.interop import huggingface
 from dss.student.config import T5Config
-from dss.student.decoding import generate, score_candidates
+from dss.student.decoding import best_continuations, generate, score_candidates
 from dss.student.network import bind, init_params, logical_axes, num_parameters
 from tests.conftest import tiny_config
 
@@ -209,6 +209,21 @@ def test_after_the_end_there_is_padding(tiny):
     ended = np.asarray(tokens)
     rows = ended[(ended == 1).any(axis=1)]
     assert all((row[row.tolist().index(1) + 1 :] == 0).all() for row in rows)
+
+
+@pytest.mark.parametrize("vocabulary", [512, 100])  # in chunks, and not a multiple of one
+def test_the_best_continuations_are_those_of_a_full_search(vocabulary):
+    draw = np.random.default_rng(0)
+    # Few different values: many ties, which go to the lower id as in `top_k`.
+    logits = draw.integers(0, 6, (3, 4, vocabulary)).astype(np.float32)
+    scores = np.float32([[0, -1, -2, -1e9]] * 3)
+    found, parents, ids = best_continuations(jnp.asarray(logits), jnp.asarray(scores), 8)
+    base = scores - np.asarray(jax.nn.logsumexp(logits, axis=-1))
+    all_scores = (logits + base[..., None]).reshape(3, -1)
+    best = np.argsort(-all_scores, axis=1, kind="stable")[:, :8]
+    np.testing.assert_array_equal(found, np.take_along_axis(all_scores, best, 1))
+    np.testing.assert_array_equal(parents, best // vocabulary)
+    np.testing.assert_array_equal(ids, best % vocabulary)
 
 
 def test_a_candidates_score_is_the_sum_of_its_log_probabilities(tiny):

@@ -1,0 +1,117 @@
+"""Packs the released data as training does: shapes, how full they are, tokens packed a second.
+
+    python benchmarks/packing.py --data-root DIR --vocab FILE [--batch 64] [--groups 1]
+        [--steps 200] [--json FILE]
+
+CQA and SVAMP train; of ANLI-R1 and e-SNLI the validation files, where training files are not at
+hand. One process, one thread, the tokens in memory. Exit status 1 if a batch is not exactly its
+examples.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from dss.data.batches import Batch, Batches, fill, paired_order
+from dss.data.registry import set_data_root
+from dss.data.store import TokenStore, open_store
+from dss.data.tasks import get_mixture
+from dss.data.vocabulary import load_vocabulary
+from dss.errors import UserError
+
+SPLITS = {"cqa": "train", "svamp": "train", "esnli": "valid", "anli1": "valid"}
+
+
+def sequences(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Returns the inputs and targets of every segment, sorted."""
+    out = []
+    sides = ("encoder_input_tokens", "encoder_segment_ids")
+    sides += ("decoder_target_tokens", "decoder_segment_ids")
+    for inputs, input_segments, targets, target_segments in zip(
+        *(batch[name] for name in sides), strict=True
+    ):
+        for segment in range(1, input_segments.max() + 1):
+            pair = inputs[input_segments == segment], targets[target_segments == segment]
+            out.append(tuple(tuple(side.tolist()) for side in pair))
+    return sorted(out)
+
+
+def wanted(store: TokenStore, batches: Batches, step: int) -> list:
+    """Returns what `sequences` must give, read from the store itself."""
+    tasks, rows = batches.order(step)
+    out = []
+    for task, row in zip(tasks, rows, strict=True):
+        sides = (store.tasks[task].inputs, store.tasks[task].targets)
+        spans = [slice(side.offsets[row], side.offsets[row] + side.lengths[row]) for side in sides]
+        pair = (side.tokens[span].tolist() for side, span in zip(sides, spans, strict=True))
+        out.append(tuple(map(tuple, pair)))
+    return sorted(out)
+
+
+def measure(store: TokenStore, args: argparse.Namespace) -> dict:
+    began = time.perf_counter()
+    order = paired_order(store, args.batch, seed=0)
+    batches = Batches(store, order, num_steps=args.steps, groups=args.groups)
+    chosen = time.perf_counter()
+    made = [batches[step] for step in range(args.steps)]
+    packed = time.perf_counter()
+    sides = ("encoder_segment_ids", "decoder_segment_ids")
+    tokens = sum(int(np.count_nonzero(batch[side])) for batch in made for side in sides)
+    encoder, decoder = np.mean([fill(batch) for batch in made], axis=0)
+    exact = all(sequences(made[s]) == wanted(store, batches, s) for s in range(args.steps))
+    assert batches.widths is not None
+    return {
+        "fill": [round(float(encoder), 4), round(float(decoder), 4)],
+        "shapes": [dataclasses.asdict(shape) for shape in batches.shapes],
+        "widths": dataclasses.asdict(batches.widths),
+        "choosing_seconds": round(chosen - began, 3),
+        "tokens_per_second": round(tokens / (packed - chosen)),
+        "exact": exact,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-root", type=Path, required=True)
+    parser.add_argument("--vocab", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=64, help="examples a step")
+    parser.add_argument("--groups", type=int, default=1, help="data shards x microbatches")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    result: dict = {
+        "batch": args.batch,
+        "groups": args.groups,
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "datasets": {},
+    }
+    try:
+        set_data_root(args.data_root)
+        vocabulary = load_vocabulary(str(args.vocab))
+        for name, split in SPLITS.items():
+            mixture = get_mixture(f"{name}_step_by_step_palm")
+            store = open_store(mixture, split, vocabulary, inputs_length=1024, targets_length=256)
+            result["datasets"][name] = measure(store, args)
+    except UserError as error:
+        print(f"packing: {error}", file=sys.stderr)
+        return 2
+    print(f"{'':<12} {'filled':>12} {'shapes':>6} {'M tokens/s':>10} {'exact':>6}")
+    for name, row in result["datasets"].items():
+        filled = " ".join(f"{part:.1%}" for part in row["fill"])
+        rate = row["tokens_per_second"] / 1e6
+        exact = "yes" if row["exact"] else "NO"
+        print(f"{name:<12} {filled:>12} {len(row['shapes']):>6} {rate:>10.2f} {exact:>6}")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+    return 0 if all(row["exact"] for row in result["datasets"].values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
