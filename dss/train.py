@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import signal
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -50,6 +50,8 @@ from dss.training.trainer import Progress, StopSignal, train
 
 __all__ = ["Result", "abstract_state", "run_experiment", "training_batches", "training_store"]
 
+Resume = Literal["never", "auto", "must"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -66,18 +68,22 @@ def abstract_state(config: T5Config, optimizer: Any, shardings: TrainState) -> T
     return abstract_like(state, shardings)
 
 
-def _open_run(experiment: Experiment) -> tuple[Run, Any | None]:
+def _open_run(experiment: Experiment, resume: Resume) -> tuple[Run, Any | None]:
     """Returns the run, new or begun before, and a new one's parameters if it has some already.
 
     Raises:
-      UserError: the run directory is another experiment's.
+      UserError: the run directory is another experiment's, or not as `resume` wants it.
     """
     folder = run_folder(experiment)
-    if not (folder / CONFIG_FILE).is_file():
+    run = load_run(folder) if (folder / CONFIG_FILE).is_file() else None
+    if run is None or not run.has_checkpoint:  # whatever it was, nothing of it would be lost
+        if resume == "must":
+            raise UserError(f"{folder}: no run to resume: it has no checkpoint")
         return create_run(experiment)
-    run = load_run(folder)
-    if not run.has_checkpoint:  # whatever it was, nothing of it would be lost
-        return create_run(experiment)
+    if resume == "never":
+        raise UserError(
+            f"{folder}: holds a run with checkpoints; use a new MODEL_DIR, or resume this one"
+        )
     if run.experiment.mixture is None:
         raise UserError(f"{folder}: holds an imported checkpoint; train in another MODEL_DIR")
     _check_same(run, experiment)
@@ -160,12 +166,15 @@ def training_batches(
     )
 
 
-def run_experiment(experiment: Experiment, progress: Progress | None = None) -> Result:
+def run_experiment(
+    experiment: Experiment, progress: Progress | None = None, resume: Resume = "auto"
+) -> Result:
     """Trains a student, from the start or from where its run directory got to.
 
     Args:
       experiment: what to do.
       progress: told of every logged step and evaluation.
+      resume: whether the run directory may, must or must never hold a run already.
 
     Raises:
       UserError: see `dss.errors`.
@@ -181,7 +190,7 @@ def run_experiment(experiment: Experiment, progress: Progress | None = None) -> 
         experiment = dataclasses.replace(experiment, mixture=name, teacher=None)
     assert experiment.mixture is not None
     mixture = get_mixture(experiment.mixture, experiment.alpha)
-    run, initial = _open_run(experiment)
+    run, initial = _open_run(experiment, resume)
     experiment, config = run.experiment, run.config
     vocabulary = load_vocabulary(run.vocabulary_source)
     store = _open(experiment, mixture, "train", vocabulary)
@@ -215,7 +224,12 @@ def run_experiment(experiment: Experiment, progress: Progress | None = None) -> 
     checkpoints = Checkpoints(run.folder / CHECKPOINTS)
     if checkpoints.latest is not None:
         abstract = abstract_state(config, optimizer, shardings)
-        state = checkpoints.restore(checkpoints.latest, abstract)
+        state, damaged = checkpoints.restore_newest(abstract)
+        for step, why in damaged.items():
+            progress.warn(
+                f"checkpoint {step} cannot be read ({why}); it is set aside as {step}.damaged, and "
+                f"step {int(state.step)} taken"
+            )
     else:
         params = read_initial(experiment)[2] if initial is None else initial
         params = init_params(config, experiment.seed) if params is None else params
@@ -233,6 +247,11 @@ def run_experiment(experiment: Experiment, progress: Progress | None = None) -> 
         groups=mesh.shape["data"],
     )
     put = functools.partial(put_batch, mesh)
+
+    def row_ids(step: int) -> list[str]:
+        tasks, rows = batches.order(step)
+        return store.ids_of(tasks, rows)
+
     examples = evaluation_set(
         mixture, "valid", fraction=experiment.data.fraction, seed=experiment.seed
     )[: experiment.eval_examples]
@@ -268,6 +287,7 @@ def run_experiment(experiment: Experiment, progress: Progress | None = None) -> 
                 metrics=metrics,
                 progress=progress,
                 stop=stop,
+                row_ids=row_ids,
             )
         return Result(int(state.step), stop.received, checkpoints.best)
     finally:

@@ -13,6 +13,10 @@ class TrainProgress(Progress):
         self.display, self.examples_per_step = display, examples_per_step
         self.accuracy: str | None = None
 
+    def warn(self, line: str) -> None:
+        """See `Progress.warn`."""
+        self.display.say(line)
+
     def update(self, step: int, values: dict[str, float]) -> None:
         """See `Progress.update`."""
         rate = values["examples_per_second"]

@@ -10,6 +10,12 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's options."""
     add_gin_options(parser)
+    parser.add_argument(
+        "--resume",
+        choices=("never", "auto", "must"),
+        default="auto",
+        help="whether MODEL_DIR may (auto, the default), must or must never hold a run already",
+    )
     parser.epilog = (
         "dss train --gin_file=students/tiny.gin --gin_file=recipes/svamp_step_by_step.gin "
         "--gin.MODEL_DIR=runs/svamp --gin.DATA_ROOT=DIR --gin.VOCABULARY=FILE"
@@ -31,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     display = display_for("step", experiment.trainer.train_steps)
     progress = TrainProgress(display, experiment.batch_size)
     try:
-        result = run_experiment(experiment, progress)
+        result = run_experiment(experiment, progress, args.resume)
     finally:
         progress.close()
     if result.stopped_by is not None:

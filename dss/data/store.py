@@ -87,6 +87,12 @@ class TokenStore:
             max(int(t.targets.lengths.max(initial=1)) for t in self.tasks),
         )
 
+    def ids_of(self, tasks: np.ndarray, rows: np.ndarray) -> list[str]:
+        """Returns the ids of the examples of some sequences, each once."""
+        pairs = zip(tasks, rows, strict=True)
+        found = [int(np.flatnonzero(self.rows[:, k] == row)[0]) for k, row in pairs]
+        return [self.ids[i] for i in dict.fromkeys(found)]
+
     def save(self, path: Path) -> None:
         """Writes the store to the folder `path`, all of it or nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -135,6 +135,34 @@ class Checkpoints:
         )
         return TrainState(step_array, params, found.opt_state)
 
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[int, str]]:
+        """Returns the state of the newest checkpoint that can be read.
+
+        Those that are newer are damaged, and renamed to `<step>.damaged`, for their steps will be
+        saved again.
+
+        Returns:
+          The state, and why each damaged step cannot be read.
+
+        Raises:
+          UserError: none can be read; why the newest cannot.
+        """
+        damaged: dict[int, Exception] = {}
+        for step in reversed(self.steps):
+            try:
+                state = self.restore(step, abstract)
+            except Exception as error:  # whatever a broken file makes Orbax raise
+                damaged[step] = error
+                continue
+            for bad in damaged:
+                (self.folder / str(bad)).rename(self.folder / f"{bad}.damaged")
+            return state, {bad: _first_line(error) for bad, error in damaged.items()}
+        step, newest = next(iter(damaged.items()))
+        if isinstance(newest, UserError):
+            raise newest
+        where = self.folder / str(step)
+        raise UserError(f"{where}: cannot be read: {_first_line(newest)}") from newest
+
     def restore_params(self, step: int, abstract: Any) -> Any:
         """Returns the parameters of a step, placed as the abstract tree's shardings say.
 

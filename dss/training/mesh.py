@@ -19,6 +19,7 @@ __all__ = [
     "DEFAULT_RULES",
     "MeshConfig",
     "batch_sharding",
+    "check_split",
     "make_mesh",
     "opt_state_shardings",
     "param_shardings",
@@ -26,6 +27,7 @@ __all__ = [
     "replicated",
 ]
 
+MOST_SHARDS = 256  # of one mesh axis, that an error suggests
 DEFAULT_RULES = (("vocab", "model"), ("heads", "model"), ("mlp", "model"))
 
 
@@ -82,15 +84,22 @@ def param_shardings(mesh: Mesh, config: MeshConfig, axes: Any, shapes: Any) -> A
         for name, size in zip(names, array.shape, strict=True):
             where = rules.get(name)
             where = where if where and where not in taken and mesh.shape[where] > 1 else None
-            if where and size % mesh.shape[where]:
-                raise UserError(
-                    f"{name} of size {size} cannot be split over {mesh.shape[where]} devices "
-                    f"of mesh axis {where!r}"
-                )
+            if where:
+                check_split(name, size, mesh, where)
             taken.append(where)
         return NamedSharding(mesh, PartitionSpec(*taken))
 
     return jax.tree.map(sharding, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def check_split(name: str, size: int, mesh: Mesh, axis: str) -> None:
+    """Raises UserError, with the numbers that would do, if a mesh axis does not divide a size."""
+    if size % mesh.shape[axis]:
+        divisors = [str(n) for n in range(1, min(size, MOST_SHARDS) + 1) if size % n == 0]
+        raise UserError(
+            f"{name} of size {size} cannot be split over the {mesh.shape[axis]} devices of mesh "
+            f"axis {axis!r}; {', '.join(divisors)} would do"
+        )
 
 
 def opt_state_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:

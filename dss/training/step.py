@@ -16,6 +16,7 @@ from dss.training.loss import cross_entropy, mixture_loss, task_sums, token_coun
 from dss.training.mesh import (
     MeshConfig,
     batch_sharding,
+    check_split,
     opt_state_shardings,
     param_shardings,
     replicated,
@@ -72,7 +73,14 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 def state_shardings(
     config: T5Config, optimizer: optax.GradientTransformation, mesh: Mesh, mesh_config: MeshConfig
 ) -> TrainState:
-    """Returns a `TrainState` of shardings."""
+    """Returns a `TrainState` of shardings.
+
+    Raises:
+      UserError: the student cannot be split so.
+    """
+    where = dict(reversed(mesh_config.rules)).get("heads")
+    if where is not None:  # a parameter's axis of that name is all heads' features
+        check_split("num_heads", config.num_heads, mesh, where)
     shapes = abstract_params(config)
     params = param_shardings(mesh, mesh_config, logical_axes(config), shapes)
     opt_state = jax.eval_shape(optimizer.init, shapes)

@@ -36,6 +36,9 @@ class TrainerConfig:
 class Progress:
     """What the loop tells as it goes; the base class says nothing."""
 
+    def warn(self, line: str) -> None:
+        """Called with what the user should know, such as a checkpoint that cannot be read."""
+
     def update(self, step: int, values: dict[str, float]) -> None:
         """Called at each logged step, with the metrics and `examples_per_second`."""
 
@@ -98,6 +101,7 @@ def train(
     metrics: MetricsWriter,
     progress: Progress,
     stop: StopSignal,
+    row_ids: Callable[[int], list[str]],
 ) -> TrainState:
     """Trains from the state's step to the end, or until a stop signal.
 
@@ -114,26 +118,33 @@ def train(
       metrics: where numbers are written.
       progress: told of each logged step and evaluation.
       stop: an open `StopSignal`.
+      row_ids: returns the ids of the examples of a step, counted from 0.
 
     Returns:
       The last state. It is saved, whole on disk.
 
     Raises:
-      UserError: the loss is not a number; what was saved before stays.
+      UserError: the loss is not a finite number; what was saved before stays.
     """
     start = step = int(state.step)
     clock, clock_step = time.monotonic(), step
     waited = spent = 0.0  # seconds of all steps but the first, which compiles
+    losses: list[jax.Array] = []  # of the steps since the last line of metrics
     while step < config.train_steps and stop.received is None:
         began = time.monotonic()
         batch = next(batches)
         waiting = time.monotonic() - began
         state, values = train_step(state, batch)
         step += 1
+        losses.append(values["loss"])
         last = step == config.train_steps
         if step % config.log_period == 0 or last:
             numbers = _numbers(values, task_names)
-            _check_finite(numbers["train/loss"], step, checkpoints)
+            for i, loss in enumerate(losses, start=step - len(losses)):
+                if not np.isfinite(loss):
+                    ids = ", ".join(row_ids(i))
+                    raise _not_finite(f"step {i + 1}: the loss is {loss}", ids, checkpoints)
+            losses.clear()
             rate = (step - clock_step) * examples_per_step / (time.monotonic() - clock)
             metrics.write(step, numbers)
             metrics.write_speed(step, {"examples_per_second": rate})
@@ -143,7 +154,9 @@ def train(
             waited, spent = waited + waiting, spent + time.monotonic() - began
         if step % config.eval_period == 0 or last:
             numbers = evaluate(state)
-            _check_finite(numbers["valid/loss"], step, checkpoints)
+            if not np.isfinite(numbers["valid/loss"]):
+                said = f"step {step}: the validation loss is {numbers['valid/loss']}"
+                raise _not_finite(said, None, checkpoints)
             metrics.write(step, numbers)
             progress.evaluated(step, numbers)
             checkpoints.save(state, numbers[score])
@@ -155,12 +168,11 @@ def train(
     return state
 
 
-def _check_finite(loss: float, step: int, checkpoints: Checkpoints) -> None:
-    if not np.isfinite(loss):
-        checkpoints.wait()
-        saved = checkpoints.latest
-        where = "no checkpoint was saved yet" if saved is None else f"step {saved} is saved"
-        raise UserError(
-            f"step {step}: the loss is {loss}; {where}; "
-            "try a lower learning rate, or float32 if the student computes in bfloat16"
-        )
+def _not_finite(what: str, ids: str | None, checkpoints: Checkpoints) -> UserError:
+    checkpoints.wait()
+    saved = checkpoints.latest
+    where = "no checkpoint was saved yet" if saved is None else f"step {saved} is saved"
+    return UserError(
+        f"{what}; {where}; try a lower learning rate, or float32 if the student computes in "
+        f"bfloat16{'' if ids is None else f'; the examples of that step: {ids}'}"
+    )

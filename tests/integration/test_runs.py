@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -78,12 +79,16 @@ def undisturbed(train, tmp_path_factory) -> Path:
     return run
 
 
-def assert_same_run(got: Path, wanted: Path) -> None:
+def assert_same_training(got: Path, wanted: Path) -> None:
     import jax
 
     assert (got / "metrics.jsonl").read_text() == (wanted / "metrics.jsonl").read_text()
     params = [load_run(run).predictor("latest")[0].params for run in (got, wanted)]
     jax.tree.map(np.testing.assert_array_equal, *params)
+
+
+def assert_same_run(got: Path, wanted: Path) -> None:
+    assert_same_training(got, wanted)
     steps = [load_run(run).checkpoints().steps for run in (got, wanted)]
     assert steps[0] == steps[1]
 
@@ -137,6 +142,43 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(train, undisturbed, tmp_pa
     params = [load_run(r).predictor("latest")[0].params for r in (run, undisturbed)]
     jax.tree.map(np.testing.assert_array_equal, *params)
     assert (run / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("part", ["params", "opt_state"])
+def test_a_damaged_newest_checkpoint_is_set_aside(train, undisturbed, tmp_path, part):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    for file in (run / "checkpoints" / "60" / part).rglob("*"):
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    said = finish(train(run))
+    assert "checkpoint 60 cannot be read (" in said
+    assert "set aside as 60.damaged, and step 50 taken" in said
+    assert (run / "checkpoints" / "60.damaged").is_dir()
+    assert_same_training(run, undisturbed)
+
+
+def test_resume_says_whether_there_may_be_a_run(train, undisturbed, tmp_path):
+    said = finish(train(undisturbed, "--resume=never"), status=2)
+    assert "holds a run with checkpoints" in said
+    said = finish(train(tmp_path / "new", "--resume=must"), status=2)
+    assert "no run to resume" in said
+    assert "step 60 done" in finish(train(undisturbed, "--resume=must"))
+
+
+def test_a_loss_that_is_no_number_names_its_step_and_examples(train, tmp_path, toy_folder):
+    run = tmp_path / "run"
+    flags = ("--gin.LEARNING_RATE=1e18", "--gin.TrainerConfig.log_period=7")
+    process = train(run, *flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2, out + err
+    assert err.count("\n") == 1, err
+    assert "the loss is nan; no checkpoint was saved yet" in err
+    assert 1 < int(re.search(r"step (\d+): the loss", err).group(1)) <= 7
+    named = err.strip().split("examples of that step: ")[1].split(", ")
+    lines = (toy_folder / "train.jsonl").read_text().splitlines()
+    assert len(named) == 8
+    assert set(named) <= {json.loads(line)["id"] for line in lines}
 
 
 def test_a_run_directory_is_whole(undisturbed, tmp_path):

@@ -108,7 +108,12 @@ def test_a_mesh_that_does_not_fit_is_an_error():
         make_mesh(MeshConfig(data=3))
     config, mesh_config = tiny_config(num_heads=3, d_kv=3), MeshConfig(data=4, model=2)
     update = make_optimizer(OptimizerConfig(), 10)
-    with pytest.raises(UserError, match="heads of size 9 cannot be split over 2"):
+    with pytest.raises(
+        UserError, match=r"num_heads of size 3 cannot be split over the 2 .*; 1, 3 w"
+    ):
+        state_shardings(config, update, make_mesh(mesh_config), mesh_config)
+    config = tiny_config(d_ff=15)
+    with pytest.raises(UserError, match=r"mlp of size 15 .* axis 'model'; 1, 3, 5, 15 would do"):
         state_shardings(config, update, make_mesh(mesh_config), mesh_config)
 
 
