@@ -267,7 +267,7 @@ class Batches:
             row, first, size = row[at], before[..., side][at], dealt[..., side][at]
             # A row begins where its first sequence does, and that is where its slots begin.
             key = np.nonzero(at)[0] * num_rows + row
-            opens = np.r_[True, key[1:] != key[:-1]]
+            opens = np.diff(key, prepend=-1) != 0
             row_start = first[opens][np.cumsum(opens) - 1]
             to = _slots(key * width + first - row_start, size)
             table.reshape(-1)[to] = _slots(first, size)

@@ -138,7 +138,7 @@ def choose_shapes(needed: np.ndarray) -> tuple[PackedShape, ...]:
     """
     slots, rows = needed[:, :2], needed[:, 2:]
     ladder = np.quantile(slots, [*QUANTILES, 1.0], axis=0)
-    ladder = np.ceil(ladder / SLOT_MULTIPLE).astype(int) * SLOT_MULTIPLE
+    ladder = np.maximum(np.ceil(ladder / SLOT_MULTIPLE), 1).astype(int) * SLOT_MULTIPLE
     fits = (slots[:, None] <= ladder).all(axis=2)  # [steps, rungs]
     size = (ladder / ladder[-1]).mean(axis=1)
     top = len(ladder) - 1

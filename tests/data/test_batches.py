@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from dss.data.batches import Batches, fill, iterate, paired_order, sampled_order, sequential_order
+from dss.data.batches import (
+    Batches,
+    Order,
+    fill,
+    iterate,
+    paired_order,
+    sampled_order,
+    sequential_order,
+)
 from dss.data.packing import PackedShape, RowWidths
 from dss.data.store import TokenStore, open_store, tokenize
 from dss.data.tasks import TextRow, get_mixture
@@ -44,6 +52,13 @@ def test_a_packed_batch_in_full(store):
         "cross_rows": [[0, 1, 2, 3, 4, 5, 11, 11, 11], [6, 7, 8] + [11] * 6],
     }
     assert fill(batches[0]) == (9 / 11, 7 / 8)
+
+
+def test_a_step_without_a_sequence_is_an_empty_batch(store):
+    nothing = np.zeros((2, 0), np.int64)
+    batches = Batches(store, Order(lambda step: tuple(nothing), most=2), num_steps=1, groups=2)
+    assert fill(batches[0]) == (0, 0)
+    assert batches[0]["encoder_rows"].min() == batches.shapes[0].inputs  # which reads none
 
 
 def test_unpacked_rows_hold_one_sequence(store):
