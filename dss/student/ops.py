@@ -1,4 +1,4 @@
-"""What the network is made of, where autodiff or a library would be slow: each with its gradient.
+"""What of the network a library or autodiff alone would make slower or larger.
 
 Shapes as in `dss.student.network`: G groups, N slots, R rows of S places, K the last axis.
 """
@@ -25,8 +25,8 @@ def _keep(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
     """Returns bools of some shape, each False with probability `rate`; a function of the seed.
 
     Each element's place is hashed with the seed (two rounds of a 32-bit mixer, Wellons' lowbias32):
-    a tenth of the work of a cryptographic generator, and so cheap that the backward pass draws the
-    same mask again instead of reading it from memory.
+    less work than a cryptographic generator, and so cheap that the backward pass draws the same
+    mask again instead of keeping it.
 
     Args:
       seed: [2] uint32.
