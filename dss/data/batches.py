@@ -2,7 +2,7 @@
 
 A batch is a dict of int32 arrays. Its sequences, each one view of one example, are its segments.
 Packed, they lie one after another in G groups of N encoder and M decoder slots, and three arrays
-say which slots the rows of attention read (see `dss.student.network.Rows`). Two segments of a
+say which slots the rows of attention read (see `dss.student.ops.Rows`). Two segments of a
 group, `predict: a` -> `x` and `explain: b` -> `y z`, look so (1 is EOS, 0 padding):
 
     encoder_input_tokens   [G, N]   predict : a 1 explain : b 1 0 0

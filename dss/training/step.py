@@ -92,7 +92,7 @@ def state_shardings(
 def _token_losses(
     config: T5Config, loss: LossConfig, params: Params, batch: DeviceBatch, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns each target token's cross entropy and whether it was predicted, both [R, T]."""
+    """Returns each target token's cross entropy and whether it was predicted, both [G, M]."""
     logits = bind(config, params)(
         batch["encoder_input_tokens"],
         batch["decoder_input_tokens"],
@@ -109,7 +109,7 @@ def _token_losses(
 
 
 def _split(batch: DeviceBatch, microbatches: int) -> DeviceBatch:
-    """Returns the batch as [microbatches, R / microbatches, ...], every device keeping its rows."""
+    """Returns the batch as [microbatches, G / microbatches, ...]; each device keeps its groups."""
 
     def split(array: jax.Array) -> jax.Array:
         return array.reshape(-1, microbatches, *array.shape[1:]).swapaxes(0, 1)
@@ -171,7 +171,7 @@ def make_train_step(
       mesh: where the step runs.
       shardings: from `state_shardings`.
       microbatches: in how many parts, one after another, the gradient is computed; the batch's
-        rows must be divisible by it times the mesh's `data`.
+        groups must be divisible by it times the mesh's `data`.
       seed: of dropout; the mask is a function of (seed, step, microbatch).
 
     Returns:
