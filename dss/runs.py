@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import optax
 
-from dss.config import load_config, save_config
+from dss.config import CONFIG_FILE, load_config, save_config
 from dss.data.registry import register, set_data_root
 from dss.data.tasks import Mixture, extract_rationale, get_mixture
 from dss.data.vocabulary import BYTES, encode_example, load_vocabulary
@@ -30,6 +30,7 @@ from dss.student.config import T5Config
 from dss.student.network import abstract_params, logical_axes
 from dss.training.checkpoints import Checkpoints, abstract_like
 from dss.training.mesh import make_mesh, param_shardings
+from dss.training.processes import is_leader, wait_for_all
 from dss.training.step import init_state
 
 __all__ = [
@@ -154,23 +155,38 @@ def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
             f"{student.vocab_size} embeddings; give the one that the checkpoint was trained with"
         )
     folder = run_folder(experiment)
-    folder.mkdir(parents=True, exist_ok=True)
     if source != BYTES:
-        (folder / VOCABULARY_FILE).write_bytes(Path(source).expanduser().read_bytes())
+        if is_leader():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / VOCABULARY_FILE).write_bytes(Path(source).expanduser().read_bytes())
         source = VOCABULARY_FILE
     experiment = dataclasses.replace(experiment, student=student, vocabulary=source)
     return save_run(folder, experiment), params
 
 
 def save_run(folder: Path, experiment: Experiment) -> Run:
-    """Writes a run directory's configuration, from which the run is found from any folder."""
+    """Writes a run directory's configuration, from which the run is found from any folder.
+
+    Of several processes the leader writes, and the others wait until it has.
+
+    Raises:
+      UserError: another process cannot see it.
+    """
     paths = {n: getattr(experiment.data, n) for n in ("root", "dataset_path")}
     absolute: dict[str, Any] = {
         n: str(Path(p).expanduser().resolve()) for n, p in paths.items() if p is not None
     }
     data = dataclasses.replace(experiment.data, **absolute)
     experiment = dataclasses.replace(experiment, data=data)
-    save_config(experiment, folder)
+    if is_leader():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(experiment, folder)
+    wait_for_all(CONFIG_FILE)
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{folder}: process 0 has written its {CONFIG_FILE} and process {jax.process_index()} "
+            "does not see it; MODEL_DIR must be a folder that all processes share"
+        )
     return Run(folder, experiment)
 
 
@@ -194,7 +210,7 @@ def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
     source = experiment.initial_checkpoint
     student, vocabulary, params = experiment.student, experiment.vocabulary, None
     if source is not None:
-        if (Path(source).expanduser() / "config.gin").is_file():
+        if (Path(source).expanduser() / CONFIG_FILE).is_file():
             run = load_run(source)
             found, vocabulary = run.config, vocabulary or run.vocabulary_source
             check_size(source, found, student)

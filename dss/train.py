@@ -38,15 +38,17 @@ from dss.training.checkpoints import Checkpoints, abstract_like
 from dss.training.mesh import make_mesh, put_batch
 from dss.training.metrics import MetricsWriter
 from dss.training.optimizer import make_optimizer
+from dss.training.processes import StopSignal
 from dss.training.step import (
     LossConfig,
     TrainState,
     init_state,
     make_eval_step,
     make_train_step,
+    place_state,
     state_shardings,
 )
-from dss.training.trainer import Progress, StopSignal, train
+from dss.training.trainer import Progress, train
 
 __all__ = ["Result", "abstract_state", "run_experiment", "training_batches", "training_store"]
 
@@ -232,8 +234,9 @@ def run_experiment(
             )
     else:
         params = read_initial(experiment)[2] if initial is None else initial
-        params = init_params(config, experiment.seed) if params is None else params
-        state = jax.device_put(init_state(params, optimizer), shardings)
+        if params is None:
+            params = init_params(config, experiment.seed, shardings.params)
+        state = place_state(params, optimizer, shardings)
     start = int(state.step)
 
     # Batches, and what an evaluation does.

@@ -5,8 +5,9 @@ import importlib
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from dss import __version__
 from dss.errors import UserError
@@ -78,6 +79,21 @@ def _unraisable_hook(args: Any) -> None:
         sys.__unraisablehook__(args)
 
 
+def _process() -> str | None:
+    """Returns which one of several processes this is; None if it is alone."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return None
+    return f"process {jax.process_index()} of {jax.process_count()}"
+
+
+def _end_at_once(status: int) -> NoReturn:
+    """Ends one of several processes without waiting for the others, which may wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit status."""
     args = _parse(sys.argv[1:] if argv is None else argv)
@@ -91,13 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        chain = _chain(error)
-        if isinstance(error, UserError):
-            print(f"dss {args.verb}: {error}", file=sys.stderr)
-        elif any(FULL_DISK in str(e) for e in chain):
+        chain, process = _chain(error), _process()
+        verb = args.verb if process is None else f"{args.verb}: {process}"
+        if isinstance(error, UserError):  # which every process has
+            print(f"dss {verb}: {error}", file=sys.stderr)
+            return 2
+        if any(FULL_DISK in str(e) for e in chain):
             where = next((e.filename for e in chain if isinstance(e, OSError) and e.filename), None)
             print(
-                f"dss {args.verb}: {where or 'disk'}: {FULL_DISK.lower()}; free some and give the "
+                f"dss {verb}: {where or 'disk'}: {FULL_DISK.lower()}; free some and give the "
                 "same command again: what was saved stays, and a run goes on from there",
                 file=sys.stderr,
             )
@@ -105,7 +123,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         elif isinstance(error, OSError) and error.filename:
             reason = (error.strerror or type(error).__name__).lower()
-            print(f"dss {args.verb}: {error.filename}: {reason}", file=sys.stderr)
+            print(f"dss {verb}: {error.filename}: {reason}", file=sys.stderr)
+        elif process and type(error).__name__ == "JaxRuntimeError":
+            print(
+                f"dss {verb}: {str(error).splitlines()[0]}; if another process has gone, start all "
+                "of them again: the run goes on from its last checkpoint",
+                file=sys.stderr,
+            )
+        elif process:
+            traceback.print_exception(error)
+            _end_at_once(1)
         else:
             raise
+        if process:
+            _end_at_once(2)
         return 2

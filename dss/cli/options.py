@@ -62,7 +62,10 @@ def open_run(args: argparse.Namespace):
 
 def prepare_jax() -> None:
     """Keeps compiled programs between runs, in the cache folder of dss, and memory between steps;
-    quiets the libraries.
+    quiets the libraries; joins the processes that the environment tells of.
+
+    Raises:
+      UserError: see `join_processes`.
     """
     import logging
 
@@ -71,6 +74,7 @@ def prepare_jax() -> None:
 
     from dss.data.store import cache_dir
     from dss.memory import keep_freed_memory
+    from dss.training.processes import join_processes
 
     keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -79,3 +83,4 @@ def prepare_jax() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    join_processes()

@@ -32,14 +32,20 @@ def run(args: argparse.Namespace) -> int:
     from dss.cli.progress import display_for
     from dss.cli.train_progress import TrainProgress
     from dss.train import run_experiment
+    from dss.training.processes import is_leader
+    from dss.training.trainer import Progress
 
     prepare_jax()
-    display = display_for("step", experiment.trainer.train_steps)
-    progress = TrainProgress(display, experiment.batch_size)
+    progress = Progress()
+    if is_leader():
+        display = display_for("step", experiment.trainer.train_steps)
+        progress = TrainProgress(display, experiment.batch_size)
     try:
         result = run_experiment(experiment, progress, args.resume)
     finally:
         progress.close()
+    if not is_leader():
+        return 0 if result.stopped_by is None else 128 + result.stopped_by
     if result.stopped_by is not None:
         print(f"{result.stopped_by.name}: saved at step {result.step}; same command to go on")
         return 128 + result.stopped_by

@@ -16,7 +16,7 @@ from dss.evaluation.significance import wilson_interval
 from dss.fields import check_at_least, check_types
 from dss.student.config import T5Config
 from dss.student.decoding import generate, score_candidates
-from dss.training.mesh import put_batch
+from dss.training.mesh import fetch, put_batch
 
 __all__ = [
     "DecodingConfig",
@@ -158,7 +158,7 @@ class Predictor:
                 max_length=max_length,
                 num_beams=self.decoding.num_beams,
             )
-            for row, ids in zip(rows, np.asarray(decoded), strict=False):
+            for row, ids in zip(rows, fetch(decoded), strict=False):
                 out[row] = self.vocabulary.decode(ids.tolist())
         return out
 
@@ -183,7 +183,7 @@ class Predictor:
             scores = score_candidates(
                 self.config, self.params, self._put(tokens), self._put(table[padded_rows])
             )
-            for row, best in zip(rows, np.asarray(scores).argmax(axis=1), strict=False):
+            for row, best in zip(rows, fetch(scores).argmax(axis=1), strict=False):
                 out[row] = candidates[row][best]
         return out
 
@@ -216,8 +216,6 @@ class Predictor:
         return [extract_label(t) for t in texts] if task.kind == "rationale_then_label" else texts
 
     def _put(self, array: np.ndarray) -> jax.Array:
-        if len(array) % self.mesh.shape["data"]:
-            return jax.numpy.asarray(array)
         return put_batch(self.mesh, {"array": array})["array"]
 
     def _batches(self, inputs: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -461,10 +461,13 @@ def _abstract(config: T5Config) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: T5(config, nnx.Rngs(0))))
 
 
-def init_params(config: T5Config, seed: int) -> Params:
-    """Returns freshly drawn parameters."""
-    create = jax.jit(lambda: nnx.to_pure_dict(nnx.state(T5(config, nnx.Rngs(seed)))))
-    return create()
+def init_params(config: T5Config, seed: int, shardings: Any = None) -> Params:
+    """Returns freshly drawn parameters; each device draws the part that the shardings give it."""
+
+    def create() -> Params:
+        return nnx.to_pure_dict(nnx.state(T5(config, nnx.Rngs(seed))))
+
+    return jax.jit(create, out_shardings=shardings)()
 
 
 def abstract_params(config: T5Config) -> Params:

@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dss.errors import UserError
+from dss.training.mesh import place
+from dss.training.processes import all_agree, is_leader, wait_for_all
 from dss.training.step import TrainState
 
 __all__ = ["Checkpoints", "abstract_like"]
@@ -124,22 +127,20 @@ class Checkpoints:
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract.opt_state),
         )
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(opt_state=args))
+            opt_state = self._read(step, "opt_state", ocp.PyTreeCheckpointHandler(), args)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.folder / str(step)}: its optimizer state does not fit; was the run started "
                 f"with another optimizer? ({_first_line(error)})"
             ) from error
-        step_array = jax.device_put(
-            jax.numpy.asarray(step, abstract.step.dtype), abstract.step.sharding
-        )
-        return TrainState(step_array, params, found.opt_state)
+        step_array = place(np.array(step, abstract.step.dtype), abstract.step.sharding)
+        return TrainState(step_array, params, opt_state)
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[int, str]]:
         """Returns the state of the newest checkpoint that can be read.
 
         Those that are newer are damaged, and renamed to `<step>.damaged`, for their steps will be
-        saved again.
+        saved again. A checkpoint that one of several processes cannot read is damaged for all.
 
         Returns:
           The state, and why each damaged step cannot be read.
@@ -153,9 +154,13 @@ class Checkpoints:
                 state = self.restore(step, abstract)
             except Exception as error:  # whatever a broken file makes Orbax raise
                 damaged[step] = error
+            if not all_agree(step not in damaged):
+                damaged.setdefault(step, UserError("another process cannot read it"))
                 continue
-            for bad in damaged:
-                (self.folder / str(bad)).rename(self.folder / f"{bad}.damaged")
+            if is_leader():
+                for bad in damaged:
+                    (self.folder / str(bad)).rename(self.folder / f"{bad}.damaged")
+            wait_for_all("damaged checkpoints are set aside")
             return state, {bad: _first_line(error) for bad, error in damaged.items()}
         step, newest = next(iter(damaged.items()))
         if isinstance(newest, UserError):
@@ -170,8 +175,14 @@ class Checkpoints:
           UserError: the checkpoint is of a student of another size.
         """
         self._check_shapes(step, abstract)
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args).params
+        args = ocp.args.StandardRestore(abstract)
+        return self._read(step, "params", ocp.StandardCheckpointHandler(), args)
+
+    def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: Any) -> Any:
+        """Returns an item. Not through the manager, in which a process would wait for the others:
+        one that cannot read its part must be able to tell them.
+        """
+        return handler.restore(self.folder / str(step) / item, args=args)
 
     def _check_shapes(self, step: int, abstract: Any) -> None:
         metadata = self._manager.item_metadata(step).params

@@ -6,10 +6,12 @@ tensor parallelism; adding `("embed", "data")` shards parameters over `data` too
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dss.errors import UserError
@@ -20,9 +22,11 @@ __all__ = [
     "MeshConfig",
     "batch_sharding",
     "check_split",
+    "fetch",
     "make_mesh",
     "opt_state_shardings",
     "param_shardings",
+    "place",
     "put_batch",
     "replicated",
 ]
@@ -48,8 +52,11 @@ class MeshConfig:
                 raise ValueError(f"rule {axis!r} -> {where!r}: mesh axes are 'data' and 'model'")
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over some devices (all, by default), `model` innermost.
+
+    Of several TPU slices each holds whole rows of `model`, so that only `data` crosses the network
+    between them.
 
     Raises:
       UserError: the devices cannot be laid out so.
@@ -61,7 +68,20 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             f"a mesh of data={config.data}, model={config.model} does not use the "
             f"{len(devices)} devices exactly"
         )
-    grid = np.array(devices).reshape(data, config.model)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(
+            (data, config.model), devices, allow_split_physical_axes=True
+        )
+    else:
+        if data % slices:
+            raise UserError(
+                f"a mesh of data={data}, model={config.model} does not split into {slices} slices: "
+                f"data must be a multiple of {slices}"
+            )
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, config.model), (slices, 1), devices, allow_split_physical_axes=True
+        )
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
@@ -139,11 +159,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def place(array: Any, sharding: NamedSharding) -> jax.Array:
+    """Returns an array where a sharding says; every process has it whole, or as a `jax.Array`."""
+    if isinstance(array, jax.Array):
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Returns the batch on the mesh; every process gives the whole batch and keeps its part."""
-    sharding = batch_sharding(mesh)
+    """Returns the batch on the mesh; every process gives the whole batch and keeps its part.
+
+    Arrays whose rows do not divide over `data` lie whole on every device.
+    """
 
     def put(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+        splits = len(array) % mesh.shape["data"] == 0
+        return place(array, batch_sharding(mesh) if splits else replicated(mesh))
 
     return {name: put(array) for name, array in batch.items()}
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """Returns an array's values, all of them in every process; every process must ask."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 
+from dss.training.processes import is_leader
+
 __all__ = ["MetricsWriter", "read_metrics"]
 
 
@@ -30,7 +32,7 @@ def _cut(path: Path, step: int) -> None:
 
 
 class MetricsWriter:
-    """Writes the metrics of a run that starts or continues after a step.
+    """Writes the metrics of a run that starts or continues after a step; the leader's alone.
 
     Args:
       folder: the run directory.
@@ -38,10 +40,12 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, step: int):
+        self._files = {}
+        if not is_leader():
+            return
         from tensorboardX import SummaryWriter
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._files = {}
         for name in ("metrics", "speed"):
             path = folder / f"{name}.jsonl"
             _cut(path, step)
@@ -57,6 +61,8 @@ class MetricsWriter:
         self._append("speed", step, values)
 
     def _append(self, name: str, step: int, values: dict[str, float]) -> None:
+        if not self._files:
+            return
         self._files[name].write(json.dumps({"step": step, **values}) + "\n")
         self._files[name].flush()
         for tag, value in values.items():
@@ -66,4 +72,5 @@ class MetricsWriter:
         """Closes the files."""
         for file in self._files.values():
             file.close()
-        self._board.close()
+        if self._files:
+            self._board.close()

@@ -19,6 +19,7 @@ from dss.training.mesh import (
     check_split,
     opt_state_shardings,
     param_shardings,
+    place,
     replicated,
 )
 
@@ -29,6 +30,7 @@ __all__ = [
     "init_state",
     "make_eval_step",
     "make_train_step",
+    "place_state",
     "state_shardings",
 ]
 
@@ -68,6 +70,21 @@ class TrainState:
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """Returns the state before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def place_state(
+    params: Params, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """Returns the state before the first step, on the mesh; it takes the parameters' memory.
+
+    Args:
+      params: on the mesh already, or in every process.
+      optimizer: the moments it begins with are made where they are to lie.
+      shardings: from `state_shardings`.
+    """
+    params = jax.tree.map(place, params, shardings.params)
+    create = functools.partial(init_state, optimizer=optimizer)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(params)
 
 
 def state_shardings(

@@ -1,12 +1,8 @@
 """The training loop: steps, evaluation, checkpoints, and what to do when told to stop."""
 
 import dataclasses
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +11,10 @@ from dss.errors import UserError
 from dss.fields import check_at_least, check_types
 from dss.training.checkpoints import Checkpoints
 from dss.training.metrics import MetricsWriter
+from dss.training.processes import StopSignal
 from dss.training.step import TrainState
 
-__all__ = ["Progress", "StopSignal", "TrainerConfig", "train"]
+__all__ = ["Progress", "TrainerConfig", "train"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,32 +47,6 @@ class Progress:
 
     def close(self) -> None:
         """Called at the end, however it came."""
-
-
-class StopSignal:
-    """Catches SIGTERM and SIGINT while it is open: the loop then saves and ends.
-
-    A second SIGINT interrupts at once.
-    """
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 def _numbers(metrics: dict[str, jax.Array], task_names: tuple[str, ...]) -> dict[str, float]:
@@ -130,7 +101,7 @@ def train(
     clock, clock_step = time.monotonic(), step
     waited = spent = 0.0  # seconds of all steps but the first, which compiles
     losses: list[jax.Array] = []  # of the steps since the last line of metrics
-    while step < config.train_steps and stop.received is None:
+    while step < config.train_steps and not stop.before(step):
         began = time.monotonic()
         batch = next(batches)
         waiting = time.monotonic() - began
