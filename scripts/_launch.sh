@@ -1,0 +1,79 @@
+# Sourced by the launchers: reading the command line, and quoting for a shell.
+
+set -euo pipefail
+
+fail() {
+  echo "${0##*/}: $*" >&2
+  exit 2
+}
+
+# Prints the comment at the head of the script.
+usage() {
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+}
+
+# Prints the arguments as shell words on one line; every POSIX shell reads them back unchanged.
+quote() {
+  local word separator="" apostrophe="'\\''"
+  for word in "$@"; do
+    if [[ -z "$word" || "$word" == *[!A-Za-z0-9_./:=@%+,-]* ]]; then
+      word="'${word//\'/$apostrophe}'"
+    fi
+    printf '%s%s' "$separator" "$word"
+    separator=" "
+  done
+}
+
+# read_options "NAMES WITH A VALUE" "SWITCHES" ARG...
+#
+# Sets opt_NAME for every option given, words to the other words before `--`, and train to what
+# follows it, the arguments of `dss train`.
+read_options() {
+  local valued=" $1 " switches=" $2 " name
+  shift 2
+  words=()
+  train=()
+  while (($# > 0)); do
+    case "$1" in
+      --)
+        shift
+        train=("$@")
+        break
+        ;;
+      -h | --help)
+        usage
+        exit 0
+        ;;
+      --*=*)
+        set -- "${1%%=*}" "${1#*=}" "${@:2}"
+        continue
+        ;;
+      --*)
+        name="${1#--}"
+        if [[ "$switches" == *" $name "* ]]; then
+          printf -v "opt_${name//-/_}" yes
+        elif [[ "$valued" == *" $name "* ]]; then
+          if [[ -z "${2:-}" || "$2" == --* ]]; then
+            fail "--$name needs a value"
+          fi
+          printf -v "opt_${name//-/_}" '%s' "$2"
+          shift
+        else
+          fail "unknown option --$name; --help lists them, and those of dss train come after --"
+        fi
+        ;;
+      *) words+=("$1") ;;
+    esac
+    shift
+  done
+}
+
+# Fails unless the arguments of `dss train` were given.
+need_train_arguments() {
+  if ((${#train[@]} == 0)); then
+    fail "nothing to train: give the arguments of dss train after --, such as" \
+      "-- --gin_file=recipes/cqa_step_by_step.gin --gin.MODEL_DIR=DIR"
+  elif [[ "${train[0]}" != -* ]]; then
+    fail "'${train[0]}' after --: give the arguments of dss train only, without 'dss train'"
+  fi
+}
