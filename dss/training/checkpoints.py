@@ -15,6 +15,8 @@ from dss.training.step import TrainState
 
 __all__ = ["Checkpoints", "abstract_like"]
 
+# Orbax counts the seconds of a save by the wall clock, which may jump.
+SAVE_TIMEOUT = 7 * 24 * 3600
 SCORE = "score"  # the metric that decides which checkpoint is the best; more is better
 
 
@@ -62,6 +64,7 @@ class Checkpoints:
                         ),
                     ]
                 ),
+                async_options=ocp.AsyncOptions(timeout_secs=SAVE_TIMEOUT),
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
             ),
@@ -106,8 +109,13 @@ class Checkpoints:
           score: decides which checkpoint is the best; None where nothing was evaluated.
         """
         step = int(state.step)
-        if step == self._saved or step in self.steps:
+        # Not `self.steps`: read from the disk while one is being written, it would lack that one,
+        # and the manager would not know of it when it decides what to keep.
+        if step == self._saved or step in self._manager.all_steps():
             return
+        # A process whose write has failed says so now; in `save` it would wait for the others,
+        # which wait for what it has not written.
+        self._manager.check_for_errors()
         items = {"params": ocp.args.StandardSave(state.params)}
         if jax.tree.leaves(state.opt_state):  # an imported checkpoint has none
             items["opt_state"] = ocp.args.PyTreeSave(state.opt_state)
@@ -161,6 +169,7 @@ class Checkpoints:
                 for bad in damaged:
                     (self.folder / str(bad)).rename(self.folder / f"{bad}.damaged")
             wait_for_all("damaged checkpoints are set aside")
+            self._manager.reload()
             return state, {bad: _first_line(error) for bad, error in damaged.items()}
         step, newest = next(iter(damaged.items()))
         if isinstance(newest, UserError):

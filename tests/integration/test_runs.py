@@ -8,114 +8,34 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 
 from dss.runs import load_run
-
-STUDENT = """
-Experiment.student = @T5Config()
-T5Config.vocab_size = 384
-T5Config.d_model = 16
-T5Config.d_kv = 8
-T5Config.d_ff = 32
-T5Config.num_heads = 2
-T5Config.num_encoder_layers = 1
-T5Config.num_decoder_layers = 1
-VOCABULARY = 'bytes'
-LEARNING_RATE = 0.01
-BATCH_SIZE = 8
-TRAIN_STEPS = 60
-EVAL_PERIOD = 10
-TrainerConfig.log_period = 2
-TASK_FEATURE_LENGTHS = {'inputs': 48, 'targets': 24}
-"""
-
-
-def start(*args, **kwargs) -> subprocess.Popen:
-    command = [sys.executable, "-c", "from dss.cli.main import main; raise SystemExit(main())"]
-    return subprocess.Popen(
-        [*command, *map(str, args)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
-
-
-def finish(process: subprocess.Popen, status: int = 0, stdin: str | None = None) -> str:
-    out, err = process.communicate(stdin, timeout=300)
-    assert process.returncode == status, out + err
-    return out + err
-
-
-@pytest.fixture(scope="module")
-def train(toy_folder, tmp_path_factory):
-    """Starts `dss train` on the toy data."""
-    gin = tmp_path_factory.mktemp("gin") / "student.gin"
-    gin.write_text(STUDENT)
-
-    def train(run: Path, *flags: str) -> subprocess.Popen:
-        return start(
-            "train",
-            f"--gin_file={gin}",
-            f"--gin.MODEL_DIR={run}",
-            f"--gin.DATASET_PATH={toy_folder}",
-            "--gin.DATASET_LABELS=('yes', 'no')",
-            "--gin.MIXTURE_OR_TASK_NAME=toy_step_by_step_rules",
-            *flags,
-        )
-
-    return train
-
-
-@pytest.fixture(scope="module")
-def undisturbed(train, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert "step 60 done" in finish(train(run))
-    return run
-
-
-def assert_same_training(got: Path, wanted: Path) -> None:
-    import jax
-
-    assert (got / "metrics.jsonl").read_text() == (wanted / "metrics.jsonl").read_text()
-    params = [load_run(run).predictor("latest")[0].params for run in (got, wanted)]
-    jax.tree.map(np.testing.assert_array_equal, *params)
-
-
-def assert_same_run(got: Path, wanted: Path) -> None:
-    assert_same_training(got, wanted)
-    steps = [load_run(run).checkpoints().steps for run in (got, wanted)]
-    assert steps[0] == steps[1]
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+from tests.integration.runs import (
+    assert_same_run,
+    assert_same_training,
+    finish,
+    is_saving,
+    metrics_lines,
+    start,
+    wait_for,
+)
 
 
 def test_killed_three_times_a_run_ends_as_one_that_was_not(train, undisturbed, tmp_path):
     run = tmp_path / "killed"
-    checkpoints = run / "checkpoints"
-
-    def lines() -> int:
-        file = run / "metrics.jsonl"
-        return file.read_text().count("\n") if file.exists() else 0
-
-    def saving() -> bool:
-        return any(checkpoints.glob("*tmp*")) if checkpoints.exists() else False
 
     def saved(step: int) -> bool:
-        return (checkpoints / str(step)).exists()
+        return (run / "checkpoints" / str(step)).exists()
 
     wanted = random.Random(0).randint(3, 8)
-    for moment in (lambda: lines() >= wanted, saving, lambda: saved(40)):
+    moments = (
+        lambda: metrics_lines(run) >= wanted,
+        lambda: is_saving(run),
+        lambda: saved(40),
+    )
+    for moment in moments:
         process = train(run)
         wait_for(moment, process)
         process.send_signal(signal.SIGKILL)
@@ -137,11 +57,7 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(train, undisturbed, tmp_pa
     saved = int(out.split("saved at step ")[1].split(";")[0])
     assert saved in load_run(run).checkpoints().steps
     finish(train(run))
-    import jax
-
-    params = [load_run(r).predictor("latest")[0].params for r in (run, undisturbed)]
-    jax.tree.map(np.testing.assert_array_equal, *params)
-    assert (run / "metrics.jsonl").read_text() == (undisturbed / "metrics.jsonl").read_text()
+    assert_same_training(run, undisturbed)
 
 
 @pytest.mark.parametrize("part", ["params", "opt_state"])
@@ -248,22 +164,6 @@ def test_a_full_disk_is_one_line(undisturbed):
         assert process.returncode == 2, out + err
         assert "no space left on device" in err
         assert "Traceback" not in err
-
-
-def test_training_on_a_full_disk_keeps_what_was_saved(train, tmp_path):
-    mount = tmp_path / "small"
-    mount.mkdir()
-    tmpfs = ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(mount)]
-    if subprocess.run(tmpfs, capture_output=True).returncode:
-        pytest.skip("a small file system can only be mounted by root")
-    try:
-        process = train(mount / "run", "--gin.RANDOM_SEED=5")
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == 2, err
-        assert "no space left on device" in err
-        assert err.count("\n") == 1, err
-    finally:
-        subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_what_does_not_fit_a_run_is_one_line(train, undisturbed, toy_folder, vocab_path, tmp_path):

@@ -1,0 +1,168 @@
+"""Runs of several real processes, and what happens to processes: signals, disks, clocks."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.integration.runs import (
+    JUMPING_CLOCK_MAIN,
+    SLOW_MAIN,
+    assert_same_run,
+    assert_same_training,
+    finish,
+    finish_together,
+    is_saving,
+    metrics_lines,
+    start_together,
+    wait_for,
+)
+
+TOGETHER = 2
+
+
+@pytest.fixture(scope="module")
+def train_together(train):
+    """Starts a run of several processes."""
+
+    def train_together(run: Path, **kwargs) -> list[subprocess.Popen]:
+        return start_together(TOGETHER, lambda env: train(run, env=env, **kwargs))
+
+    return train_together
+
+
+@pytest.fixture(scope="module")
+def both(train_together, tmp_path_factory) -> Path:
+    """A run of several processes that nothing happened to."""
+    run = tmp_path_factory.mktemp("runs") / "together"
+    leader, *others = [finish(process) for process in train_together(run)]
+    assert "step 60 done" in leader
+    assert all("step" not in other for other in others)
+    return run
+
+
+def test_one_of_several_killed_in_a_step_or_a_save_ends_all_and_costs_nothing(
+    train_together, both, tmp_path
+):
+    run = tmp_path / "killed"
+    moments = ((1, lambda: metrics_lines(run) >= 4), (0, lambda: is_saving(run)))
+    for victim, moment in moments:
+        processes = train_together(run)
+        wait_for(moment, processes[victim])
+        processes[victim].kill()
+        said = [process.communicate(timeout=120)[1] for process in processes]
+        assert processes[victim].returncode == -signal.SIGKILL
+        for i, process in enumerate(processes):
+            assert process.returncode != 0
+            if victim != 0 and i == 0:
+                assert process.returncode == 2
+                assert "start all of them again" in said[i]
+                assert "Traceback" not in said[i]
+    assert "step 60 done" in finish_together(train_together(run))
+    assert_same_run(run, both)
+
+
+@pytest.mark.parametrize("receivers", [(1,), (0, 1)], ids=["one", "all"])
+def test_a_preempted_process_stops_all_at_one_saved_step(train_together, both, tmp_path, receivers):
+    run = tmp_path / "preempted"
+    processes = train_together(run, code=SLOW_MAIN)
+    wait_for(lambda: metrics_lines(run) >= 2, processes[0])
+    for i in receivers:
+        processes[i].send_signal(signal.SIGTERM)
+    leader = finish_together(processes, 128 + signal.SIGTERM)
+    saved = int(leader.split("SIGTERM: saved at step ")[1].split(";")[0])
+    assert (run / "checkpoints" / str(saved)).is_dir()
+    assert "step 60 done" in finish_together(train_together(run))
+    assert_same_training(run, both)
+
+
+def test_what_one_process_cannot_read_is_set_aside_by_all(train_together, both, tmp_path):
+    run = tmp_path / "damaged"
+    shutil.copytree(both, run)
+    parts = list((run / "checkpoints" / "60").rglob("ocdbt.process_1/d/*"))
+    assert parts
+    for file in parts:
+        os.truncate(file, file.stat().st_size // 2)
+    leader, other = [finish(process) for process in train_together(run)]
+    assert "set aside as 60.damaged, and step 50 taken" in leader
+    assert "damaged" not in other
+    assert_same_training(run, both)
+
+
+def test_processes_that_cannot_find_each_other_say_what_is_missing(train, tmp_path):
+    env = os.environ | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}
+    said = finish(train(tmp_path / "run", env=env), 2)
+    assert said.endswith("set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too\n")
+    env |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}
+    assert "JAX_PROCESS_ID=2 must be in 0 to" in finish(train(tmp_path / "run", env=env), 2)
+    env |= {"JAX_COORDINATOR_ADDRESS": "here", "JAX_PROCESS_ID": "1"}
+    assert "give it as HOST:PORT of process 0" in finish(train(tmp_path / "run", env=env), 2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_slurms_variables_are_enough(train, both, tmp_path):
+    """Two tasks of a step on this machine, as `srun --ntasks=2 dss train ...` would start them."""
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    run = tmp_path / "slurm"
+    tasks = [{"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
+    processes = [train(run, env=os.environ | step | task) for task in tasks]
+    assert "step 60 done" in finish_together(processes)
+    assert_same_training(run, both)
+
+
+def test_a_clock_that_jumps_changes_nothing(train, undisturbed, tmp_path):
+    run = tmp_path / "jumping"
+    process = train(run, code=JUMPING_CLOCK_MAIN)
+    wait_for(lambda: metrics_lines(run) >= 20, process)
+    process.kill()
+    process.communicate()
+    assert "step 60 done" in finish(train(run, code=JUMPING_CLOCK_MAIN))
+    assert_same_run(run, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 900 kB; `remount` makes it larger."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+
+    def remount(size: str, *options: str) -> int:
+        command = ["mount", "-t", "tmpfs", "-o", ",".join([*options, f"size={size}"]), "tmpfs"]
+        return subprocess.run([*command, str(mount)], capture_output=True).returncode
+
+    if remount("900k"):
+        pytest.skip("a small file system can only be mounted by root")
+    yield mount, lambda size: remount(size, "remount")
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_disk_that_fills_while_saving_costs_nothing_once_there_is_room(
+    train, undisturbed, small_disk
+):
+    mount, remount = small_disk
+    run = mount / "run"
+    _, err = (process := train(run)).communicate(timeout=300)
+    assert process.returncode == 2, err
+    assert "no space left on device" in err
+    assert err.count("\n") == 1, err
+    assert remount("30m") == 0
+    assert "step 60 done" in finish(train(run, "--resume=must"))
+    assert_same_training(run, undisturbed)
+
+
+def test_a_full_disk_ends_all_of_several_processes(train_together, both, small_disk):
+    mount, remount = small_disk
+    run = mount / "run"
+    said = [process.communicate(timeout=120)[1] for process in train_together(run)]
+    assert any("no space left on device" in err for err in said), said
+    assert remount("30m") == 0
+    assert "step 60 done" in finish_together(train_together(run))
+    assert_same_training(run, both)
