@@ -1,0 +1,136 @@
+"""Trains 20 steps of real CQA on some layouts, as one of one or more processes.
+
+    python -m tests.integration.layout_worker OUT DEVICES NAME:DATA:MODEL[:fsdp]...
+
+For each layout and optimizer it writes OUT/NAME-OPTIMIZER.npz, the losses and the final state, and
+a checkpoint into OUT/NAME-OPTIMIZER, unless they are there. Then it restores onto each layout every
+checkpoint in OUT, and compares them bit by bit.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dss.data import registry
+from dss.data.batches import Batches, paired_order
+from dss.data.store import TokenStore, open_store
+from dss.data.tasks import get_mixture
+from dss.data.vocabulary import load_vocabulary
+from dss.student.config import T5Config
+from dss.student.network import init_params
+from dss.train import abstract_state
+from dss.training.checkpoints import Checkpoints
+from dss.training.mesh import DEFAULT_RULES, MeshConfig, fetch, make_mesh, put_batch
+from dss.training.optimizer import OptimizerConfig, make_optimizer
+from dss.training.processes import is_leader, join_processes, wait_for_all
+from dss.training.step import (
+    LossConfig,
+    TrainState,
+    make_train_step,
+    place_state,
+    state_shardings,
+)
+
+STEPS, BATCH, MICROBATCHES, ALPHA = 20, 8, 2, 0.3
+OPTIMIZERS = {"adamw": 5e-5, "adafactor": 1e-3}  # learning rates: the reference's, T5X's
+STUDENT = T5Config(
+    vocab_size=32128,
+    d_model=32,
+    d_kv=8,
+    d_ff=64,
+    num_heads=8,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    dropout_rate=0.0,
+)
+
+
+def mesh_config(text: str) -> tuple[str, MeshConfig]:
+    """Returns the name and the mesh of an argument."""
+    name, data, model, *fsdp = text.split(":")
+    rules = (("embed", "data"), *DEFAULT_RULES) if fsdp else DEFAULT_RULES
+    return name, MeshConfig(data=int(data), model=int(model), rules=rules)
+
+
+def run(store: TokenStore, config: MeshConfig, optimizer: str) -> tuple[np.ndarray, TrainState]:
+    """Returns the losses, [STEPS, 3] of both tasks and the gradient's norm, and the last state."""
+    mesh = make_mesh(config, jax.devices()[: config.data * config.model])
+    update = make_optimizer(
+        OptimizerConfig(name=optimizer, learning_rate=OPTIMIZERS[optimizer]), STEPS
+    )
+    shardings = state_shardings(STUDENT, update, mesh, config)
+    loss = LossConfig(num_tasks=2, rates=(ALPHA, 1 - ALPHA))
+    step = make_train_step(
+        STUDENT, update, loss, mesh=mesh, shardings=shardings, microbatches=MICROBATCHES
+    )
+    batches = Batches(
+        store,
+        paired_order(store, BATCH, seed=0),
+        num_steps=STEPS,
+        groups=config.data * MICROBATCHES,
+    )
+    batches.shapes = batches.shapes[-1:]  # the largest does for all, and is compiled once
+    state = place_state(init_params(STUDENT, 0, shardings.params), update, shardings)
+    losses = []
+    for i in range(STEPS):
+        state, metrics = step(state, put_batch(mesh, batches[i]))
+        losses.append([*np.asarray(metrics["task_loss"]), float(metrics["grad_norm"])])
+    return np.array(losses), state
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    """Returns a tree's arrays, whole, by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): fetch(leaf) for path, leaf in leaves}
+
+
+def restore(folder: Path, config: MeshConfig, optimizer: str) -> None:
+    """Restores a checkpoint onto a layout and compares it with what was trained."""
+    mesh = make_mesh(config, jax.devices()[: config.data * config.model])
+    update = make_optimizer(OptimizerConfig(name=optimizer), STEPS)
+    shardings = state_shardings(STUDENT, update, mesh, config)
+    checkpoints = Checkpoints(folder, read_only=True)
+    state = checkpoints.restore(STEPS, abstract_state(STUDENT, update, shardings))
+    checkpoints.close()
+    with np.load(folder.with_suffix(".npz")) as wanted:
+        found = flat(state)
+        assert sorted(found) == sorted(set(wanted) - {"losses"})
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, wanted[name])
+
+
+def main(out: Path, layouts: list[str]) -> None:
+    """Trains, saves, restores."""
+    shared = Path(os.environ["DSS_SHARED"])
+    registry.set_data_root(shared / "data" / "datasets")
+    vocabulary = load_vocabulary(shared / "data" / "vocab" / "t5_cc_all_32000.model")
+    mixture = get_mixture("cqa_step_by_step_palm", ALPHA)
+    store = open_store(mixture, "train", vocabulary, inputs_length=128, targets_length=64)
+    meshes = dict(map(mesh_config, layouts))
+    for name, config in meshes.items():
+        for optimizer in OPTIMIZERS:
+            if (out / f"{name}-{optimizer}.npz").exists():
+                continue
+            losses, state = run(store, config, optimizer)
+            arrays = flat(state)
+            if is_leader():
+                np.savez(out / f"{name}-{optimizer}.npz", losses=losses, **arrays)
+            checkpoints = Checkpoints(out / f"{name}-{optimizer}")
+            checkpoints.save(state)
+            checkpoints.close()
+    wait_for_all("all layouts are trained")
+    restored = 0
+    for file in sorted(out.glob("*.npz")):
+        for config in meshes.values():
+            restore(file.with_suffix(""), config, file.stem.rpartition("-")[2])
+            restored += 1
+    print(f"restored {restored} bit by bit")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+    join_processes()
+    main(Path(sys.argv[1]), sys.argv[3:])
