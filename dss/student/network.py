@@ -26,6 +26,7 @@ from flax import nnx
 
 from dss.student.config import T5Config
 from dss.student.ops import (
+    PRODUCT,
     Rows,
     dropout,
     dropout_seeds,
@@ -314,7 +315,7 @@ def _remat(layer: Callable, policy: str) -> Callable:
         return layer
     saveable = {
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     }[policy]
     return jax.checkpoint(layer, policy=saveable, prevent_cse=False)
 
