@@ -12,7 +12,14 @@ from jax.sharding import Mesh
 
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, bind, logical_axes
-from dss.training.loss import cross_entropy, mixture_loss, task_sums, token_counts, token_weights
+from dss.training.loss import (
+    LossConfig,
+    head_loss,
+    head_scores,
+    mixture_loss,
+    token_counts,
+    token_weights,
+)
 from dss.training.mesh import (
     MeshConfig,
     batch_sharding,
@@ -35,24 +42,6 @@ __all__ = [
 Params = Any
 Metrics = dict[str, jax.Array]
 DeviceBatch = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The loss of a mixture; see `dss.training.loss`.
-
-    Attributes:
-      num_tasks: K, how many tasks the batch's task ids tell apart.
-      rates: each task's rate; None if sequences were sampled by rate, so that each token of the
-        batch weighs the same.
-      label_smoothing: weight of the uniform distribution.
-      z_loss: weight of (log Z)^2.
-    """
-
-    num_tasks: int
-    rates: tuple[float, ...] | None
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -89,11 +78,12 @@ def state_shardings(
     )
 
 
-def _token_losses(
-    config: T5Config, loss: LossConfig, params: Params, batch: DeviceBatch, key: jax.Array | None
+def _head_inputs(
+    config: T5Config, params: Params, batch: DeviceBatch, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns each target token's cross entropy and whether it was predicted, both [G, M]."""
-    logits = bind(config, params)(
+    """Returns what the head multiplies, [G, M, D], and the head, [D, V]."""
+    network = bind(config, params)
+    hidden = network.hidden(
         batch["encoder_input_tokens"],
         batch["decoder_input_tokens"],
         batch["encoder_segment_ids"],
@@ -101,11 +91,7 @@ def _token_losses(
         key,
         tuple(batch.get(name) for name in ("encoder_rows", "decoder_rows", "cross_rows")),
     )
-    targets = batch["decoder_target_tokens"]
-    losses = cross_entropy(
-        logits, targets, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
-    )
-    return losses, jnp.argmax(logits, axis=-1) == targets
+    return network.head_inputs(hidden)
 
 
 def _split(batch: DeviceBatch, microbatches: int) -> DeviceBatch:
@@ -120,6 +106,7 @@ def _split(batch: DeviceBatch, microbatches: int) -> DeviceBatch:
 def _gradients(
     config: T5Config,
     loss: LossConfig,
+    mesh: Mesh,
     microbatches: int,
     params: Params,
     batch: DeviceBatch,
@@ -133,9 +120,9 @@ def _gradients(
     weights = token_weights(token_counts(batch["decoder_task_ids"], loss.num_tasks), loss.rates)
 
     def weighted(params: Params, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, _ = _token_losses(config, loss, params, batch, key)
-        sums = task_sums(losses, batch["decoder_task_ids"], loss.num_tasks)
-        return jnp.sum(weights * sums), sums
+        hidden, kernel = _head_inputs(config, params, batch, key)
+        targets, ids = batch["decoder_target_tokens"], batch["decoder_task_ids"]
+        return head_loss(loss, mesh, hidden, kernel, weights, targets, ids)
 
     gradient = jax.grad(weighted, has_aux=True)
     dropout = config.dropout_rate > 0
@@ -181,7 +168,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, sums = _gradients(config, loss, microbatches, state.params, batch, key)
+        grads, sums = _gradients(config, loss, mesh, microbatches, state.params, batch, key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         counts = token_counts(batch["decoder_task_ids"], loss.num_tasks)
         metrics = {
@@ -218,12 +205,9 @@ def make_eval_step(
         out_shardings=replicated(mesh),
     )
     def eval_step(params: Params, batch: DeviceBatch) -> dict[str, jax.Array]:
-        losses, correct = _token_losses(config, loss, params, batch, None)
-        ids = batch["decoder_task_ids"]
-        return {
-            "sums": task_sums(losses, ids, loss.num_tasks),
-            "counts": token_counts(ids, loss.num_tasks),
-            "correct": task_sums(correct.astype(jnp.float32), ids, loss.num_tasks),
-        }
+        hidden, kernel = _head_inputs(config, params, batch, None)
+        targets, ids = batch["decoder_target_tokens"], batch["decoder_task_ids"]
+        sums, correct = head_scores(loss, mesh, hidden, kernel, targets, ids)
+        return {"sums": sums, "counts": token_counts(ids, loss.num_tasks), "correct": correct}
 
     return eval_step
