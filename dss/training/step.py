@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from dss.errors import UserError
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, bind, logical_axes
 from dss.training.loss import (
@@ -30,6 +31,7 @@ from dss.training.mesh import (
 )
 
 __all__ = [
+    "GradDtype",
     "LossConfig",
     "Metrics",
     "TrainState",
@@ -41,6 +43,7 @@ __all__ = [
 
 Params = Any
 Metrics = dict[str, jax.Array]
+GradDtype = Literal["float32", "bfloat16"]
 DeviceBatch = dict[str, jax.Array]
 
 
@@ -115,7 +118,7 @@ def _gradients(
     """Returns the gradient of the loss and each task's summed cross entropy, [K].
 
     The tokens are weighted by the counts of the whole batch, so the microbatches' gradients add
-    up to the batch's.
+    up to the batch's; they are added in float32.
     """
     weights = token_weights(token_counts(batch["decoder_task_ids"], loss.num_tasks), loss.rates)
 
@@ -134,7 +137,8 @@ def _gradients(
         part_key = jax.random.fold_in(key, index) if dropout else None
         return jax.tree.map(jnp.add, total, gradient(params, part, part_key)), None
 
-    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(loss.num_tasks))
+    zeros = jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), params)
+    zeros = (zeros, jnp.zeros(loss.num_tasks))
     parts = (_split(batch, microbatches), jnp.arange(microbatches))
     return jax.lax.scan(add, zeros, parts)[0]
 
@@ -147,6 +151,7 @@ def make_train_step(
     mesh: Mesh,
     shardings: TrainState,
     microbatches: int = 1,
+    grad_dtype: GradDtype = "float32",
     seed: int = 0,
 ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
     """Returns the compiled update; it takes the state's memory.
@@ -159,16 +164,29 @@ def make_train_step(
       shardings: from `state_shardings`.
       microbatches: in how many parts, one after another, the gradient is computed; the batch's
         groups must be divisible by it times the mesh's `data`.
+      grad_dtype: "bfloat16" takes gradients with respect to a copy of the parameters in that
+        dtype: gradients, what is kept for them and what devices exchange of them are half as
+        large. Microbatches are added up, and the optimizer computes, in float32 either way.
       seed: of dropout; the mask is a function of (seed, step, microbatch).
 
     Returns:
       `step(state, batch) -> (state, metrics)`, with metrics `loss` [], `task_loss` [K],
       `task_tokens` [K] and `grad_norm` [] (before clipping).
+
+    Raises:
+      UserError: bfloat16 gradients of a student that computes in float32.
     """
+    if grad_dtype == "bfloat16" and config.dtype != "bfloat16":
+        raise UserError(
+            "Experiment.grad_dtype is 'bfloat16', and the student computes in float32; set "
+            "Experiment.dtype to 'bfloat16' too"
+        )
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, sums = _gradients(config, loss, mesh, microbatches, state.params, batch, key)
+        params = optax.tree.cast(state.params, grad_dtype)
+        grads, sums = _gradients(config, loss, mesh, microbatches, params, batch, key)
+        grads = optax.tree.cast(grads, jnp.float32)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         counts = token_counts(batch["decoder_task_ids"], loss.num_tasks)
         metrics = {
