@@ -64,6 +64,7 @@ class Experiment:
     vocabulary: str | None = None  # a SentencePiece file or "bytes"; None: the checkpoint's
     dropout_rate: float = 0.1  # in [0, 1)
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; None: the student's
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 needs dtype bfloat16
     remat: Literal["none", "full", "dots"] | None = None  # recomputed backward; None: the student's
     alpha: float = 0.5  # the label task's rate; the rationale's is 1 - alpha
     batch_size: int = 64  # examples (paired) or sequences (sampled) a step

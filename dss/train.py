@@ -217,6 +217,7 @@ def run_experiment(
         mesh=mesh,
         shardings=shardings,
         microbatches=experiment.microbatches,
+        grad_dtype=experiment.grad_dtype,
         seed=experiment.seed,
     )
     valid_loss = LossConfig(num_tasks=len(valid_mixture.tasks), rates=None)

@@ -26,6 +26,7 @@ from flax import nnx
 
 from dss.student.config import T5Config
 from dss.student.ops import (
+    PRODUCT,
     Rows,
     dropout,
     dropout_seeds,
@@ -314,7 +315,7 @@ def _remat(layer: Callable, policy: str) -> Callable:
         return layer
     saveable = {
         "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     }[policy]
     return jax.checkpoint(layer, policy=saveable, prevent_cse=False)
 
@@ -404,14 +405,21 @@ class T5(nnx.Module):
             dropout_key,
         )
 
+    def head_inputs(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns what is multiplied to get the logits of hidden states [..., D]: x, kernel [D, V].
+
+        x [..., D] is scaled where the student says so; the kernel is a parameter's.
+        """
+        kernel = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
+        scale = self.config.d_model**-0.5 if self.config.scaled_logits else 1
+        return hidden * scale, kernel
+
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns the logits [..., V] float32 of hidden states [..., D]."""
-        kernel = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
-        if self.config.scaled_logits:
-            hidden = hidden * self.config.d_model**-0.5
-        return linear(hidden, kernel.astype(hidden.dtype)).astype(jnp.float32)
+        x, kernel = self.head_inputs(hidden)
+        return linear(x, kernel.astype(x.dtype)).astype(jnp.float32)
 
-    def __call__(
+    def hidden(
         self,
         encoder_inputs: jax.Array,
         decoder_inputs: jax.Array,
@@ -420,7 +428,7 @@ class T5(nnx.Module):
         dropout_key: jax.Array | None = None,
         row_slots: tuple[jax.Array | None, ...] = (None, None, None),
     ) -> jax.Array:
-        """Returns the logits [G, M, V] of every decoder slot.
+        """Returns the decoder's last hidden states [G, M, D].
 
         Without segment ids a row is one example: its encoder inputs that are not 0, and all of its
         decoder inputs. `row_slots` are the encoder's, the decoder's and the cross-attention's; see
@@ -433,7 +441,7 @@ class T5(nnx.Module):
         encoder_key, decoder_key = _keys(dropout_key, 2)
         encoder_slots, decoder_slots, cross_slots = row_slots
         encoded = self.encode(encoder_inputs, encoder_segment_ids, encoder_slots, encoder_key)
-        hidden = self.decode(
+        return self.decode(
             encoded,
             decoder_inputs,
             decoder_segment_ids,
@@ -442,7 +450,10 @@ class T5(nnx.Module):
             cross_slots,
             decoder_key,
         )
-        return self.logits(hidden)
+
+    def __call__(self, *args: Any, **options: Any) -> jax.Array:
+        """Returns the logits [G, M, V] of every decoder slot; the arguments are `hidden`'s."""
+        return self.logits(self.hidden(*args, **options))
 
 
 def _in_rows(segment_ids: jax.Array, rows: Rows | None) -> jax.Array:

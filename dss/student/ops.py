@@ -9,8 +9,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 __all__ = [
+    "PRODUCT",
     "Rows",
     "dropout",
     "dropout_seeds",
@@ -19,6 +21,8 @@ __all__ = [
     "rms_norm",
     "to_rows",
 ]
+
+PRODUCT = "product"  # the name of what `linear` returns, for `jax.checkpoint_policies`
 
 
 def _keep(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
@@ -76,13 +80,18 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: jax.Array, kernel: jax.Array, dims: int = 1) -> jax.Array:
     """Returns x [..., *I] times kernel [*I, *O], [..., *O], where I are `dims` dimensions.
 
     The kernel's gradient is written out so that the narrower of x and its gradient g is the one
-    that a CPU has to transpose.
+    that a CPU has to transpose. Policies of `jax.checkpoint` do not look into a written gradient;
+    they know the result by its name, `PRODUCT`.
     """
+    return checkpoint_name(_linear(x, kernel, dims), PRODUCT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: jax.Array, kernel: jax.Array, dims: int) -> jax.Array:
     inputs = tuple(range(x.ndim - dims, x.ndim))
     return jax.lax.dot_general(x, kernel, ((inputs, tuple(range(dims))), ((), ())))
 
@@ -100,7 +109,7 @@ def _linear_backward(dims, saved, g):
     return dx, jax.lax.dot_general(g, x, contract).transpose(order)
 
 
-linear.defvjp(lambda x, kernel, dims: (linear(x, kernel, dims), (x, kernel)), _linear_backward)
+_linear.defvjp(lambda x, kernel, dims: (_linear(x, kernel, dims), (x, kernel)), _linear_backward)
 
 
 class Rows(NamedTuple):

@@ -125,8 +125,9 @@ def check_split(name: str, size: int, mesh: Mesh, axis: str) -> None:
 def opt_state_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
     """Returns the optimizer state's shardings: a moment lies as its parameter does.
 
-    A leaf is a parameter's moment where its path ends in the parameter's path and its shape is
-    the parameter's; everything else (counts, factored statistics) is replicated.
+    A leaf belongs to the parameter whose path its own ends in. A moment has the parameter's
+    shape; a factored statistic of Adafactor has it but for the axis that was averaged away, and
+    lies as what is left. Everything else (counts, placeholders) is replicated.
     """
 
     def keys(path: tuple) -> tuple[str, ...]:
@@ -134,19 +135,34 @@ def opt_state_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any)
 
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
     known = {
-        keys(path): (leaf.shape, sharding)
+        keys(path): (leaf.shape, sharding.spec)
         for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings), strict=True)
     }
 
     def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         names = keys(path)
         for start in range(len(names)):
-            shape, found = known.get(names[start:], (None, None))
-            if found is not None and shape == leaf.shape:
-                return found
+            shape, spec = known.get(names[start:], (None, None))
+            if shape == leaf.shape:
+                return NamedSharding(mesh, spec)
+            if shape is not None:
+                return NamedSharding(mesh, _factored(path, leaf.shape, shape, spec))
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def _factored(
+    path: tuple, shape: tuple[int, ...], param: tuple[int, ...], spec: PartitionSpec
+) -> PartitionSpec:
+    """Returns how a statistic of a parameter lies, given both shapes and how the parameter lies."""
+    gone = [axis for axis in range(len(param)) if param[:axis] + param[axis + 1 :] == shape]
+    if not gone:
+        return PartitionSpec()
+    # Of a square matrix either axis could be; optax averages the last one away for v_row.
+    rows = jax.tree_util.GetAttrKey("v_row") in path
+    axis = gone[-1] if rows else gone[0]
+    return PartitionSpec(*spec[:axis], *spec[axis + 1 :])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,16 +3,24 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from dss.errors import UserError
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, bind, logical_axes
-from dss.training.loss import cross_entropy, mixture_loss, task_sums, token_counts, token_weights
+from dss.training.loss import (
+    LossConfig,
+    head_loss,
+    head_scores,
+    mixture_loss,
+    token_counts,
+    token_weights,
+)
 from dss.training.mesh import (
     MeshConfig,
     batch_sharding,
@@ -24,6 +32,7 @@ from dss.training.mesh import (
 )
 
 __all__ = [
+    "GradDtype",
     "LossConfig",
     "Metrics",
     "TrainState",
@@ -36,25 +45,8 @@ __all__ = [
 
 Params = Any
 Metrics = dict[str, jax.Array]
+GradDtype = Literal["float32", "bfloat16"]
 DeviceBatch = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """The loss of a mixture; see `dss.training.loss`.
-
-    Attributes:
-      num_tasks: K, how many tasks the batch's task ids tell apart.
-      rates: each task's rate; None if sequences were sampled by rate, so that each token of the
-        batch weighs the same.
-      label_smoothing: weight of the uniform distribution.
-      z_loss: weight of (log Z)^2.
-    """
-
-    num_tasks: int
-    rates: tuple[float, ...] | None
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
 
 
 @jax.tree_util.register_dataclass
@@ -106,11 +98,12 @@ def state_shardings(
     )
 
 
-def _token_losses(
-    config: T5Config, loss: LossConfig, params: Params, batch: DeviceBatch, key: jax.Array | None
+def _head_inputs(
+    config: T5Config, params: Params, batch: DeviceBatch, key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns each target token's cross entropy and whether it was predicted, both [G, M]."""
-    logits = bind(config, params)(
+    """Returns what the head multiplies, [G, M, D], and the head, [D, V]."""
+    network = bind(config, params)
+    hidden = network.hidden(
         batch["encoder_input_tokens"],
         batch["decoder_input_tokens"],
         batch["encoder_segment_ids"],
@@ -118,11 +111,7 @@ def _token_losses(
         key,
         tuple(batch.get(name) for name in ("encoder_rows", "decoder_rows", "cross_rows")),
     )
-    targets = batch["decoder_target_tokens"]
-    losses = cross_entropy(
-        logits, targets, label_smoothing=loss.label_smoothing, z_loss=loss.z_loss
-    )
-    return losses, jnp.argmax(logits, axis=-1) == targets
+    return network.head_inputs(hidden)
 
 
 def _split(batch: DeviceBatch, microbatches: int) -> DeviceBatch:
@@ -137,6 +126,7 @@ def _split(batch: DeviceBatch, microbatches: int) -> DeviceBatch:
 def _gradients(
     config: T5Config,
     loss: LossConfig,
+    mesh: Mesh,
     microbatches: int,
     params: Params,
     batch: DeviceBatch,
@@ -145,14 +135,14 @@ def _gradients(
     """Returns the gradient of the loss and each task's summed cross entropy, [K].
 
     The tokens are weighted by the counts of the whole batch, so the microbatches' gradients add
-    up to the batch's.
+    up to the batch's; they are added in float32.
     """
     weights = token_weights(token_counts(batch["decoder_task_ids"], loss.num_tasks), loss.rates)
 
     def weighted(params: Params, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        losses, _ = _token_losses(config, loss, params, batch, key)
-        sums = task_sums(losses, batch["decoder_task_ids"], loss.num_tasks)
-        return jnp.sum(weights * sums), sums
+        hidden, kernel = _head_inputs(config, params, batch, key)
+        targets, ids = batch["decoder_target_tokens"], batch["decoder_task_ids"]
+        return head_loss(loss, mesh, hidden, kernel, weights, targets, ids)
 
     gradient = jax.grad(weighted, has_aux=True)
     dropout = config.dropout_rate > 0
@@ -164,7 +154,8 @@ def _gradients(
         part_key = jax.random.fold_in(key, index) if dropout else None
         return jax.tree.map(jnp.add, total, gradient(params, part, part_key)), None
 
-    zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(loss.num_tasks))
+    zeros = jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), params)
+    zeros = (zeros, jnp.zeros(loss.num_tasks))
     parts = (_split(batch, microbatches), jnp.arange(microbatches))
     return jax.lax.scan(add, zeros, parts)[0]
 
@@ -177,6 +168,7 @@ def make_train_step(
     mesh: Mesh,
     shardings: TrainState,
     microbatches: int = 1,
+    grad_dtype: GradDtype = "float32",
     seed: int = 0,
 ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
     """Returns the compiled update; it takes the state's memory.
@@ -189,16 +181,29 @@ def make_train_step(
       shardings: from `state_shardings`.
       microbatches: in how many parts, one after another, the gradient is computed; the batch's
         groups must be divisible by it times the mesh's `data`.
+      grad_dtype: "bfloat16" takes gradients with respect to a copy of the parameters in that
+        dtype: gradients, what is kept for them and what devices exchange of them are half as
+        large. Microbatches are added up, and the optimizer computes, in float32 either way.
       seed: of dropout; the mask is a function of (seed, step, microbatch).
 
     Returns:
       `step(state, batch) -> (state, metrics)`, with metrics `loss` [], `task_loss` [K],
       `task_tokens` [K] and `grad_norm` [] (before clipping).
+
+    Raises:
+      UserError: bfloat16 gradients of a student that computes in float32.
     """
+    if grad_dtype == "bfloat16" and config.dtype != "bfloat16":
+        raise UserError(
+            "Experiment.grad_dtype is 'bfloat16', and the student computes in float32; set "
+            "Experiment.dtype to 'bfloat16' too"
+        )
 
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, sums = _gradients(config, loss, microbatches, state.params, batch, key)
+        params = optax.tree.cast(state.params, grad_dtype)
+        grads, sums = _gradients(config, loss, mesh, microbatches, params, batch, key)
+        grads = optax.tree.cast(grads, jnp.float32)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         counts = token_counts(batch["decoder_task_ids"], loss.num_tasks)
         metrics = {
@@ -235,12 +240,9 @@ def make_eval_step(
         out_shardings=replicated(mesh),
     )
     def eval_step(params: Params, batch: DeviceBatch) -> dict[str, jax.Array]:
-        losses, correct = _token_losses(config, loss, params, batch, None)
-        ids = batch["decoder_task_ids"]
-        return {
-            "sums": task_sums(losses, ids, loss.num_tasks),
-            "counts": token_counts(ids, loss.num_tasks),
-            "correct": task_sums(correct.astype(jnp.float32), ids, loss.num_tasks),
-        }
+        hidden, kernel = _head_inputs(config, params, batch, None)
+        targets, ids = batch["decoder_target_tokens"], batch["decoder_task_ids"]
+        sums, correct = head_scores(loss, mesh, hidden, kernel, targets, ids)
+        return {"sums": sums, "counts": token_counts(ids, loss.num_tasks), "correct": correct}
 
     return eval_step

@@ -1,9 +1,23 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from dss.training.loss import cross_entropy, mixture_loss, task_sums, token_counts, token_weights
+from dss.training import loss as loss_module
+from dss.training.loss import (
+    LossConfig,
+    cross_entropy,
+    head_loss,
+    head_scores,
+    mixture_loss,
+    task_sums,
+    token_counts,
+    token_weights,
+)
+from dss.training.mesh import MeshConfig, make_mesh
 
 
 def test_cross_entropy_of_even_logits_is_the_log_of_the_vocabulary():
@@ -35,3 +49,84 @@ def test_a_task_without_tokens_weighs_nothing():
     weights = token_weights(jnp.array([4.0, 0.0]), (0.5, 0.5))
     assert float(mixture_loss(jnp.array([8.0, 0.0]), jnp.array([4.0, 0.0]), (0.5, 0.5))) == 1.0
     assert jnp.isfinite(weights).all()
+
+
+D, V, M = 16, 384, 20
+
+
+def head_arguments(groups):
+    """Returns hidden states, head, weights, targets and task ids; the last slots are padding."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden = jax.random.normal(keys[0], (groups, M, D))
+    kernel = jax.random.normal(keys[1], (D, V)) / 4
+    targets = jax.random.randint(keys[2], (groups, M), 0, V)
+    ids = jax.random.randint(keys[3], (groups, M), 1, 3).at[:, -3:].set(0)
+    return hidden, kernel, token_weights(token_counts(ids, 2), (0.3, 0.7)), targets, ids
+
+
+@pytest.mark.parametrize("chunk", [7, 16, 1024], ids=["padded", "even", "one"])
+@pytest.mark.parametrize("data", [1, 4])
+@pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.1, "z_loss": 0.02}], ids=["", "more"])
+def test_head_loss_in_chunks_is_the_plain_loss_and_gradient(monkeypatch, chunk, data, extra):
+    monkeypatch.setattr(loss_module, "CHUNK_SLOTS", chunk)
+    config = LossConfig(num_tasks=2, rates=(0.3, 0.7), **extra)
+    mesh = make_mesh(MeshConfig(data=data), jax.devices()[:data])
+    hidden, kernel, weights, targets, ids = head_arguments(groups=8)
+
+    def chunked(hidden, kernel):
+        weighted, sums = head_loss(config, mesh, hidden, kernel, weights, targets, ids)
+        return 3 * weighted, sums
+
+    def plain(hidden, kernel):
+        losses = cross_entropy(hidden @ kernel, targets, **extra)
+        sums = task_sums(losses, ids, 2)
+        return 3 * jnp.sum(weights * sums), sums
+
+    found, wanted = (
+        jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(hidden, kernel)
+        for f in (chunked, plain)
+    )
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6 * float(jnp.abs(want).max()))
+    value, sums = jax.jit(chunked)(hidden, kernel)
+    np.testing.assert_allclose([value, *sums], [found[0][0], *found[0][1]], rtol=1e-6)
+
+    sums, correct = jax.jit(lambda *args: head_scores(config, mesh, *args))(
+        hidden, kernel, targets, ids
+    )
+    np.testing.assert_allclose(sums, wanted[0][1], rtol=1e-6)
+    right = jnp.argmax(hidden @ kernel, -1) == targets
+    np.testing.assert_array_equal(correct, task_sums(right.astype(float), ids, 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("data", "model", "embed"),
+    [(8, 1, None), (8, 1, "data"), (2, 4, None), (2, 4, "data")],
+    ids=["8x1", "8x1 fsdp", "2x4", "2x4 fsdp"],
+)
+def test_the_heads_gradient_crosses_the_mesh_once_not_in_every_chunk(
+    monkeypatch, dtype, data, model, embed
+):
+    monkeypatch.setattr(loss_module, "CHUNK_SLOTS", 8)
+    config = LossConfig(num_tasks=2, rates=(0.5, 0.5))
+    mesh = make_mesh(MeshConfig(data=data, model=model))
+    place = [PartitionSpec("data"), PartitionSpec(embed, "model"), *[PartitionSpec()] * 3]
+    place = [NamedSharding(mesh, spec) for spec in place]
+    args = [
+        jax.ShapeDtypeStruct(x.shape, dtype if i < 2 else x.dtype, sharding=place[i])
+        for i, x in enumerate(head_arguments(groups=8))
+    ]
+    gradient = jax.grad(lambda *args: head_loss(config, mesh, *args), (0, 1), has_aux=True)
+    compiled = jax.jit(gradient, out_shardings=(tuple(place[:2]), None)).lower(*args).compile()
+    text = compiled.as_text()
+    bodies = set(re.findall(r"body=%?([\w.-]+)", text))
+    assert bodies
+    exchanged = {False: 0, True: 0}  # kernels, by whether in a loop
+    for computation in re.split(r"\n(?=(?:%|ENTRY)[^\n]*\{\n)", text):
+        name = re.match(r"(?:ENTRY )?%?([\w.-]+)", computation)[1]
+        for shapes in re.findall(
+            r"= (.*?) (?:all-reduce|reduce-scatter)(?:-start)?\(", computation
+        ):
+            exchanged[name in bodies] += len(re.findall(rf"\[{D},{V // model}\]", shapes))
+    assert exchanged == {False: 1, True: 0}

@@ -3,8 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec
 
+from dss.student.network import abstract_params, logical_axes
+from dss.training.mesh import MeshConfig, make_mesh
 from dss.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from dss.training.step import state_shardings
+from tests.conftest import tiny_config
+
+FSDP = (("embed", "data"), ("heads", "model"), ("mlp", "model"), ("vocab", "model"))
 
 
 def test_schedules():
@@ -67,3 +74,45 @@ def test_configurations_are_checked(bad):
 
 def test_jax_is_on_simulated_devices():
     assert len(jax.devices()) == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"rules": FSDP}], ids=["2x4", "fsdp 2x4"])
+def test_adafactors_statistics_lie_as_what_is_left_of_their_parameter(options):
+    # Attention's matrices are square: which axis a statistic lacks is not in its shape.
+    config = tiny_config(d_model=128, d_kv=32, d_ff=256)
+    mesh_config = MeshConfig(data=2, model=4, **options)
+    optimizer = make_optimizer(OptimizerConfig(name="adafactor"), 10)
+    mesh = make_mesh(mesh_config)
+    shardings = state_shardings(config, optimizer, mesh, mesh_config)
+    rules = dict(reversed(mesh_config.rules))
+    params = abstract_params(config)
+    places = {
+        tuple(p.key for p in path): [rules.get(axis) for axis in axes]
+        for path, axes in jax.tree_util.tree_flatten_with_path(
+            logical_axes(config), is_leaf=lambda x: isinstance(x, tuple)
+        )[0]
+    }
+    shapes = {
+        tuple(p.key for p in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]
+    }
+    state = jax.eval_shape(optimizer.init, params)
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    factored = 0
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings.opt_state), strict=True):
+        names = tuple(p.key for p in path if isinstance(p, jax.tree_util.DictKey))
+        known = [names[i:] for i in range(len(names)) if names[i:] in shapes]
+        if not known or leaf.size <= 2:  # a count; a placeholder, one number a layer
+            continue
+        shape, place = shapes[known[0]], places[known[0]]
+        if leaf.shape != shape:  # optax takes the largest axis away for v_row, the second for v_col
+            start = len(shape) - 2
+            by_size = sorted(range(start, len(shape)), key=lambda axis: shape[axis])
+            gone = (
+                by_size[-1] if any(getattr(p, "name", "") == "v_row" for p in path) else by_size[0]
+            )
+            assert leaf.shape == shape[:gone] + shape[gone + 1 :]
+            place = place[:gone] + place[gone + 1 :]
+            factored += 1
+        assert sharding.spec == PartitionSpec(*place), path
+    assert factored == 2 * (2 + 7 + 11)  # embedding, head, an encoder's and a decoder's matrices

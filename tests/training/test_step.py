@@ -7,7 +7,7 @@ from dss.data.store import open_store
 from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
-from dss.student.network import init_params
+from dss.student.network import abstract_params, init_params
 from dss.training.mesh import MeshConfig, make_mesh, put_batch
 from dss.training.optimizer import OptimizerConfig, make_optimizer
 from dss.training.step import (
@@ -31,8 +31,17 @@ def run(toy):
         mixture, "train", load_vocabulary("bytes"), inputs_length=64, targets_length=32
     )
 
-    def train(*, packed=True, microbatches=1, optimizer="adamw", dropout=0.0, **mesh_options):
-        config = tiny_config(dropout_rate=dropout)
+    def train(
+        *,
+        packed=True,
+        microbatches=1,
+        optimizer="adamw",
+        dropout=0.0,
+        dtype="float32",
+        grad_dtype="float32",
+        **mesh_options,
+    ):
+        config = tiny_config(dropout_rate=dropout, dtype=dtype)
         mesh_config = MeshConfig(**mesh_options)
         devices = jax.devices()[: mesh_config.data * mesh_config.model]
         mesh = make_mesh(mesh_config, devices)
@@ -45,6 +54,7 @@ def run(toy):
             mesh=mesh,
             shardings=shardings,
             microbatches=microbatches,
+            grad_dtype=grad_dtype,
         )
         batches = Batches(
             store,
@@ -101,6 +111,53 @@ def test_adafactor_on_a_mesh_is_adafactor(run):
 def test_dropout_repeats_itself(run):
     first, second = run(data=1, dropout=0.3), run(data=1, dropout=0.3)
     jax.tree.map(np.testing.assert_array_equal, first[1], second[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatches": 2}, {"model": 2}], ids=str)
+def test_bfloat16_gradients_are_nearly_those_of_float32(run, options):
+    wide, narrow = (
+        run(data=2, dtype="bfloat16", grad_dtype=dtype, **options)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert narrow[1]["embedding"].dtype == np.float32
+    np.testing.assert_allclose(narrow[0], wide[0], rtol=0.02)
+
+
+def test_bfloat16_gradients_of_a_float32_student_are_an_error(run):
+    with pytest.raises(UserError, match=r"set Experiment\.dtype to 'bfloat16' too"):
+        run(data=1, grad_dtype="bfloat16")
+
+
+def temporary_bytes(mesh, microbatches=1, **student):
+    """Returns the temporary memory of a compiled step on 64 sequences of 32 + 16 tokens."""
+    config = tiny_config(
+        d_model=64, d_ff=256, num_encoder_layers=4, num_decoder_layers=4, **student
+    )
+    update = make_optimizer(OptimizerConfig(), 10)
+    shardings = state_shardings(config, update, mesh, MeshConfig())
+    state = jax.eval_shape(lambda p: init_state(p, update), abstract_params(config))
+    sides = {"encoder": ("input_tokens",), "decoder": ("input_tokens", "target_tokens", "task_ids")}
+    batch = {
+        f"{side}_{name}": jax.ShapeDtypeStruct((64, 32 if side == "encoder" else 16), np.int32)
+        for side, names in sides.items()
+        for name in (*names, "segment_ids")
+    }
+    step = make_train_step(
+        config,
+        update,
+        LossConfig(num_tasks=2, rates=(0.5, 0.5)),
+        mesh=mesh,
+        shardings=shardings,
+        microbatches=microbatches,
+    )
+    return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_falls_with_what_is_recomputed_and_with_microbatches(one_device):
+    none, dots, full = (temporary_bytes(one_device, remat=r) for r in ("none", "dots", "full"))
+    assert none > 1.3 * dots > 1.3 * 1.3 * full
+    parts = [temporary_bytes(one_device, microbatches=n) for n in (1, 2, 4)]
+    assert parts[0] > 1.3 * parts[1] > 1.3 * 1.3 * parts[2]
 
 
 def test_a_mesh_that_does_not_fit_is_an_error():
