@@ -34,9 +34,10 @@ from dss.errors import UserError
 from dss.interop import huggingface
 from dss.student.config import T5Config
 from dss.student.decoding import generate
+from dss.training.loss import LossConfig
 from dss.training.mesh import MeshConfig, make_mesh, put_batch
 from dss.training.optimizer import OptimizerConfig, make_optimizer
-from dss.training.step import LossConfig, TrainState, init_state, make_train_step, state_shardings
+from dss.training.step import TrainState, init_state, make_train_step, state_shardings
 
 TOLERANCE = 1e-4
 TEACHER = "palm"

@@ -76,9 +76,10 @@ def compile_steps(repeats: int) -> dict[str, list[float]]:
 
     from dss.config import parse_gin
     from dss.student.network import abstract_params
+    from dss.training.loss import LossConfig
     from dss.training.mesh import MeshConfig, make_mesh
     from dss.training.optimizer import OptimizerConfig, make_optimizer
-    from dss.training.step import LossConfig, init_state, make_train_step, state_shardings
+    from dss.training.step import init_state, make_train_step, state_shardings
 
     experiment = parse_gin(["students/small.gin"], [])
     assert experiment.student is not None

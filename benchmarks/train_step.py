@@ -96,9 +96,10 @@ class DssSide:
 
         from dss.memory import keep_freed_memory
         from dss.student.network import init_params
+        from dss.training.loss import LossConfig
         from dss.training.mesh import MeshConfig, make_mesh, put_batch
         from dss.training.optimizer import OptimizerConfig, make_optimizer
-        from dss.training.step import LossConfig, init_state, make_train_step, state_shardings
+        from dss.training.step import init_state, make_train_step, state_shardings
 
         keep_freed_memory()  # as the command line does
         steps = WARM + args.steps

@@ -35,12 +35,12 @@ from dss.runs import (
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, init_params
 from dss.training.checkpoints import Checkpoints, abstract_like
+from dss.training.loss import LossConfig
 from dss.training.mesh import make_mesh, put_batch
 from dss.training.metrics import MetricsWriter
 from dss.training.optimizer import make_optimizer
 from dss.training.processes import StopSignal
 from dss.training.step import (
-    LossConfig,
     TrainState,
     init_state,
     make_eval_step,

@@ -33,7 +33,6 @@ from dss.training.mesh import (
 
 __all__ = [
     "GradDtype",
-    "LossConfig",
     "Metrics",
     "TrainState",
     "init_state",

@@ -23,11 +23,11 @@ from dss.student.config import T5Config
 from dss.student.network import init_params
 from dss.train import abstract_state
 from dss.training.checkpoints import Checkpoints
+from dss.training.loss import LossConfig
 from dss.training.mesh import DEFAULT_RULES, MeshConfig, fetch, make_mesh, put_batch
 from dss.training.optimizer import OptimizerConfig, make_optimizer
 from dss.training.processes import is_leader, join_processes, wait_for_all
 from dss.training.step import (
-    LossConfig,
     TrainState,
     make_train_step,
     place_state,

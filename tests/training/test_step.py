@@ -8,10 +8,10 @@ from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
 from dss.student.network import abstract_params, init_params
+from dss.training.loss import LossConfig
 from dss.training.mesh import MeshConfig, make_mesh, put_batch
 from dss.training.optimizer import OptimizerConfig, make_optimizer
 from dss.training.step import (
-    LossConfig,
     init_state,
     make_eval_step,
     make_train_step,
