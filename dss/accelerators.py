@@ -1,5 +1,6 @@
 """What accelerators offer, and devices to compile for where there are none."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -9,7 +10,14 @@ from typing import Any
 
 from dss.errors import UserError, unknown_name
 
-__all__ = ["ACCELERATORS", "Accelerator", "find_accelerator", "matmul_peak", "planned_devices"]
+__all__ = [
+    "ACCELERATORS",
+    "Accelerator",
+    "find_accelerator",
+    "matmul_peak",
+    "planned_devices",
+    "simulate_devices",
+]
 
 GIB = 2**30
 MATRIX, ACCELERATOR_MATRIX = 2048, 8192  # side of the product that measures the peak
@@ -42,7 +50,7 @@ class Accelerator:
 # (docs.jax.dev, "GPU memory allocation").
 GPU_SHARE = 0.75
 GPU_RESERVE = "JAX takes 75% of it unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
-TPU_RESERVE = "the TPU compiler keeps the rest"
+TPU_RESERVE = "what the TPU's compiler lets a program have"
 
 # Peaks and memory: cloud.google.com/tpu/docs/v4 and /v5p; NVIDIA's data sheets of the H100 SXM and
 # the H200 SXM, without sparsity. In float32 JAX by default multiplies in one bfloat16 pass on a
@@ -60,8 +68,8 @@ ACCELERATORS = {
     ),
     "v5p": Accelerator(
         name="v5p",
-        memory=95 * GIB,
-        usable=95 * GIB,
+        memory=95.73 * GIB,
+        usable=95.73 * GIB,
         reserve=TPU_RESERVE,
         flops={"bfloat16": 459e12, "float32": 459e12},
         mfu=0.4,
@@ -127,6 +135,15 @@ def find_accelerator(name: str, devices: int) -> Accelerator:
     if name not in ACCELERATORS:
         raise unknown_name("accelerator", name, [*ACCELERATORS, "cpu"])
     return ACCELERATORS[name]
+
+
+def simulate_devices(number: int) -> None:
+    """Has JAX run on simulated CPU devices alone; does nothing once JAX has been used."""
+    import jax
+
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", number)
+        jax.config.update("jax_platforms", "cpu")
 
 
 def planned_devices(accelerator: Accelerator, number: int) -> tuple[list[Any], str]:

@@ -38,8 +38,8 @@ from dss.training.step import make_train_step, state_shardings
 __all__ = ["Memory", "Plan", "Work", "abstract_batch", "device_bytes", "plan"]
 
 STEPS = 256  # laid out to see what batches need
-CLOSE = 0.97  # a batch that takes this part of what is usable is as large as one looks for
-COMPILATIONS = 5  # at most, for the largest batch
+CLOSE = 0.95  # a batch that takes this part of what is usable is as large as one looks for
+COMPILATIONS = 4  # at most, for the largest batch
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
@@ -172,6 +172,9 @@ class _Planner:
         self.shardings = state_shardings(config, self.optimizer, self.mesh, experiment.mesh)
         self.state = abstract_state(config, self.optimizer, self.shardings)
         self.unit = self.mesh.shape["data"] * experiment.microbatches
+        self.tpu = devices[0].platform == "tpu"
+        # Nothing will run: machine code need not be good. It has no part in the memory.
+        self.options = None if self.tpu else {"xla_backend_optimization_level": 0}
 
     def batches(self, batch_size: int) -> Batches:
         experiment = dataclasses.replace(self.experiment, batch_size=batch_size)
@@ -204,15 +207,15 @@ class _Planner:
             "batch": device_bytes(batch),
         }
         try:
-            compiled = step.lower(self.state, batch).compile()
+            compiled = step.lower(self.state, batch).compile(compiler_options=self.options)
             found = compiled.memory_analysis()
         except JaxRuntimeError as error:
             if OUT_OF_MEMORY not in str(error):
                 raise
-            memory = Memory(**parts, temporary=_wanted(str(error)), other=0)
-            return memory, time.perf_counter() - began
+            temporary = max(_wanted(str(error)) - sum(parts.values()), 0)
+            return Memory(**parts, temporary=temporary, other=0), time.perf_counter() - began
         other = found.output_size_in_bytes - found.alias_size_in_bytes
-        if self.mesh.devices.flat[0].platform == "tpu":  # a CPU's program is not counted there
+        if self.tpu:  # it holds the program, too
             other += found.generated_code_size_in_bytes
         # A TPU pads arrays to tiles.
         other += max(found.argument_size_in_bytes - sum(parts.values()), 0)
@@ -269,19 +272,25 @@ class _Planner:
 
 
 def _guess(wanted: float, known: dict[int, Memory]) -> float:
-    """Returns the batch that should take some bytes, given what others took."""
-    a, *rest = sorted(known, key=lambda batch: abs(known[batch].total - wanted))
-    if rest:
-        slope = (known[rest[0]].total - known[a].total) / (rest[0] - a)
-    else:  # the gradients do not grow with the batch; of the rest some part does
-        temporary = known[a].temporary
-        slope = max(temporary - known[a].parameters, temporary / 8) / a
+    """Returns the batch that should take some bytes, given what others took.
+
+    Between two batches that is on their line. Beyond them the line says too much, as small batches
+    leave room that larger ones use first: all that is temporary but the gradients is then taken to
+    grow with the batch.
+    """
+    near = sorted(known, key=lambda batch: abs(known[batch].total - wanted))[:2]
+    a = near[0]
+    slope = max(known[a].temporary - known[a].parameters, known[a].temporary / 8) / a
+    if len(near) == 2:
+        line = (known[near[1]].total - known[a].total) / (near[1] - a)
+        between = min(near) <= a + (wanted - known[a].total) / max(line, 1) <= max(near)
+        slope = line if between else max(line, slope)
     return a + (wanted - known[a].total) / max(slope, 1)
 
 
 def _wanted(message: str) -> int:
-    """Returns the bytes that a compiler's message says it would have needed."""
-    found = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT])", message)
+    """Returns the bytes, arguments counted, that a TPU compiler's message says it would need."""
+    found = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message)
     return int(float(found[1]) * 2 ** (10 * "_KMGT".index(found[2]))) if found else 2**62
 
 

@@ -89,7 +89,10 @@ def prepare_jax() -> None:
 
 
 def quiet_tpu() -> None:
-    """Has libtpu not look for a TPU, and say at length that it found none, where there is none."""
+    """Has libtpu, where there is no TPU, neither look for one, saying so at length, nor keep other
+    processes from loading it.
+    """
     if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

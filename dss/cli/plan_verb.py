@@ -58,13 +58,12 @@ def run(args: argparse.Namespace) -> int:
     flags = [*args.gin, *(f"MeshConfig.{axis}={size}" for axis, size in mesh.items())]
     experiment = parse_gin(files, flags, search)
 
-    os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs elsewhere
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     quiet_tpu()
-    import jax
-
-    jax.config.update("jax_num_cpu_devices", mesh["data"] * mesh["model"])
+    from dss.accelerators import simulate_devices
     from dss.plan import plan
+
+    simulate_devices(mesh["data"] * mesh["model"])
 
     found = plan(
         experiment,
@@ -137,7 +136,7 @@ def _print(found: "Plan", experiment) -> None:
         f"{'fits' if found.fits else 'DOES NOT FIT'}; usable: of {chip.memory / GIB:.1f} GiB "
         f"{chip.usable / chip.memory:.0%} ({chip.reserve})"
     )
-    if found.largest_batch is not None:
+    if found.largest_batch and found.largest_bytes:
         print(
             f"largest batch that fits: {found.largest_batch} examples, "
             f"{found.largest_bytes / GIB:.2f} GiB (compiled)"
