@@ -21,7 +21,7 @@ from jax.errors import JaxRuntimeError
 from dss.accelerators import Accelerator, find_accelerator, planned_devices
 from dss.data.batches import Batches
 from dss.data.store import TokenStore
-from dss.data.tasks import get_mixture, with_teacher
+from dss.data.tasks import with_teacher
 from dss.data.typical import INPUTS_MEAN, TARGETS_MEAN, typical_store
 from dss.errors import UserError
 from dss.experiment import Experiment
@@ -37,7 +37,7 @@ from dss.training.step import make_train_step, state_shardings
 
 __all__ = ["Memory", "Plan", "Work", "abstract_batch", "device_bytes", "plan"]
 
-STEPS = 256  # laid out to see what batches need
+STEPS = 256  # that are laid out of data that are not there, and whose tokens are counted
 CLOSE = 0.95  # a batch that takes this part of what is usable is as large as one looks for
 COMPILATIONS = 4  # at most, for the largest batch
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
@@ -165,8 +165,16 @@ def abstract_batch(batches: Batches, mesh: jax.sharding.Mesh) -> dict[str, jax.S
 class _Planner:
     """Compiles the step of an experiment for batches of any size."""
 
-    def __init__(self, experiment: Experiment, config: T5Config, store: TokenStore, devices: list):
+    def __init__(
+        self,
+        experiment: Experiment,
+        config: T5Config,
+        store: TokenStore,
+        devices: list[Any],
+        num_steps: int,
+    ):
         self.experiment, self.config, self.store = experiment, config, store
+        self.num_steps = num_steps  # that are laid out to see what batches need
         self.mesh = make_mesh(experiment.mesh, devices)
         self.optimizer = make_optimizer(experiment.optimizer, experiment.trainer.train_steps)
         self.shardings = state_shardings(config, self.optimizer, self.mesh, experiment.mesh)
@@ -182,7 +190,7 @@ class _Planner:
         return Batches(
             self.store,
             training_order(experiment, self.store, rates),
-            num_steps=min(STEPS, experiment.trainer.train_steps),
+            num_steps=self.num_steps,
             packed=experiment.data.packed,
             groups=self.unit,
         )
@@ -225,7 +233,7 @@ class _Planner:
     def work(self, batch_size: int) -> Work:
         batches = self.batches(batch_size)
         order, per_step = batches.order, []
-        for step in range(len(batches)):
+        for step in range(min(len(batches), STEPS)):
             tasks, rows = order(step)
             found = [(task, rows[tasks == k]) for k, task in enumerate(self.store.tasks)]
             inputs = np.concatenate([task.inputs.lengths[rows] for task, rows in found])
@@ -294,8 +302,10 @@ def _wanted(message: str) -> int:
     return int(float(found[1]) * 2 ** (10 * "_KMGT".index(found[2]))) if found else 2**62
 
 
-def _open_data(experiment: Experiment, config: T5Config, tokens: tuple[float, float] | None):
-    """Returns the token store to plan with, the experiment, and where the lengths are from."""
+def _open_data(
+    experiment: Experiment, config: T5Config, tokens: tuple[float, float] | None
+) -> tuple[TokenStore, str, bool]:
+    """Returns the tokens to plan with, where their lengths are from, and if they are the run's."""
     data = experiment.data
     there = data.root or data.dataset_path or os.environ.get("DSS_DATA_ROOT")
     if tokens is None and there and experiment.mixture and experiment.vocabulary:
@@ -304,11 +314,10 @@ def _open_data(experiment: Experiment, config: T5Config, tokens: tuple[float, fl
         if experiment.teacher is not None:
             name = with_teacher(name, experiment.teacher)
         experiment = dataclasses.replace(experiment, mixture=name, teacher=None)
-        get_mixture(name, experiment.alpha)
-        return training_store(experiment), f"{name}'s"
+        return training_store(experiment), f"{name}'s", True
     inputs, targets = tokens or (INPUTS_MEAN, TARGETS_MEAN)
     where = "as given" if tokens else "CQA's, assumed: no MIXTURE_OR_TASK_NAME with its data"
-    return typical_store(config.vocab_size, inputs, targets), where
+    return typical_store(config.vocab_size, inputs, targets), where, False
 
 
 def _advice(experiment: Experiment, config: T5Config, planner: _Planner, usable: float) -> tuple:
@@ -319,7 +328,7 @@ def _advice(experiment: Experiment, config: T5Config, planner: _Planner, usable:
     arrays = jax.tree.leaves((state.params, state.params, state.opt_state))  # gradients, too
     whole = sum(x.size * x.dtype.itemsize for x in arrays)
     found = []
-    if "embed" not in rules:
+    if "embed" not in rules and mesh.shape["data"] > 1:
         rule = "('embed', 'data'), ('vocab', 'model'), ('heads', 'model'), ('mlp', 'model')"
         found.append(f'shard parameters over data too: --gin.MeshConfig.rules="({rule})"')
     if config.remat != "full":
@@ -373,8 +382,10 @@ def plan(
     config = experiment.settle(experiment.student)
     chip = find_accelerator(accelerator, mesh.data * mesh.model)
     devices, compiler = planned_devices(chip, mesh.data * mesh.model)
-    store, lengths = _open_data(experiment, config, tokens)
-    planner = _Planner(experiment, config, store, devices)
+    store, lengths, real = _open_data(experiment, config, tokens)
+    steps = experiment.trainer.train_steps
+    num_steps = steps if real else min(steps, STEPS)
+    planner = _Planner(experiment, config, store, devices, num_steps)
 
     report(f"compiling a batch of {experiment.batch_size} with {compiler}")
     memory, seconds = planner.memory(experiment.batch_size)
@@ -398,7 +409,7 @@ def plan(
         work=work,
         mfu=share,
         step_seconds=step_seconds,
-        run_seconds=step_seconds * experiment.trainer.train_steps,
+        run_seconds=step_seconds * steps,
         largest_batch=best,
         largest_bytes=None if best is None else known[best].total,
         advice=() if fits else _advice(experiment, config, planner, chip.usable),

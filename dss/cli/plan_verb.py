@@ -104,15 +104,13 @@ def _print(found: "Plan", experiment) -> None:
     """Prints a plan as lines and a table."""
     config, chip, memory, work = found.student, found.accelerator, found.memory, found.work
     devices = found.data * found.model
-    rules = ", ".join(f"{a} over {b}" for a, b in dict(reversed(experiment.mesh.rules)).items())
+    sizes = {"data": found.data, "model": found.model}
+    rules = [f"; {a} over {b}" for a, b in experiment.mesh.rules if sizes[b] > 1]
     print(
         f"{found.parameters / 1e6:,.0f}M parameters, {config.dtype}, gradients "
         f"{experiment.grad_dtype}, remat {config.remat}, {experiment.optimizer.name}"
     )
-    print(
-        f"mesh: {devices} {chip.name}, data={found.data}, model={found.model}"
-        + (f"; {rules}" if devices > 1 else "")
-    )
+    print(f"mesh: {devices} {chip.name}, data={found.data}, model={found.model}{''.join(rules)}")
     print(
         f"batch: {found.batch_size} examples in {experiment.microbatches} microbatch(es), "
         f"{work.input_tokens:,.0f} + {work.target_tokens:,.0f} tokens (lengths: {found.lengths})"
@@ -152,7 +150,16 @@ def _print(found: "Plan", experiment) -> None:
         f"  {found.step_seconds:.3g} s at an assumed {found.mfu:.0%} of {devices} x "
         f"{peak / 1e12:.4g} TFLOP/s"
     )
-    print(f"{experiment.trainer.train_steps:,} steps: {found.run_seconds / 3600:.3g} hours")
+    steps, duration = experiment.trainer.train_steps, _duration(found.run_seconds)
+    print(f"{steps:,} steps: {duration}; communication and evaluations are not counted")
+
+
+def _duration(seconds: float) -> str:
+    """Returns seconds in the unit that suits them."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _write(found: "Plan", file: str) -> None:
