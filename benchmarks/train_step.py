@@ -28,60 +28,32 @@ from pathlib import Path
 
 import numpy as np
 
+from dss.accelerators import matmul_peak
 from dss.config import parse_gin
 from dss.data.batches import Batches, fill, paired_order
 from dss.data.registry import set_data_root
-from dss.data.store import Ragged, TaskTokens, TokenStore, open_store
+from dss.data.store import Ragged, TokenStore, open_store
 from dss.data.tasks import get_mixture
+from dss.data.typical import typical_store
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
 from dss.student.config import T5Config
+from dss.student.flops import useful_flops
 
 ALPHA, DROPOUT, LEARNING_RATE = 0.5, 0.1, 5e-5
 WARM = 2  # steps before those that count
 SIDES = ("dss packed", "dss unpacked", "PyTorch f32", "PyTorch bf16")
 REFERENCE = "PyTorch f32"
-RANDOM_EXAMPLES = 4096
 IGNORED = -100  # the target that PyTorch's loss leaves out
-MATRIX, ACCELERATOR_MATRIX = 2048, 8192  # side of the product that measures the peak
-
-
-def random_store(vocab_size: int) -> TokenStore:
-    """Returns tokens without a meaning, in lengths like CQA's."""
-    draw = np.random.default_rng(0)
-
-    def ragged(mean: float, deviation: float, least: int, most: int) -> Ragged:
-        lengths = np.clip(draw.normal(mean, deviation, RANDOM_EXAMPLES), least, most).astype(int)
-        return Ragged.of([draw.integers(3, vocab_size, n).tolist() for n in lengths])
-
-    inputs = ragged(48, 10, 24, 102)
-    rows = np.tile(np.arange(RANDOM_EXAMPLES)[:, None], 2)
-    labels, rationales = ragged(4, 1, 2, 10), ragged(30, 8, 10, 71)
-    tasks = TaskTokens(inputs, labels), TaskTokens(inputs, rationales)
-    return TokenStore(tasks, rows, tuple(map(str, range(RANDOM_EXAMPLES))))
 
 
 def open_data(args: argparse.Namespace, vocab_size: int) -> TokenStore:
     if args.random:
-        return random_store(vocab_size)
+        return typical_store(vocab_size)
     set_data_root(args.data_root)
     mixture = get_mixture(f"{args.dataset}_step_by_step_palm", ALPHA)
     vocabulary = load_vocabulary(str(args.vocab))
     return open_store(mixture, args.split, vocabulary, inputs_length=1024, targets_length=256)
-
-
-def useful_operations(config: T5Config, inputs: np.ndarray, targets: np.ndarray) -> float:
-    """Returns the operations of a step on sequences of these lengths: three times a forward's."""
-    heads = config.num_heads * config.d_kv
-    mlp = (3 if config.gated else 2) * config.d_model * config.d_ff
-    square, attention = 2 * config.d_model * heads, 4 * heads
-    source, target = inputs.astype(float), targets.astype(float)
-    encoder = 2 * source * (2 * square + mlp) + attention * source**2
-    decoder = 2 * target * (3 * square + mlp) + 2 * source * square
-    decoder += attention * (target**2 / 2 + target * source)
-    logits = 2 * target * config.d_model * config.vocab_size
-    layers = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
-    return float(3 * (layers + logits).sum())
 
 
 def process_peak_gb() -> float:
@@ -238,23 +210,6 @@ def student(args: argparse.Namespace) -> T5Config:
     return experiment.settle(experiment.student)
 
 
-def measure_peak(dtype: str) -> float:
-    """Returns the operations a second of a matrix product, the best of five."""
-    import jax
-    import jax.numpy as jnp
-
-    side = MATRIX if jax.default_backend() == "cpu" else ACCELERATOR_MATRIX
-    a = jnp.ones((side, side), dtype)
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        product(a, a).block_until_ready()
-        times.append(time.perf_counter() - began)
-    return 2 * side**3 / min(times)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", default="small", help="a file of gin/students")
@@ -298,7 +253,7 @@ def main() -> int:
         inputs = np.concatenate([store.tasks[k].inputs.lengths[rows[tasks == k]] for k in (0, 1)])
         targets = np.concatenate([store.tasks[k].targets.lengths[rows[tasks == k]] for k in (0, 1)])
         tokens.append(int(inputs.sum() + targets.sum()))
-        operations.append(useful_operations(config, inputs, targets))
+        operations.append(useful_flops(config, inputs, targets))
     result: dict = {"sides": {}}
     for side, pipe in pipes.items():
         pipe.send(None)
@@ -311,7 +266,7 @@ def main() -> int:
         } | pipe.recv()
     for process in processes:
         process.join()
-    peak = measure_peak(args.dtype)
+    peak = matmul_peak(args.dtype)
     for row in result["sides"].values():
         row["share_of_peak"] = round(row.pop("operations_per_second") / peak, 3)
     speed = {side: row["examples_per_second"] for side, row in result["sides"].items()}

@@ -8,7 +8,14 @@ from typing import Any, Literal
 import jax
 
 from dss.config import CONFIG_FILE
-from dss.data.batches import Batches, iterate, paired_order, sampled_order, sequential_order
+from dss.data.batches import (
+    Batches,
+    Order,
+    iterate,
+    paired_order,
+    sampled_order,
+    sequential_order,
+)
 from dss.data.store import TokenStore, open_store
 from dss.data.tasks import Mixture, get_mixture, with_teacher
 from dss.data.vocabulary import Vocabulary, load_vocabulary
@@ -50,7 +57,14 @@ from dss.training.step import (
 )
 from dss.training.trainer import Progress, train
 
-__all__ = ["Result", "abstract_state", "run_experiment", "training_batches", "training_store"]
+__all__ = [
+    "Result",
+    "abstract_state",
+    "run_experiment",
+    "training_batches",
+    "training_order",
+    "training_store",
+]
 
 Resume = Literal["never", "auto", "must"]
 
@@ -151,17 +165,20 @@ def training_store(experiment: Experiment) -> TokenStore:
     return _open(experiment, mixture, "train", load_vocabulary(experiment.vocabulary))
 
 
+def training_order(experiment: Experiment, store: TokenStore, rates: tuple[float, ...]) -> Order:
+    """Returns which sequences each step of an experiment has."""
+    if experiment.data.batches == "paired":
+        return paired_order(store, experiment.batch_size, experiment.seed)
+    return sampled_order(store, experiment.batch_size, experiment.seed, rates)
+
+
 def training_batches(
     experiment: Experiment, mixture: Mixture, store: TokenStore, groups: int
 ) -> Batches:
     """Returns the training batches of an experiment, in some number of groups."""
-    if experiment.data.batches == "paired":
-        order = paired_order(store, experiment.batch_size, experiment.seed)
-    else:
-        order = sampled_order(store, experiment.batch_size, experiment.seed, mixture.rates)
     return Batches(
         store,
-        order,
+        training_order(experiment, store, mixture.rates),
         num_steps=experiment.trainer.train_steps,
         packed=experiment.data.packed,
         groups=groups,

@@ -12,6 +12,7 @@ with contextlib.suppress(ImportError):
 import jax
 import pytest
 
+from dss.cli.options import quiet_tpu
 from dss.data import registry
 from dss.data.released import RELEASED
 from dss.student.config import T5Config
@@ -19,6 +20,8 @@ from dss.training.mesh import MeshConfig, make_mesh
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["DSS_CACHE"] = tempfile.mkdtemp(prefix="dss-test-cache-")
+quiet_tpu()
+jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.environ["DSS_CACHE"] + "/compiled")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

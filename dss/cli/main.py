@@ -18,6 +18,7 @@ VERBS = {
     "quickstart": "see the method's gain on synthetic data, in minutes, without a download",
     "annotate": "have a teacher write a label and a rationale for every example",
     "inspect": "show what a mixture holds: sources, counts, lengths, examples",
+    "plan": "say what a run would need, before paying for it",
     "train": "train a student, or continue a run",
     "eval": "measure a run's accuracy on a split",
     "predict": "label new inputs with a run's student",

@@ -1,9 +1,10 @@
 """Options that several verbs share."""
 
 import argparse
+import glob
 import os
 
-__all__ = ["add_gin_options", "add_run_options", "open_run", "prepare_jax"]
+__all__ = ["add_gin_options", "add_run_options", "open_run", "prepare_jax", "quiet_tpu"]
 
 
 def add_gin_options(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +78,7 @@ def prepare_jax() -> None:
     from dss.training.processes import join_processes
 
     keep_freed_memory()
+    quiet_tpu()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     # What Orbax and its event loop log as an error Orbax raises too.
@@ -84,3 +86,13 @@ def prepare_jax() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     join_processes()
+
+
+def quiet_tpu() -> None:
+    """Has libtpu, where there is no TPU, neither look for one, saying so at length, nor keep other
+    processes from loading it.
+    """
+    if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

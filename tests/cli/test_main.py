@@ -39,6 +39,13 @@ def test_help_is_quick_to_write_and_loads_no_jax(verb, capsys):
         (("predict", "/nowhere"), "no run directory"),
         (("import", "hf:/nowhere", "x"), "no such folder"),
         (("train", "--gin.DATA_ROOT=/dev/null"), "DATA_ROOT /dev/null: no such folder"),
+        (("plan",), "no student: give --student=SIZE"),
+        (("plan", "--student=smal"), "did you mean 'students/small.gin'"),
+        (("plan", "--student=small", "--accelerator=v6"), "unknown accelerator 'v6'; did you mean"),
+        (("plan", "--student=small", "--mesh=data=8x"), "give it as data=N,model=N"),
+        (("plan", "--student=small", "--mesh=model=4"), "num_heads of size 6 cannot be split"),
+        (("plan", "--student=small", "--tokens=48"), "give it as INPUT,TARGET"),
+        (("plan", "--student=small", "--mfu=40"), "a share of the peak"),
         (("eval", "/dev/null/run"), "/dev/null/run: no run directory"),
     ],
 )

@@ -1,0 +1,173 @@
+"""`dss plan`."""
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from dss.cli.options import add_gin_options, quiet_tpu
+from dss.errors import UserError
+
+if TYPE_CHECKING:
+    from dss.plan import Plan
+
+__all__ = ["add_arguments", "run"]
+
+GIB = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's options."""
+    add_gin_options(parser)
+    parser.add_argument("--student", metavar="NAME", help="short for --gin_file=students/NAME.gin")
+    parser.add_argument(
+        "--mesh", metavar="data=N,model=N", help="the devices of the run; one if not given"
+    )
+    parser.add_argument(
+        "--accelerator",
+        default="cpu",
+        metavar="NAME",
+        help="v4, v5p (one device a chip), h100, h200, or cpu, this machine (default)",
+    )
+    parser.add_argument(
+        "--mfu", type=float, metavar="SHARE", help="of the peak, reached by useful operations"
+    )
+    parser.add_argument(
+        "--tokens",
+        metavar="INPUT,TARGET",
+        help="mean tokens of an input and a target; else the data's, or CQA's without data",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="compile once: leave out the largest batch"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the plan there too")
+    parser.epilog = "dss plan --student=xl --mesh=data=4,model=2 --accelerator=v5p"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what the run would need; returns 1 if it does not fit."""
+    mesh = _mesh(args.mesh or "data=1")
+    tokens = _numbers(args.tokens) if args.tokens else None
+    if args.mfu is not None and not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu={args.mfu}: a share of the peak, above 0 and at most 1")
+
+    from dss.config import parse_gin
+
+    search = [folder for folder in args.gin_search_paths.split(",") if folder]
+    files = [*([f"students/{args.student}.gin"] if args.student else []), *args.gin_file]
+    flags = [*args.gin, *(f"MeshConfig.{axis}={size}" for axis, size in mesh.items())]
+    experiment = parse_gin(files, flags, search)
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    quiet_tpu()
+    from dss.accelerators import simulate_devices
+    from dss.plan import plan
+
+    simulate_devices(mesh["data"] * mesh["model"])
+
+    found = plan(
+        experiment,
+        args.accelerator,
+        mfu=args.mfu,
+        tokens=tokens,
+        largest=not args.quick,
+        report=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
+    )
+    _print(found, experiment)
+    if args.json:
+        _write(found, args.json)
+    return 0 if found.fits else 1
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """Returns the sizes of `data=N,model=N`; what is left out is 1."""
+    sizes = {"data": 1, "model": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in sizes or not size.isdecimal() or int(size) < 1:
+            raise UserError(f"--mesh={text}: give it as data=N,model=N, such as data=8,model=4")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def _numbers(text: str) -> tuple[float, float]:
+    try:
+        inputs, targets = map(float, text.split(","))
+    except ValueError:
+        inputs = targets = 0.0
+    if not (inputs >= 2 and targets >= 2):
+        raise UserError(f"--tokens={text}: give it as INPUT,TARGET, means of at least 2, as 48,17")
+    return inputs, targets
+
+
+def _print(found: "Plan", experiment) -> None:
+    """Prints a plan as lines and a table."""
+    config, chip, memory, work = found.student, found.accelerator, found.memory, found.work
+    devices = found.data * found.model
+    sizes = {"data": found.data, "model": found.model}
+    rules = [f"; {a} over {b}" for a, b in experiment.mesh.rules if sizes[b] > 1]
+    print(
+        f"{found.parameters / 1e6:,.0f}M parameters, {config.dtype}, gradients "
+        f"{experiment.grad_dtype}, remat {config.remat}, {experiment.optimizer.name}"
+    )
+    print(f"mesh: {devices} {chip.name}, data={found.data}, model={found.model}{''.join(rules)}")
+    print(
+        f"batch: {found.batch_size} examples in {experiment.microbatches} microbatch(es), "
+        f"{work.input_tokens:,.0f} + {work.target_tokens:,.0f} tokens (lengths: {found.lengths})"
+    )
+    print(f"compiled by {found.compiler}, {found.compile_seconds:.0f} s")
+    if chip.tpu is None and chip.name != "cpu":
+        print("  a GPU's compiler was not asked: its temporary memory differs, more in bfloat16")
+    rows = (
+        ("parameters", memory.parameters),
+        ("optimizer", memory.optimizer),
+        ("batch", memory.batch),
+        ("gradients and activations", memory.temporary),
+        ("program, padding, outputs", memory.other),
+        ("total", memory.total),
+        ("usable", chip.usable),
+    )
+    print(f"{'of one device':<26}     GiB")
+    for name, size in rows:
+        print(f"  {name:<26} {size / GIB:7.2f}")
+    print(
+        f"{'fits' if found.fits else 'DOES NOT FIT'}; usable: of {chip.memory / GIB:.1f} GiB "
+        f"{chip.usable / chip.memory:.0%} ({chip.reserve})"
+    )
+    if found.largest_batch and found.largest_bytes:
+        print(
+            f"largest batch that fits: {found.largest_batch} examples, "
+            f"{found.largest_bytes / GIB:.2f} GiB (compiled)"
+        )
+    for line in found.advice:
+        print(f"  {line}")
+    peak = chip.flops[config.dtype]
+    print(
+        f"a step: {work.useful / 1e12:.3g} TFLOP useful, {work.computed / work.useful:.2f} times "
+        f"that with padding and recomputation"
+    )
+    print(
+        f"  {found.step_seconds:.3g} s at an assumed {found.mfu:.0%} of {devices} x "
+        f"{peak / 1e12:.4g} TFLOP/s"
+    )
+    steps, duration = experiment.trainer.train_steps, _duration(found.run_seconds)
+    print(f"{steps:,} steps: {duration}; communication and evaluations are not counted")
+
+
+def _duration(seconds: float) -> str:
+    """Returns seconds in the unit that suits them."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _write(found: "Plan", file: str) -> None:
+    import dataclasses
+    import json
+    from pathlib import Path
+
+    values = dataclasses.asdict(found)
+    values["memory"]["total"] = found.memory.total
+    values["fits"] = found.fits
+    Path(file).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,198 @@
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from dss import accelerators
+from dss.accelerators import Accelerator, find_accelerator, planned_devices
+from dss.config import gin_root, parse_gin
+from dss.data.batches import Batches, paired_order
+from dss.data.typical import typical_store
+from dss.errors import UserError
+from dss.experiment import Experiment
+from dss.plan import _wanted, abstract_batch, plan
+from dss.student.network import num_parameters
+from dss.training.mesh import MeshConfig, make_mesh
+from dss.training.optimizer import OptimizerConfig
+from tests.conftest import ROOT, tiny_config
+
+FSDP = (("embed", "data"), ("vocab", "model"), ("heads", "model"), ("mlp", "model"))
+STUDENTS = sorted(path.stem for path in (gin_root() / "students").glob("*.gin"))
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="asks the TPU's compiler: needs libtpu"
+)
+
+
+@pytest.fixture
+def chip(monkeypatch):
+    """A made-up accelerator, `toy`, of some usable bytes."""
+
+    def make(usable):
+        toy = Accelerator(
+            name="toy",
+            memory=2 * usable,
+            usable=usable,
+            reserve="half of it",
+            flops={"float32": 1e12, "bfloat16": 2e12},
+            mfu=0.5,
+        )
+        monkeypatch.setitem(accelerators.ACCELERATORS, "toy", toy)
+
+    return make
+
+
+def tiny(**values) -> Experiment:
+    values = {
+        "student": tiny_config(),
+        "dropout_rate": 0.0,
+        "mesh": MeshConfig(data=2, model=2),
+    } | values
+    return Experiment(**values)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_every_student_compiles_on_eight_devices(student):
+    flags = [
+        "MeshConfig.data=4",
+        "MeshConfig.model=2",
+        f"MeshConfig.rules={FSDP}",
+        "Experiment.remat='full'",
+        "BATCH_SIZE=8",
+        "DROPOUT_RATE=0",
+    ]
+    experiment = parse_gin([f"students/{student}.gin", "runs/adafactor.gin"], flags)
+    found = plan(experiment, "h100", largest=False)
+    assert found.parameters == num_parameters(experiment.student)
+    assert found.memory.parameters == pytest.approx(4 * found.parameters / 8, rel=0.01)
+    assert found.memory.optimizer < 0.04 * found.memory.parameters  # all of it factored
+    assert found.memory.temporary > found.memory.parameters  # gradients and more
+    assert found.work.useful < found.work.computed < 2 * found.work.useful
+    assert found.step_seconds == pytest.approx(found.work.useful / (8 * 494e12 * 0.4))
+    assert found.fits
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_abstract_batch_is_a_batch(packed):
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    store = typical_store(384)
+    batches = Batches(store, paired_order(store, 8, 0), num_steps=3, packed=packed, groups=2)
+    abstract = abstract_batch(batches, mesh)
+    real = [batches[step] for step in range(3)]
+    shapes = [{name: array.shape for name, array in batch.items()} for batch in real]
+    assert {name: array.shape for name, array in abstract.items()} in shapes
+    assert all(array.dtype == "int32" for batch in real for array in batch.values())
+
+
+def test_the_largest_batch_fits_and_uses_what_is_there(chip):
+    chip(40e6)
+    found = plan(tiny(batch_size=32), "toy")
+    assert found.fits
+    assert found.largest_batch > 32
+    assert 0.9 * 40e6 < found.largest_bytes <= 40e6
+    assert found.largest_batch % 2 == 0  # data shards
+    assert found.mfu == 0.5
+    assert found.memory.optimizer == pytest.approx(2 * found.memory.parameters, rel=0.01)
+
+
+def test_a_batch_that_does_not_fit_is_told_of_one_that_does(chip):
+    chip(6e6)
+    found = plan(tiny(batch_size=256), "toy")
+    assert not found.fits
+    assert 0 < found.largest_batch < 256
+    advice = " ".join(found.advice)
+    for change in ("('embed', 'data')", "remat=full", "dtype=bfloat16", "adafactor", "parts of a"):
+        assert change in advice
+
+
+def test_where_nothing_fits_devices_are_counted(chip):
+    chip(1000)
+    levers = {
+        "mesh": MeshConfig(data=2, model=2, rules=FSDP),
+        "optimizer": OptimizerConfig(name="adafactor"),
+        "remat": "full",
+        "dtype": "bfloat16",
+    }
+    found = plan(tiny(batch_size=2, **levers), "toy")
+    assert found.largest_batch is None
+    (advice,) = found.advice
+    assert "or more" in advice
+
+
+def test_real_lengths_are_taken_where_the_data_are(toy_folder, chip):
+    chip(1e9)
+    data = dataclasses.replace(
+        Experiment().data, dataset_path=str(toy_folder), labels=("yes", "no")
+    )
+    experiment = tiny(batch_size=8, data=data, vocabulary="bytes", mixture="toy_step_by_step_rules")
+    found = plan(experiment, "toy", largest=False)
+    assert found.lengths == "toy_step_by_step_rules's"
+    # "predict: is 17 good" and EOS, "explain: ..."; label and "17 is 2 mod 3".
+    assert found.work.input_tokens == pytest.approx(8 * 2 * 19.75, rel=0.02)
+    given = plan(experiment, "toy", tokens=(100, 20), largest=False)
+    assert given.lengths == "as given"
+    assert given.work.input_tokens == pytest.approx(8 * 2 * 100, rel=0.05)
+
+
+def test_what_is_no_experiment_or_mesh_is_an_error():
+    with pytest.raises(UserError, match="no student"):
+        plan(Experiment(), "h100")
+    with pytest.raises(UserError, match="no mesh"):
+        plan(tiny(mesh=MeshConfig()), "h100")
+    with pytest.raises(UserError, match="unknown accelerator 'h10'; did you mean 'h100'"):
+        plan(tiny(), "h10")
+    with pytest.raises(UserError, match="JAX has made 8"):
+        planned_devices(find_accelerator("h100", 9), 9)
+
+
+def test_this_machine_is_shared_by_its_devices():
+    one, four = find_accelerator("cpu", 1), find_accelerator("cpu", 4)
+    assert one.memory == 4 * four.memory
+    assert one.usable < one.memory
+    assert 1e9 < one.flops["float32"] < 1e14
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chips", [1, 2, 4, 8, 16, 32, 64])
+def test_tpus_come_in_slices(chips):
+    devices, compiler = planned_devices(find_accelerator("v5p", chips), chips)
+    assert len(devices) == chips
+    assert compiler == "the TPU's own compiler"
+
+
+@needs_libtpu
+def test_a_slice_has_a_power_of_two():
+    with pytest.raises(UserError, match="12 v4 chips: a slice has a power of two"):
+        planned_devices(find_accelerator("v4", 12), 12)
+
+
+@needs_libtpu
+def test_the_tpus_compiler_takes_the_step(tmp_path):
+    file = tmp_path / "plan.json"
+    code = "import sys; from dss.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    options = ["--student=tiny", "--mesh=data=2,model=2", "--accelerator=v4", "--quick"]
+    flags = [f"--gin.MeshConfig.rules={FSDP}", "--gin.Experiment.dtype=bfloat16"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "plan", *options, *flags, f"--json={file}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "compiling a batch of 64 with the TPU's own compiler ...\n"
+    assert "mesh: 4 v4, data=2, model=2" in done.stdout
+    found = json.loads(file.read_text())
+    assert found["fits"]
+    assert found["memory"]["total"] < 1e9
+
+
+def test_a_program_that_the_tpus_compiler_refuses_has_the_size_it_says():
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (52.98G) exceeds available HBM (30.75G). HLO module: jit_f."
+    )
+    assert _wanted(message) == int(52.98 * 2**30)
+    assert _wanted("RESOURCE_EXHAUSTED: something else") > 2**60
