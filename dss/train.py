@@ -310,7 +310,12 @@ def run_experiment(
                 stop=stop,
                 row_ids=row_ids,
             )
-        return Result(int(state.step), stop.received, checkpoints.best)
+        result = Result(int(state.step), stop.received, checkpoints.best)
+    except BaseException:
+        if jax.process_count() == 1:  # else closing would wait for others, which wait elsewhere
+            checkpoints.close()
+        raise
     finally:
         metrics.close()
-        checkpoints.close()
+    checkpoints.close()
+    return result

@@ -19,10 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the accuracy; writes the predictions into the run directory."""
     from dss.runs import evaluate
+    from dss.training.processes import is_leader
 
     prepare_jax()
     found = open_run(args)
     result = evaluate(found, split=args.split, which=args.checkpoint)
+    if not is_leader():
+        return 0
     path = result.save(found.folder / "predictions")
     scored = result.scored
     name = scored.metric.replace("_", " ")

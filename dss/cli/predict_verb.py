@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from dss.data.tasks import get_mixture
     from dss.errors import UserError
     from dss.runs import explain, label, use_data
+    from dss.training.processes import is_leader
 
     prepare_jax()
     found = open_run(args)
@@ -87,11 +89,12 @@ def run(args: argparse.Namespace) -> int:
 
     lines = predictions()
     first = list(itertools.islice(lines, 1))  # before an earlier output is written over
-    output = args.output.open("w", encoding="utf-8") if args.output else sys.stdout
+    path = args.output if is_leader() else Path(os.devnull)  # all predict, one writes
+    output = path.open("w", encoding="utf-8") if path else sys.stdout
     try:
         for line in itertools.chain(first, lines):
             print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
     finally:
-        if args.output:
+        if path:
             output.close()
     return 0

@@ -12,6 +12,7 @@ from dss import __version__
 from dss.data.examples import Example, stream_examples
 from dss.data.registry import SPLITS, get_dataset
 from dss.errors import UserError
+from dss.paths import in_bucket
 from dss.teacher.journal import Journal
 from dss.teacher.outputs import Annotation, annotations, write_jsonl, write_parquet
 from dss.teacher.prompt import load_prompt
@@ -192,7 +193,10 @@ def dataset_job(
         raise UserError(
             f"{dataset} has no file for {split}: it is a tenth of train; annotate --split train"
         )
-    (source,) = found.files(split)
+    (file,) = found.files(split)
+    if in_bucket(file):
+        raise UserError(f"{file}: in a bucket; annotate a copy on this machine")
+    source = Path(file)
     return Job(
         source=source,
         stem=source.stem if output is None else split,

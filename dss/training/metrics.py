@@ -7,6 +7,7 @@
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from etils import epath
@@ -38,6 +39,40 @@ def _cut(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+class _Board:
+    """Event files of TensorBoard, written at once.
+
+    The library's own writer hands events to a thread; if the disk is full that thread ends, and
+    the program waits for it for ever.
+
+    Args:
+      folder: of the event files.
+      step: events from it on, of a run that was killed, are hidden.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        start = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(wall_time=time.time(), step=step, session_log=start))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends values under their names."""
+        for name, value in values.items():
+            event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
+            self._writer.write_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._writer.close()
+
+
 class MetricsWriter:
     """Writes the metrics of a run that starts or continues after a step; the leader's alone.
 
@@ -53,8 +88,6 @@ class MetricsWriter:
         self._bucket: epath.Path | None = None
         if not is_leader():
             return
-        from tensorboardX import SummaryWriter
-
         if in_bucket(folder):
             self._bucket = epath.Path(folder)
             self._copy = tempfile.TemporaryDirectory(prefix="dss-metrics-")
@@ -69,7 +102,7 @@ class MetricsWriter:
             path = self._folder / f"{name}.jsonl"
             _cut(path, step)
             self._files[name] = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
+        self._board = _Board(self._folder / "tensorboard", step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line of computed metrics; the same names on TensorBoard."""
@@ -84,14 +117,12 @@ class MetricsWriter:
             return
         self._files[name].write(json.dumps({"step": step, **values}) + "\n")
         self._files[name].flush()
-        for tag, value in values.items():
-            self._board.add_scalar(tag, value, step)
+        self._board.write(step, values)
 
     def sync(self) -> None:
         """Has everything where it belongs: called before a checkpoint that goes on from here."""
         if self._bucket is None:
             return
-        self._board.flush()
         for file in self._folder.rglob("*"):
             if file.is_file():
                 there = self._bucket / file.relative_to(self._folder).as_posix()

@@ -95,7 +95,7 @@ def local_bucket() -> Iterator[tuple[str, dict[str, str]]]:
                 "STORAGE_EMULATOR_HOST": url,
                 "TENSORSTORE_GCS_HTTP_URL": url,
                 "NO_GCE_CHECK": "true",
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
+                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
             },
         )
         http.shutdown()

@@ -17,6 +17,7 @@ from tests.integration.runs import (
     finish_together,
     is_saving,
     metrics_lines,
+    start,
     start_together,
     wait_for,
 )
@@ -90,6 +91,18 @@ def test_what_one_process_cannot_read_is_set_aside_by_all(train_together, both, 
     assert "set aside as 60.damaged, and step 50 taken" in leader
     assert "damaged" not in other
     assert_same_training(run, both)
+
+
+def test_several_processes_evaluate_and_predict_as_one(both, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"input": "is 3 good"}\n')
+    for verb, said in (("eval", "toy_step_by_step_rules test, step"), ("predict", '"label":')):
+        options = ("--input", tmp_path / "in.jsonl") if verb == "predict" else ()
+        processes = start_together(
+            TOGETHER, lambda env, verb=verb, options=options: start(verb, both, *options, env=env)
+        )
+        leader, other = [finish(process) for process in processes]
+        assert said in leader
+        assert said not in other
 
 
 def test_processes_that_cannot_find_each_other_say_what_is_missing(train, tmp_path):
