@@ -40,6 +40,7 @@ setup(
         "sentencepiece>=0.2.1",
         "huggingface_hub>=2.4",
         "tensorstore>=0.1.86",
+        "etils[epath]>=1.15",
         "rich>=15.0",
         "rouge-score>=0.1.2",
         # Not clu: its metric writers import TensorFlow, which the training loop does without.
@@ -68,6 +69,9 @@ setup(
             "transformers[serving]>=5.23",
             "torch==2.13.0",
             "ctranslate2>=4.8",
+            "libtpu",  # the TPU's compiler, which `dss plan` asks; it needs no TPU
+            "gcsfs>=2026.9",
+            "gcp-storage-emulator>=2026.7",
         ],
     },
 )

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 import gin
 from dss.errors import UserError, unknown_name
 from dss.evaluation.evaluator import DecodingConfig
@@ -45,6 +47,9 @@ NESTED = {
 _experiment = gin.external_configurable(Experiment, "Experiment")
 for _kind in NESTED.values():
     gin.external_configurable(_kind, _kind.__name__)
+gin.config.register_file_reader(
+    lambda path: epath.Path(path).open(), lambda path: epath.Path(path).is_file()
+)
 
 
 def gin_root() -> Path:
@@ -76,7 +81,7 @@ def _parse(files: Sequence[str], bindings: Sequence[str], search: Sequence[str])
     root = gin_root()
     for folder in (str(root), *search):
         gin.add_config_file_search_path(folder)
-    paths = [_find(file, ("", *search, root)) for file in files]
+    paths = [_find(file, (*search, str(root))) for file in files]
     logging.disable(logging.ERROR)  # gin says at length what it also raises
     try:
         gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
@@ -108,11 +113,10 @@ def _names(config: str) -> list[str]:
     return re.findall(r"^([\w.]+) = ", config, re.MULTILINE)
 
 
-def _find(file: str, folders: Sequence[str | Path]) -> str:
-    for folder in folders:
-        path = Path(folder, file).expanduser()
-        if path.is_file():
-            return str(path)
+def _find(file: str, folders: Sequence[str]) -> str:
+    for path in (epath.Path(file), *(epath.Path(folder) / file for folder in folders)):
+        if path.expanduser().is_file():
+            return str(path.expanduser())
     root = gin_root()
     have = [path.relative_to(root).as_posix() for path in root.rglob("*.gin")]
     raise unknown_name("gin file", file, have)
@@ -154,7 +158,7 @@ def _lines(prefix: str, config: Any) -> list[str]:
     ]
 
 
-def save_config(experiment: Experiment, run: Path) -> None:
+def save_config(experiment: Experiment, run: epath.Path) -> None:
     """Writes a run's config.gin: every value, so that it needs no other file to be read."""
     blocks = [_lines("Experiment", experiment)]
     for name, kind in NESTED.items():
@@ -168,7 +172,7 @@ def save_config(experiment: Experiment, run: Path) -> None:
     temporary.replace(run / CONFIG_FILE)
 
 
-def load_config(run: Path, flags: Sequence[str] = ()) -> Experiment:
+def load_config(run: epath.PathLike, flags: Sequence[str] = ()) -> Experiment:
     """Returns the experiment of a run directory.
 
     Args:
@@ -178,7 +182,7 @@ def load_config(run: Path, flags: Sequence[str] = ()) -> Experiment:
     Raises:
       UserError: it is no run directory.
     """
-    path = Path(run).expanduser() / CONFIG_FILE
+    path = epath.Path(run).expanduser() / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
     # A run's file has no macros: what they set is in the fields that the defaults name.

@@ -12,11 +12,11 @@ predictions/          of `dss eval`
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import optax
+from etils import epath
 
 from dss.config import CONFIG_FILE, load_config, save_config
 from dss.data.registry import register, set_data_root
@@ -26,6 +26,7 @@ from dss.errors import UserError
 from dss.evaluation.evaluator import EvaluationExample, Predictor, Scored, evaluation_set
 from dss.experiment import DataConfig, Experiment
 from dss.interop import huggingface
+from dss.paths import absolute
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, logical_axes
 from dss.training.checkpoints import Checkpoints, abstract_like
@@ -65,13 +66,13 @@ def use_data(config: DataConfig, *, must_exist: bool = True) -> str | None:
       UserError: they are not where the configuration says.
     """
     if config.root is not None:
-        if must_exist and not Path(config.root).expanduser().is_dir():
+        if must_exist and not epath.Path(config.root).expanduser().is_dir():
             raise UserError(f"DATA_ROOT {config.root}: no such folder")
         set_data_root(config.root)
     if config.dataset_path is None:
         return None
-    path = Path(config.dataset_path).expanduser()
-    name = path.resolve().stem.replace("-", "_")
+    path = epath.Path(config.dataset_path).expanduser()
+    name = absolute(path).stem.replace("-", "_")
     return register(
         name, path, labels=config.labels, metric=config.metric, must_exist=must_exist
     ).name
@@ -81,7 +82,7 @@ def use_data(config: DataConfig, *, must_exist: bool = True) -> str | None:
 class Run:
     """A run directory that has a checkpoint."""
 
-    folder: Path
+    folder: epath.Path
     experiment: Experiment
 
     @property
@@ -124,7 +125,7 @@ class Run:
         return predictor, step
 
 
-def load_run(folder: str | Path, flags: Sequence[str] = ()) -> Run:
+def load_run(folder: str | epath.Path, flags: Sequence[str] = ()) -> Run:
     """Returns a run directory's run.
 
     Args:
@@ -134,7 +135,7 @@ def load_run(folder: str | Path, flags: Sequence[str] = ()) -> Run:
     Raises:
       UserError: it is none.
     """
-    folder = Path(folder).expanduser()
+    folder = epath.Path(folder).expanduser()
     return Run(folder, load_config(folder, flags))
 
 
@@ -158,13 +159,13 @@ def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
     if source != BYTES:
         if is_leader():
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / VOCABULARY_FILE).write_bytes(Path(source).expanduser().read_bytes())
+            (folder / VOCABULARY_FILE).write_bytes(epath.Path(source).expanduser().read_bytes())
         source = VOCABULARY_FILE
     experiment = dataclasses.replace(experiment, student=student, vocabulary=source)
     return save_run(folder, experiment), params
 
 
-def save_run(folder: Path, experiment: Experiment) -> Run:
+def save_run(folder: epath.Path, experiment: Experiment) -> Run:
     """Writes a run directory's configuration, from which the run is found from any folder.
 
     Of several processes the leader writes, and the others wait until it has.
@@ -173,10 +174,8 @@ def save_run(folder: Path, experiment: Experiment) -> Run:
       UserError: another process cannot see it.
     """
     paths = {n: getattr(experiment.data, n) for n in ("root", "dataset_path")}
-    absolute: dict[str, Any] = {
-        n: str(Path(p).expanduser().resolve()) for n, p in paths.items() if p is not None
-    }
-    data = dataclasses.replace(experiment.data, **absolute)
+    settled: dict[str, Any] = {n: str(absolute(p)) for n, p in paths.items() if p is not None}
+    data = dataclasses.replace(experiment.data, **settled)
     experiment = dataclasses.replace(experiment, data=data)
     if is_leader():
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +189,7 @@ def save_run(folder: Path, experiment: Experiment) -> Run:
     return Run(folder, experiment)
 
 
-def run_folder(experiment: Experiment) -> Path:
+def run_folder(experiment: Experiment) -> epath.Path:
     """Returns the run directory that an experiment names.
 
     Raises:
@@ -198,7 +197,7 @@ def run_folder(experiment: Experiment) -> Path:
     """
     if experiment.run_dir is None:
         raise UserError("no run directory: give --gin.MODEL_DIR=FOLDER")
-    return Path(experiment.run_dir).expanduser()
+    return epath.Path(experiment.run_dir).expanduser()
 
 
 def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
@@ -210,7 +209,7 @@ def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
     source = experiment.initial_checkpoint
     student, vocabulary, params = experiment.student, experiment.vocabulary, None
     if source is not None:
-        if (Path(source).expanduser() / CONFIG_FILE).is_file():
+        if (epath.Path(source).expanduser() / CONFIG_FILE).is_file():
             run = load_run(source)
             found, vocabulary = run.config, vocabulary or run.vocabulary_source
             check_size(source, found, student)
@@ -275,7 +274,7 @@ class Evaluation:
     examples: tuple[EvaluationExample, ...]
     predictions: tuple[str, ...]
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: epath.Path) -> epath.Path:
         """Writes one JSON line an example into a folder; returns the file."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.mixture}-{self.split}-{self.step}.jsonl"

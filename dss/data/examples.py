@@ -9,8 +9,9 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from dss.errors import UserError
 
@@ -96,7 +97,7 @@ def read_json(where: str, text: str) -> Any:
         raise UserError(f"{where}: not JSON that can be read: {error}") from None
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (`file:line`, object) for each line that is not blank.
 
     Raises:
@@ -150,7 +151,7 @@ def read_example(
     return Example(_text(where, value, "id", default_id), _text(where, value, "input"), label)
 
 
-def stream_examples(path: Path, split: str, labels: Sequence[str] = ()) -> Iterator[Example]:
+def stream_examples(path: epath.Path, split: str, labels: Sequence[str] = ()) -> Iterator[Example]:
     """Yields the examples of a JSON-lines file; one without an id is `<split>-<position>`.
 
     Args:
@@ -170,7 +171,7 @@ def stream_examples(path: Path, split: str, labels: Sequence[str] = ()) -> Itera
         yield example
 
 
-def teacher_files(examples: Path) -> dict[str, Path]:
+def teacher_files(examples: epath.Path) -> dict[str, epath.Path]:
     """Returns the teachers' outputs that lie next to a file of examples, by teacher.
 
     They are named `<name of the file>.<teacher>.jsonl`; the teacher `gpt-4o` is called `gpt_4o`, as
@@ -183,7 +184,7 @@ def teacher_files(examples: Path) -> dict[str, Path]:
     return out
 
 
-def read_teacher_outputs(path: Path, teacher: str) -> list[TeacherOutput]:
+def read_teacher_outputs(path: epath.Path, teacher: str) -> list[TeacherOutput]:
     """Returns the outputs of a teacher's journal; of several for an example the last counts.
 
     Raises:

@@ -4,8 +4,9 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import ClassVar, Protocol
+
+from etils import epath
 
 from dss.data.examples import (
     Example,
@@ -45,7 +46,7 @@ class Source(Protocol):
     def has(self, split: str, teacher: str | None = None) -> bool:
         """Returns whether a split, or a teacher's outputs for it, are there."""
 
-    def files(self, split: str, teacher: str | None = None) -> list[Path]:
+    def files(self, split: str, teacher: str | None = None) -> list[epath.Path]:
         """Returns every file that `examples` and `outputs` would read."""
 
     def examples(self, split: str) -> list[Example]:
@@ -67,7 +68,7 @@ class JsonlSource:
       labels: the closed set of gold labels; empty where it is open.
     """
 
-    path: Path
+    path: epath.Path
     labels: tuple[str, ...] = ()
     remedy: ClassVar[str] = "write it, or use a split and a teacher that are there"
 
@@ -80,7 +81,7 @@ class JsonlSource:
         """See `Source.has`."""
         return self.files(split, teacher)[-1].is_file()
 
-    def files(self, split: str, teacher: str | None = None) -> list[Path]:
+    def files(self, split: str, teacher: str | None = None) -> list[epath.Path]:
         """See `Source.files`."""
         file = self._file(split)
         if teacher is None:
@@ -95,7 +96,7 @@ class JsonlSource:
         """See `Source.outputs`."""
         return read_teacher_outputs(self.files(split, teacher)[1], teacher)
 
-    def _file(self, split: str) -> Path:
+    def _file(self, split: str) -> epath.Path:
         if self.path.is_dir():
             return self.path / f"{split}.jsonl"
         # Beside a single file, other splits would lie at names that say so.
@@ -146,7 +147,7 @@ class Dataset:
         """Returns whether a split, or a teacher's outputs for it, are there."""
         return self.source.has(self.source_split(split), teacher)
 
-    def files(self, split: str, teacher: str | None = None) -> list[Path]:
+    def files(self, split: str, teacher: str | None = None) -> list[epath.Path]:
         """Returns the files a split is read from.
 
         Raises:
@@ -196,22 +197,22 @@ class Dataset:
 
 
 _registered: dict[str, Dataset] = {}
-_data_root: Path | None = None
+_data_root: epath.Path | None = None
 
 
-def set_data_root(root: str | Path | None) -> None:
+def set_data_root(root: str | epath.Path | None) -> None:
     """Says where the released data are; without it, DSS_DATA_ROOT or `data` in this folder."""
     global _data_root
-    _data_root = None if root is None else Path(root).expanduser()
+    _data_root = None if root is None else epath.Path(root).expanduser()
 
 
-def _root() -> Path:
-    return _data_root or Path(os.environ.get("DSS_DATA_ROOT", "data")).expanduser()
+def _root() -> epath.Path:
+    return _data_root or epath.Path(os.environ.get("DSS_DATA_ROOT", "data")).expanduser()
 
 
 def register(
     name: str,
-    path: str | Path,
+    path: str | epath.Path,
     *,
     labels: Sequence[str] = (),
     metric: str = "text",
@@ -232,7 +233,7 @@ def register(
     Raises:
       UserError: the name cannot be one, there is nothing at the path, or no such metric.
     """
-    path = Path(path).expanduser()
+    path = epath.Path(path).expanduser()
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise UserError(f"dataset name {name!r}: use letters, digits and underscores")
     if name in RELEASED:

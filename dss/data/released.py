@@ -12,8 +12,9 @@ with it is row for row; nothing but fixed patterns is looked for in a text.
 import dataclasses
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
+
+from etils import epath
 
 from dss.data.examples import (
     Example,
@@ -175,7 +176,7 @@ class ReleasedSource:
       name: one of `RELEASED`.
     """
 
-    root: Path
+    root: epath.Path
     name: str
     remedy: ClassVar[str] = "say where the released data are with --gin.DATA_ROOT=FOLDER"
 
@@ -192,7 +193,7 @@ class ReleasedSource:
             return self._examples_file(split).is_file()
         return bool(self._teacher_files(split, teacher))
 
-    def files(self, split: str, teacher: str | None = None) -> list[Path]:
+    def files(self, split: str, teacher: str | None = None) -> list[epath.Path]:
         """Returns the files a split is read from, and a teacher's for it, existing or not."""
         if teacher is None:
             return [self._examples_file(split)]
@@ -241,10 +242,10 @@ class ReleasedSource:
             out.append(TeacherOutput(f"{split}-{i}", rationale, label, teacher, text, status))
         return out
 
-    def _examples_file(self, split: str) -> Path:
+    def _examples_file(self, split: str) -> epath.Path:
         return self.root / self.name / f"{self.name}_{split}.json"
 
-    def _teacher_files(self, split: str, teacher: str) -> list[Path]:
+    def _teacher_files(self, split: str, teacher: str) -> list[epath.Path]:
         if teacher == "gpt_neox":
             path = self.root / "gpt-neox" / self.name / f"{split}.json"
             return [path] if path.is_file() else []
@@ -256,7 +257,7 @@ class ReleasedSource:
         return [path for _, path in sorted((int(m[1]), path) for m, path in numbered if m)]
 
 
-def _read_texts(path: Path) -> list[str]:
+def _read_texts(path: epath.Path) -> list[str]:
     try:
         texts = read_json(str(path), path.read_text(encoding="utf-8"))
     except FileNotFoundError:

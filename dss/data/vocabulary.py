@@ -2,10 +2,10 @@
 
 import functools
 import hashlib
-from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
+from etils import epath
 
 from dss.errors import UserError
 
@@ -53,7 +53,7 @@ class SentencePieceVocabulary:
     that an NLI input `premise</s>hypothesis` holds one EOS id between its parts.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: epath.Path):
         if not path.is_file():
             raise UserError(
                 f"{path}: no such vocabulary file; give a SentencePiece model or 'bytes'"
@@ -124,7 +124,7 @@ class ByteVocabulary:
 
 
 @functools.lru_cache(maxsize=8)
-def load_vocabulary(source: str | Path) -> Vocabulary:
+def load_vocabulary(source: str | epath.Path) -> Vocabulary:
     """Returns the vocabulary in the SentencePiece file `source`, or ByT5's where it is "bytes".
 
     Raises:
@@ -132,7 +132,7 @@ def load_vocabulary(source: str | Path) -> Vocabulary:
     """
     if str(source) == BYTES:
         return ByteVocabulary()
-    return SentencePieceVocabulary(Path(source).expanduser())
+    return SentencePieceVocabulary(epath.Path(source).expanduser())
 
 
 def encode_example(vocabulary: Vocabulary, text: str, length: int) -> list[int]:

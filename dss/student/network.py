@@ -37,6 +37,7 @@ from dss.student.ops import (
 )
 
 __all__ = [
+    "AXES",
     "T5",
     "Attention",
     "Layer",

@@ -1,14 +1,15 @@
 """Orbax checkpoints of a run: written in the background, the latest two and the best kept."""
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dss.errors import UserError
+from dss.paths import absolute
 from dss.training.mesh import place
 from dss.training.processes import all_agree, is_leader, wait_for_all
 from dss.training.step import TrainState
@@ -39,8 +40,8 @@ class Checkpoints:
       read_only: for evaluation; nothing is created or removed.
     """
 
-    def __init__(self, folder: Path, *, read_only: bool = False):
-        self.folder = folder.absolute()
+    def __init__(self, folder: epath.PathLike, *, read_only: bool = False):
+        self.folder = absolute(folder)
         if read_only and not self.folder.is_dir():
             raise UserError(f"{folder}: no checkpoints; is it a run directory of `dss train`?")
         self._saved: int | None = None  # the step being written; disk does not show it yet

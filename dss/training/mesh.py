@@ -16,9 +16,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dss.errors import UserError
 from dss.fields import check_types
+from dss.student.network import AXES
 
 __all__ = [
     "DEFAULT_RULES",
+    "LOGICAL_AXES",
     "MeshConfig",
     "batch_sharding",
     "check_split",
@@ -33,6 +35,7 @@ __all__ = [
 
 MOST_SHARDS = 256  # of one mesh axis, that an error suggests
 DEFAULT_RULES = (("vocab", "model"), ("heads", "model"), ("mlp", "model"))
+LOGICAL_AXES = {"layers"} | {name for names in AXES.values() for name in names}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +51,9 @@ class MeshConfig:
         if self.model < 1 or (self.data < 1 and self.data != -1):
             raise ValueError(f"a mesh of data={self.data}, model={self.model} has no devices")
         for axis, where in self.rules:
+            if axis not in LOGICAL_AXES:
+                known = ", ".join(sorted(LOGICAL_AXES))
+                raise ValueError(f"rule {axis!r} -> {where!r}: logical axes are {known}")
             if where not in ("data", "model"):
                 raise ValueError(f"rule {axis!r} -> {where!r}: mesh axes are 'data' and 'model'")
 

@@ -6,15 +6,22 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
+from etils import epath
+
+from dss.paths import in_bucket
 from dss.training.processes import is_leader
 
 __all__ = ["MetricsWriter", "read_metrics"]
 
+NAMES = ("metrics", "speed")
 
-def read_metrics(path: Path) -> list[dict]:
+
+def read_metrics(path: epath.PathLike) -> list[dict]:
     """Returns the lines of a metrics file; an unfinished last line is left out."""
+    path = epath.Path(path)
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
@@ -34,23 +41,35 @@ def _cut(path: Path, step: int) -> None:
 class MetricsWriter:
     """Writes the metrics of a run that starts or continues after a step; the leader's alone.
 
+    A run directory in a bucket, which cannot append, has its files written anew at each `sync`.
+
     Args:
       folder: the run directory.
       step: the step that the run continues from; later lines, of a run that was killed, are cut.
     """
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: epath.PathLike, step: int):
         self._files = {}
+        self._bucket: epath.Path | None = None
         if not is_leader():
             return
         from tensorboardX import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics", "speed"):
-            path = folder / f"{name}.jsonl"
+        if in_bucket(folder):
+            self._bucket = epath.Path(folder)
+            self._copy = tempfile.TemporaryDirectory(prefix="dss-metrics-")
+            folder = self._copy.name
+            for name in NAMES:
+                there = self._bucket / f"{name}.jsonl"
+                if there.exists():
+                    Path(folder, there.name).write_bytes(there.read_bytes())
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for name in NAMES:
+            path = self._folder / f"{name}.jsonl"
             _cut(path, step)
             self._files[name] = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line of computed metrics; the same names on TensorBoard."""
@@ -68,9 +87,24 @@ class MetricsWriter:
         for tag, value in values.items():
             self._board.add_scalar(tag, value, step)
 
+    def sync(self) -> None:
+        """Has everything where it belongs: called before a checkpoint that goes on from here."""
+        if self._bucket is None:
+            return
+        self._board.flush()
+        for file in self._folder.rglob("*"):
+            if file.is_file():
+                there = self._bucket / file.relative_to(self._folder).as_posix()
+                there.parent.mkdir(parents=True, exist_ok=True)
+                there.write_bytes(file.read_bytes())
+
     def close(self) -> None:
         """Closes the files."""
+        if not self._files:
+            return
+        self.sync()
         for file in self._files.values():
             file.close()
-        if self._files:
-            self._board.close()
+        self._board.close()
+        if self._bucket is not None:
+            self._copy.cleanup()

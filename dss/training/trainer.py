@@ -130,10 +130,12 @@ def train(
                 raise _not_finite(said, None, checkpoints)
             metrics.write(step, numbers)
             progress.evaluated(step, numbers)
+            metrics.sync()
             checkpoints.save(state, numbers[score])
             clock, clock_step = time.monotonic(), step
     if spent:
         progress.finished(waited / spent)
+    metrics.sync()
     checkpoints.save(state)
     checkpoints.wait()
     return state
