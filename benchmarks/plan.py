@@ -17,6 +17,7 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from dss.cli.options import quiet_tpu
 from dss.config import parse_gin
 
 GIB = 2**30
@@ -39,6 +40,7 @@ def settle_memory() -> None:
 
 def measure(student: str, batch_size: int, remat: str, dtype: str, pipe: Connection) -> None:
     """Sends the planned bytes and the measured ones."""
+    quiet_tpu()
     import jax
 
     from dss.data.batches import Batches, paired_order

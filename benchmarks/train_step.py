@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from dss.accelerators import matmul_peak
+from dss.cli.options import quiet_tpu
 from dss.config import parse_gin
 from dss.data.batches import Batches, fill, paired_order
 from dss.data.registry import set_data_root
@@ -190,6 +191,7 @@ class PyTorchSide:
 
 def serve(side: str, args: argparse.Namespace, pipe: Connection) -> None:
     """Takes steps as it is told; runs in a process of its own."""
+    quiet_tpu()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several share a device
     config = student(args)
     store = open_data(args, config.vocab_size)
@@ -226,6 +228,7 @@ def main() -> int:
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
+    quiet_tpu()
     if not args.random and (args.data_root is None or args.vocab is None):
         parser.error("give --data-root and --vocab, or --random")
     try:
