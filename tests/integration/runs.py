@@ -41,7 +41,7 @@ def start(*args, code: str = MAIN, **kwargs) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, status: int = 0, stdin: str | None = None) -> str:
     """Waits for a process, checks its exit status and returns what it printed."""
-    out, err = process.communicate(stdin, timeout=300)
+    out, err = process.communicate(stdin, timeout=900)
     assert process.returncode == status, out + err
     return out + err
 
@@ -53,7 +53,7 @@ def finish_together(processes: list[subprocess.Popen], status: int = 0) -> str:
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     """Waits until something is so, or the process has ended."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -54,7 +54,7 @@ def test_one_of_several_killed_in_a_step_or_a_save_ends_all_and_costs_nothing(
         processes = train_together(run)
         wait_for(moment, processes[victim])
         processes[victim].kill()
-        said = [process.communicate(timeout=120)[1] for process in processes]
+        said = [process.communicate(timeout=300)[1] for process in processes]
         assert processes[victim].returncode == -signal.SIGKILL
         for i, process in enumerate(processes):
             assert process.returncode != 0
@@ -174,7 +174,7 @@ def test_a_disk_that_fills_while_saving_costs_nothing_once_there_is_room(
 def test_a_full_disk_ends_all_of_several_processes(train_together, both, small_disk):
     mount, remount = small_disk
     run = mount / "run"
-    said = [process.communicate(timeout=120)[1] for process in train_together(run)]
+    said = [process.communicate(timeout=300)[1] for process in train_together(run)]
     assert any("no space left on device" in err for err in said), said
     assert remount("30m") == 0
     assert "step 60 done" in finish_together(train_together(run))
