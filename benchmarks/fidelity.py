@@ -37,7 +37,7 @@ from dss.student.decoding import generate
 from dss.training.loss import LossConfig
 from dss.training.mesh import MeshConfig, make_mesh, put_batch
 from dss.training.optimizer import OptimizerConfig, make_optimizer
-from dss.training.step import TrainState, init_state, make_train_step, state_shardings
+from dss.training.step import TrainState, make_train_step, place_state, state_shardings
 
 TOLERANCE = 1e-4
 TEACHER = "palm"
@@ -134,7 +134,7 @@ def replay(
         packed=args.packed,
         groups=args.devices * args.microbatches,
     )
-    state = jax.device_put(init_state(params, optimizer), shardings)
+    state = place_state(params, optimizer, shardings)
     log = []
     for batch in iterate(batches):
         state, metrics = step(state, put_batch(mesh, batch))

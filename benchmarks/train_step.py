@@ -72,7 +72,7 @@ class DssSide:
         from dss.training.loss import LossConfig
         from dss.training.mesh import MeshConfig, make_mesh, put_batch
         from dss.training.optimizer import OptimizerConfig, make_optimizer
-        from dss.training.step import init_state, make_train_step, state_shardings
+        from dss.training.step import make_train_step, place_state, state_shardings
 
         keep_freed_memory()  # as the command line does
         steps = WARM + args.steps
@@ -83,7 +83,7 @@ class DssSide:
         optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE), steps)
         shardings = state_shardings(config, optimizer, mesh, mesh_config)
         loss = LossConfig(num_tasks=2, rates=(ALPHA, 1 - ALPHA))
-        state = jax.device_put(init_state(init_params(config, 0), optimizer), shardings)
+        state = place_state(init_params(config, 0), optimizer, shardings)
         step = make_train_step(config, optimizer, loss, mesh=mesh, shardings=shardings)
         self.jax, self.put, self.mesh = jax, put_batch, mesh
         self.compile_seconds, self.programs = 0.0, {}

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import glob
 import importlib.util
 import os
 import time
@@ -14,6 +15,7 @@ __all__ = [
     "ACCELERATORS",
     "Accelerator",
     "find_accelerator",
+    "has_tpu",
     "matmul_peak",
     "planned_devices",
     "simulate_devices",
@@ -92,6 +94,11 @@ ACCELERATORS = {
         mfu=0.4,
     ),
 }
+
+
+def has_tpu() -> bool:
+    """Returns whether this machine has TPU chips; JAX is not asked, which would take them."""
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))
 
 
 def matmul_peak(dtype: str) -> float:

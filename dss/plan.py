@@ -329,8 +329,8 @@ def _advice(experiment: Experiment, config: T5Config, planner: _Planner, usable:
     whole = sum(x.size * x.dtype.itemsize for x in arrays)
     found = []
     if "embed" not in rules and mesh.shape["data"] > 1:
-        rule = "('embed', 'data'), ('vocab', 'model'), ('heads', 'model'), ('mlp', 'model')"
-        found.append(f'shard parameters over data too: --gin.MeshConfig.rules="({rule})"')
+        layout = "fsdp" if mesh.shape["model"] == 1 else "two_d"
+        found.append(f"split parameters over data too: --gin_file=layouts/{layout}.gin")
     if config.remat != "full":
         found.append("compute layers again backward: --gin.Experiment.remat=full")
     if config.dtype != "bfloat16":

@@ -9,6 +9,7 @@ import pytest
 
 from dss import accelerators
 from dss.accelerators import Accelerator, find_accelerator, planned_devices
+from dss.cli.main import main
 from dss.config import gin_root, parse_gin
 from dss.data.batches import Batches, paired_order
 from dss.data.typical import typical_store
@@ -104,7 +105,7 @@ def test_a_batch_that_does_not_fit_is_told_of_one_that_does(chip):
     assert not found.fits
     assert 0 < found.largest_batch < 256
     advice = " ".join(found.advice)
-    for change in ("('embed', 'data')", "remat=full", "dtype=bfloat16", "adafactor", "parts of a"):
+    for change in ("layouts/two_d.gin", "remat=full", "dtype=bfloat16", "adafactor", "parts of a"):
         assert change in advice
 
 
@@ -153,6 +154,13 @@ def test_this_machine_is_shared_by_its_devices():
     assert one.memory == 4 * four.memory
     assert one.usable < one.memory
     assert 1e9 < one.flops["float32"] < 1e14
+
+
+def test_the_mesh_that_gin_says_is_planned(capsys):
+    options = ["--student=tiny", "--accelerator=h100", "--quick", "--gin.MeshConfig.model=2"]
+    for mesh, said in (([], "data=1, model=2"), (["--mesh=data=2"], "data=2, model=1")):
+        assert main(["plan", *options, *mesh]) == 0
+        assert f" h100, {said}" in capsys.readouterr().out
 
 
 @needs_libtpu

@@ -1,7 +1,6 @@
 """Options that several verbs share."""
 
 import argparse
-import glob
 import os
 
 __all__ = ["add_gin_options", "add_run_options", "open_run", "prepare_jax", "quiet_tpu"]
@@ -92,7 +91,9 @@ def quiet_tpu() -> None:
     """Has libtpu, where there is no TPU, neither look for one, saying so at length, nor keep other
     processes from loading it.
     """
-    if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
+    from dss.accelerators import has_tpu
+
+    if not has_tpu():
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v4-8")
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

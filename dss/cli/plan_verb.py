@@ -1,6 +1,7 @@
 """`dss plan`."""
 
 import argparse
+import dataclasses
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -21,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_gin_options(parser)
     parser.add_argument("--student", metavar="NAME", help="short for --gin_file=students/NAME.gin")
     parser.add_argument(
-        "--mesh", metavar="data=N,model=N", help="the devices of the run; one if not given"
+        "--mesh",
+        metavar="data=N,model=N",
+        help="the devices of the run; else MeshConfig's",
     )
     parser.add_argument(
         "--accelerator",
@@ -46,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what the run would need; returns 1 if it does not fit."""
-    mesh = _mesh(args.mesh or "data=1")
+    mesh = _mesh(args.mesh) if args.mesh else {}
     tokens = _numbers(args.tokens) if args.tokens else None
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu={args.mfu}: a share of the peak, above 0 and at most 1")
@@ -57,13 +60,16 @@ def run(args: argparse.Namespace) -> int:
     files = [*([f"students/{args.student}.gin"] if args.student else []), *args.gin_file]
     flags = [*args.gin, *(f"MeshConfig.{axis}={size}" for axis, size in mesh.items())]
     experiment = parse_gin(files, flags, search)
+    if experiment.mesh.data == -1:  # all devices, and no number of them was given
+        one = dataclasses.replace(experiment.mesh, data=1)
+        experiment = dataclasses.replace(experiment, mesh=one)
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     quiet_tpu()
     from dss.accelerators import simulate_devices
     from dss.plan import plan
 
-    simulate_devices(mesh["data"] * mesh["model"])
+    simulate_devices(experiment.mesh.data * experiment.mesh.model)
 
     found = plan(
         experiment,
@@ -163,7 +169,6 @@ def _duration(seconds: float) -> str:
 
 
 def _write(found: "Plan", file: str) -> None:
-    import dataclasses
     import json
     from pathlib import Path
 

@@ -8,7 +8,6 @@ import importlib.util
 import os
 import signal
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from dss.accelerators import has_tpu
 from dss.errors import UserError
 
 __all__ = ["StopSignal", "all_agree", "is_leader", "join_processes", "wait_for_all"]
@@ -42,7 +42,7 @@ def join_processes() -> None:
             raise UserError(f"{ADDRESS}={os.environ[ADDRESS]}: give it as HOST:PORT of process 0")
     elif _slurm_tasks() > 1:
         options = {"cluster_detection_method": "slurm"}
-    elif _has_tpu():
+    elif has_tpu() and importlib.util.find_spec("libtpu"):  # else a chip of another kind
         options = {}
     else:
         return
@@ -72,11 +72,6 @@ def _slurm_tasks() -> int:
     """Returns the tasks of the Slurm step that this process is one of; 1 outside of any."""
     in_step = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys()
     return int(os.environ.get("SLURM_NTASKS", 1)) if in_step else 1
-
-
-def _has_tpu() -> bool:
-    chips = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
-    return bool(chips) and importlib.util.find_spec("libtpu") is not None
 
 
 def is_leader() -> bool:

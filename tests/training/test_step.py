@@ -15,6 +15,7 @@ from dss.training.step import (
     init_state,
     make_eval_step,
     make_train_step,
+    place_state,
     state_shardings,
 )
 from tests.conftest import tiny_config
@@ -63,7 +64,7 @@ def run(toy):
             packed=packed,
             groups=mesh_config.data * microbatches,
         )
-        state = jax.device_put(init_state(init_params(config, 0), update), shardings)
+        state = place_state(init_params(config, 0), update, shardings)
         losses = []
         for i in range(STEPS):
             state, metrics = step(state, put_batch(mesh, batches[i]))
