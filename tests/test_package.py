@@ -16,6 +16,7 @@ MODULES = sorted(
     for m in pkgutil.walk_packages(dss.__path__, "dss.")
     if not m.ispkg and "configs" not in m.name
 )
+NEEDS_T5X = "dss.interop.t5x"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -24,9 +25,16 @@ def test_all_names_every_public_thing_and_nothing_else(name):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     kinds = (ast.FunctionDef, ast.ClassDef)
     public = {n.name for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_")}
-    listed = importlib.import_module(name).__all__
+    if name == NEEDS_T5X:
+        (listed,) = (
+            ast.literal_eval(n.value)
+            for n in tree.body
+            if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
+        )
+    else:
+        listed = importlib.import_module(name).__all__
+        assert all(hasattr(importlib.import_module(name), item) for item in listed)
     assert public <= set(listed)
-    assert all(hasattr(importlib.import_module(name), item) for item in listed)
     assert listed == sorted(
         listed, key=lambda item: (not item.isupper(), not item[0].isupper(), item)
     )

@@ -17,7 +17,7 @@ from dss.data.registry import get_dataset
 from dss.data.tasks import Mixture, Task, extract_label, get_mixture, mixture_names
 from dss.data.vocabulary import BYTES, EOS, EOS_TEXT
 
-__all__ = ["SPLITS", "get_vocabulary", "register_seqio"]
+__all__ = ["SPLITS", "get_vocabulary", "register_seqio", "vocabulary_source"]
 
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # SeqIO's names of ours
 T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
@@ -50,11 +50,19 @@ class _Bytes(_SplitAtEos, seqio.ByteVocabulary):
     pass
 
 
+def vocabulary_source(source: str | None = None) -> str:
+    """Returns a vocabulary's SentencePiece file or "bytes"; what None means, the module says."""
+    return source or os.environ.get("DSS_VOCABULARY", T5_VOCABULARY)
+
+
 @functools.lru_cache(maxsize=4)
+def _vocabulary(source: str) -> seqio.Vocabulary:
+    return _Bytes() if source == BYTES else _SentencePiece(source, extra_ids=EXTRA_IDS)
+
+
 def get_vocabulary(source: str | None = None) -> seqio.Vocabulary:
     """Returns the SeqIO vocabulary of a SentencePiece file or of "bytes"; see the module."""
-    source = source or os.environ.get("DSS_VOCABULARY", T5_VOCABULARY)
-    return _Bytes() if source == BYTES else _SentencePiece(source, extra_ids=EXTRA_IDS)
+    return _vocabulary(vocabulary_source(source))
 
 
 def _source(task: Task) -> seqio.FunctionDataSource:
@@ -99,12 +107,13 @@ def _add_task(task: Task, vocabulary: seqio.Vocabulary) -> None:
     )
 
 
-def register_seqio(dataset: str, *, alpha: float = 0.5) -> list[str]:
+def register_seqio(dataset: str, *, alpha: float = 0.5, vocabulary: str | None = None) -> list[str]:
     """Registers every task and mixture of a dataset; those that are registered stay.
 
     Args:
       dataset: a released one, or one given to `dss.data.register`.
       alpha: rate of the label task in the mixtures of two.
+      vocabulary: of inputs and targets; see `vocabulary_source`.
 
     Returns:
       Their names.
@@ -112,13 +121,12 @@ def register_seqio(dataset: str, *, alpha: float = 0.5) -> list[str]:
     Raises:
       UserError: there is no such dataset.
     """
-    vocabulary = get_vocabulary()
     names = mixture_names(dataset)
     mixtures: list[Mixture] = [get_mixture(name, alpha) for name in names]
     for mixture in mixtures:
         for task in mixture.tasks:
             if task.name not in seqio.TaskRegistry.names():
-                _add_task(task, vocabulary)
+                _add_task(task, get_vocabulary(vocabulary))
     for mixture in mixtures:
         known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
         if mixture.name not in known:

@@ -36,7 +36,6 @@ def test_metrics_and_labels_of_a_users_dataset(toy, monkeypatch):
     from dss.data import seqio_tasks
 
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
-    seqio_tasks.get_vocabulary.cache_clear()
     names = seqio_tasks.register_seqio("toy")
     assert names == seqio_tasks.register_seqio("toy")
     task = seqio.get_mixture_or_task("toy_label_gold")

@@ -1,0 +1,57 @@
+"""Parses gin/t5x/ with every recipe, as T5X would; prints what each sets, a JSON line a recipe.
+
+python -m tests.interop.parse_t5x_gin train|eval|infer DATA_ROOT
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import re
+import sys
+
+import gin
+from tests.interop import t5x_stubs
+
+SCRIPTS = {"train": "train", "eval": "evaluate", "infer": "infer"}
+VALUES = {
+    "train": ["MODEL_DIR = 'folder'"],
+    "eval": ["CHECKPOINT_PATH = 'folder'", "EVAL_OUTPUT_DIR = 'out'"],
+    "infer": ["CHECKPOINT_PATH = 'folder'", "INFER_OUTPUT_DIR = 'out'"],
+}
+
+
+def configurable(name):
+    def function(**options):
+        return options
+
+    function.__name__ = name
+    function.__module__ = "__main__"
+    setattr(sys.modules["__main__"], name, function)
+    return gin.configurable(function)
+
+
+def main(mode, data_root):
+    from dss.config import gin_root
+
+    logging.disable(logging.ERROR)  # gin tells of each folder in which it did not find a file
+    script = configurable(SCRIPTS[mode])
+    gin.add_config_file_search_path(str(gin_root()))
+    data = [f"DATA_ROOT = '{data_root}'", "VOCABULARY = 'bytes'"]
+    for recipe in sorted(gin_root().glob("recipes/*.gin")):
+        gin.clear_config()
+        files = [f"t5x/{mode}.gin", str(recipe)]
+        gin.parse_config_files_and_bindings(files, [*VALUES[mode], *data])
+        text = gin.config_str()
+        macros = sorted(set(re.findall(r"%(\w+)", text)))
+        bound = {name: gin.query_parameter(f"%{name}") for name in macros}
+        given = sorted(script())  # everything that the file hands to T5X can be made
+        print(json.dumps({"recipe": recipe.stem, "macros": bound, "given": given}))
+
+
+if __name__ == "__main__":
+    if importlib.util.find_spec("t5x") is None:
+        t5x_stubs.install()
+    with contextlib.suppress(ImportError):
+        import torch  # noqa: F401  before TensorFlow
+    main(*sys.argv[1:])
