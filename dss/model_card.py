@@ -23,6 +23,9 @@ USES = {  # how a student is asked, by format
     "hf": """\
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
+FOLDER = "."  # this folder, or its name on the hub
+TEXTS = ["the text of an example"]
+
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForSeq2SeqLM.from_pretrained(FOLDER).eval()
 texts = [PREFIX + text for text in TEXTS]
@@ -34,12 +37,14 @@ print(tokenizer.batch_decode(outputs, skip_special_tokens=True))
 import ctranslate2
 from transformers import AutoTokenizer
 
+FOLDER = "."  # this folder
+TEXTS = ["the text of an example"]
+
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 translator = ctranslate2.Translator(FOLDER)
 ids = tokenizer([PREFIX + text for text in TEXTS], truncation=True).input_ids
-results = translator.translate_batch(
-    [tokenizer.convert_ids_to_tokens(row) for row in ids], beam_size=BEAMS, max_decoding_length=LENGTH
-)
+pieces = [tokenizer.convert_ids_to_tokens(row) for row in ids]
+results = translator.translate_batch(pieces, beam_size=BEAMS, max_decoding_length=LENGTH)
 tokens = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
 print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 """,
@@ -83,13 +88,12 @@ def _training(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]
         yield "share of the training data", f"{experiment.data.fraction:g}"
     yield "mixture", f"`{mixture.name}`"
     yield "method", METHODS[mixture.short_names]
-    teachers = {task.teacher for task in mixture.tasks if task.teacher is not None}
     for task in mixture.tasks:
-        yield f"{task.kind.replace('_', ' ')} from", task.teacher or "gold labels"
+        source = f"the teacher {task.teacher}" if task.teacher else "gold labels"
+        yield f"{task.kind.replace('_', ' ')} from", source
     if len(mixture.tasks) > 1:
         label, rationale = mixture.rates
         yield "alpha", f"{label:g} for the label's loss, {rationale:g} for the rationale's"
-    yield "teacher", ", ".join(sorted(teachers)) or "none"
     yield "began from", experiment.initial_checkpoint or "random parameters"
     yield (
         "steps",
@@ -133,8 +137,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 def _use(run: Run, form: str, prefix: str) -> str:
     decoding = run.experiment.decoding
-    texts = '["the text of an example"]'
-    code = f'FOLDER = "."  # this folder, or its name on the hub\nTEXTS = {texts}\n' + USES[form]
+    code = USES[form]
     values = {
         "PREFIX": json.dumps(prefix),
         "BEAMS": decoding.num_beams,

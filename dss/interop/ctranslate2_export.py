@@ -1,7 +1,10 @@
 """Converts a Hugging Face T5 directory for CTranslate2, an inference engine for CPUs and GPUs."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dss.errors import UserError
 from dss.interop.huggingface_export import SPIECE
@@ -40,11 +43,20 @@ def convert(source: Path, folder: Path, config: T5Config) -> None:
             model.config.tie_word_embeddings = config.scaled_logits
             return model
 
-    bar = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
     files = [name for name in TOKENIZER if (source / name).is_file()]
-    try:
+    with _quiet(transformers.utils.logging):
         Converter(str(source), copy_files=files).convert(str(folder))
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Has transformers neither show bars nor warn that T5's head is not tied, which is right."""
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
     finally:
+        logging.set_verbosity(verbosity)
         if bar:
-            transformers.utils.logging.enable_progress_bar()
+            logging.enable_progress_bar()

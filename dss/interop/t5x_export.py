@@ -80,8 +80,9 @@ def train_state(
     Args:
       config: the student's shape.
       params: its parameters.
-      opt_state: its optimizer's state; used if it is Adafactor's, whose statistics in optax are
-        T5X's. T5X restores no checkpoint without any, so otherwise they are those of a beginning.
+      opt_state: its optimizer's state. Adafactor's statistics in optax are those in T5X; of
+        another optimizer's state nothing is taken, and the statistics are those of a beginning,
+        for T5X trains on no checkpoint that has none.
       step: updates so far.
 
     Returns:
@@ -92,7 +93,8 @@ def train_state(
     """
     if config.scaled_logits != config.tied_embeddings:
         raise UserError(
-            "T5X scales the logits exactly where the head is the embedding, and this student does not"
+            "T5X scales the logits where the head is the embedding and nowhere else; "
+            "this student differs"
         )
     name = functools.partial(tensor_name, gated=config.gated)
     target = dict(disassemble(config, params, name))
