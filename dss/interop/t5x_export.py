@@ -116,6 +116,9 @@ def train_state(
 def write_checkpoint(folder: Path, state: dict[str, Any], step: int) -> Path:
     """Writes `checkpoint_<step>` into a folder as T5X does; returns it."""
     path = folder.absolute() / f"checkpoint_{step}"
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("state")) as checkpointer:
+    numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # nobody changes them
+    registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy))
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler)) as checkpointer:
         checkpointer.save(path, ocp.args.Composite(state=ocp.args.PyTreeSave(state)))
     return path
