@@ -22,6 +22,7 @@ from dss.interop import ctranslate2_export, huggingface_export, t5x_export
 from dss.model_card import model_card
 from dss.paths import absolute, in_bucket
 from dss.runs import Run
+from dss.student.network import abstract_params
 from dss.training.checkpoints import Checkpoints
 
 __all__ = ["FORMATS", "Exported", "export"]
@@ -120,16 +121,16 @@ def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Ex
 
     Raises:
       UserError: an unknown format, a folder that holds something or is in a bucket, no such
-        checkpoint, or a student that the format cannot hold.
+        checkpoint or one of another size, or a student that the format cannot hold.
     """
     if to not in FORMATS:
         raise unknown_name("--to", to, FORMATS)
     target = _new_folder(folder)
     if jax.process_count() > 1:
         raise UserError("an export is the work of one process; start it without the others")
-    checkpoints = run.checkpoints()
-    step = checkpoints.find(which)
-    with _whole(target) as partial:
-        note = FORMATS[to](run, checkpoints, step, partial)
-    checkpoints.close()
+    with contextlib.closing(run.checkpoints()) as checkpoints:
+        step = checkpoints.find(which)
+        checkpoints.check_shapes(step, abstract_params(run.config))
+        with _whole(target) as partial:
+            note = FORMATS[to](run, checkpoints, step, partial)
     return Exported(target / f"checkpoint_{step}" if to == "t5x" else target, step, note)

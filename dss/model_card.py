@@ -1,8 +1,10 @@
 """The model card of an exported student: what it is, how well it does, how to use and repeat it."""
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import jax
 
@@ -15,6 +17,7 @@ from dss.evaluation.significance import wilson_interval
 from dss.interop.huggingface_export import SPIECE
 from dss.runs import Run, use_data
 from dss.student.network import num_parameters
+from dss.training.metrics import read_metrics
 
 __all__ = ["USES", "model_card"]
 
@@ -63,11 +66,12 @@ METHODS = {
 }
 
 
-def _front_matter(run: Run) -> str:
-    source = run.experiment.initial_checkpoint
-    lines = ["library_name: transformers", "tags: [t5, distilling-step-by-step]"]
-    if source is not None and source.startswith("hf:") and source.count("/") == 1:
-        lines.append(f"base_model: {source.removeprefix('hf:')}")
+def _front_matter(run: Run, form: str) -> str:
+    library = "transformers" if form == "hf" else form
+    lines = [f"library_name: {library}", "tags: [t5, distilling-step-by-step]"]
+    base = (run.experiment.initial_checkpoint or "").removeprefix("hf:")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not Path(base).exists():  # on the hub
+        lines.append(f"base_model: {base}")
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 
@@ -106,12 +110,9 @@ def _training(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]
 
 def _scores(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
     """Yields what the run measured of this step: in training, and by `dss eval`."""
-    metrics = run.folder / "metrics.jsonl"
     values: dict[str, float] = {}
-    if metrics.is_file():
-        lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-        for line in lines:
-            values |= line if line["step"] == step else {}
+    for line in read_metrics(run.folder / "metrics.jsonl"):
+        values |= line if line["step"] == step else {}
     for name in ("accuracy", "rouge_l", "loss"):
         if (value := values.get(f"valid/{name}")) is not None:
             shown = f"{value:.4f}" if name == "loss" else f"{value:.2%}"
@@ -180,7 +181,7 @@ def model_card(run: Run, step: int, form: str = "hf") -> str:
       form: a name of `USES`.
     """
     experiment = run.experiment
-    parts = [_front_matter(run), f"# {run.folder.name}\n", f"{_shape(run)}.\n"]
+    parts = [_front_matter(run, form), f"# {run.folder.name}\n", f"{_shape(run)}.\n"]
     if experiment.mixture is None:
         parts.append("It was imported, and not trained by `dss`.\n")
         parts += ["## Use\n", _use(run, form, "")]

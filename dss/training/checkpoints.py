@@ -185,7 +185,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of a student of another size.
         """
-        self._check_shapes(step, abstract)
+        self.check_shapes(step, abstract)
         args = ocp.args.StandardRestore(abstract)
         return self._read(step, "params", ocp.StandardCheckpointHandler(), args)
 
@@ -199,7 +199,8 @@ class Checkpoints:
         """
         return handler.restore(self.folder / str(step) / item, args=args)
 
-    def _check_shapes(self, step: int, abstract: Any) -> None:
+    def check_shapes(self, step: int, abstract: Any) -> None:
+        """Raises the user's error where a step's parameters are not of the abstract's shapes."""
         metadata = self._manager.item_metadata(step).params
         found = {_name(p): tuple(x.shape) for p, x in _leaves(metadata)}
         wanted = {_name(p): tuple(x.shape) for p, x in _leaves(abstract)}

@@ -21,6 +21,7 @@ from dss.experiment import DataConfig, Experiment
 from dss.export import export
 from dss.interop import ctranslate2_export, huggingface, shards
 from dss.interop.huggingface_export import model_config, write_model, write_tokenizer
+from dss.model_card import model_card
 from dss.runs import create_run, evaluate, import_checkpoint, label, load_run
 from dss.student.decoding import generate
 from dss.student.network import bind, init_params
@@ -270,6 +271,22 @@ def test_the_card_says_what_was_trained_how_well_and_with_what_command(toy_folde
     assert dataclasses.replace(repeated, run_dir=run.experiment.run_dir) == run.experiment
 
 
+def test_the_card_names_the_base_model_where_it_is_on_the_hub(toy, tmp_path):
+    run = make_run(tmp_path / "run", tiny_config())
+    for source, named in (
+        ("hf:google/byt5-small", "base_model: google/byt5-small"),
+        ("google/byt5-small", "base_model: google/byt5-small"),
+        ("hf:/models/t5", None),
+        ("hf:../t5", None),
+        (None, None),
+    ):
+        experiment = dataclasses.replace(run.experiment, initial_checkpoint=source)
+        card = model_card(dataclasses.replace(run, experiment=experiment), 7)
+        assert ("base_model" in card) == (named is not None)
+        assert (named or "") in card
+        assert f"began from | {source or 'random parameters'} |" in card
+
+
 @pytest.mark.parametrize(
     ("to", "where", "checkpoint", "message"),
     [
@@ -300,6 +317,15 @@ def test_a_run_that_has_no_checkpoint(tmp_path, capsys):
     assert cli.main(["export", str(tmp_path / "run"), "--to=hf", str(tmp_path / "out")]) == 2
     assert "no checkpoints" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_whose_configuration_is_of_another_size(tmp_path, capsys):
+    run = make_run(tmp_path / "run", tiny_config())
+    config = run.folder / "config.gin"
+    config.write_text(config.read_text().replace("T5Config.d_ff = 32", "T5Config.d_ff = 64"))
+    assert cli.main(["export", str(run.folder), "--to=hf", str(tmp_path / "out")]) == 2
+    assert "a checkpoint of another size" in capsys.readouterr().err
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["run"]
 
 
 def test_a_student_that_transformers_has_no_form_for():
