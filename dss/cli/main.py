@@ -23,6 +23,7 @@ VERBS = {
     "eval": "measure a run's accuracy on a split",
     "predict": "label new inputs with a run's student",
     "import": "make a run of a Hugging Face T5 checkpoint",
+    "export": "write a run's student for Hugging Face, T5X or CTranslate2",
 }
 FULL_DISK = "No space left on device"
 

@@ -13,7 +13,7 @@ from dss.errors import UserError
 from dss.interop.assemble import Read, assemble
 from dss.student.config import T5Config
 
-__all__ = ["load_params"]
+__all__ = ["load_params", "tensor_name"]
 
 LAYER = {  # our name in a layer -> T5X's in the encoder and in the decoder
     "attention_norm": ("pre_attention_layer_norm.scale", "pre_self_attention_layer_norm.scale"),
@@ -25,7 +25,7 @@ LAYER = {  # our name in a layer -> T5X's in the encoder and in the decoder
 }
 
 
-def _name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str, bool]:
+def tensor_name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str, bool]:
     """Returns what T5X calls a parameter, dots between the levels."""
     if path == ("embedding",):
         return "token_embedder.embedding", False
@@ -99,4 +99,4 @@ def load_params(folder: Path, config: T5Config) -> Any:
         read = _orbax(folder.resolve() / "state")
     else:
         raise UserError(f"{folder}: no T5X checkpoint: neither `checkpoint` nor `state/_METADATA`")
-    return assemble(config, read, functools.partial(_name, gated=config.gated), str(folder))
+    return assemble(config, read, functools.partial(tensor_name, gated=config.gated), str(folder))
