@@ -1,4 +1,4 @@
-"""`t5x.train`, `t5x.eval` and `t5x.infer` themselves, against `dss`; skipped where T5X is missing."""
+"""T5X itself, training, evaluating and inferring, against `dss`; skipped where it is missing."""
 
 import importlib.util
 import json
@@ -67,16 +67,21 @@ def t5x_metrics(model_dir):
     events = EventAccumulator(str(model_dir / "train"), size_guidance={"tensors": 0})
     events.Reload()
     return {
-        name: {e.step: float(tensor_util.make_ndarray(e.tensor_proto)) for e in events.Tensors(name)}
+        name: {
+            e.step: float(tensor_util.make_ndarray(e.tensor_proto)) for e in events.Tensors(name)
+        }
         for name in ("loss", "label_loss", "rationale_loss")
     }
 
 
 def dss_metrics(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    names = {"train/loss": "loss"} | {f"train/{k}_loss": f"{k}_loss" for k in ("label", "rationale")}
+    names = {"train/loss": "loss"} | {
+        f"train/{k}_loss": f"{k}_loss" for k in ("label", "rationale")
+    }
     return {
-        ours: {row["step"]: row[name] for row in rows if name in row} for name, ours in names.items()
+        ours: {row["step"]: row[name] for row in rows if name in row}
+        for name, ours in names.items()
     }
 
 
