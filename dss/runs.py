@@ -10,27 +10,29 @@ predictions/          of `dss eval`
 """
 
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 from etils import epath
+from jax.sharding import Mesh
 
 from dss.config import CONFIG_FILE, load_config, save_config
 from dss.data.registry import register, set_data_root
 from dss.data.tasks import Mixture, extract_rationale, get_mixture
-from dss.data.vocabulary import BYTES, encode_example, load_vocabulary
+from dss.data.vocabulary import BYTES, T5_VOCABULARY, encode_example, load_vocabulary
 from dss.errors import UserError
 from dss.evaluation.evaluator import EvaluationExample, Predictor, Scored, evaluation_set
 from dss.experiment import DataConfig, Experiment
-from dss.interop import huggingface
+from dss.interop import huggingface, t5x_checkpoint
 from dss.paths import absolute
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, logical_axes
 from dss.training.checkpoints import Checkpoints, abstract_like
-from dss.training.mesh import make_mesh, param_shardings
+from dss.training.mesh import MeshConfig, make_mesh, param_shardings
 from dss.training.processes import is_leader, wait_for_all
 from dss.training.step import init_state
 
@@ -114,15 +116,20 @@ class Run:
           UserError: there is no such checkpoint, or it is of another size.
         """
         mesh = make_mesh(self.experiment.mesh)
-        shapes = abstract_params(self.config)
-        shardings = param_shardings(mesh, self.experiment.mesh, logical_axes(self.config), shapes)
+        shardings = _shardings(self.config, mesh, self.experiment.mesh)
         checkpoints = self.checkpoints()
         step = checkpoints.find(which)
-        params = checkpoints.restore_params(step, abstract_like(shapes, shardings))
+        abstract = abstract_like(abstract_params(self.config), shardings)
+        params = checkpoints.restore_params(step, abstract)
         checkpoints.close()
         vocabulary = load_vocabulary(self.vocabulary_source)
         predictor = Predictor(self.config, params, vocabulary, mesh, self.experiment.decoding)
         return predictor, step
+
+
+def _shardings(config: T5Config, mesh: Mesh, mesh_config: MeshConfig) -> Any:
+    shapes = abstract_params(config)
+    return param_shardings(mesh, mesh_config, logical_axes(config), shapes)
 
 
 def load_run(folder: str | epath.Path, flags: Sequence[str] = ()) -> Run:
@@ -203,6 +210,8 @@ def run_folder(experiment: Experiment) -> epath.Path:
 def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
     """Returns the student's shape, its vocabulary and, from a checkpoint, its parameters.
 
+    The parameters lie on the experiment's mesh.
+
     Raises:
       UserError: something is missing, or the checkpoint is not of the student's size.
     """
@@ -216,23 +225,37 @@ def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
             here = dataclasses.replace(run.experiment, mesh=experiment.mesh)
             params = Run(run.folder, here).predictor("best")[0].params
         else:
-            folder = huggingface.resolve(source)
-            found = huggingface.read_config(folder)
-            vocabulary = vocabulary or huggingface.find_vocabulary(folder)
+            shape, load, found_vocabulary = _open_checkpoint(source)
+            found, vocabulary = shape, vocabulary or found_vocabulary
             check_size(source, found, student)
-            params = huggingface.load_params(folder, found)
+            params = load(_shardings(found, make_mesh(experiment.mesh), experiment.mesh))
         dtype, remat = (student.dtype, student.remat) if student else (found.dtype, found.remat)
         student = dataclasses.replace(found, dtype=dtype, remat=remat)
     if student is None:
         raise UserError(
             "no student: give --gin_file=students/SIZE.gin to train from scratch, or "
-            "--gin.INITIAL_CHECKPOINT_PATH=hf:FOLDER"
+            "--gin.INITIAL_CHECKPOINT_PATH=hf:FOLDER (or t5x:FOLDER)"
         )
     if vocabulary is None:
         raise UserError(
-            "no vocabulary: give --gin.VOCABULARY=FILE, a SentencePiece model, or bytes"
+            "no vocabulary: give --gin.VOCABULARY=FILE (of `dss import`: --vocabulary=FILE), a "
+            f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes"
         )
     return experiment.settle(student), vocabulary, params
+
+
+def _open_checkpoint(source: str) -> tuple[T5Config, Callable[[Any], Any], str | None]:
+    """Returns the shape of a T5X or Hugging Face checkpoint, what reads its parameters to where
+    they are to lie, and the vocabulary that lies with it.
+    """
+    if source.startswith("t5x:"):
+        checkpoint = t5x_checkpoint.find_checkpoint(source)
+        config = t5x_checkpoint.read_config(checkpoint)
+        return config, functools.partial(t5x_checkpoint.load_params, checkpoint, config), None
+    folder = huggingface.resolve(source)
+    config = huggingface.read_config(folder)
+    load = functools.partial(huggingface.load_params, folder, config)
+    return config, load, huggingface.find_vocabulary(folder)
 
 
 SHAPE = (
@@ -345,6 +368,6 @@ def import_checkpoint(experiment: Experiment) -> Run:
         raise UserError(f"{folder}: not empty; import into a new folder")
     run, params = create_run(experiment)
     checkpoints = Checkpoints(folder / CHECKPOINTS)
-    checkpoints.save(init_state(jax.tree.map(jax.numpy.asarray, params), optax.identity()))
+    checkpoints.save(init_state(params, optax.identity()))
     checkpoints.close()
     return run

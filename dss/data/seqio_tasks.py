@@ -16,12 +16,18 @@ import tensorflow as tf
 from dss.data.metrics import equation_accuracy, rouge_l_mean, text_accuracy
 from dss.data.registry import get_dataset
 from dss.data.tasks import Mixture, Task, extract_label, get_mixture, mixture_names
-from dss.data.vocabulary import BYTES, EOS, EOS_TEXT, Vocabulary, load_vocabulary
+from dss.data.vocabulary import (
+    BYTES,
+    EOS,
+    EOS_TEXT,
+    T5_VOCABULARY,
+    Vocabulary,
+    load_vocabulary,
+)
 
 __all__ = ["SPLITS", "get_vocabulary", "register_seqio", "vocabulary_source"]
 
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # SeqIO's names of ours
-T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
 EXTRA_IDS = 100  # T5's sentinels
 METRIC_FNS = {"text": text_accuracy, "equation": equation_accuracy}
 
