@@ -11,7 +11,6 @@ predictions/          of `dss eval`
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,10 +21,12 @@ from jax.sharding import Mesh
 
 from dss.config import CONFIG_FILE, load_config, save_config
 from dss.data.registry import register, set_data_root
-from dss.data.tasks import Mixture, extract_rationale, get_mixture
+from dss.data.tasks import Mixture, Task, extract_rationale, get_mixture
 from dss.data.vocabulary import BYTES, T5_VOCABULARY, encode_example, load_vocabulary
 from dss.errors import UserError
-from dss.evaluation.evaluator import EvaluationExample, Predictor, Scored, evaluation_set
+from dss.evaluation.evaluator import EvaluationExample, Predictor, evaluation_set, metric_name
+from dss.evaluation.result import Evaluation
+from dss.evaluation.teachers import read_teachers
 from dss.experiment import DataConfig, Experiment
 from dss.interop import huggingface, t5x_checkpoint
 from dss.paths import absolute
@@ -286,49 +287,49 @@ def check_size(source: str, found: T5Config, student: T5Config | None) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """A student's predictions for a split, and how good they are."""
-
-    mixture: str
-    split: str
-    step: int
-    scored: Scored
-    examples: tuple[EvaluationExample, ...]
-    predictions: tuple[str, ...]
-
-    def save(self, folder: epath.Path) -> epath.Path:
-        """Writes one JSON line an example into a folder; returns the file."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.mixture}-{self.split}-{self.step}.jsonl"
-        rows = zip(self.examples, self.predictions, self.scored.verdicts, strict=True)
-        lines = [
-            {"id": e.id, "input": e.text, "target": e.target, "prediction": p, "score": v}
-            for e, p, v in rows
-        ]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return path
-
-
-def evaluate(run: Run, *, split: str = "test", which: str = "best") -> Evaluation:
+def evaluate(
+    run: Run, *, split: str = "test", which: str = "best", rationales: bool = False
+) -> Evaluation:
     """Evaluates a run's student on a split of its mixture.
 
+    Args:
+      run: the run.
+      split: "train", "valid" or "test".
+      which: the checkpoint "best", "latest" or a step.
+      rationales: has the student write its rationales too, and judges them.
+
     Raises:
-      UserError: no checkpoint, no such split, or no labels in it.
+      UserError: no checkpoint, no such split, no labels in it, or no rationales learnt.
     """
     experiment = run.experiment
     use_data(experiment.data)
     if experiment.mixture is None:
         raise UserError(f"{run.folder}: no mixture to evaluate on; give --mixture")
     mixture = get_mixture(experiment.mixture, experiment.alpha)
-    predictor, step = run.predictor(which)
+    if rationales:
+        _rationale_task(mixture)
+        if metric_name(mixture) != "accuracy":
+            raise UserError(f"{mixture.name}: it predicts rationales; leave --rationales out")
     examples = evaluation_set(
         mixture, split, fraction=experiment.data.fraction, seed=experiment.seed
     )
+    teachers = read_teachers(mixture, split)
+    predictor, step = run.predictor(which)
     inputs_length = experiment.data.inputs_length
-    predictions = predictor.predict(mixture, examples, inputs_length)
-    scored = Scored.of(mixture, examples, predictions)
-    return Evaluation(mixture.name, split, step, scored, tuple(examples), tuple(predictions))
+    answers = predictor.answer(mixture, examples, inputs_length)
+    written = None
+    if rationales:
+        written = explain(predictor, mixture, [e.text for e in examples], inputs_length)
+    return Evaluation.of(mixture, split, step, examples, answers, teachers, written)
+
+
+def _rationale_task(mixture: Mixture) -> Task:
+    task = next((task for task in mixture.tasks if task.kind != "label"), None)
+    if task is None:
+        raise UserError(
+            f"{mixture.name}: its students learn no rationales; train one on a step_by_step mixture"
+        )
+    return task
 
 
 def explain(
@@ -339,11 +340,7 @@ def explain(
     Raises:
       UserError: the mixture that it learnt has no rationales.
     """
-    task = next((task for task in mixture.tasks if task.kind != "label"), None)
-    if task is None:
-        raise UserError(
-            f"{mixture.name}: its students learn no rationales; train one on a step_by_step mixture"
-        )
+    task = _rationale_task(mixture)
     inputs = [encode_example(predictor.vocabulary, task.prefix + t, inputs_length) for t in texts]
     written = predictor.generate(inputs, max_length=predictor.decoding.rationale_length)
     return [extract_rationale(t) for t in written] if task.kind != "rationale" else written

@@ -22,6 +22,7 @@ from dss.data.registry import Dataset, dataset_names, get_dataset
 from dss.errors import UserError, unknown_name
 
 __all__ = [
+    "CONCLUSION",
     "EXPLAIN",
     "PREDICT",
     "Mixture",
@@ -36,7 +37,7 @@ __all__ = [
 
 Kind = Literal["label", "rationale", "rationale_then_label"]
 PREDICT, EXPLAIN = "predict: ", "explain: "
-CONCLUSION = "So the answer is"
+CONCLUSION = "So the answer is"  # stands between a rationale and its label
 
 
 @dataclasses.dataclass(frozen=True)
