@@ -10,7 +10,6 @@ predictions/          of `dss eval`
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -216,20 +215,11 @@ def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
     Raises:
       UserError: something is missing, or the checkpoint is not of the student's size.
     """
-    source = experiment.initial_checkpoint
-    student, vocabulary, params = experiment.student, experiment.vocabulary, None
+    source, student = experiment.initial_checkpoint, experiment.student
+    found = load = beside = None
     if source is not None:
-        if (epath.Path(source).expanduser() / CONFIG_FILE).is_file():
-            run = load_run(source)
-            found, vocabulary = run.config, vocabulary or run.vocabulary_source
-            check_size(source, found, student)
-            here = dataclasses.replace(run.experiment, mesh=experiment.mesh)
-            params = Run(run.folder, here).predictor("best")[0].params
-        else:
-            shape, load, found_vocabulary = _open_checkpoint(source)
-            found, vocabulary = shape, vocabulary or found_vocabulary
-            check_size(source, found, student)
-            params = load(_shardings(found, make_mesh(experiment.mesh), experiment.mesh))
+        found, load, beside = _open_checkpoint(source, experiment)
+        check_size(source, found, student)
         dtype, remat = (student.dtype, student.remat) if student else (found.dtype, found.remat)
         student = dataclasses.replace(found, dtype=dtype, remat=remat)
     if student is None:
@@ -237,26 +227,40 @@ def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
             "no student: give --gin_file=students/SIZE.gin to train from scratch, or "
             "--gin.INITIAL_CHECKPOINT_PATH=hf:FOLDER (or t5x:FOLDER)"
         )
+    vocabulary = experiment.vocabulary or beside
     if vocabulary is None:
         raise UserError(
             "no vocabulary: give --gin.VOCABULARY=FILE (of `dss import`: --vocabulary=FILE), a "
             f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes"
         )
-    return experiment.settle(student), vocabulary, params
+    return experiment.settle(student), vocabulary, load() if load else None
 
 
-def _open_checkpoint(source: str) -> tuple[T5Config, Callable[[Any], Any], str | None]:
-    """Returns the shape of a T5X or Hugging Face checkpoint, what reads its parameters to where
-    they are to lie, and the vocabulary that lies with it.
-    """
-    if source.startswith("t5x:"):
-        checkpoint = t5x_checkpoint.find_checkpoint(source)
-        config = t5x_checkpoint.read_config(checkpoint)
-        return config, functools.partial(t5x_checkpoint.load_params, checkpoint, config), None
-    folder = huggingface.resolve(source)
-    config = huggingface.read_config(folder)
-    load = functools.partial(huggingface.load_params, folder, config)
-    return config, load, huggingface.find_vocabulary(folder)
+def _open_checkpoint(
+    source: str, experiment: Experiment
+) -> tuple[T5Config, Callable[[], Any], str | None]:
+    """Returns a checkpoint's shape, what reads its parameters, and the vocabulary beside it."""
+    mesh_config = experiment.mesh
+    if _is_run(source):
+        run = load_run(source)
+        run = Run(run.folder, dataclasses.replace(run.experiment, mesh=mesh_config))
+        return run.config, lambda: run.predictor("best")[0].params, run.vocabulary_source
+    module: Any = t5x_checkpoint if source.startswith("t5x:") else huggingface
+    folder = module.resolve(source)
+    config = module.read_config(folder)
+    vocabulary = huggingface.find_vocabulary(folder) if module is huggingface else None
+
+    def load() -> Any:
+        shardings = _shardings(config, make_mesh(mesh_config), mesh_config)
+        return module.load_params(folder, config, shardings)
+
+    return config, load, vocabulary
+
+
+def _is_run(source: str) -> bool:
+    if source.startswith(("hf:", "t5x:")):
+        return False
+    return (epath.Path(source).expanduser() / CONFIG_FILE).is_file()
 
 
 SHAPE = (

@@ -16,7 +16,7 @@ from dss.interop.assemble import assemble
 from dss.paths import absolute, in_bucket
 from dss.student.config import T5Config
 
-__all__ = ["find_checkpoint", "load_params", "read_config", "tensor_name"]
+__all__ = ["load_params", "read_config", "resolve", "tensor_name"]
 
 LAYER = {  # our name in a layer -> T5X's in the encoder and in the decoder
     "attention_norm": ("pre_attention_layer_norm.scale", "pre_self_attention_layer_norm.scale"),
@@ -50,7 +50,7 @@ def tensor_name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tup
     return f"{prefix}.{last}.kernel", False
 
 
-def find_checkpoint(source: str) -> epath.Path:
+def resolve(source: str) -> epath.Path:
     """Returns the folder of a checkpoint, on this machine or in a bucket.
 
     Args:
@@ -92,7 +92,7 @@ class _Tensors:
     """The parameters of a checkpoint, by T5X's names for them.
 
     Args:
-      folder: from `find_checkpoint`.
+      folder: from `resolve`.
 
     Raises:
       UserError: not a whole checkpoint, or one of a version that is not known.
@@ -186,7 +186,7 @@ def read_config(folder: epath.Path) -> T5Config:
     scaled, as T5X's network does it.
 
     Args:
-      folder: from `find_checkpoint`.
+      folder: from `resolve`.
 
     Raises:
       UserError: its parameters are not those of a T5.
@@ -241,6 +241,6 @@ def load_params(folder: epath.PathLike, config: T5Config, shardings: Any = None)
     Raises:
       UserError: not a T5X checkpoint, a missing tensor, or one of another shape.
     """
-    folder = find_checkpoint(str(folder))
+    folder = resolve(str(folder))
     name = functools.partial(tensor_name, gated=config.gated)
     return assemble(config, _Tensors(folder), name, str(folder), shardings)

@@ -14,7 +14,7 @@ from dss.errors import UserError
 from dss.experiment import Experiment
 from dss.interop import t5x_checkpoint, t5x_export
 from dss.interop.assemble import assemble
-from dss.interop.t5x_checkpoint import find_checkpoint, load_params, read_config
+from dss.interop.t5x_checkpoint import load_params, read_config, resolve
 from dss.runs import import_checkpoint, read_initial
 from dss.student.decoding import generate
 from dss.student.network import abstract_params, bind, init_params, logical_axes
@@ -85,7 +85,7 @@ def test_an_imported_run_computes_and_writes_what_t5x_did(form, fixture, tmp_pat
 
 
 def test_both_formats_hold_the_same(fixture):
-    folders = [find_checkpoint(f"t5x:{fixture / form}") for form in FORMATS]
+    folders = [resolve(f"t5x:{fixture / form}") for form in FORMATS]
     configs = [read_config(folder) for folder in folders]
     raw = json.loads((fixture / "config.json").read_text())
     assert configs[0] == configs[1]
@@ -101,7 +101,7 @@ def test_both_formats_hold_the_same(fixture):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMATS)
 def test_parameters_are_read_to_where_they_are_to_lie(layout, form, fixture):
-    folder, mesh_config = find_checkpoint(str(fixture / form)), LAYOUTS[layout]
+    folder, mesh_config = resolve(str(fixture / form)), LAYOUTS[layout]
     config = read_config(folder)
     mesh = make_mesh(mesh_config)
     shapes = abstract_params(config)
@@ -159,7 +159,7 @@ def test_bfloat16_of_either_version_and_both_kinds(version, changes, tmp_path):
     folder = tmp_path / "checkpoint_7"
     folder.mkdir()
     write_legacy(folder, params, config, version=version, dtype=ml_dtypes.bfloat16)
-    found = read_config(find_checkpoint(str(tmp_path)))
+    found = read_config(resolve(str(tmp_path)))
     assert dataclasses.replace(found, dropout_rate=0.0) == config
     rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
     assert_same(load_params(folder, config), rounded)
@@ -169,7 +169,7 @@ def test_the_newest_checkpoint_of_a_folder_counts(fixture, tmp_path):
     for step in (2, 10):
         shutil.copytree(fixture / "orbax" / "checkpoint_0", tmp_path / f"checkpoint_{step}")
     (tmp_path / "checkpoint_30").mkdir()  # of a run that is writing it
-    assert find_checkpoint(f"t5x:{tmp_path}") == epath.Path(tmp_path / "checkpoint_10")
+    assert resolve(f"t5x:{tmp_path}") == epath.Path(tmp_path / "checkpoint_10")
 
 
 def test_our_export_is_read_again(tmp_path):
@@ -181,9 +181,7 @@ def test_our_export_is_read_again(tmp_path):
     }
     state, _ = t5x_export.train_state(config, leaves, {}, 5)
     written = t5x_export.write_checkpoint(tmp_path, state, 5)
-    assert read_config(find_checkpoint(str(tmp_path))) == dataclasses.replace(
-        config, dropout_rate=0.1
-    )
+    assert read_config(resolve(str(tmp_path))) == dataclasses.replace(config, dropout_rate=0.1)
     assert_same(load_params(written, config), params)
 
 
