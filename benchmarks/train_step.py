@@ -155,7 +155,7 @@ class PyTorchSide:
 
     def step(self, number: int) -> float:
         torch = self.torch
-        tasks, rows = self.order(number)
+        tasks, rows, _ = self.order(number)
         views, filled = [], []
         for k, task in enumerate(self.store.tasks):
             here = rows[tasks == k]
@@ -252,7 +252,7 @@ def main() -> int:
     order = paired_order(store, args.batch, seed=0)
     tokens, operations = [], []
     for number in range(WARM, WARM + args.steps):
-        tasks, rows = order(number)
+        tasks, rows, _ = order(number)
         inputs = np.concatenate([store.tasks[k].inputs.lengths[rows[tasks == k]] for k in (0, 1)])
         targets = np.concatenate([store.tasks[k].targets.lengths[rows[tasks == k]] for k in (0, 1)])
         tokens.append(int(inputs.sum() + targets.sum()))

@@ -297,7 +297,8 @@ def evaluate(run: Run, *, split: str = "test", which: str = "best") -> Evaluatio
     use_data(experiment.data)
     if experiment.mixture is None:
         raise UserError(f"{run.folder}: no mixture to evaluate on; give --mixture")
-    mixture = get_mixture(experiment.mixture, experiment.alpha)
+    one_input = experiment.data.one_encoder_pass
+    mixture = get_mixture(experiment.mixture, experiment.alpha, one_input=one_input)
     predictor, step = run.predictor(which)
     examples = evaluation_set(
         mixture, split, fraction=experiment.data.fraction, seed=experiment.seed
@@ -322,7 +323,8 @@ def explain(
             f"{mixture.name}: its students learn no rationales; train one on a step_by_step mixture"
         )
     inputs = [encode_example(predictor.vocabulary, task.prefix + t, inputs_length) for t in texts]
-    written = predictor.generate(inputs, max_length=predictor.decoding.rationale_length)
+    length, start = predictor.decoding.rationale_length, task.start_id(predictor.vocabulary)
+    written = predictor.generate(inputs, max_length=length, start=start)
     return [extract_rationale(t) for t in written] if task.kind != "rationale" else written
 
 

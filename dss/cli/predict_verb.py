@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     if experiment.mixture is None:
         raise UserError(f"{found.folder}: no mixture; say with --mixture what the student predicts")
     use_data(experiment.data, must_exist=False)
-    mixture = get_mixture(experiment.mixture, experiment.alpha)
+    one_input = experiment.data.one_encoder_pass
+    mixture = get_mixture(experiment.mixture, experiment.alpha, one_input=one_input)
     if (
         args.output
         and args.output.exists()
