@@ -9,6 +9,7 @@ VERSION = (HERE / "dss" / "__init__.py").read_text().split('__version__ = "')[1]
 
 # Beam holds protobuf below 7, which newer sentencepiece files were generated for.
 BEAM = ["apache-beam>=2.77", "sentencepiece<0.2.2"]
+TFDS = [*BEAM, "mlcroissant>=1.1"]  # the `tfds` command needs both to start
 
 # The gin files live in gin/ (which is no Python package: `import gin` means gin-config) and are
 # installed as the data of dss.configs, where dss.config finds them from any directory.
@@ -56,7 +57,7 @@ setup(
         "teacher": ["openai>=3.57", "jinja2>=3.1.6", "pyyaml>=6.0.3", "pyarrow>=25.0"],
         "beam": BEAM,
         "report": ["matplotlib>=3.11"],
-        "tfds": [*BEAM, "mlcroissant>=1.1"],  # the `tfds` command needs both to start
+        "tfds": TFDS,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "test": [
@@ -65,7 +66,8 @@ setup(
             "pytest>=9.2",
             "ruff>=0.15",
             "mypy>=2.4",
-            *BEAM,
+            *TFDS,
+            "dill>=0.4",  # TFDS's own test of builders needs it
             "transformers[serving]>=5.23",
             "torch==2.13.0",
             "ctranslate2>=4.8",

@@ -90,7 +90,7 @@ def main() -> int:
             raise UserError(f"{args.fixture}: no legacy/checkpoint_N and no orbax/checkpoint_N")
         rows = []
         for folder in found:
-            params = jax.tree.map(jnp.asarray, t5x_checkpoint.load_params(folder, config))
+            params = t5x_checkpoint.load_params(folder, config)
             errors = compare(config, params, expected, raw.get("z_loss", 0.0))
             rows += [(folder.parent.name, check, error) for check, error in errors.items()]
     except (UserError, OSError, KeyError, ValueError) as error:

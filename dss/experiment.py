@@ -69,7 +69,7 @@ class Experiment:
     teacher: str | None = None  # takes the place of the teacher in the mixture's name
     run_dir: str | None = None  # where the run is kept
     student: T5Config | None = None  # None: as the initial checkpoint says
-    initial_checkpoint: str | None = None  # hf:PATH, a hub id, or a run; None: from scratch
+    initial_checkpoint: str | None = None  # hf:PATH, t5x:PATH, a hub id, a run; None: from scratch
     vocabulary: str | None = None  # a SentencePiece file or "bytes"; None: the checkpoint's
     dropout_rate: float = 0.1  # in [0, 1)
     dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; None: the student's

@@ -10,27 +10,29 @@ predictions/          of `dss eval`
 """
 
 import dataclasses
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 from etils import epath
+from jax.sharding import Mesh
 
 from dss.config import CONFIG_FILE, load_config, save_config
 from dss.data.registry import register, set_data_root
-from dss.data.tasks import Mixture, extract_rationale, get_mixture
-from dss.data.vocabulary import BYTES, encode_example, load_vocabulary
+from dss.data.tasks import Mixture, Task, extract_rationale, get_mixture
+from dss.data.vocabulary import BYTES, T5_VOCABULARY, encode_example, load_vocabulary
 from dss.errors import UserError
-from dss.evaluation.evaluator import EvaluationExample, Predictor, Scored, evaluation_set
+from dss.evaluation.evaluator import EvaluationExample, Predictor, evaluation_set, metric_name
+from dss.evaluation.result import Evaluation
+from dss.evaluation.teachers import read_teachers
 from dss.experiment import DataConfig, Experiment
-from dss.interop import huggingface
+from dss.interop import huggingface, t5x_checkpoint
 from dss.paths import absolute
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, logical_axes
 from dss.training.checkpoints import Checkpoints, abstract_like
-from dss.training.mesh import make_mesh, param_shardings
+from dss.training.mesh import MeshConfig, make_mesh, param_shardings
 from dss.training.processes import is_leader, wait_for_all
 from dss.training.step import init_state
 
@@ -114,15 +116,20 @@ class Run:
           UserError: there is no such checkpoint, or it is of another size.
         """
         mesh = make_mesh(self.experiment.mesh)
-        shapes = abstract_params(self.config)
-        shardings = param_shardings(mesh, self.experiment.mesh, logical_axes(self.config), shapes)
+        shardings = _shardings(self.config, mesh, self.experiment.mesh)
         checkpoints = self.checkpoints()
         step = checkpoints.find(which)
-        params = checkpoints.restore_params(step, abstract_like(shapes, shardings))
+        abstract = abstract_like(abstract_params(self.config), shardings)
+        params = checkpoints.restore_params(step, abstract)
         checkpoints.close()
         vocabulary = load_vocabulary(self.vocabulary_source)
         predictor = Predictor(self.config, params, vocabulary, mesh, self.experiment.decoding)
         return predictor, step
+
+
+def _shardings(config: T5Config, mesh: Mesh, mesh_config: MeshConfig) -> Any:
+    shapes = abstract_params(config)
+    return param_shardings(mesh, mesh_config, logical_axes(config), shapes)
 
 
 def load_run(folder: str | epath.Path, flags: Sequence[str] = ()) -> Run:
@@ -203,36 +210,57 @@ def run_folder(experiment: Experiment) -> epath.Path:
 def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
     """Returns the student's shape, its vocabulary and, from a checkpoint, its parameters.
 
+    The parameters lie on the experiment's mesh.
+
     Raises:
       UserError: something is missing, or the checkpoint is not of the student's size.
     """
-    source = experiment.initial_checkpoint
-    student, vocabulary, params = experiment.student, experiment.vocabulary, None
+    source, student = experiment.initial_checkpoint, experiment.student
+    found = load = beside = None
     if source is not None:
-        if (epath.Path(source).expanduser() / CONFIG_FILE).is_file():
-            run = load_run(source)
-            found, vocabulary = run.config, vocabulary or run.vocabulary_source
-            check_size(source, found, student)
-            here = dataclasses.replace(run.experiment, mesh=experiment.mesh)
-            params = Run(run.folder, here).predictor("best")[0].params
-        else:
-            folder = huggingface.resolve(source)
-            found = huggingface.read_config(folder)
-            vocabulary = vocabulary or huggingface.find_vocabulary(folder)
-            check_size(source, found, student)
-            params = huggingface.load_params(folder, found)
+        found, load, beside = _open_checkpoint(source, experiment)
+        check_size(source, found, student)
         dtype, remat = (student.dtype, student.remat) if student else (found.dtype, found.remat)
         student = dataclasses.replace(found, dtype=dtype, remat=remat)
     if student is None:
         raise UserError(
             "no student: give --gin_file=students/SIZE.gin to train from scratch, or "
-            "--gin.INITIAL_CHECKPOINT_PATH=hf:FOLDER"
+            "--gin.INITIAL_CHECKPOINT_PATH=hf:FOLDER (or t5x:FOLDER)"
         )
+    vocabulary = experiment.vocabulary or beside
     if vocabulary is None:
         raise UserError(
-            "no vocabulary: give --gin.VOCABULARY=FILE, a SentencePiece model, or bytes"
+            "no vocabulary: give --gin.VOCABULARY=FILE (of `dss import`: --vocabulary=FILE), a "
+            f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes"
         )
-    return experiment.settle(student), vocabulary, params
+    return experiment.settle(student), vocabulary, load() if load else None
+
+
+def _open_checkpoint(
+    source: str, experiment: Experiment
+) -> tuple[T5Config, Callable[[], Any], str | None]:
+    """Returns a checkpoint's shape, what reads its parameters, and the vocabulary beside it."""
+    mesh_config = experiment.mesh
+    if _is_run(source):
+        run = load_run(source)
+        run = Run(run.folder, dataclasses.replace(run.experiment, mesh=mesh_config))
+        return run.config, lambda: run.predictor("best")[0].params, run.vocabulary_source
+    module: Any = t5x_checkpoint if source.startswith("t5x:") else huggingface
+    folder = module.resolve(source)
+    config = module.read_config(folder)
+    vocabulary = huggingface.find_vocabulary(folder) if module is huggingface else None
+
+    def load() -> Any:
+        shardings = _shardings(config, make_mesh(mesh_config), mesh_config)
+        return module.load_params(folder, config, shardings)
+
+    return config, load, vocabulary
+
+
+def _is_run(source: str) -> bool:
+    if source.startswith(("hf:", "t5x:")):
+        return False
+    return (epath.Path(source).expanduser() / CONFIG_FILE).is_file()
 
 
 SHAPE = (
@@ -263,35 +291,19 @@ def check_size(source: str, found: T5Config, student: T5Config | None) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """A student's predictions for a split, and how good they are."""
-
-    mixture: str
-    split: str
-    step: int
-    scored: Scored
-    examples: tuple[EvaluationExample, ...]
-    predictions: tuple[str, ...]
-
-    def save(self, folder: epath.Path) -> epath.Path:
-        """Writes one JSON line an example into a folder; returns the file."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.mixture}-{self.split}-{self.step}.jsonl"
-        rows = zip(self.examples, self.predictions, self.scored.verdicts, strict=True)
-        lines = [
-            {"id": e.id, "input": e.text, "target": e.target, "prediction": p, "score": v}
-            for e, p, v in rows
-        ]
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        return path
-
-
-def evaluate(run: Run, *, split: str = "test", which: str = "best") -> Evaluation:
+def evaluate(
+    run: Run, *, split: str = "test", which: str = "best", rationales: bool = False
+) -> Evaluation:
     """Evaluates a run's student on a split of its mixture.
 
+    Args:
+      run: the run.
+      split: "train", "valid" or "test".
+      which: the checkpoint "best", "latest" or a step.
+      rationales: has the student write its rationales too, and judges them.
+
     Raises:
-      UserError: no checkpoint, no such split, or no labels in it.
+      UserError: no checkpoint, no such split, no labels in it, or no rationales learnt.
     """
     experiment = run.experiment
     use_data(experiment.data)
@@ -299,14 +311,30 @@ def evaluate(run: Run, *, split: str = "test", which: str = "best") -> Evaluatio
         raise UserError(f"{run.folder}: no mixture to evaluate on; give --mixture")
     one_input = experiment.data.one_encoder_pass
     mixture = get_mixture(experiment.mixture, experiment.alpha, one_input=one_input)
-    predictor, step = run.predictor(which)
+    if rationales:
+        _rationale_task(mixture)
+        if metric_name(mixture) != "accuracy":
+            raise UserError(f"{mixture.name}: it predicts rationales; leave --rationales out")
     examples = evaluation_set(
         mixture, split, fraction=experiment.data.fraction, seed=experiment.seed
     )
+    teachers = read_teachers(mixture, split)
+    predictor, step = run.predictor(which)
     inputs_length = experiment.data.inputs_length
-    predictions = predictor.predict(mixture, examples, inputs_length)
-    scored = Scored.of(mixture, examples, predictions)
-    return Evaluation(mixture.name, split, step, scored, tuple(examples), tuple(predictions))
+    answers = predictor.answer(mixture, examples, inputs_length)
+    written = None
+    if rationales:
+        written = explain(predictor, mixture, [e.text for e in examples], inputs_length)
+    return Evaluation.of(mixture, split, step, examples, answers, teachers, written)
+
+
+def _rationale_task(mixture: Mixture) -> Task:
+    task = next((task for task in mixture.tasks if task.kind != "label"), None)
+    if task is None:
+        raise UserError(
+            f"{mixture.name}: its students learn no rationales; train one on a step_by_step mixture"
+        )
+    return task
 
 
 def explain(
@@ -317,11 +345,7 @@ def explain(
     Raises:
       UserError: the mixture that it learnt has no rationales.
     """
-    task = next((task for task in mixture.tasks if task.kind != "label"), None)
-    if task is None:
-        raise UserError(
-            f"{mixture.name}: its students learn no rationales; train one on a step_by_step mixture"
-        )
+    task = _rationale_task(mixture)
     inputs = [encode_example(predictor.vocabulary, task.prefix + t, inputs_length) for t in texts]
     length, start = predictor.decoding.rationale_length, task.start_id(predictor.vocabulary)
     written = predictor.generate(inputs, max_length=length, start=start)
@@ -347,6 +371,6 @@ def import_checkpoint(experiment: Experiment) -> Run:
         raise UserError(f"{folder}: not empty; import into a new folder")
     run, params = create_run(experiment)
     checkpoints = Checkpoints(folder / CHECKPOINTS)
-    checkpoints.save(init_state(jax.tree.map(jax.numpy.asarray, params), optax.identity()))
+    checkpoints.save(init_state(params, optax.identity()))
     checkpoints.close()
     return run

@@ -10,11 +10,15 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's options."""
     parser.add_argument(
-        "source", metavar="hf:PATH", help="a Hugging Face T5 folder, or an id on the hub"
+        "source",
+        metavar="hf:PATH|t5x:PATH",
+        help="a Hugging Face T5 folder or a hub's id; a T5X checkpoint, or the folder of several",
     )
     parser.add_argument("run", metavar="RUN", help="the run directory to make")
     parser.add_argument(
-        "--vocabulary", metavar="FILE", help="where the checkpoint has no spiece.model"
+        "--vocabulary",
+        metavar="FILE",
+        help="where none lies with the checkpoint, as with T5X's; a SentencePiece model, or bytes",
     )
 
 

@@ -1,10 +1,10 @@
 """`dss inspect`."""
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from dss.cli.options import add_gin_options
+from dss.cli.tables import make_console, make_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-FILE_WIDTH = 120  # columns where the output is no terminal
 FILL_STEPS = 8  # batches looked at to tell how full they are
 
 
@@ -33,8 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what the mixture holds."""
-    from rich.console import Console
-
     from dss.config import parse_gin
     from dss.data.tasks import get_mixture, mixture_names, with_teacher
     from dss.data.vocabulary import load_vocabulary
@@ -44,8 +41,7 @@ def run(args: argparse.Namespace) -> int:
     experiment = parse_gin(args.gin_file, args.gin, search)
     own = use_data(experiment.data)
     name = args.mixture or experiment.mixture
-    terminal = sys.stdout.isatty()
-    console = Console(highlight=False, soft_wrap=True, width=None if terminal else FILE_WIDTH)
+    console = make_console()
     if name is None:
         for known in mixture_names(own):
             console.print(known)
@@ -67,16 +63,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(title: str, *columns: str):
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 2 else "right")
-    return table
-
-
 def _splits(mixture: "Mixture") -> list[str]:
     from dss.data.registry import SPLITS
 
@@ -84,7 +70,7 @@ def _splits(mixture: "Mixture") -> list[str]:
 
 
 def _print_sources(console: "Console", mixture: "Mixture") -> None:
-    table = _table("tasks", "task", "reads and writes", "rate")
+    table = make_table("tasks", "task", "reads and writes", "rate")
     wrote = {"label": "label", "rationale": "rationale", "rationale_then_label": "both in one"}
     for task, rate in zip(mixture.tasks, mixture.rates, strict=True):
         what = f"{task.prefix}x -> {wrote[task.kind]} of {task.teacher or 'gold'}"
@@ -117,7 +103,7 @@ def _print_counts(console: "Console", mixture: "Mixture", experiment: "Experimen
 
     dataset = mixture.dataset
     teachers = sorted({t.teacher for t in mixture.tasks if t.teacher})
-    table = _table(
+    table = make_table(
         "examples", "split", "teacher", "examples", "labelled", "statuses", "teacher's accuracy"
     )
     for split in _splits(mixture):
@@ -178,7 +164,7 @@ def _print_lengths(
     from dss.data.statistics import measure_lengths
 
     data = experiment.data
-    table = _table(
+    table = make_table(
         "tokens, EOS counted",
         *("split", "text", "rows", "50%", "90%", "99%", "longest", "total", "limit", "cut"),
     )
@@ -220,7 +206,7 @@ def _print_batches(
     starts = mixture.start_ids(vocabulary)
     batches = training_batches(experiment, mixture, store, experiment.microbatches, starts)
     kind = "packed" if batches.packed else "unpacked"
-    table = _table(
+    table = make_table(
         f"{kind} batches of {experiment.batch_size} examples",
         *("shape", "side", "slots", "rows of attention"),
     )

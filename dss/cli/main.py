@@ -22,7 +22,8 @@ VERBS = {
     "train": "train a student, or continue a run",
     "eval": "measure a run's accuracy on a split",
     "predict": "label new inputs with a run's student",
-    "import": "make a run of a Hugging Face T5 checkpoint",
+    "import": "make a run of a T5 checkpoint of T5X or Hugging Face",
+    "export": "write a run's student for Hugging Face, T5X or CTranslate2",
 }
 FULL_DISK = "No space left on device"
 

@@ -28,6 +28,7 @@ __all__ = [
     "dataset_names",
     "get_dataset",
     "register",
+    "released_dataset",
     "set_data_root",
 ]
 
@@ -261,6 +262,11 @@ def get_dataset(name: str) -> Dataset:
         return _registered[name]
     if name not in RELEASED:
         raise unknown_name("dataset", name, dataset_names())
+    return released_dataset(name, _root())
+
+
+def released_dataset(name: str, root: epath.Path) -> Dataset:
+    """Returns the dataset of `RELEASED` whose data lie under a root of their own."""
     form = RELEASED[name]
-    source = ReleasedSource(_root(), name)
+    source = ReleasedSource(root, name)
     return Dataset(name, source, form.metric, form.labels, form.candidates)

@@ -7,30 +7,45 @@ DSS_VOCABULARY, a SentencePiece file or "bytes"; without it T5's vocabulary on G
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
 from dss.data.metrics import equation_accuracy, rouge_l_mean, text_accuracy
 from dss.data.registry import get_dataset
 from dss.data.tasks import Mixture, Task, extract_label, get_mixture, mixture_names
-from dss.data.vocabulary import BYTES, EOS, EOS_TEXT
+from dss.data.vocabulary import (
+    BYTES,
+    EOS,
+    EOS_TEXT,
+    T5_VOCABULARY,
+    Vocabulary,
+    load_vocabulary,
+)
 
 __all__ = ["SPLITS", "get_vocabulary", "register_seqio", "vocabulary_source"]
 
 SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # SeqIO's names of ours
-T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
 EXTRA_IDS = 100  # T5's sentinels
 METRIC_FNS = {"text": text_accuracy, "equation": equation_accuracy}
 
 
-class _SplitAtEos:
-    """Makes a `</s>` in a text the EOS id, and encodes what is between two of them on its own."""
+class _AsDss:
+    """Encodes and decodes as `dss train` does: a `</s>` in a text is the EOS id, and what is
+    between two of them is encoded on its own.
+    """
+
+    @property
+    def _dss(self) -> Vocabulary:
+        return load_vocabulary(getattr(self, "sentencepiece_model_file", BYTES))
 
     def _encode(self, s: str) -> Sequence[int]:
-        first, *rest = (super(_SplitAtEos, self)._encode(part) for part in s.split(EOS_TEXT))  # type: ignore[misc]
-        return [*first, *(i for part in rest for i in (EOS, *part))]
+        return self._dss.encode(s)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._dss.decode(np.asarray(ids).tolist())
 
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
         encode = super()._encode_tf  # type: ignore[misc]
@@ -42,11 +57,11 @@ class _SplitAtEos:
         return ids.flat_values[:-1]
 
 
-class _SentencePiece(_SplitAtEos, seqio.SentencePieceVocabulary):
+class _SentencePiece(_AsDss, seqio.SentencePieceVocabulary):
     pass
 
 
-class _Bytes(_SplitAtEos, seqio.ByteVocabulary):
+class _Bytes(_AsDss, seqio.ByteVocabulary):
     pass
 
 
@@ -65,18 +80,24 @@ def get_vocabulary(source: str | None = None) -> seqio.Vocabulary:
     return _vocabulary(vocabulary_source(source))
 
 
-def _source(task: Task) -> seqio.FunctionDataSource:
-    def dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        del shuffle_files, seed  # the rows are few; SeqIO shuffles them later
-        rows = task.rows(SPLITS[split])
-        columns = {
-            "id": [row.id for row in rows],
-            "inputs": [row.inputs for row in rows],
-            "targets": [row.targets for row in rows],
-        }
-        return tf.data.Dataset.from_tensor_slices(columns)
+class _Source(seqio.FunctionDataSource):
+    """A task's rows. Its splits are those whose files are there when it is asked."""
 
-    return seqio.FunctionDataSource(dataset, splits=tuple(SPLITS))
+    def __init__(self, task: Task):
+        self._task = task
+        super().__init__(self._rows, splits=tuple(SPLITS))
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """The splits that there are; where there is none, all, so that reading says what lacks."""
+        return [s for s, ours in SPLITS.items() if self._task.has(ours)] or list(SPLITS)
+
+    def _rows(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed  # the rows are few; SeqIO shuffles them later
+        rows = self._task.rows(SPLITS[split])
+        columns = {n: [getattr(row, n) for row in rows] for n in ("id", "inputs", "targets")}
+        texts = {name: tf.constant(column, tf.string) for name, column in columns.items()}
+        return tf.data.Dataset.from_tensor_slices(texts)
 
 
 def _metric(task: Task) -> Callable:
@@ -92,7 +113,7 @@ def _label_of(text: str, **_: object) -> str:
 def _add_task(task: Task, vocabulary: seqio.Vocabulary) -> None:
     seqio.TaskRegistry.add(
         task.name,
-        source=_source(task),
+        source=_Source(task),
         preprocessors=[
             seqio.preprocessors.tokenize,
             seqio.CacheDatasetPlaceholder(),

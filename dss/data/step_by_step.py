@@ -1,6 +1,6 @@
 """A TFDS builder: the released datasets, or a user's JSON lines, as a versioned dataset.
 
-    tfds build dss/data/step_by_step.py --config=svamp --manual_dir=DIR
+    tfds build step_by_step --imports=dss.data.step_by_step --config=svamp --manual_dir=DIR
 
 DIR is the root of the released datasets, or with `--config=jsonl` the folder of `train.jsonl` and
 its kin (see `dss.data.registry.JsonlSource`). The splits are those of `dss train`; counts by
@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dss.data.registry import SPLITS, Dataset, JsonlSource, get_dataset, set_data_root
+from dss.data.registry import SPLITS, Dataset, JsonlSource, released_dataset
 from dss.data.released import RELEASED
 from dss.data.statistics import measure_split
 
 __all__ = ["StepByStep"]
+
+HOMEPAGE = "https://arxiv.org/abs/2305.02301"  # not in TFDS's catalogue, which is the default
 
 
 class StepByStep(tfds.core.GeneratorBasedBuilder):
@@ -48,13 +50,13 @@ class StepByStep(tfds.core.GeneratorBasedBuilder):
                 }
             ),
             metadata=tfds.core.MetadataDict(),
+            homepage=HOMEPAGE,
         )
 
     def _dataset(self, manual_dir: Any) -> Dataset:
         if self.builder_config.name == "jsonl":
             return Dataset("jsonl", JsonlSource(manual_dir))
-        set_data_root(str(manual_dir))
-        return get_dataset(self.builder_config.name)
+        return released_dataset(self.builder_config.name, manual_dir)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         dataset = self._dataset(dl_manager.manual_dir)

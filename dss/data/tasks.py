@@ -24,6 +24,7 @@ from dss.data.vocabulary import Vocabulary
 from dss.errors import UserError, unknown_name
 
 __all__ = [
+    "CONCLUSION",
     "EXPLAIN",
     "PREDICT",
     "Mixture",
@@ -38,7 +39,7 @@ __all__ = [
 
 Kind = Literal["label", "rationale", "rationale_then_label"]
 PREDICT, EXPLAIN = "predict: ", "explain: "
-CONCLUSION = "So the answer is"
+CONCLUSION = "So the answer is"  # stands between a rationale and its label
 
 
 @dataclasses.dataclass(frozen=True)

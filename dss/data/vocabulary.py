@@ -13,6 +13,7 @@ __all__ = [
     "BYTES",
     "EOS",
     "PAD",
+    "T5_VOCABULARY",
     "ByteVocabulary",
     "SentencePieceVocabulary",
     "Vocabulary",
@@ -23,6 +24,7 @@ __all__ = [
 PAD, EOS, UNK = 0, 1, 2
 EOS_TEXT = "</s>"
 BYTES = "bytes"
+T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"  # of T5 1.0, 1.1 and Flan
 
 
 class Vocabulary(Protocol):

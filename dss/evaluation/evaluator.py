@@ -1,7 +1,7 @@
 """Predictions of a student, and how good they are."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from dss.student.decoding import generate, score_candidates
 from dss.training.mesh import fetch, put_batch
 
 __all__ = [
+    "Answer",
     "DecodingConfig",
     "EvaluationExample",
     "Predictor",
@@ -53,6 +54,20 @@ class EvaluationExample:
     id: str
     text: str
     target: str
+    gold: bool = True  # whether the target is a gold label
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a student makes of an input.
+
+    Attributes:
+      text: the label, or a rationale where that is all it learnt.
+      probabilities: of each possible label, where it was chosen among them; they sum to 1.
+    """
+
+    text: str
+    probabilities: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def metric_name(mixture: Mixture) -> str:
@@ -86,7 +101,10 @@ def evaluation_set(
     rows = task.rows(split, fraction=fraction, seed=seed)
     if not rows:
         raise UserError(f"{mixture.name}: nothing to evaluate: no example of {split} has a label")
-    return [EvaluationExample(r.id, r.inputs.removeprefix(task.prefix), r.targets) for r in rows]
+    return [
+        EvaluationExample(r.id, r.inputs.removeprefix(task.prefix), r.targets, gold=False)
+        for r in rows
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +186,15 @@ class Predictor:
 
     def choose(
         self, inputs: Sequence[Sequence[int]], candidates: Sequence[Sequence[str]]
-    ) -> list[str]:
+    ) -> list[Answer]:
         """Returns, for each input, the candidate label that the student finds most likely.
 
-        The score is the log-probability of the whole candidate, EOS included.
+        The score is the log-probability of the whole candidate, EOS included; a candidate's
+        probability is its share among those of the input.
+
+        Args:
+          inputs: token ids, EOS included.
+          candidates: of each input, at least one, all different.
         """
         encoded = [[[*self.vocabulary.encode(c), EOS] for c in cs] for cs in candidates]
         most = max((len(cs) for cs in encoded), default=1)
@@ -180,20 +203,30 @@ class Predictor:
         for i, cs in enumerate(encoded):
             for j, c in enumerate(cs):
                 table[i, j, : len(c)] = c
-        out = [""] * len(inputs)
+        out = [Answer("")] * len(inputs)
         for rows, tokens in self._batches(inputs):
             padded_rows = np.resize(rows, len(tokens))
             padded_rows[len(rows) :] = rows[-1]
             scores = score_candidates(
                 self.config, self.params, self._put(tokens), self._put(table[padded_rows])
             )
-            for row, best in zip(rows, fetch(scores).argmax(axis=1), strict=False):
-                out[row] = candidates[row][best]
+            for row, of_row in zip(rows, fetch(scores), strict=False):
+                own = of_row[: len(candidates[row])].astype(np.float64)
+                shares = np.exp(own - own.max())
+                shares /= shares.sum()
+                named = dict(zip(candidates[row], shares.tolist(), strict=True))
+                out[row] = Answer(candidates[row][own.argmax()], named)
         return out
 
     def predict(
         self, mixture: Mixture, examples: Sequence[EvaluationExample], inputs_length: int
     ) -> list[str]:
+        """Returns the texts of `answer`."""
+        return [answer.text for answer in self.answer(mixture, examples, inputs_length)]
+
+    def answer(
+        self, mixture: Mixture, examples: Sequence[EvaluationExample], inputs_length: int
+    ) -> list[Answer]:
         """Returns what the student answers: a label, or a rationale where that is all it learnt.
 
         Args:
@@ -207,17 +240,19 @@ class Predictor:
         ]
         if task.kind == "label":
             choices = [dataset.choices(e.text) if self.decoding.closed else () for e in examples]
-            out = [""] * len(inputs)
+            choices = [tuple(dict.fromkeys(cs)) for cs in choices]  # an input may offer one twice
+            out = [Answer("")] * len(inputs)
             some = [i for i, c in enumerate(choices) if c]
             chosen = self.choose([inputs[i] for i in some], [choices[i] for i in some])
             others = [i for i, c in enumerate(choices) if not c]
             length = self.decoding.max_length
             written = self.generate([inputs[i] for i in others], max_length=length)
-            for i, label in zip(some + others, chosen + written, strict=True):
-                out[i] = label
+            for i, answer in zip(some + others, chosen + list(map(Answer, written)), strict=True):
+                out[i] = answer
             return out
         texts = self.generate(inputs, max_length=self.decoding.rationale_length)
-        return [extract_label(t) for t in texts] if task.kind == "rationale_then_label" else texts
+        single = task.kind == "rationale_then_label"
+        return [Answer(extract_label(text) if single else text) for text in texts]
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return put_batch(self.mesh, {"array": array})["array"]

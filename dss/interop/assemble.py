@@ -1,58 +1,102 @@
-"""Builds the student's parameters from another framework's tensors, one tensor at a time."""
+"""Builds the student's parameters from another framework's tensors, on the mesh, piece by piece."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dss.errors import UserError
 from dss.student.config import T5Config
 from dss.student.network import abstract_params
 
-__all__ = ["Name", "Read", "assemble"]
+__all__ = ["Name", "Tensors", "assemble"]
 
 Name = Callable[[tuple[str, ...], int | None], tuple[str, bool]]
 """Maps a parameter's path and layer (None outside layers) to its tensor, and if transposed."""
 
-Read = Callable[[str], np.ndarray]
-"""Returns a tensor by name; raises KeyError where there is none."""
+
+class Tensors(Protocol):
+    """The tensors of a checkpoint."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape; raises KeyError where there is none of that name."""
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns a part of a tensor, read from no more than it takes."""
 
 
-def assemble(config: T5Config, read: Read, name: Name, where: str) -> Any:
-    """Returns parameters as `dss.student.network` lays them out.
+def assemble(
+    config: T5Config, tensors: Tensors, name: Name, where: str, shardings: Any = None
+) -> Any:
+    """Returns parameters as `dss.student.network` lays them out, float32.
+
+    A parameter that holds a tensor of each layer is made where it is to lie, and the layers are
+    put into it one after another, so that a host holds its part of one tensor at a time besides
+    what lies on its devices. Every process reads its own part.
 
     Args:
       config: the student's shape.
-      read: the tensors.
+      tensors: where to read.
       name: how they are called.
       where: the file or folder, for errors.
+      shardings: where the parameters are to lie; None: on the first device.
 
     Raises:
       UserError: a tensor is missing or of another shape.
     """
 
-    def tensor(source: str, transposed: bool, shape: tuple[int, ...]) -> np.ndarray:
+    def tensor(
+        source: str, transposed: bool, shape: tuple[int, ...], sharding: Sharding
+    ) -> jax.Array:
         try:
-            array = read(source)
+            found = tensors.shape(source)
         except KeyError:
             raise UserError(f"{where}: no tensor {source!r}; is it a T5 of this kind?") from None
-        array = np.asarray(array).astype(np.float32, copy=False)
-        array = array.T if transposed else array
-        if array.shape != shape:
+        if (found[::-1] if transposed else found) != shape:
             raise UserError(
-                f"{where}: a checkpoint of another size: {source} is {array.shape}, "
-                f"the student's is {shape}"
+                f"{where}: a checkpoint of another size: {source} is {found}, "
+                f"the student's is {shape[::-1] if transposed else shape}"
             )
-        return array
+        parts: dict[str, np.ndarray] = {}  # devices that hold the same part share what was read
 
-    def leaf(path: tuple, abstract: jax.ShapeDtypeStruct) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:  # a slice for each dimension
+            if (key := str(index)) not in parts:
+                read = tensors.read(source, index[::-1] if transposed else index)
+                read = np.asarray(read).astype(np.float32, copy=False)
+                parts[key] = read.T if transposed else read
+            return parts[key]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    def leaf(path: tuple, abstract: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.Array:
         names = tuple(p.key for p in path)
         if "layers" not in names:
-            return tensor(*name(names, None), abstract.shape)
-        out = np.empty(abstract.shape, np.float32)
-        for i in range(len(out)):
-            out[i] = tensor(*name(names, i), abstract.shape[1:])
-        return out
+            return tensor(*name(names, None), abstract.shape, sharding)
+        stack = jax.jit(functools.partial(jnp.zeros, abstract.shape), out_shardings=sharding)()
+        for i in range(len(stack)):
+            layer = tensor(*name(names, i), abstract.shape[1:], _of_a_layer(sharding))
+            stack = _put(stack, layer, i)
+        return stack
 
-    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
+    shapes = abstract_params(config)
+    if shardings is None:
+        device = jax.local_devices()[0]
+        shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), shapes)
+    return jax.tree_util.tree_map_with_path(leaf, shapes, shardings)
+
+
+def _of_a_layer(sharding: Sharding) -> Sharding:
+    """Returns how one layer of a stack lies that lies so."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+    """Returns the stack [L, ...] with its layer i; it takes the stack's memory."""
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)

@@ -1,17 +1,22 @@
 """Hugging Face T5 directories: `config.json`, safetensors (sharded or not), `spiece.model`."""
 
+import atexit
 import functools
 import json
+import shutil
+import tempfile
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 from safetensors import safe_open
 
 from dss.data.vocabulary import BYTES
 from dss.errors import UserError
 from dss.interop.assemble import assemble
+from dss.paths import in_bucket
 from dss.student.config import T5Config
 
 __all__ = ["find_vocabulary", "load_params", "read_config", "resolve", "tensor_name"]
@@ -20,19 +25,23 @@ INDEX = "model.safetensors.index.json"
 FILES = ["config.json", "*.safetensors", INDEX, "spiece.model", "tokenizer_config.json"]
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+ROWS = 4096  # of two tensors that are compared, at a time
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
 
 
 def resolve(source: str) -> Path:
-    """Returns the folder of a checkpoint: a local one as it is, a hub id downloaded.
+    """Returns the folder of a checkpoint: a local one as it is, another's files downloaded.
 
     Args:
-      source: a folder or a hub id such as `google/t5-v1_1-small`, with or without `hf:` before it.
+      source: a folder, one in a bucket, or a hub id such as `google/t5-v1_1-small`, with or
+        without `hf:` before it.
 
     Raises:
       UserError: there is no such folder and the hub has no such model or cannot be reached.
     """
     name = source.removeprefix("hf:")
+    if in_bucket(name):
+        return _download(epath.Path(name))
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -44,6 +53,18 @@ def resolve(source: str) -> Path:
     except Exception as error:  # the hub's client raises many kinds, all of them the user's
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: no such folder, and the hub did not give it: {reason}") from error
+
+
+def _download(folder: epath.Path) -> Path:
+    """Returns a copy of a bucket's folder that is there as long as this process."""
+    files = [path for pattern in FILES for path in folder.glob(pattern)]
+    if not files:
+        raise UserError(f"{folder}: no checkpoint: none of {', '.join(FILES)} in it")
+    copy = Path(tempfile.mkdtemp(prefix="dss-checkpoint-"))
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    for path in files:
+        path.copy(copy / path.name)
+    return copy
 
 
 def _read_json(path: Path) -> dict:
@@ -115,8 +136,17 @@ def _tied(folder: Path) -> bool:
     tensors = _Tensors(folder)
     if HEAD not in tensors.names:
         return True
-    shared = next((n for n in EMBEDDINGS if n in tensors.names), None)
-    return shared is not None and np.array_equal(tensors(shared), tensors(HEAD))
+    if not any(name in tensors.names for name in EMBEDDINGS):
+        return False
+    shape = tensors.shape(HEAD)
+    if tensors.shape(EMBEDDINGS[0]) != shape:
+        return False
+    starts = range(0, shape[0], ROWS)
+    parts = [(slice(i, min(i + ROWS, shape[0])), slice(None)) for i in starts]
+    return all(
+        np.array_equal(tensors.read(EMBEDDINGS[0], part), tensors.read(HEAD, part))
+        for part in parts
+    )
 
 
 def find_vocabulary(folder: Path) -> str | None:
@@ -133,7 +163,7 @@ def find_vocabulary(folder: Path) -> str | None:
 
 
 class _Tensors:
-    """The tensors of a folder's safetensors files, read one at a time."""
+    """The tensors of a folder's safetensors files; files are mapped into memory, not read whole."""
 
     def __init__(self, folder: Path):
         if (folder / INDEX).is_file():
@@ -158,9 +188,23 @@ class _Tensors:
         """The tensors there are."""
         return self._file.keys()
 
-    def __call__(self, name: str) -> np.ndarray:
+    def _known(self, name: str) -> str:
+        """Returns a tensor's own name: a shared one is written once, under any of its names."""
+        if name == EMBEDDINGS[0]:
+            return next((n for n in EMBEDDINGS if n in self._file), name)
+        return name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `dss.interop.assemble.Tensors`."""
+        name = self._known(name)
         with _open(self._file[name]) as file:
-            return _numpy(file, name)
+            return tuple(_slice(file, name, self._file[name]).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """See `dss.interop.assemble.Tensors`."""
+        name = self._known(name)
+        with _open(self._file[name]) as file:
+            return _slice(file, name, self._file[name])[index]
 
 
 def _open(path: Path):
@@ -172,11 +216,12 @@ def _open(path: Path):
         raise UserError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-def _numpy(file: Any, name: str) -> np.ndarray:
-    """Returns a tensor; registers bfloat16 with numpy, which safetensors leaves to us."""
-    import ml_dtypes  # noqa: F401
-
-    return file.get_tensor(name)
+def _slice(file: Any, name: str, path: Path) -> Any:
+    """Returns a tensor of which parts can be read."""
+    try:
+        return file.get_slice(name)
+    except Exception:
+        raise UserError(f"{path}: no tensor {name!r}, though {INDEX} names it") from None
 
 
 LAYER = {  # our name in a layer -> the sublayer's index in the encoder and the decoder, its tensor
@@ -211,22 +256,16 @@ def tensor_name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tup
     return f"{prefix}.{PROJECTIONS.get(last, last)}.weight", True
 
 
-def load_params(folder: Path, config: T5Config) -> Any:
-    """Returns the parameters in a folder's safetensors, as nested dicts of float32 numpy arrays.
+def load_params(folder: Path, config: T5Config, shardings: Any = None) -> Any:
+    """Returns the parameters in a folder's safetensors, float32.
 
     Args:
       folder: a Hugging Face T5 folder.
       config: from `read_config`, or a student of the same shape.
+      shardings: where the parameters are to lie; None: on the first device.
 
     Raises:
       UserError: no safetensors, a missing tensor, or one of another shape.
     """
-    tensors = _Tensors(folder)
-
-    def read(name: str) -> np.ndarray:
-        if name == EMBEDDINGS[0]:  # a shared tensor is written once, under any of its names
-            name = next((n for n in EMBEDDINGS if n in tensors.names), name)
-        return tensors(name)
-
     name = functools.partial(tensor_name, gated=config.gated)
-    return assemble(config, read, name, str(folder))
+    return assemble(config, _Tensors(folder), name, str(folder), shardings)

@@ -24,6 +24,7 @@ from dss.data.seqio_tasks import get_vocabulary, register_seqio, vocabulary_sour
 from dss.data.tasks import Mixture, get_mixture, with_teacher
 from dss.errors import UserError
 from dss.experiment import Experiment
+from dss.paths import absolute
 from dss.runs import use_data
 from dss.student.config import T5Config
 from dss.train import training_batches, training_store
@@ -150,10 +151,17 @@ class TrainIterator(dataset_iterator.DatasetIterator):
       batches: the training batches, in as many groups as rows.
       rates: each task's, or None for sequences sampled by rate.
       rows: this process's.
+      run_dir: the run's MODEL_DIR.
     """
 
-    def __init__(self, batches: Batches, rates: tuple[float, ...] | None, rows: slice):
-        self._batches, self._rates, self._rows = batches, rates, rows
+    def __init__(
+        self,
+        batches: Batches,
+        rates: tuple[float, ...] | None,
+        rows: slice,
+        run_dir: str | None = None,
+    ):
+        self._batches, self._rates, self._rows, self._run_dir = batches, rates, rows, run_dir
         self._step = 0
         largest = batches.shapes[-1]
         self._slots = {"encoder": largest.inputs, "decoder": largest.targets}
@@ -192,8 +200,13 @@ class TrainIterator(dataset_iterator.DatasetIterator):
         epath.Path(filename).write_text(json.dumps({"step": self._step}))
 
     def restore(self, filename: epath.PathLike) -> None:
-        """Goes on from what `save` wrote."""
-        self._step = json.loads(epath.Path(filename).read_text())["step"]
+        """Goes on from what `save` wrote, in this run's own folder.
+
+        T5X asks for it of a run's initial checkpoint too, which says nothing of this run's data.
+        """
+        path = absolute(filename)
+        if self._run_dir is not None and absolute(self._run_dir) in path.parents:
+            self._step = json.loads(path.read_text())["step"]
 
 
 def _positions(segment_ids: np.ndarray) -> np.ndarray:
@@ -364,7 +377,8 @@ def get_dataset(
     batches = training_batches(experiment, found, store, cfg.batch_size)
     rows = cfg.batch_size // num_shards
     rates = found.rates if experiment.data.batches == "paired" else None
-    return TrainIterator(batches, rates, slice(shard_id * rows, (shard_id + 1) * rows))
+    part = slice(shard_id * rows, (shard_id + 1) * rows)
+    return TrainIterator(batches, rates, part, experiment.run_dir)
 
 
 def parameters_only(state_dict: Any, target_state_dict: Any, *, is_resuming: bool = False) -> Any:

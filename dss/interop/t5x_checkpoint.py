@@ -2,18 +2,21 @@
 
 import functools
 import json
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import tensorstore
+from etils import epath
 from flax import serialization
 
 from dss.errors import UserError
-from dss.interop.assemble import Read, assemble
+from dss.interop.assemble import assemble
+from dss.paths import absolute, in_bucket
 from dss.student.config import T5Config
 
-__all__ = ["load_params"]
+__all__ = ["load_params", "read_config", "resolve", "tensor_name"]
 
 LAYER = {  # our name in a layer -> T5X's in the encoder and in the decoder
     "attention_norm": ("pre_attention_layer_norm.scale", "pre_self_attention_layer_norm.scale"),
@@ -23,14 +26,18 @@ LAYER = {  # our name in a layer -> T5X's in the encoder and in the decoder
     "cross": ("", "encoder_decoder_attention"),
     "mlp": ("mlp", "mlp"),
 }
+VERSIONS = (2, 3)  # of the legacy format
+LEGACY, ORBAX = "checkpoint", "state/_METADATA"  # the file that tells a format
+EMBEDDING, HEAD = "token_embedder.embedding", "decoder.logits_dense.kernel"
+PARAMETERS = "target"  # what T5X calls a train state's parameters
 
 
-def _name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str, bool]:
+def tensor_name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str, bool]:
     """Returns what T5X calls a parameter, dots between the levels."""
     if path == ("embedding",):
-        return "token_embedder.embedding", False
+        return EMBEDDING, False
     if path == ("head",):
-        return "decoder.logits_dense.kernel", False
+        return HEAD, False
     stack = path[0]
     if path[1] == "norm":
         return f"{stack}.{stack}_norm.scale", False
@@ -43,60 +50,197 @@ def _name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str
     return f"{prefix}.{last}.kernel", False
 
 
-def _read_zarr(kvstore: dict) -> np.ndarray:
-    spec = {"driver": "zarr", "kvstore": kvstore}
-    try:
-        array = tensorstore.open(spec, read=True, open=True).result().read().result()
-    except ValueError as error:
-        if "NOT_FOUND" in str(error):
-            raise KeyError(kvstore["path"]) from None
-        raise
-    # Version 2 stored bfloat16 as its bits.
-    return array.view("bfloat16") if array.dtype == np.uint16 else array
-
-
-def _legacy(folder: Path) -> Read:
-    inline = serialization.msgpack_restore((folder / "checkpoint").read_bytes())
-    inline = inline["optimizer"]["target"]
-
-    def read(name: str) -> np.ndarray:
-        leaf: Any = inline
-        for level in name.split("."):
-            leaf = leaf[level]
-        if isinstance(leaf, np.ndarray):
-            return leaf
-        return _read_zarr({"driver": "file", "path": str(folder / f"target.{name}")})
-
-    return read
-
-
-def _orbax(folder: Path) -> Read:
-    metadata = json.loads((folder / "_METADATA").read_text())
-
-    def read(name: str) -> np.ndarray:
-        path = f"target.{name}"
-        if metadata.get("use_ocdbt"):
-            base = {"driver": "file", "path": f"{folder}/"}
-            return _read_zarr({"driver": "ocdbt", "base": base, "path": f"{path}/"})
-        return _read_zarr({"driver": "file", "path": str(folder / path)})
-
-    return read
-
-
-def load_params(folder: Path, config: T5Config) -> Any:
-    """Returns the parameters of a T5X checkpoint, as nested dicts of float32 numpy arrays.
+def resolve(source: str) -> epath.Path:
+    """Returns the folder of a checkpoint, on this machine or in a bucket.
 
     Args:
-      folder: `checkpoint_<step>` of either format.
-      config: the student's shape.
+      source: the folder, or one that holds `checkpoint_<step>` folders, of which the newest counts;
+        with or without `t5x:` before it.
+
+    Raises:
+      UserError: there is no T5X checkpoint.
+    """
+    folder = absolute(source.removeprefix("t5x:"))
+    if _is_checkpoint(folder):
+        return folder
+    steps = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        step = re.fullmatch(r"checkpoint_(\d+)", path.name)
+        if step and _is_checkpoint(path):
+            steps[int(step[1])] = path
+    if not steps:
+        raise UserError(
+            f"{folder}: no T5X checkpoint: neither `{LEGACY}` nor `{ORBAX}` in it, nor a "
+            "`checkpoint_<step>` that has one"
+        )
+    return steps[max(steps)]
+
+
+def _is_checkpoint(folder: epath.Path) -> bool:
+    return (folder / LEGACY).is_file() or (folder / ORBAX).is_file()
+
+
+def _kvstore(folder: epath.Path) -> dict[str, Any]:
+    """Returns where TensorStore finds a folder."""
+    if not in_bucket(folder):
+        return {"driver": "file", "path": f"{folder}/"}
+    bucket, _, path = str(folder).removeprefix("gs://").partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{path.rstrip('/')}/"}
+
+
+class _Tensors:
+    """The parameters of a checkpoint, by T5X's names for them.
+
+    Args:
+      folder: from `resolve`.
+
+    Raises:
+      UserError: not a whole checkpoint, or one of a version that is not known.
+    """
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self._inline: Mapping[str, Any] = {}  # by the legacy format kept in its one file
+        self._driver = "zarr"
+        if (folder / LEGACY).is_file():
+            self._inline = _read_legacy(folder / LEGACY)
+            self._base, self._inside = _kvstore(folder), None
+        else:
+            metadata = json.loads((folder / ORBAX).read_text())
+            self._base = _kvstore(folder / "state")
+            self._inside = "ocdbt" if metadata.get("use_ocdbt") else None
+            self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
+
+    def _open(self, name: str) -> Any:
+        path = f"{PARAMETERS}.{name}/"
+        if self._inside:
+            kvstore = {"driver": "ocdbt", "base": self._base, "path": path}
+        else:
+            kvstore = self._base | {"path": self._base["path"] + path}
+        spec = {"driver": self._driver, "kvstore": kvstore}
+        try:
+            return tensorstore.open(spec, read=True, open=True).result()
+        except ValueError as error:
+            if "NOT_FOUND" in str(error):
+                raise KeyError(name) from None
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> UserError:
+        return UserError(f"{self._folder}: {name} cannot be read: {str(error).splitlines()[0]}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `dss.interop.assemble.Tensors`."""
+        found = self._inline.get(name)
+        return self._open(name).shape if found is None else np.shape(found)
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """See `dss.interop.assemble.Tensors`."""
+        if name in self._inline:
+            return np.asarray(self._inline[name])[index]
+        array = self._open(name)
+        try:
+            part = array[index].read().result()
+        except ValueError as error:
+            raise self._unreadable(name, error) from error
+        # Version 2 stored bfloat16 as its bits.
+        return part.view("bfloat16") if part.dtype == np.uint16 else part
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            self.shape(name)
+        except KeyError:
+            return False
+        return True
+
+
+def _read_legacy(path: epath.Path) -> dict[str, Any]:
+    """Returns the arrays that a legacy checkpoint holds in its one file, by name.
+
+    Others lie in folders of their own; the file has their TensorStore specs, or for a partial
+    checkpoint nothing.
+    """
+    try:
+        content = serialization.msgpack_restore(path.read_bytes())
+        version, tree = content["version"], content["optimizer"][PARAMETERS]
+    except Exception as error:  # whatever msgpack makes of another file
+        raise UserError(f"{path}: not a T5X checkpoint: {type(error).__name__}: {error}") from None
+    if version not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
+        raise UserError(f"{path}: a T5X checkpoint of version {version}; known are {known}")
+    return {name: leaf for name, leaf in _flat(tree) if isinstance(leaf, np.ndarray)}
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def read_config(folder: epath.Path) -> T5Config:
+    """Returns the shape of the T5 in a checkpoint, read off its parameters: T5 1.0 or 1.1.
+
+    A checkpoint does not say which activation it was trained with: with a gate it is taken to be
+    T5 1.1's GELU, without one T5 1.0's ReLU. An embedding that is the head too has its logits
+    scaled, as T5X's network does it.
+
+    Args:
+      folder: from `resolve`.
+
+    Raises:
+      UserError: its parameters are not those of a T5.
+    """
+    tensors = _Tensors(folder)
+
+    def shape(name: str) -> tuple[int, ...]:
+        try:
+            return tensors.shape(name)
+        except KeyError:
+            raise UserError(
+                f"{folder}: no tensor {name!r}; is it a T5 as T5X's example network names it, "
+                "its layers not scanned?"
+            ) from None
+
+    def depth(stack: str) -> int:
+        return next(i for i in range(10**6) if _norm(stack, i) not in tensors)
+
+    gated = "encoder.layers_0.mlp.wi_0.kernel" in tensors
+    tied = HEAD not in tensors
+    vocab_size, d_model = shape(EMBEDDING)
+    heads, buckets = shape("encoder.relpos_bias.rel_embedding")
+    width = shape("encoder.layers_0.attention.query.kernel")[1]
+    return T5Config(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        d_kv=width // heads,
+        d_ff=shape(f"encoder.layers_0.mlp.{'wi_0' if gated else 'wi'}.kernel")[1],
+        num_heads=heads,
+        num_encoder_layers=depth("encoder"),
+        num_decoder_layers=depth("decoder"),
+        activation="gelu" if gated else "relu",
+        gated=gated,
+        tied_embeddings=tied,
+        scaled_logits=tied,
+        relative_buckets=buckets,
+    )
+
+
+def _norm(stack: str, layer: int) -> str:
+    return tensor_name((stack, "layers", "mlp_norm"), layer, gated=True)[0]
+
+
+def load_params(folder: epath.PathLike, config: T5Config, shardings: Any = None) -> Any:
+    """Returns the parameters of a T5X checkpoint, float32.
+
+    Args:
+      folder: `checkpoint_<step>` of either format, on this machine or in a bucket.
+      config: from `read_config`, or a student of the same shape.
+      shardings: where the parameters are to lie; None: on the first device.
 
     Raises:
       UserError: not a T5X checkpoint, a missing tensor, or one of another shape.
     """
-    if (folder / "checkpoint").is_file():
-        read = _legacy(folder.resolve())
-    elif (folder / "state" / "_METADATA").is_file():
-        read = _orbax(folder.resolve() / "state")
-    else:
-        raise UserError(f"{folder}: no T5X checkpoint: neither `checkpoint` nor `state/_METADATA`")
-    return assemble(config, read, functools.partial(_name, gated=config.gated), str(folder))
+    folder = resolve(str(folder))
+    name = functools.partial(tensor_name, gated=config.gated)
+    return assemble(config, _Tensors(folder), name, str(folder), shardings)

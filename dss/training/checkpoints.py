@@ -10,6 +10,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dss.errors import UserError
 from dss.paths import absolute
+from dss.training.leaves import Leaves
 from dss.training.mesh import place
 from dss.training.processes import all_agree, is_leader, wait_for_all
 from dss.training.step import TrainState
@@ -184,9 +185,13 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of a student of another size.
         """
-        self._check_shapes(step, abstract)
+        self.check_shapes(step, abstract)
         args = ocp.args.StandardRestore(abstract)
         return self._read(step, "params", ocp.StandardCheckpointHandler(), args)
+
+    def leaves(self, step: int, item: str) -> Leaves:
+        """Returns the arrays of a step's "params" or "opt_state", to be read one at a time."""
+        return Leaves(self.folder / str(step) / item)
 
     def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: Any) -> Any:
         """Returns an item. Not through the manager, in which a process would wait for the others:
@@ -194,7 +199,8 @@ class Checkpoints:
         """
         return handler.restore(self.folder / str(step) / item, args=args)
 
-    def _check_shapes(self, step: int, abstract: Any) -> None:
+    def check_shapes(self, step: int, abstract: Any) -> None:
+        """Raises the user's error where a step's parameters are not of the abstract's shapes."""
         metadata = self._manager.item_metadata(step).params
         found = {_name(p): tuple(x.shape) for p, x in _leaves(metadata)}
         wanted = {_name(p): tuple(x.shape) for p, x in _leaves(abstract)}

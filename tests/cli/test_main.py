@@ -38,6 +38,7 @@ def test_help_is_quick_to_write_and_loads_no_jax(verb, capsys):
         (("eval", "/nowhere"), "no run directory"),
         (("predict", "/nowhere"), "no run directory"),
         (("import", "hf:/nowhere", "x"), "no such folder"),
+        (("export", "/nowhere", "--to=hf", "x"), "no run directory"),
         (("train", "--gin.DATA_ROOT=/dev/null"), "DATA_ROOT /dev/null: no such folder"),
         (("plan",), "no student: give --student=SIZE"),
         (("plan", "--student=smal"), "did you mean 'students/small.gin'"),

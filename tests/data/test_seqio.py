@@ -1,11 +1,18 @@
 """The SeqIO tasks read what `dss train` reads; they need TensorFlow, which loads slowly."""
 
+import shutil
+
 import numpy as np
+import pytest
 import seqio
 
-from dss.data import registry
-from dss.data.tasks import get_mixture
+from dss.data.metrics import rouge_l_mean
+from dss.data.registry import register
+from dss.data.seqio_tasks import register_seqio
+from dss.data.tasks import extract_label, get_mixture
 from dss.data.vocabulary import encode_example, load_vocabulary
+from dss.errors import UserError
+from dss.evaluation.evaluator import Scored, evaluation_set
 
 
 def test_tokens_are_those_of_the_token_store(shared, data_root, vocab_path, monkeypatch):
@@ -33,11 +40,9 @@ def test_tokens_are_those_of_the_token_store(shared, data_root, vocab_path, monk
 
 
 def test_metrics_and_labels_of_a_users_dataset(toy, monkeypatch):
-    from dss.data import seqio_tasks
-
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
-    names = seqio_tasks.register_seqio("toy")
-    assert names == seqio_tasks.register_seqio("toy")
+    names = register_seqio("toy")
+    assert names == register_seqio("toy")
     task = seqio.get_mixture_or_task("toy_label_gold")
     assert task.metric_fns[0](["yes", "no"], ["yes", "yes"]) == {"accuracy": 50.0}
     single = seqio.get_mixture_or_task("toy_rationale_then_label_rules")
@@ -51,24 +56,94 @@ def test_metrics_and_labels_of_a_users_dataset(toy, monkeypatch):
     np.testing.assert_array_equal(row["inputs"], wanted)
 
 
-def test_the_tfds_builder_makes_a_versioned_dataset_with_statistics(
-    small_root, toy_folder, tmp_path
+def _written(vocabulary, answers: list[str], length: int = 64) -> np.ndarray:
+    """Returns what a student may write, [N, length]: right, wrong, odd ids, without an end."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocabulary.size + 50, size=(len(answers), length))
+    for i, answer in enumerate(answers):
+        if i % 5 < 3:  # what comes after the end counts for nothing
+            wanted = encode_example(vocabulary, answer, length)
+            tokens[i, : len(wanted)] = wanted
+        if i % 5 == 1:
+            tokens[i, 0] = vocabulary.size + 7  # a sentinel: it has no text
+        if i % 5 == 2:
+            tokens[i, 1] = 2  # unknown: it has none either
+    return tokens
+
+
+def _evaluate(name: str, split: str, tokens: dict[str, np.ndarray]) -> dict[str, dict]:
+    """Returns SeqIO's metrics of each task whose tokens are given, given in an odd order."""
+    evaluator = seqio.Evaluator(
+        name, seqio.EncDecFeatureConverter(pack=False), eval_split=split, seed=None
+    )
+    sizes = {len(ids): ids for ids in tokens.values()}
+
+    def predict(dataset, model_feature_shapes=None):
+        indices = [int(i) for i, features in dataset.as_numpy_iterator() if features is not None]
+        return [(i, sizes[len(indices)][i]) for i in reversed(indices)]
+
+    found, _ = evaluator.evaluate(compute_metrics=True, predict_fn=predict)
+    return found.result()
+
+
+def test_the_evaluator_scores_equations_and_rationales_as_dss_does(
+    data_root, vocab_path, monkeypatch
 ):
-    import tensorflow_datasets as tfds
+    monkeypatch.setenv("DSS_VOCABULARY", str(vocab_path))
+    import tasks.svamp  # noqa: F401
 
-    from dss.data.step_by_step import StepByStep
+    vocabulary = load_vocabulary(vocab_path)
+    mixture = get_mixture("svamp_step_by_step_palm")
+    rows = {task.name: task.rows("test") for task in mixture.tasks}
+    assert len({len(r) for r in rows.values()}) == 2, "the tasks are told apart by their rows"
+    tokens = {n: _written(vocabulary, [row.targets for row in r]) for n, r in rows.items()}
+    texts = {n: [vocabulary.decode(ids.tolist()) for ids in t] for n, t in tokens.items()}
 
-    for config, source, rows in (("esnli", small_root, 20), ("jsonl", toy_folder, 40)):
-        builder = StepByStep(config=config, data_dir=tmp_path)
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=source)
-        )
-        assert str(builder.info.version) == "1.0.0"
-        assert builder.info.splits["train"].num_examples == rows
-        statistics = builder.info.metadata["train"]
-        assert statistics["labelled"] == rows
-        for teacher in statistics["teachers"].values():
-            assert teacher["statuses"] == {"ok": rows}
-        read = list(tfds.as_numpy(builder.as_dataset("train")))
-        assert all(len(row["outputs"]["rationale"]) for row in read)
-    registry.set_data_root(None)
+    found = _evaluate(mixture.name, "test", tokens)
+    label, rationale = (found[task.name] for task in mixture.tasks)
+    scored = Scored.of(mixture, evaluation_set(mixture, "test"), texts["svamp_label_gold"])
+    assert label == {"accuracy": pytest.approx(100 * scored.value)}
+    assert 20 < label["accuracy"] < 80
+    name = "svamp_rationale_palm"
+    assert rationale == rouge_l_mean([row.targets for row in rows[name]], texts[name])
+    explaining = get_mixture(name)
+    scored = Scored.of(explaining, evaluation_set(explaining, "test"), texts[name])
+    assert rationale["rouge_l"] == pytest.approx(100 * scored.value)
+    assert 20 < rationale["rouge_l"] < 90
+
+
+def test_the_evaluator_scores_labels_and_single_targets_as_dss_does(toy, monkeypatch):
+    monkeypatch.setenv("DSS_VOCABULARY", "bytes")
+    register_seqio("toy")
+    vocabulary = load_vocabulary("bytes")
+    for name, end in (("toy_finetune", ""), ("toy_single_target_rules", "so. So the answer is ")):
+        mixture = get_mixture(name)
+        answers = [end + ("yes" if i % 2 else "no") for i in range(8)]
+        tokens = _written(vocabulary, answers)
+        texts = [extract_label(vocabulary.decode(ids.tolist())) for ids in tokens]
+        found = _evaluate(name, "validation", {name: tokens})
+        scored = Scored.of(mixture, evaluation_set(mixture, "valid"), texts)
+        assert found == {mixture.tasks[0].name: {"accuracy": 100 * scored.value}}
+        assert 0 < scored.value < 1
+
+
+def test_a_task_has_the_splits_whose_files_are_there(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSS_VOCABULARY", "bytes")
+    folder = tmp_path / "part"
+    shutil.copytree(toy_folder, folder)
+    (folder / "test.rules.jsonl").unlink()
+    (folder / "valid.rules.jsonl").write_text("")
+    register("part", folder)
+    register_seqio("part")
+    mixture = seqio.get_mixture_or_task("part_step_by_step_rules")
+    assert [list(task.splits) for task in mixture.tasks] == [
+        ["train", "validation", "test"],
+        ["train", "validation"],
+    ]
+    tokens = _written(load_vocabulary("bytes"), ["yes"] * 8)
+    assert list(_evaluate(mixture.name, "test", {"": tokens})) == ["part_label_gold"]
+    rationales = seqio.get_mixture_or_task("part_rationale_rules")
+    assert not list(rationales.get_dataset({"inputs": 8, "targets": 8}, "validation"))
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no such file; dataset 'part' needs it for train"):
+        rationales.get_dataset({"inputs": 8, "targets": 8}, "train")

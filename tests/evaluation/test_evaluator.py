@@ -3,8 +3,9 @@ import pytest
 
 from dss.data.registry import get_dataset
 from dss.data.tasks import get_mixture
-from dss.data.vocabulary import load_vocabulary
+from dss.data.vocabulary import encode_example, load_vocabulary
 from dss.evaluation.evaluator import EvaluationExample, Predictor, token_metrics
+from dss.student.decoding import score_candidates
 from dss.student.network import init_params
 from tests.conftest import tiny_config
 
@@ -21,6 +22,35 @@ def test_whether_a_label_is_chosen_is_decided_input_by_input(one_device):
     both = predict("no choices", closed)
     assert both == [*predict("no choices"), *predict(closed)]
     assert both[1] in get_dataset("cqa").choices(closed)
+
+
+def test_choosing_gives_the_share_of_each_candidates_likelihood(one_device):
+    config = tiny_config()
+    vocabulary = load_vocabulary("bytes")
+    student = Predictor(config, init_params(config, 0), vocabulary, one_device)
+    inputs = [encode_example(vocabulary, text, 32) for text in ("a", "bc", "def")]
+    candidates = [("yes", "no"), ("x",), ("one", "two", "three")]
+    answers = student.choose(inputs, candidates)
+    for read, offered, answer in zip(inputs, candidates, answers, strict=True):
+        scores = []
+        for candidate in offered:
+            table = np.array([[encode_example(vocabulary, candidate, 32)]])
+            scores.append(score_candidates(config, student.params, np.array([read]), table).item())
+        wanted = np.exp(scores) / np.sum(np.exp(scores))
+        assert tuple(answer.probabilities) == offered
+        np.testing.assert_allclose(list(answer.probabilities.values()), wanted, rtol=1e-4)
+        assert answer.text == offered[np.argmax(scores)]
+
+
+def test_an_answer_that_an_input_offers_twice_is_one_candidate(one_device):
+    config = tiny_config()
+    student = Predictor(config, init_params(config, 0), load_vocabulary("bytes"), one_device)
+    text = "Where?\nAnswer Choices:\n(a) here\n(b) there\n(c) here"
+    examples = [EvaluationExample("1", text, "here"), EvaluationExample("2", "no choices", "")]
+    closed, written = student.answer(get_mixture("cqa_finetune"), examples, 64)
+    assert tuple(closed.probabilities) == ("here", "there")
+    assert sum(closed.probabilities.values()) == pytest.approx(1)
+    assert written.probabilities == {}
 
 
 def test_a_split_without_rationales_shows_the_labels_loss():

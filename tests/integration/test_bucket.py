@@ -3,6 +3,11 @@
 import os
 import signal
 
+import jax
+import numpy as np
+import pytest
+
+from dss.runs import load_run
 from tests.integration.bucket import MAIN, download, local_bucket, upload
 from tests.integration.runs import finish, start
 
@@ -24,3 +29,29 @@ def test_a_run_in_a_bucket_goes_on_where_it_was_stopped(train, undisturbed, toy_
         assert metrics == (undisturbed / "metrics.jsonl").read_text()
         said = finish(start("eval", run, **options))
         assert "predictions: gs://bucket/runs/toy/predictions/" in said
+
+
+@pytest.mark.parametrize("form", ["t5x legacy", "t5x orbax", "hf"])
+def test_a_checkpoint_is_imported_from_a_bucket(form, shared, tmp_path):
+    kind, _, layout = form.partition(" ")
+    if kind == "t5x":
+        folder, vocabulary = shared / "fixtures" / "t5x_tiny_v1_1" / layout, "--vocabulary=bytes"
+    else:
+        folder = shared / "fixtures" / "reference_cqa" / "model"
+        vocabulary = f"--vocabulary={shared / 'data' / 'vocab' / 't5_cc_all_32000.model'}"
+    with local_bucket() as (url, variables):
+        for file in folder.rglob("*"):
+            if file.is_file():
+                upload(url, f"from/{file.relative_to(folder)}", file.read_bytes())
+        options = {"env": os.environ | variables, "code": MAIN}
+        source = f"{kind}:gs://bucket/from"
+        said = finish(start("import", source, tmp_path / "bucket", vocabulary, **options))
+        assert "M parameters" in said
+        nothing = finish(
+            start("import", f"{kind}:gs://bucket/other", tmp_path / "none", vocabulary, **options),
+            status=2,
+        )
+        assert f"gs://bucket/other: no {'T5X ' * (kind == 't5x')}checkpoint" in nothing
+    finish(start("import", f"{kind}:{folder}", tmp_path / "disk", vocabulary))
+    params = [load_run(tmp_path / run).predictor()[0].params for run in ("bucket", "disk")]
+    jax.tree.map(np.testing.assert_array_equal, *params)

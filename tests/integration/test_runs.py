@@ -107,16 +107,44 @@ def test_a_run_directory_is_whole(undisturbed, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(undisturbed, moved)
     out = finish(
-        start("eval", moved, "--split=valid", "--json", tmp_path / "eval.json", cwd=tmp_path)
+        start(
+            "eval",
+            moved,
+            "--split=valid",
+            "--rationales",
+            "--json",
+            tmp_path / "eval.json",
+            cwd=tmp_path,
+        )
     )
     assert "toy_step_by_step_rules valid" in out
-    assert "(95%: " in out
+    assert "teacher rules: accuracy 100.00% (95%: " in out
+    for wanted in (
+        "right label",
+        "-> yes",
+        "calibration: expected error",
+        "rationales: 8, ROUGE-L",
+    ):
+        assert wanted in out
     summary = json.loads((tmp_path / "eval.json").read_text())
     best = max(line["valid/accuracy"] for line in valid)
     assert summary["value"] == pytest.approx(best)
     (predictions,) = (moved / "predictions").iterdir()
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert {row["prediction"] for row in rows} <= {"yes", "no"}
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in rows)
+    assert all(isinstance(row["rationale"], str) for row in rows)
+    assert summary["rationales"]["referenced"] == 8
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [("toy_finetune", "learn no rationales"), ("toy_rationale_rules", "it predicts rationales")],
+)
+def test_rationales_are_judged_beside_labels_only(undisturbed, mixture, message):
+    said = finish(start("eval", undisturbed, f"--mixture={mixture}", "--rationales"), status=2)
+    assert message in said
+    assert said.count("\n") == 1
 
 
 def test_predict_reads_standard_input_and_files(undisturbed, toy_folder, tmp_path):

@@ -1,11 +1,14 @@
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from dss.errors import UserError
 from dss.interop import huggingface
+from dss.student.network import abstract_params, logical_axes
+from dss.training.mesh import MeshConfig, make_mesh, param_shardings
 
 
 @pytest.fixture
@@ -25,12 +28,21 @@ def test_shards_are_read_as_one_file_is(folder, tmp_path):
     (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": index}))
     config = huggingface.read_config(tmp_path)
     whole, sharded = (huggingface.load_params(f, config) for f in (folder, tmp_path))
-    import jax
-
     jax.tree.map(np.testing.assert_array_equal, whole, sharded)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="missing, though"):
         huggingface.load_params(tmp_path, config)
+
+
+def test_parameters_are_read_to_where_they_are_to_lie(folder):
+    config = huggingface.read_config(folder)
+    mesh_config = MeshConfig(model=2, rules=(("embed", "data"), ("heads", "model")))
+    mesh = make_mesh(mesh_config)
+    shapes = abstract_params(config)
+    shardings = param_shardings(mesh, mesh_config, logical_axes(config), shapes)
+    placed = huggingface.load_params(folder, config, shardings)
+    jax.tree.map(np.testing.assert_array_equal, placed, huggingface.load_params(folder, config))
+    assert jax.tree.map(lambda x: x.sharding, placed) == shardings
 
 
 def test_bin_files_are_refused_with_the_reason(folder, tmp_path):

@@ -170,13 +170,17 @@ def test_processes_have_their_own_rows_and_the_weights_of_the_whole(experiment):
         np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
 
 
-def test_the_data_go_on_where_they_were_saved(experiment, tmp_path):
+def test_the_data_go_on_where_the_run_saved_them(experiment, tmp_path):
+    experiment = dataclasses.replace(experiment, run_dir=str(tmp_path / "run"))
     first, second = t5x_batches(experiment), t5x_batches(experiment)
     next(first), next(first)
-    first.save(tmp_path / "state")
-    second.restore(tmp_path / "state")
-    wanted, found = next(first), next(second)
-    jax.tree.map(np.testing.assert_array_equal, wanted, found)
+    for folder in ("run", "another"):
+        (tmp_path / folder).mkdir()
+        first.save(tmp_path / folder / "state")
+    second.restore(tmp_path / "another" / "state")  # an initial checkpoint's: not of this run
+    jax.tree.map(np.testing.assert_array_equal, next(second), next(t5x_batches(experiment)))
+    second.restore(tmp_path / "run" / "state")
+    jax.tree.map(np.testing.assert_array_equal, next(second), next(first))
     first.reset()
     jax.tree.map(np.testing.assert_array_equal, next(first), next(t5x_batches(experiment)))
 

@@ -37,6 +37,23 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path, state):
     checkpoints.close()
 
 
+def test_arrays_are_read_one_at_a_time(tmp_path, state):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(at(state, 7), 0.5)
+    checkpoints.wait()
+    params = checkpoints.leaves(7, "params")
+    assert len(params) == len(jax.tree.leaves(state.params))
+    for path, wanted in jax.tree_util.tree_leaves_with_path(state.params)[::7]:
+        found = params[tuple(p.key for p in path)]
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_array_equal(found, wanted)
+    assert any("mu" in path for path in checkpoints.leaves(7, "opt_state"))
+    assert len(checkpoints.leaves(7, "no such item")) == 0
+    with pytest.raises(KeyError):
+        params["decoder", "none"]
+    checkpoints.close()
+
+
 def test_a_state_is_restored_bitwise_and_onto_another_mesh(tmp_path, state):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(at(state, 7), 0.5)

@@ -1,0 +1,156 @@
+"""Measures the memory that reading a checkpoint takes besides the parameters themselves.
+
+    python benchmarks/import_checkpoint.py [--student base] [--devices 1 8] [--json FILE]
+
+A checkpoint with random parameters is written in each format, and read in a process of its own to
+one device, or to several simulated ones over which the parameters are split (FSDP). Memory is the
+process's own (resident and not of a file), looked at every millisecond; what it had before, and
+what the parameters take, is not counted. Linux only.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dss.config import parse_gin
+
+FORMATS = ("hf", "t5x")
+MB = 10**6
+RULES = (("embed", "data"),)
+
+
+def own_memory() -> int:
+    """Returns the process's resident memory that is of no file, bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return 1024 * int(line.split()[1])
+    raise KeyError("RssAnon")
+
+
+def peak_of(function: Callable[[], Any]) -> tuple[Any, int]:
+    """Returns what a function returns, and the most memory of the process meanwhile, bytes."""
+    peak, done = own_memory(), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, own_memory())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        return function(), peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def write(student: str, folder: Path) -> None:
+    """Writes the checkpoints `folder/hf` and `folder/t5x`."""
+    import jax
+
+    from dss.evaluation.evaluator import DecodingConfig
+    from dss.interop import huggingface_export, t5x_export
+    from dss.student.network import init_params
+
+    config = parse_gin([f"students/{student}.gin"]).student
+    leaves = {
+        tuple(p.key for p in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(init_params(config, 0))
+    }
+    (folder / "hf").mkdir()
+    huggingface_export.write_model(folder / "hf", config, leaves, DecodingConfig())
+    state, _ = t5x_export.train_state(config, leaves, {}, 0)
+    t5x_export.write_checkpoint(folder / "t5x", state, 0)
+
+
+def read(form: str, devices: int, folder: Path, pipe: Connection) -> None:
+    """Reads a checkpoint; sends the bytes that it took besides the parameters, and seconds."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    from dss.interop import huggingface, t5x_checkpoint
+    from dss.student.network import abstract_params, logical_axes
+    from dss.training.mesh import MeshConfig, make_mesh, param_shardings
+
+    module: Any = huggingface if form == "hf" else t5x_checkpoint
+    source = module.resolve(str(folder / form))
+    config = module.read_config(source)
+    mesh_config = MeshConfig(rules=RULES)
+    shapes = abstract_params(config)
+    mesh = make_mesh(mesh_config)
+    shardings = param_shardings(mesh, mesh_config, logical_axes(config), shapes)
+    gc.collect()
+    before, start = own_memory(), time.monotonic()
+
+    def load() -> Any:
+        return jax.block_until_ready(module.load_params(source, config, shardings))
+
+    params, peak = peak_of(load)
+    seconds = time.monotonic() - start
+    size = sum(x.nbytes for leaf in jax.tree.leaves(params) for x in _parts(leaf))
+    pipe.send((peak - before - size, seconds))
+
+
+def _parts(leaf: Any) -> list[Any]:
+    return [shard.data for shard in leaf.addressable_shards]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--student", default="base", help="a file of gin/students/")
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--json", type=Path, help="write the rows there too")
+    args = parser.parse_args()
+    import jax
+
+    from dss.student.network import abstract_params
+
+    config = parse_gin([f"students/{args.student}.gin"]).student
+    shapes = jax.tree_util.tree_leaves_with_path(abstract_params(config))
+    size = sum(4 * leaf.size for _, leaf in shapes)
+    tensors = [  # a stack is a tensor of each layer
+        4 * leaf.size // (leaf.shape[0] if "layers" in jax.tree_util.keystr(path) else 1)
+        for path, leaf in shapes
+    ]
+    largest = max(tensors)
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        writer = context.Process(target=write, args=(args.student, folder))
+        writer.start()
+        writer.join()
+        print(f"{args.student}: {size / MB:.0f} MB, its largest tensor {largest / MB:.1f} MB")
+        print(f"{'format':<8}{'devices':>8}{'besides, MB':>13}{'largest':>9}{'seconds':>9}")
+        for form in FORMATS:
+            for devices in args.devices:
+                ours, theirs = context.Pipe(duplex=False)
+                reader = context.Process(target=read, args=(form, devices, folder, theirs))
+                reader.start()
+                besides, seconds = ours.recv()
+                reader.join()
+                times = besides / largest
+                print(f"{form:<8}{devices:>8}{besides / MB:>13.1f}{times:>8.1f}x{seconds:>9.1f}")
+                row = {"format": form, "devices": devices, "besides": besides, "largest": largest}
+                rows.append(row | {"parameters": size, "seconds": round(seconds, 2)})
+    if args.json:
+        args.json.write_text(json.dumps({"student": args.student, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

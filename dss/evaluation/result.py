@@ -1,0 +1,164 @@
+"""An evaluation: a student's answers to a split, and all that is measured on them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from dss.data.tasks import Mixture
+from dss.evaluation.calibration import Calibration
+from dss.evaluation.confusion import Confusion
+from dss.evaluation.evaluator import Answer, EvaluationExample, Scored
+from dss.evaluation.rationales import RationaleQuality
+from dss.evaluation.teachers import TeacherOutputs, TeacherScore, score_teacher
+
+__all__ = ["Evaluation"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A student's answers to a split, judged.
+
+    Attributes:
+      mixture: the name of what it learnt.
+      split: "train", "valid" or "test".
+      step: of its checkpoint.
+      scored: the verdict on every answer.
+      examples: N of them.
+      answers: N of them.
+      teachers: the teachers' scores beside the student's, by name.
+      confusion: of labels, where the dataset has a closed set.
+      calibration: of the probabilities, where answers were chosen among possible labels.
+      rationales: the student's, N, where they were asked for.
+      quality: of the rationales.
+    """
+
+    mixture: str
+    split: str
+    step: int
+    scored: Scored
+    examples: tuple[EvaluationExample, ...]
+    answers: tuple[Answer, ...]
+    teachers: Mapping[str, TeacherScore]
+    confusion: Confusion | None
+    calibration: Calibration | None
+    rationales: tuple[str, ...] | None = None
+    quality: RationaleQuality | None = None
+
+    @property
+    def predictions(self) -> tuple[str, ...]:
+        """The answers' texts."""
+        return tuple(answer.text for answer in self.answers)
+
+    @classmethod
+    def of(
+        cls,
+        mixture: Mixture,
+        split: str,
+        step: int,
+        examples: Sequence[EvaluationExample],
+        answers: Sequence[Answer],
+        teachers: Mapping[str, TeacherOutputs],
+        rationales: Sequence[str] | None = None,
+    ) -> "Evaluation":
+        """Returns what there is to say about some answers.
+
+        Args:
+          mixture: the one that the student learnt.
+          split: of the examples.
+          step: of the checkpoint.
+          examples: N of them.
+          answers: the student's, N.
+          teachers: what they wrote for the split.
+          rationales: the student's, N; the targets are labels.
+        """
+        dataset, texts = mixture.dataset, [answer.text for answer in answers]
+        scored = Scored.of(mixture, examples, texts)
+        scores = {t: score_teacher(mixture, examples, scored, o) for t, o in teachers.items()}
+        confusion = quality = None
+        if dataset.labels and scored.metric == "accuracy":
+            confusion = Confusion.of(dataset.labels, [e.target for e in examples], texts)
+        if rationales is not None:
+            writer = next(task.teacher for task in mixture.tasks if task.kind != "label")
+            outputs = teachers.get(writer or "", {})
+            references = {i: o.rationale for i, o in outputs.items() if o.has_rationale}
+            quality = RationaleQuality.of(dataset, examples, texts, rationales, references)
+        return cls(
+            mixture=mixture.name,
+            split=split,
+            step=step,
+            scored=scored,
+            examples=tuple(examples),
+            answers=tuple(answers),
+            teachers={t: score for t, score in scores.items() if score is not None},
+            confusion=confusion,
+            calibration=_calibrate(mixture, examples, answers),
+            rationales=None if rationales is None else tuple(rationales),
+            quality=quality,
+        )
+
+    def save(self, folder: epath.Path) -> epath.Path:
+        """Writes one JSON line an example into a folder; returns the file."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.mixture}-{self.split}-{self.step}.jsonl"
+        lines = []
+        rows = zip(self.examples, self.answers, self.scored.verdicts, strict=True)
+        for i, (example, answer, verdict) in enumerate(rows):
+            line: dict[str, Any] = {
+                "id": example.id,
+                "input": example.text,
+                "target": example.target,
+                "prediction": answer.text,
+                "score": verdict,
+            }
+            if answer.probabilities:
+                line["probabilities"] = answer.probabilities
+            if self.rationales is not None:
+                line["rationale"] = self.rationales[i]
+            lines.append(line)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return path
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what was measured, for JSON; what was not is None."""
+
+        def fields(value: Any) -> dict[str, Any] | None:
+            return None if value is None else dataclasses.asdict(value)
+
+        return {
+            "mixture": self.mixture,
+            "split": self.split,
+            "step": self.step,
+            **_summary(self.scored),
+            "teachers": {
+                name: {**_summary(teacher.scored), "p_value": teacher.p_value}
+                for name, teacher in self.teachers.items()
+            },
+            "confusion": fields(self.confusion),
+            "calibration": fields(self.calibration),
+            "rationales": fields(self.quality),
+        }
+
+
+def _summary(scored: Scored) -> dict[str, Any]:
+    return {
+        "metric": scored.metric,
+        "value": scored.value,
+        "interval": scored.interval,
+        "examples": len(scored.verdicts),
+    }
+
+
+def _calibrate(
+    mixture: Mixture, examples: Sequence[EvaluationExample], answers: Sequence[Answer]
+) -> Calibration | None:
+    chosen = [(e, a) for e, a in zip(examples, answers, strict=True) if a.probabilities]
+    if not chosen:
+        return None
+    is_right = mixture.dataset.is_right
+    return Calibration.of(
+        [list(answer.probabilities.values()) for _, answer in chosen],
+        [[is_right(c, example.target) for c in answer.probabilities] for example, answer in chosen],
+    )

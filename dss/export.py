@@ -1,0 +1,136 @@
+"""Exporting a run's student to where people use T5s: put together here.
+
+hf            a Hugging Face directory: config.json, safetensors, tokenizer, model card
+t5x           T5X's Orbax checkpoint, with Adafactor's state where the run has one
+ctranslate2   CTranslate2's model, with the tokenizer
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from dss.config import save_config
+from dss.data.vocabulary import load_vocabulary
+from dss.errors import UserError, unknown_name
+from dss.interop import ctranslate2_export, huggingface_export, t5x_export
+from dss.model_card import model_card
+from dss.paths import absolute, in_bucket
+from dss.runs import Run
+from dss.student.network import abstract_params
+from dss.training.checkpoints import Checkpoints
+
+__all__ = ["FORMATS", "Exported", "export"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    path: Path  # the folder, of T5X the checkpoint in it
+    step: int
+    note: str = ""  # what its user should know
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """Yields a folder beside `folder`, which takes its place when all went well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():  # and is empty
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _new_folder(path: epath.PathLike) -> Path:
+    if in_bucket(path):
+        raise UserError(
+            f"{path}: exports are written to this machine; export, then copy the folder"
+        )
+    folder = Path(absolute(path))
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{path}: not empty; export into a new folder")
+    return folder
+
+
+def _write_model(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> None:
+    experiment, params = run.experiment, checkpoints.leaves(step, "params")
+    huggingface_export.write_model(folder, run.config, params, experiment.decoding)
+    vocabulary = load_vocabulary(run.vocabulary_source)
+    length = experiment.data.inputs_length
+    huggingface_export.write_tokenizer(folder, run.config, vocabulary, length)
+
+
+def _write_about(run: Run, step: int, form: str, folder: Path) -> None:
+    """Writes the model card, and what decided the run without where things lay on this machine."""
+    (folder / "README.md").write_text(model_card(run, step, form), encoding="utf-8")
+    experiment = run.experiment
+    data = dataclasses.replace(experiment.data, root=None, dataset_path=None)
+    save_config(dataclasses.replace(experiment, run_dir=None, data=data), epath.Path(folder))
+
+
+def _hugging_face(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
+    _write_model(run, checkpoints, step, folder)
+    _write_about(run, step, "hf", folder)
+    return ""
+
+
+def _t5x(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
+    params, opt_state = (checkpoints.leaves(step, item) for item in ("params", "opt_state"))
+    state, kept = t5x_export.train_state(run.config, params, opt_state, step)
+    t5x_export.write_checkpoint(folder, state, step)
+    return "" if kept else "without the run's optimizer state: Adafactor begins anew"
+
+
+def _ctranslate2(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
+    ctranslate2_export.check_installed()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as between:
+        _write_model(run, checkpoints, step, Path(between))
+        folder.rmdir()  # the converter makes it
+        ctranslate2_export.convert(Path(between), folder, run.config)
+    _write_about(run, step, "ctranslate2", folder)
+    return ""
+
+
+FORMATS: dict[str, Callable[[Run, Checkpoints, int, Path], str]] = {
+    "hf": _hugging_face,
+    "t5x": _t5x,
+    "ctranslate2": _ctranslate2,
+}
+
+
+def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Exported:
+    """Writes a run's student in another program's format; all of it, or nothing.
+
+    Args:
+      run: has the student.
+      to: a name of `FORMATS`.
+      folder: where; new or empty.
+      which: the checkpoint "best", "latest" or a step.
+
+    Raises:
+      UserError: an unknown format, a folder that holds something or is in a bucket, no such
+        checkpoint or one of another size, or a student that the format cannot hold.
+    """
+    if to not in FORMATS:
+        raise unknown_name("--to", to, FORMATS)
+    target = _new_folder(folder)
+    if jax.process_count() > 1:
+        raise UserError("an export is the work of one process; start it without the others")
+    with contextlib.closing(run.checkpoints()) as checkpoints:
+        step = checkpoints.find(which)
+        checkpoints.check_shapes(step, abstract_params(run.config))
+        with _whole(target) as partial:
+            note = FORMATS[to](run, checkpoints, step, partial)
+    return Exported(target / f"checkpoint_{step}" if to == "t5x" else target, step, note)

@@ -1,0 +1,62 @@
+"""Converts a Hugging Face T5 directory for CTranslate2, an inference engine for CPUs and GPUs."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dss.errors import UserError
+from dss.interop.huggingface_export import SPIECE
+from dss.student.config import T5Config
+
+__all__ = ["NEEDS", "check_installed", "convert"]
+
+NEEDS = ("ctranslate2", "transformers", "torch")
+TOKENIZER = (SPIECE, "tokenizer_config.json", "special_tokens_map.json")
+
+
+def check_installed() -> None:
+    """Raises the user's error where the converter is not installed."""
+    missing = [package for package in NEEDS if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"--to ctranslate2 needs {' and '.join(missing)}: pip install {' '.join(NEEDS)}"
+        )
+
+
+def convert(source: Path, folder: Path, config: T5Config) -> None:
+    """Writes CTranslate2's model of a Hugging Face directory, in float32, with its tokenizer.
+
+    Args:
+      source: the directory.
+      folder: where; must not be there.
+      config: the student's shape.
+    """
+    import transformers
+    from ctranslate2.converters import TransformersConverter
+
+    class Converter(TransformersConverter):
+        def load_model(self, *args, **kwargs):
+            model = super().load_model(*args, **kwargs)
+            # The converter scales the logits if this is true, and transformers 5 says it always is.
+            model.config.tie_word_embeddings = config.scaled_logits
+            return model
+
+    files = [name for name in TOKENIZER if (source / name).is_file()]
+    with _quiet(transformers.utils.logging):
+        Converter(str(source), copy_files=files).convert(str(folder))
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """Has transformers neither show bars nor warn that T5's head is not tied, which is right."""
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,143 @@
+"""Writes Hugging Face T5 directories, which transformers loads."""
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dss.data.vocabulary import EOS, PAD, SentencePieceVocabulary, Vocabulary
+from dss.errors import UserError
+from dss.evaluation.evaluator import DecodingConfig
+from dss.interop.disassemble import Params, disassemble, placeholders
+from dss.interop.huggingface import HEAD, tensor_name
+from dss.interop.shards import write_shards
+from dss.student.config import T5Config
+
+__all__ = ["SPIECE", "model_config", "write_model", "write_tokenizer"]
+
+SPIECE = "spiece.model"
+SENTINELS = {"T5Tokenizer": 100, "ByT5Tokenizer": 125}  # ids above the pieces, <extra_id_0> last
+ACTIVATIONS = {"relu": "relu", "gelu": "gelu_new", "silu": "silu"}  # gelu is the tanh approximation
+
+
+def model_config(config: T5Config) -> dict[str, Any]:
+    """Returns the config.json of a student.
+
+    Before version 5 transformers ties the head and scales the logits if `tie_word_embeddings` is
+    true, and does neither if it is false. Version 5 takes the scaling from it, and ties the head
+    unless the files hold a head that is not the embedding. Where the logits are not scaled it is
+    therefore false, and the files always hold a head, which may be a copy of the embedding.
+
+    Raises:
+      UserError: the logits are scaled and the head is not the embedding, which only version 5 could
+        read right.
+    """
+    if config.scaled_logits and not config.tied_embeddings:
+        raise UserError(
+            "a student with a head of its own and scaled logits has no form that every version of "
+            "transformers reads right; export it with --to t5x"
+        )
+    activation = ACTIVATIONS[config.activation]
+    if config.gated:
+        activation = f"gated-{config.activation}"
+    return {
+        "model_type": "t5",
+        "architectures": ["T5ForConditionalGeneration"],
+        "is_encoder_decoder": True,
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "d_kv": config.d_kv,
+        "d_ff": config.d_ff,
+        "num_heads": config.num_heads,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "feed_forward_proj": activation,
+        "tie_word_embeddings": config.scaled_logits,
+        "scale_decoder_outputs": config.scaled_logits,
+        "relative_attention_num_buckets": config.relative_buckets,
+        "relative_attention_max_distance": config.relative_max_distance,
+        "dropout_rate": config.dropout_rate,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "initializer_factor": 1.0,
+        "use_cache": True,
+        "dtype": "float32",
+        **_special_ids(),
+    }
+
+
+def _special_ids() -> dict[str, int]:
+    return {"decoder_start_token_id": PAD, "eos_token_id": EOS, "pad_token_id": PAD}
+
+
+def _tensors(config: T5Config, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    name = functools.partial(tensor_name, gated=config.gated)
+    yield from disassemble(config, params, name)
+    if config.tied_embeddings and not config.scaled_logits:
+        yield HEAD, params["embedding",]
+
+
+def write_model(
+    folder: Path, config: T5Config, params: Params, decoding: DecodingConfig, **options: Any
+) -> None:
+    """Writes config.json, generation_config.json and the safetensors.
+
+    Args:
+      folder: where.
+      config: the student's shape.
+      params: its parameters.
+      decoding: what `generate` does unless told otherwise.
+      options: of `write_shards`.
+
+    Raises:
+      UserError: see `model_config`.
+    """
+    _write_json(folder / "config.json", model_config(config))
+    generation = {"max_new_tokens": decoding.max_length, "num_beams": decoding.num_beams}
+    _write_json(folder / "generation_config.json", _special_ids() | generation)
+    like = dict(_tensors(config, placeholders(config)))
+    write_shards(folder, like, _tensors(config, params), **options)
+
+
+def write_tokenizer(
+    folder: Path, config: T5Config, vocabulary: Vocabulary, inputs_length: int
+) -> None:
+    """Writes the files of which `AutoTokenizer` makes a tokenizer with the vocabulary's ids.
+
+    Args:
+      folder: where.
+      config: says how many ids there may be.
+      vocabulary: the student's.
+      inputs_length: longest input in tokens, EOS counted; longer ones are cut if asked for.
+    """
+    special: dict[str, Any] = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        kind = "T5Tokenizer"
+        (folder / SPIECE).write_bytes(vocabulary.path.read_bytes())
+        options: dict[str, Any] = {"legacy": True}  # the text after a </s> begins a new word
+    else:
+        kind, options = "ByT5Tokenizer", {}
+        # Else it would eat the spaces around a special token.
+        sides = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+        special = {name: {"content": text} | sides for name, text in special.items()}
+    room = config.vocab_size - vocabulary.size
+    _write_json(folder / "special_tokens_map.json", special)
+    if kind == "ByT5Tokenizer":
+        special = {name: {"__type": "AddedToken"} | token for name, token in special.items()}
+    _write_json(
+        folder / "tokenizer_config.json",
+        special
+        | options
+        | {
+            "tokenizer_class": kind,
+            "extra_ids": SENTINELS[kind] if room >= SENTINELS[kind] else 0,
+            "model_max_length": inputs_length,
+            "clean_up_tokenization_spaces": False,  # decoding keeps the text as it is
+        },
+    )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

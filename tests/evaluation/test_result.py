@@ -1,0 +1,92 @@
+import json
+
+import pytest
+from etils import epath
+
+from dss.data.registry import get_dataset, register
+from dss.data.statistics import measure_split
+from dss.data.tasks import get_mixture
+from dss.evaluation.evaluator import Answer, evaluation_set
+from dss.evaluation.result import Evaluation
+from dss.evaluation.significance import mcnemar
+from dss.evaluation.teachers import read_teachers
+from tests.conftest import write_jsonl
+
+
+def _evaluate(mixture, split, answers, rationales=None) -> Evaluation:
+    examples, teachers = evaluation_set(mixture, split), read_teachers(mixture, split)
+    return Evaluation.of(mixture, split, 7, examples, answers, teachers, rationales)
+
+
+def test_a_teacher_is_judged_as_dss_inspect_does(data_root):
+    for name, split in (("svamp", "test"), ("cqa", "valid"), ("anli1", "test")):
+        mixture = get_mixture(f"{name}_finetune")
+        examples = evaluation_set(mixture, split)
+        found = _evaluate(mixture, split, [Answer(e.target) for e in examples])
+        wanted = measure_split(get_dataset(name), split, ["palm"]).teachers["palm"]
+        teacher = found.teachers["palm"]
+        assert list(found.teachers) == ["palm"]
+        assert (sum(teacher.scored.verdicts), len(teacher.scored.verdicts)) == (
+            wanted.correct,
+            wanted.judged,
+        )
+        wrong = wanted.judged - wanted.correct
+        assert teacher.p_value == mcnemar([1] * wrong, [0] * wrong), "the student has all right"
+
+
+def test_only_what_a_teacher_wrote_about_counts_for_it(tmp_path):
+    rows = [{"id": str(i), "input": f"q{i}", "label": "ab"[i % 2]} for i in range(6)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", [*rows, {"id": "6", "input": "q6"}])
+    outputs = [
+        {"id": "0", "rationale": "r", "label": "a"},
+        {"id": "1", "rationale": "r", "label": "a"},
+        {"id": "2", "status": "refused"},
+        {"id": "6", "rationale": "r", "label": "a"},  # there is no gold label
+    ]
+    write_jsonl(tmp_path / "test.t.jsonl", outputs)
+    register("mine", tmp_path)
+    found = _evaluate(get_mixture("mine_finetune"), "test", [Answer(a) for a in "aaaabb"])
+    assert found.teachers["t"].scored.verdicts == (1, 0, 0)
+    assert found.teachers["t"].p_value == mcnemar([1, 0, 1], [1, 0, 0])
+    assert found.confusion is None, "the labels are an open set"
+    assert found.calibration is None, "nothing was chosen"
+
+
+def test_a_teachers_labels_are_not_judged_against_themselves(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"id": "0", "input": "q"}, {"id": "1", "input": "r"}])
+    write_jsonl(tmp_path / "train.t.jsonl", [{"id": i, "label": "a"} for i in "01"])
+    write_jsonl(tmp_path / "valid.jsonl", [{"id": "0", "input": "q"}])
+    register("mine", tmp_path)
+    mixture = get_mixture("mine_distill_t")
+    assert _evaluate(mixture, "train", [Answer("a"), Answer("b")]).teachers == {}
+
+
+def test_an_evaluation_is_saved_line_by_line_and_summed_up(toy, tmp_path):
+    mixture = get_mixture("toy_step_by_step_rules")
+    examples = evaluation_set(mixture, "test")
+    shares = [0.9, 0.8, 0.7, 0.6, 0.9, 0.8, 0.7, 0.6]  # of yes; right where the number is no 3 k
+    answers = [Answer("yes", {"yes": p, "no": 1 - p}) for p in shares]
+    rationales = [f"{i} is {i % 3} mod 3, so yes" for i in range(8)]
+    found = _evaluate(mixture, "test", answers, rationales)
+    lines = found.save(epath.Path(tmp_path / "predictions")).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {
+            "id": e.id,
+            "input": e.text,
+            "target": e.target,
+            "prediction": "yes",
+            "score": float(e.target == "yes"),
+            "probabilities": answer.probabilities,
+            "rationale": rationale,
+        }
+        for e, answer, rationale in zip(examples, answers, rationales, strict=True)
+    ]
+    summary = json.loads(json.dumps(found.summary()))
+    assert summary["value"] == 5 / 8
+    assert summary["teachers"]["rules"]["value"] == 1
+    assert summary["confusion"] == {"labels": ["yes", "no"], "counts": [[5, 0, 0], [3, 0, 0]]}
+    assert sum(b["examples"] for b in summary["calibration"]["bins"]) == 8
+    quality = summary["rationales"]
+    assert quality["rouge_l"] == pytest.approx(5 * 2 / (7 + 5))
+    assert (quality["concluding"], quality["predicted"], quality["right"]) == (8, 8, 5)

@@ -1,0 +1,212 @@
+import dataclasses
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorstore
+from etils import epath
+from flax import serialization
+
+from dss.errors import UserError
+from dss.experiment import Experiment
+from dss.interop import t5x_checkpoint, t5x_export
+from dss.interop.assemble import assemble
+from dss.interop.t5x_checkpoint import load_params, read_config, resolve
+from dss.runs import import_checkpoint, read_initial
+from dss.student.decoding import generate
+from dss.student.network import abstract_params, bind, init_params, logical_axes
+from dss.training.mesh import MeshConfig, make_mesh, param_shardings
+from tests.conftest import tiny_config
+
+FORMATS = ["legacy", "orbax"]
+LAYOUTS = {
+    "8x1": MeshConfig(),
+    "fsdp 4x2": MeshConfig(model=2, rules=(("embed", "data"), ("heads", "model"))),
+    "2x4": MeshConfig(model=4),
+}
+
+
+@pytest.fixture
+def fixture(shared):
+    return shared / "fixtures" / "t5x_tiny_v1_1"
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def write_legacy(folder, params, config, *, version=3, dtype=np.float32):
+    """Writes parameters as T5X's legacy format does, in zarr folders."""
+    from dss.interop.disassemble import disassemble
+
+    leaves = {
+        tuple(p.key for p in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+    def name(path, layer):
+        return t5x_checkpoint.tensor_name(path, layer, gated=config.gated)
+
+    for called, tensor in disassemble(config, leaves, name):
+        array = np.asarray(tensor, dtype)
+        if version == 2 and dtype == ml_dtypes.bfloat16:
+            array = array.view(np.uint16)
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "file", "path": f"{folder}/target.{called}/"},
+        }
+        store = tensorstore.open(spec, create=True, dtype=array.dtype, shape=array.shape).result()
+        store.write(array).result()
+    content = {"version": version, "optimizer": {"target": {}, "state": {}}}
+    (folder / "checkpoint").write_bytes(serialization.msgpack_serialize(content))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_imported_run_computes_and_writes_what_t5x_did(form, fixture, tmp_path):
+    experiment = Experiment(
+        run_dir=str(tmp_path / "run"),
+        initial_checkpoint=f"t5x:{fixture / form}",
+        vocabulary="bytes",
+    )
+    predictor, step = import_checkpoint(experiment).predictor()
+    assert step == 0
+    expected = np.load(fixture / "expected.npz")
+    inputs, targets = expected["encoder_input_tokens"], expected["decoder_target_tokens"]
+    network = bind(predictor.config, predictor.params)
+    logits = network(inputs, expected["decoder_input_tokens"])
+    real = targets != 0
+    np.testing.assert_allclose(logits[real], expected["logits"][real], rtol=1e-4, atol=1e-4)
+    greedy = expected["greedy_tokens"]
+    tokens, _ = generate(predictor.config, predictor.params, inputs, max_length=greedy.shape[1])
+    np.testing.assert_array_equal(tokens, greedy)
+
+
+def test_both_formats_hold_the_same(fixture):
+    folders = [resolve(f"t5x:{fixture / form}") for form in FORMATS]
+    configs = [read_config(folder) for folder in folders]
+    raw = json.loads((fixture / "config.json").read_text())
+    assert configs[0] == configs[1]
+    assert (configs[0].d_model, configs[0].d_kv, configs[0].d_ff) == (
+        raw["emb_dim"],
+        raw["head_dim"],
+        raw["mlp_dim"],
+    )
+    assert (configs[0].num_encoder_layers, configs[0].num_decoder_layers) == (2, 3)
+    assert_same(*(load_params(folder, configs[0]) for folder in folders))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_parameters_are_read_to_where_they_are_to_lie(layout, form, fixture):
+    folder, mesh_config = resolve(str(fixture / form)), LAYOUTS[layout]
+    config = read_config(folder)
+    mesh = make_mesh(mesh_config)
+    shapes = abstract_params(config)
+    shardings = param_shardings(mesh, mesh_config, logical_axes(config), shapes)
+    placed = load_params(folder, config, shardings)
+    assert_same(placed, load_params(folder, config))
+    assert jax.tree.map(lambda x: x.sharding, placed) == shardings
+
+
+def test_a_device_reads_no_more_than_its_part():
+    config = tiny_config()
+    mesh_config = MeshConfig(rules=(("embed", "data"),))
+    mesh = make_mesh(mesh_config)
+    shapes = abstract_params(config)
+    shardings = param_shardings(mesh, mesh_config, logical_axes(config), shapes)
+    read = []
+
+    class Ones:
+        def shape(self, name):
+            return shape_of[name]
+
+        def read(self, name, index):
+            part = np.ones(shape_of[name], np.float32)[index]
+            read.append((name, part.size, np.prod(shape_of[name])))
+            return part
+
+    shape_of = {}
+
+    def name(path, layer):
+        leaf = shapes
+        for key in path:
+            leaf = leaf[key]
+        called = f"{path}{layer}"
+        shape_of[called] = leaf.shape if layer is None else leaf.shape[1:]
+        return called, False
+
+    params = assemble(config, Ones(), name, "here", shardings)
+    assert_same(params, jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes))
+    query = [(part, whole) for called, part, whole in read if "query" in called]
+    assert query
+    assert all(part * 8 == whole for part, whole in query)
+    relative = [part for called, part, whole in read if "relative_bias" in called]
+    assert len(relative) == 2, "what all devices hold is read once"
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"activation": "relu", "gated": False, "tied_embeddings": True, "scaled_logits": True}],
+    ids=["1.1", "1.0"],
+)
+def test_bfloat16_of_either_version_and_both_kinds(version, changes, tmp_path):
+    config = tiny_config(num_encoder_layers=3, **changes)
+    params = init_params(config, 0)
+    folder = tmp_path / "checkpoint_7"
+    folder.mkdir()
+    write_legacy(folder, params, config, version=version, dtype=ml_dtypes.bfloat16)
+    found = read_config(resolve(str(tmp_path)))
+    assert dataclasses.replace(found, dropout_rate=0.0) == config
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
+    assert_same(load_params(folder, config), rounded)
+
+
+def test_the_newest_checkpoint_of_a_folder_counts(fixture, tmp_path):
+    for step in (2, 10):
+        shutil.copytree(fixture / "orbax" / "checkpoint_0", tmp_path / f"checkpoint_{step}")
+    (tmp_path / "checkpoint_30").mkdir()  # of a run that is writing it
+    assert resolve(f"t5x:{tmp_path}") == epath.Path(tmp_path / "checkpoint_10")
+
+
+def test_our_export_is_read_again(tmp_path):
+    config = tiny_config()
+    params = init_params(config, 1)
+    leaves = {
+        tuple(p.key for p in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    state, _ = t5x_export.train_state(config, leaves, {}, 5)
+    written = t5x_export.write_checkpoint(tmp_path, state, 5)
+    assert read_config(resolve(str(tmp_path))) == dataclasses.replace(config, dropout_rate=0.1)
+    assert_same(load_params(written, config), params)
+
+
+def test_what_users_get_wrong_is_said_in_a_line(fixture, tmp_path):
+    def said(source, **options):
+        with pytest.raises(UserError) as error:
+            read_initial(Experiment(initial_checkpoint=f"t5x:{source}", **options))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    orbax = fixture / "orbax"
+    assert "VOCABULARY" in said(orbax)
+    assert "gs://t5-data/vocabs" in said(orbax)
+    assert "no T5X checkpoint" in said(tmp_path, vocabulary="bytes")
+    assert "no T5X checkpoint" in said(tmp_path / "nowhere", vocabulary="bytes")
+    assert "another size" in said(orbax, vocabulary="bytes", student=tiny_config())
+
+    broken = tmp_path / "legacy"
+    shutil.copytree(fixture / "legacy" / "checkpoint_0", broken)
+    (broken / "target.decoder.layers_1.mlp.wo.kernel" / "0.0").write_bytes(b"cut short")
+    assert "decoder.layers_1.mlp.wo.kernel cannot be read" in said(broken, vocabulary="bytes")
+    shutil.rmtree(broken / "target.token_embedder.embedding")
+    assert "no tensor 'token_embedder.embedding'" in said(broken, vocabulary="bytes")
+    (broken / "checkpoint").write_bytes(b"no msgpack")
+    assert "not a T5X checkpoint" in said(broken, vocabulary="bytes")
+    old = {"version": 1, "optimizer": {"target": {}}}
+    (broken / "checkpoint").write_bytes(serialization.msgpack_serialize(old))
+    assert "version 1; known are 2 and 3" in said(broken, vocabulary="bytes")
