@@ -5,9 +5,9 @@
     python benchmarks/variants.py --task cqa --folder DIR --data-root DATA --vocab FILE
 
 Tasks: `quickstart`, the synthetic one, whose teacher is always right; `noisy`, the same with a
-teacher that was asked five times and errs, rambles and says nothing, each at a rate below, so that
-filters have something to leave out; `cqa` and `svamp` with PaLM's rationales, a tiny student from
-scratch. A variant that a task has no data for (several samples) is left out.
+teacher that was asked five times, errs on hard questions, rambles and says nothing, at the rates
+below, so that filters have something to leave out; `cqa` and `svamp` with PaLM's rationales, a tiny
+student from scratch. A variant that a task has no data for (several samples) is left out.
 
 Every seed draws its own subset, parameters and order, the same ones for every variant. Accuracy is
 that of the best validation checkpoint on test, its mean over seeds with the 95% bootstrap interval
@@ -46,18 +46,17 @@ NEED_SAMPLES = {"agreed_rationales", "several_rationales"}
 NEED_ERRORS = {"right_rationales", "short_rationales"}  # of the teacher
 SYNTHETIC, REAL = ("quickstart", "noisy"), ("cqa", "svamp")
 TEACHER, SAMPLES = "noisy", 5
-ERRS, RAMBLES, SILENT = 0.3, 0.15, 0.05  # shares of samples
+HARD, ERRS = 0.4, 0.6  # share of the questions, and of the samples that err on one of these
+RAMBLES, SILENT = 0.15, 0.05  # shares of all samples
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
-def _sample(rng: np.random.Generator, rationale: str, people: list[str]) -> dict:
+def _sample(rng: np.random.Generator, rationale: str, people: list[str], hard: bool) -> dict:
     """Returns a sample of the noisy teacher, made of what a right one would write."""
     words = rationale.split()
-    # "A lived in century N and B in century M . N is [not] before M"
-    centuries = [int(words[4]), int(words[9])]
-    if rng.random() < ERRS:
-        centuries[rng.integers(2)] = int(rng.integers(1, 13))
-    a, b = centuries
+    a, b = int(words[4]), int(words[9])  # A lived in century a and B in century b . ...
+    if hard and rng.random() < ERRS:
+        a, b = b, a  # takes one for the other
     label, relation = ("yes", "is") if a < b else ("no", "is not")
     text = (
         f"{words[0]} lived in century {a} and {words[6]} in century {b} . {a} {relation} before {b}"
@@ -78,7 +77,8 @@ def add_noisy_teacher(data: Path) -> None:
         people = sorted({w for o in right for w in (o["rationale"].split()[i] for i in (0, 6))})
         lines = []
         for output in right:
-            samples = [_sample(rng, output["rationale"], people) for _ in range(SAMPLES)]
+            hard = rng.random() < HARD
+            samples = [_sample(rng, output["rationale"], people, hard) for _ in range(SAMPLES)]
             labels = [sample["label"] for sample in samples]
             winner = max(dict.fromkeys(labels), key=labels.count)
             chosen = samples[labels.index(winner)]

@@ -76,7 +76,7 @@ def sampled_root(small_root, tmp_path_factory):
             right = {"rationale": f"The reason is {i}.", "label": example.label, "status": "ok"}
             other = right | {"rationale": "None of it at all.", "label": wrong}
             samples = [right, right | {"rationale": f"One more reason: {i}."}, other]
-            outputs.append({"id": example.id, **right, "vote": 0.6667, "samples": samples})
+            outputs.append({"id": example.id, **right, "vote": 0.75, "samples": samples})
         write_jsonl(root / name / f"{name}_train.thrice.jsonl", outputs)
     return root
 
