@@ -138,10 +138,10 @@ def _print_rationales(console: "Console", mixture: "Mixture", experiment: "Exper
             fraction=experiment.data.fraction,
             seed=experiment.seed,
         )
-        left = "".join(f", {count} {reason}" for reason, count in found.left_out.items())
+        left = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
         console.print(
-            f"  {teacher}'s rationales for training: {found.rationales} of {found.examples} "
-            f"examples{left}\n",
+            f"  {teacher}: {found.rationales} rationales for {found.examples} training examples; "
+            f"left out: {left or 'none'}\n",
             markup=False,
         )
 

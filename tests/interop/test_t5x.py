@@ -154,7 +154,7 @@ def test_rows_hold_every_view_of_a_steps_examples_once(experiment):
 
 
 def test_filters_are_those_of_dss(experiment):
-    few = dataclasses.replace(experiment, rationales=RationaleConfig(right_only=True, max_words=9))
+    few = dataclasses.replace(experiment, rationales=RationaleConfig(right_only=True, max_words=24))
     counts = [
         [np.bincount(next(t5x_batches(e))["decoder_task_ids"].ravel())[k] for k in (1, 2)]
         for e in (experiment, few)
