@@ -74,6 +74,8 @@ setup(
             "libtpu",  # the TPU's compiler, which `dss plan` asks; it needs no TPU
             "gcsfs>=2026.9",
             "gcp-storage-emulator>=2026.7",
+            "nbclient>=0.11",
+            "ipykernel>=7.4",
         ],
     },
 )

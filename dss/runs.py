@@ -9,7 +9,10 @@ tensorboard/          both, for TensorBoard
 predictions/          of `dss eval`
 """
 
+import atexit
 import dataclasses
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +50,7 @@ __all__ = [
     "import_checkpoint",
     "label",
     "load_run",
+    "open_student",
     "read_initial",
     "run_folder",
     "save_run",
@@ -144,6 +148,42 @@ def load_run(folder: str | epath.Path, flags: Sequence[str] = ()) -> Run:
     """
     folder = epath.Path(folder).expanduser()
     return Run(folder, load_config(folder, flags))
+
+
+def open_student(source: str, flags: Sequence[str] = ()) -> Run:
+    """Returns the run of a student, wherever it lies.
+
+    Args:
+      source: a run directory; or what INITIAL_CHECKPOINT_PATH can be, such as `hf:FOLDER` of
+        `dss export`, which is made a run in a folder that is there as long as this process. An
+        exported student's own config.gin says what it learnt.
+      flags: `NAME=VALUE` of gin values to read differently.
+
+    Raises:
+      UserError: there is no student, or no vocabulary beside it.
+    """
+    if _is_run(source):
+        return load_run(source, flags)
+    folder = epath.Path(tempfile.mkdtemp(prefix="dss-student-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    experiment = Experiment()
+    if source.startswith("hf:") and (exported := _exported(source)) is not None:
+        experiment = load_config(exported)
+    run = import_checkpoint(
+        dataclasses.replace(
+            experiment,
+            run_dir=str(folder),
+            initial_checkpoint=source,
+            student=None,
+            vocabulary=None,
+        )
+    )
+    return load_run(run.folder, flags)
+
+
+def _exported(source: str) -> epath.Path | None:
+    folder = epath.Path(source.removeprefix("hf:")).expanduser()
+    return folder if (folder / CONFIG_FILE).is_file() else None
 
 
 def create_run(experiment: Experiment) -> tuple[Run, Any | None]:

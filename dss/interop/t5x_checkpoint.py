@@ -26,6 +26,7 @@ LAYER = {  # our name in a layer -> T5X's in the encoder and in the decoder
     "cross": ("", "encoder_decoder_attention"),
     "mlp": ("mlp", "mlp"),
 }
+CACHE_BYTES = 2 * 10**9  # of a tensor's chunks: each device reads its part of the same ones
 VERSIONS = (2, 3)  # of the legacy format
 LEGACY, ORBAX = "checkpoint", "state/_METADATA"  # the file that tells a format
 EMBEDDING, HEAD = "token_embedder.embedding", "decoder.logits_dense.kernel"
@@ -101,6 +102,7 @@ class _Tensors:
     def __init__(self, folder: epath.Path):
         self._folder = folder
         self._inline: Mapping[str, Any] = {}  # by the legacy format kept in its one file
+        self._opened: tuple[str, Any] = ("", None)  # the last one; its parts are asked for in turn
         self._driver = "zarr"
         if (folder / LEGACY).is_file():
             self._inline = _read_legacy(folder / LEGACY)
@@ -112,6 +114,11 @@ class _Tensors:
             self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
 
     def _open(self, name: str) -> Any:
+        if name != self._opened[0]:
+            self._opened = (name, self._open_anew(name))
+        return self._opened[1]
+
+    def _open_anew(self, name: str) -> Any:
         path = f"{PARAMETERS}.{name}/"
         if self._inside:
             kvstore = {"driver": "ocdbt", "base": self._base, "path": path}
@@ -119,7 +126,8 @@ class _Tensors:
             kvstore = self._base | {"path": self._base["path"] + path}
         spec = {"driver": self._driver, "kvstore": kvstore}
         try:
-            return tensorstore.open(spec, read=True, open=True).result()
+            context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+            return tensorstore.open(spec, read=True, open=True, context=context).result()
         except ValueError as error:
             if "NOT_FOUND" in str(error):
                 raise KeyError(name) from None

@@ -1,5 +1,6 @@
 """Runs of several real processes, and what happens to processes: signals, disks, clocks."""
 
+import json
 import os
 import shutil
 import signal
@@ -103,6 +104,26 @@ def test_several_processes_evaluate_and_predict_as_one(both, tmp_path):
         leader, other = [finish(process) for process in processes]
         assert said in leader
         assert said not in other
+
+
+def test_each_process_reads_its_part_of_an_initial_checkpoint(train, shared, tmp_path):
+    checkpoint = shared / "fixtures" / "t5x_tiny_v1_1" / "legacy" / "checkpoint_0"
+    sizes = {"vocab_size": 1152, "d_model": 32, "d_ff": 48, "num_heads": 4}
+    sizes |= {"num_encoder_layers": 2, "num_decoder_layers": 3}
+    flags = [f"--gin.T5Config.{name}={size}" for name, size in sizes.items()]
+    flags += [f"--gin.INITIAL_CHECKPOINT_PATH=t5x:{checkpoint}", "--gin.TRAIN_STEPS=4"]
+    flags += ["--gin.MeshConfig.rules=(('embed', 'data'),)", "--gin.EVAL_PERIOD=4"]
+    flags += ["--gin.DROPOUT_RATE=0.0"]  # masks depend on where a token lies in a batch
+    finish(train(tmp_path / "alone", *flags))
+    finish_together(
+        start_together(TOGETHER, lambda env: train(tmp_path / "together", *flags, env=env))
+    )
+    losses = []
+    for run in ("alone", "together"):
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        losses.append([row["train/loss"] for row in map(json.loads, lines) if "train/loss" in row])
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_processes_that_cannot_find_each_other_say_what_is_missing(train, tmp_path):

@@ -70,7 +70,7 @@ def t5x_metrics(model_dir):
         name: {
             e.step: float(tensor_util.make_ndarray(e.tensor_proto)) for e in events.Tensors(name)
         }
-        for name in ("loss", "label_loss", "rationale_loss")
+        for name in {"loss", "label_loss", "rationale_loss"} & set(events.Tags()["tensors"])
     }
 
 

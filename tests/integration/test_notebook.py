@@ -1,0 +1,68 @@
+"""The notebook, executed top to bottom on the quickstart's runs and on an exported student."""
+
+import re
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.conftest import ROOT
+from tests.integration.runs import finish, start
+
+NOTEBOOK = ROOT / "notebooks" / "evaluation.ipynb"
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """A folder with a small quickstart in it."""
+    folder = tmp_path_factory.mktemp("notebook")
+    output = f"--output={folder / 'quickstart'}"
+    finish(start("quickstart", output, "--sizes=60", "--seeds=1"))
+    return folder
+
+
+def execute(folder, **settings):
+    """Executes the notebook in a folder, some of its settings replaced; returns what it printed."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    for name, value in settings.items():
+        (cell,) = (c for c in notebook.cells if re.search(rf"^{name} = ", c.source, re.MULTILINE))
+        cell.source = re.sub(
+            rf"^{name} = .*$", f"{name} = {value!r}", cell.source, flags=re.MULTILINE
+        )
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    text = "".join(output["text"] for output in outputs if output.output_type == "stream")
+    figures = [output for output in outputs if "image/png" in output.get("data", {})]
+    return text, figures
+
+
+def test_it_runs_on_the_quickstarts_runs(quickstart):
+    text, figures = execute(quickstart)
+    assert "step-by-step-60-0: 0." in text
+    assert len(re.findall(r"accuracy [\d.]+% \(95%", text)) == 2
+    assert "teacher rules: 100.0%" in text
+    assert re.search(r"difference [+-][\d.]+% \(95%: .*\), p = ", text)
+    assert "ROUGE-L" in text
+    assert len(figures) == 2
+
+
+def test_it_runs_on_exported_students(quickstart):
+    runs = quickstart / "quickstart" / "runs"
+    for name, run in (("ours", "step-by-step-60-0"), ("other", "finetune-60-0")):
+        finish(start("export", runs / run, quickstart / name, "--to=hf"))
+    flags = [f"DataConfig.dataset_path={quickstart / 'quickstart' / 'timeline'}"]
+    exported, _ = execute(
+        quickstart,
+        OURS=f"hf:{quickstart / 'ours'}",
+        OTHER=f"hf:{quickstart / 'other'}",
+        FLAGS=flags,
+    )
+    found = re.findall(r"accuracy [\d.]+% \(95%", execute(quickstart)[0])
+    assert re.findall(r"accuracy [\d.]+% \(95%", exported) == found
+
+
+def test_it_is_committed_without_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
