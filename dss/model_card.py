@@ -11,7 +11,7 @@ import jax
 from dss import __version__
 from dss.config import CONFIG_FILE
 from dss.data.released import RELEASED
-from dss.data.tasks import CONCLUSION, EXPLAIN, Mixture, get_mixture
+from dss.data.tasks import CONCLUSION, EXPLAIN, Mixture
 from dss.data.vocabulary import BYTES, load_vocabulary
 from dss.evaluation.significance import wilson_interval
 from dss.interop.huggingface_export import SPIECE
@@ -193,8 +193,7 @@ def model_card(run: Run, step: int, form: str = "hf") -> str:
         parts += ["## Use\n", _use(run, form, "")]
     else:
         use_data(experiment.data, must_exist=False)
-        one_input = experiment.data.one_encoder_pass
-        mixture = get_mixture(experiment.mixture, experiment.alpha, one_input=one_input)
+        mixture = run.mixture()
         parts += ["## Use\n", _use(run, form, mixture.tasks[0].prefix), _notes(run, mixture)]
         parts += ["## Training\n", _table(_training(run, mixture, step))]
         scores = list(_scores(run, mixture, step))
