@@ -45,7 +45,7 @@ def sequences(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 def wanted(store: TokenStore, batches: Batches, step: int) -> list:
     """Returns what `sequences` must give, read from the store itself."""
-    tasks, rows = batches.order(step)
+    tasks, rows, _ = batches.order(step)
     out = []
     for task, row in zip(tasks, rows, strict=True):
         sides = (store.tasks[task].inputs, store.tasks[task].targets)

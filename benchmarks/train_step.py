@@ -4,13 +4,14 @@
         --vocab FILE [--steps 5] [--json FILE]
     python benchmarks/train_step.py --student small --random
 
-Sides: dss packed and unpacked, and the step of the reference (transformers' T5, each view padded to
-its longest sequence, AdamW) in float32 and under bfloat16 autocast. Every side is a process of its
-own that keeps its model; they take their steps one after another, on the same examples, and the
-medians are of the steps after the first two. Useful operations are those of the tokens that are
-there, forward and backward; the peak is that of a matrix product in --dtype on the same device. On
-an accelerator, --sides "dss packed" --dtype bfloat16 (PyTorch's sides stay on the CPU); memory is
-then the device's.
+Sides: dss packed, the same with both views of an example read in one pass of the encoder
+(gin/variants/one_encoder_pass.gin), dss unpacked, and the step of the reference (transformers' T5,
+each view padded to its longest sequence, AdamW) in float32 and under bfloat16 autocast. Every side
+is a process of its own that keeps its model; they take their steps one after another, on the same
+examples, and the medians are of the steps after the first two. Useful operations are those of the
+tokens that are there, forward and backward; the peak is that of a matrix product in --dtype on the
+same device. On an accelerator, --sides "dss packed" --dtype bfloat16 (PyTorch's sides stay on the
+CPU); memory is then the device's.
 """
 
 import argparse
@@ -43,18 +44,30 @@ from dss.student.flops import useful_flops
 
 ALPHA, DROPOUT, LEARNING_RATE = 0.5, 0.1, 5e-5
 WARM = 2  # steps before those that count
-SIDES = ("dss packed", "dss unpacked", "PyTorch f32", "PyTorch bf16")
+PACKED, ONE_PASS, UNPACKED = DSS_SIDES = ("dss packed", "dss one pass", "dss unpacked")
+SIDES = (*DSS_SIDES, "PyTorch f32", "PyTorch bf16")
 REFERENCE = "PyTorch f32"
 IGNORED = -100  # the target that PyTorch's loss leaves out
 
 
-def open_data(args: argparse.Namespace, vocab_size: int) -> TokenStore:
+def open_data(
+    args: argparse.Namespace, vocab_size: int, side: str = PACKED
+) -> tuple[TokenStore, tuple[int, ...] | None]:
+    """Returns the tokens of a side and, for one pass, what its outputs start from."""
+    one_input = side == ONE_PASS
     if args.random:
-        return typical_store(vocab_size)
+        return typical_store(vocab_size), (0, vocab_size - 1) if one_input else None
     set_data_root(args.data_root)
-    mixture = get_mixture(f"{args.dataset}_step_by_step_palm", ALPHA)
+    mixture = get_mixture(f"{args.dataset}_step_by_step_palm", ALPHA, one_input=one_input)
     vocabulary = load_vocabulary(str(args.vocab))
-    return open_store(mixture, args.split, vocabulary, inputs_length=1024, targets_length=256)
+    store = open_store(mixture, args.split, vocabulary, inputs_length=1024, targets_length=256)
+    return store, mixture.start_ids(vocabulary)
+
+
+def open_batches(args: argparse.Namespace, vocab_size: int, side: str, *, packed: bool) -> Batches:
+    store, starts = open_data(args, vocab_size, side)
+    order = paired_order(store, args.batch, seed=0)
+    return Batches(store, order, num_steps=WARM + args.steps, packed=packed, starts=starts)
 
 
 def process_peak_gb() -> float:
@@ -64,7 +77,7 @@ def process_peak_gb() -> float:
 class DssSide:
     """Our step, packed or not, on one device."""
 
-    def __init__(self, config: T5Config, store: TokenStore, args: argparse.Namespace, packed: bool):
+    def __init__(self, config: T5Config, args: argparse.Namespace, side: str):
         import jax
 
         from dss.memory import keep_freed_memory
@@ -75,12 +88,11 @@ class DssSide:
         from dss.training.step import make_train_step, place_state, state_shardings
 
         keep_freed_memory()  # as the command line does
-        steps = WARM + args.steps
-        order = paired_order(store, args.batch, seed=0)
-        self.batches = Batches(store, order, num_steps=steps, packed=packed)
+        packed = side != UNPACKED
+        self.batches = open_batches(args, config.vocab_size, side, packed=packed)
         mesh_config = MeshConfig()
         mesh = make_mesh(mesh_config, jax.devices()[:1])
-        optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE), steps)
+        optimizer = make_optimizer(OptimizerConfig(learning_rate=LEARNING_RATE), len(self.batches))
         shardings = state_shardings(config, optimizer, mesh, mesh_config)
         loss = LossConfig(num_tasks=2, rates=(ALPHA, 1 - ALPHA))
         state = place_state(init_params(config, 0), optimizer, shardings)
@@ -119,7 +131,7 @@ class DssSide:
 class PyTorchSide:
     """The reference's step: two forward passes, one loss, AdamW."""
 
-    def __init__(self, config: T5Config, store: TokenStore, args: argparse.Namespace, bf16: bool):
+    def __init__(self, config: T5Config, args: argparse.Namespace, bf16: bool):
         import torch
         import transformers
 
@@ -142,8 +154,9 @@ class PyTorchSide:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = transformers.T5ForConditionalGeneration(shape).to(self.device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
-        self.torch, self.bf16, self.store = torch, bf16, store
-        self.order = paired_order(store, args.batch, seed=0)
+        self.torch, self.bf16 = torch, bf16
+        self.store, _ = open_data(args, config.vocab_size)
+        self.order = paired_order(self.store, args.batch, seed=0)
         self.fills: list[tuple[float, float]] = []
 
     def padded(self, sequences: Ragged, rows: np.ndarray, value: int):
@@ -155,7 +168,7 @@ class PyTorchSide:
 
     def step(self, number: int) -> float:
         torch = self.torch
-        tasks, rows = self.order(number)
+        tasks, rows, _ = self.order(number)
         views, filled = [], []
         for k, task in enumerate(self.store.tasks):
             here = rows[tasks == k]
@@ -194,11 +207,10 @@ def serve(side: str, args: argparse.Namespace, pipe: Connection) -> None:
     quiet_tpu()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several share a device
     config = student(args)
-    store = open_data(args, config.vocab_size)
-    if side.startswith("dss"):
-        taken = DssSide(config, store, args, side == "dss packed")
+    if side in DSS_SIDES:
+        taken = DssSide(config, args, side)
     else:
-        taken = PyTorchSide(config, store, args, side == "PyTorch bf16")
+        taken = PyTorchSide(config, args, side == "PyTorch bf16")
     pipe.send("ready")
     while (number := pipe.recv()) is not None:
         pipe.send(taken.step(number))
@@ -233,7 +245,7 @@ def main() -> int:
         parser.error("give --data-root and --vocab, or --random")
     try:
         config = student(args)
-        store = open_data(args, config.vocab_size)
+        open_data(args, config.vocab_size)
     except UserError as error:
         print(f"train_step: {error}", file=sys.stderr)
         return 2
@@ -249,17 +261,15 @@ def main() -> int:
         for side, pipe in pipes.items():
             pipe.send(number)
             seconds[side].append(pipe.recv())
-    order = paired_order(store, args.batch, seed=0)
-    tokens, operations = [], []
-    for number in range(WARM, WARM + args.steps):
-        tasks, rows = order(number)
-        inputs = np.concatenate([store.tasks[k].inputs.lengths[rows[tasks == k]] for k in (0, 1)])
-        targets = np.concatenate([store.tasks[k].targets.lengths[rows[tasks == k]] for k in (0, 1)])
-        tokens.append(int(inputs.sum() + targets.sum()))
-        operations.append(useful_flops(config, inputs, targets))
     result: dict = {"sides": {}}
     for side, pipe in pipes.items():
         pipe.send(None)
+        batches = open_batches(args, config.vocab_size, side, packed=False)
+        tokens, operations = [], []
+        for number in range(WARM, WARM + args.steps):
+            inputs, targets, reads = batches.lengths(number)
+            tokens.append(int(inputs.sum() + targets.sum()))
+            operations.append(useful_flops(config, inputs, targets, reads))
         taken = statistics.median(seconds[side][WARM:])
         result["sides"][side] = {
             "seconds": round(taken, 3),
@@ -273,8 +283,10 @@ def main() -> int:
     for row in result["sides"].values():
         row["share_of_peak"] = round(row.pop("operations_per_second") / peak, 3)
     speed = {side: row["examples_per_second"] for side, row in result["sides"].items()}
-    if "dss packed" in speed and REFERENCE in speed:
-        result["ratio_vs_pytorch_f32"] = round(speed["dss packed"] / speed[REFERENCE], 3)
+    if PACKED in speed and REFERENCE in speed:
+        result["ratio_vs_pytorch_f32"] = round(speed[PACKED] / speed[REFERENCE], 3)
+    if PACKED in speed and ONE_PASS in speed:
+        result["one_pass_vs_packed"] = round(speed[ONE_PASS] / speed[PACKED], 3)
     result |= {
         "student": args.student,
         "dataset": "random" if args.random else args.dataset,
@@ -297,7 +309,9 @@ def main() -> int:
             f"{row['peak_gb']:>6.2f} {row['compile_seconds']:>7.1f}s"
         )
     if "ratio_vs_pytorch_f32" in result:
-        print(f"dss packed is {result['ratio_vs_pytorch_f32']:.2f} times as fast as {REFERENCE}")
+        print(f"{PACKED} is {result['ratio_vs_pytorch_f32']:.2f} times as fast as {REFERENCE}")
+    if "one_pass_vs_packed" in result:
+        print(f"{ONE_PASS} is {result['one_pass_vs_packed']:.2f} times as fast as {PACKED}")
     print(f"peak {result['peak_gflops']:.0f} GFLOP/s; {result['machine']}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))

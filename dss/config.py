@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 import gin
+from dss.data.rationales import RationaleConfig
 from dss.errors import UserError, unknown_name
 from dss.evaluation.evaluator import DecodingConfig
 from dss.experiment import DataConfig, Experiment
@@ -38,6 +39,7 @@ GIN_ERRORS = (
 NESTED = {
     "student": T5Config,
     "data": DataConfig,
+    "rationales": RationaleConfig,
     "optimizer": OptimizerConfig,
     "trainer": TrainerConfig,
     "mesh": MeshConfig,

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from dss.data.rationales import RationaleConfig
 from dss.evaluation.evaluator import DecodingConfig
 from dss.fields import check_at_least, check_share, check_types
 from dss.student.config import T5Config
@@ -29,6 +30,9 @@ class DataConfig:
     keep_unparsed: bool = False  # train on blanks where a teacher's text has no target
     batches: Literal["paired", "sampled"] = "paired"  # each example in all views; or by rate
     packed: bool = True  # sequences one after another; or a row each, padded
+    one_encoder_pass: bool = (
+        False  # an example's views have one input; the decoder is told the task
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -39,6 +43,11 @@ class DataConfig:
             raise ValueError(
                 "TASK_FEATURE_LENGTHS must be {'inputs': N, 'targets': N} of at least 2 tokens, "
                 f"got {dict(lengths)}"
+            )
+        if self.one_encoder_pass and self.batches != "paired":
+            raise ValueError(
+                "DataConfig.one_encoder_pass needs DataConfig.batches 'paired': sequences that are "
+                "sampled share no input"
             )
 
     @property
@@ -67,6 +76,7 @@ class Experiment:
     grad_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 needs dtype bfloat16
     remat: Literal["none", "full", "dots"] | None = None  # recomputed backward; None: the student's
     alpha: float = 0.5  # the label task's rate; the rationale's is 1 - alpha
+    alpha_end: float | None = None  # its value at the last step, reached linearly; None: constant
     batch_size: int = 64  # examples (paired) or sequences (sampled) a step
     microbatches: int = 1  # parts of a batch that go through the device one after another
     seed: int = 0  # of parameters, order, subsample and dropout
@@ -74,6 +84,7 @@ class Experiment:
     z_loss: float = 0.0  # weight of (log Z)^2
     eval_examples: int | None = None  # validation examples decoded at an evaluation; None: all
     data: DataConfig = DataConfig()
+    rationales: RationaleConfig = RationaleConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     trainer: TrainerConfig = TrainerConfig()
     mesh: MeshConfig = MeshConfig()
@@ -86,6 +97,13 @@ class Experiment:
         check_share(self, "dropout_rate", "label_smoothing")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"ALPHA must be in [0, 1], got {self.alpha}")
+        if self.alpha_end is not None and not 0 <= self.alpha_end <= 1:
+            raise ValueError(f"ALPHA_END must be in [0, 1], got {self.alpha_end}")
+        if self.alpha_end is not None and self.data.batches != "paired":
+            raise ValueError(
+                "ALPHA_END needs DataConfig.batches 'paired': sequences that are sampled by rate "
+                "keep to ALPHA"
+            )
 
     def settle(self, student: T5Config) -> T5Config:
         """Returns a student with what the experiment says of its training."""

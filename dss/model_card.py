@@ -11,8 +11,8 @@ import jax
 from dss import __version__
 from dss.config import CONFIG_FILE
 from dss.data.released import RELEASED
-from dss.data.tasks import CONCLUSION, EXPLAIN, Mixture, get_mixture
-from dss.data.vocabulary import BYTES
+from dss.data.tasks import CONCLUSION, EXPLAIN, Mixture
+from dss.data.vocabulary import BYTES, load_vocabulary
 from dss.evaluation.significance import wilson_interval
 from dss.interop.huggingface_export import SPIECE
 from dss.runs import Run, use_data
@@ -97,7 +97,8 @@ def _training(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]
         yield f"{task.kind.replace('_', ' ')} from", source
     if len(mixture.tasks) > 1:
         label, rationale = mixture.rates
-        yield "alpha", f"{label:g} for the label's loss, {rationale:g} for the rationale's"
+        moves = "" if experiment.alpha_end is None else f", moving to {experiment.alpha_end:g}"
+        yield "alpha", f"{label:g} for the label's loss, {rationale:g} for the rationale's{moves}"
     yield "began from", experiment.initial_checkpoint or "random parameters"
     yield (
         "steps",
@@ -149,12 +150,17 @@ def _use(run: Run, form: str, prefix: str) -> str:
     return f"```python\n{code}```\n"
 
 
-def _notes(mixture: Mixture) -> str:
+def _notes(run: Run, mixture: Mixture) -> str:
     notes = ["A text is what `dss` calls an example's input."]
     if mixture.dataset.name in NLI:
         notes.append("It is the premise, `</s>` and the hypothesis.")
     if "rationale" in mixture.short_names[1:]:
-        notes.append(f"With `{EXPLAIN}` before it the student writes the rationale.")
+        task = mixture.tasks[1]
+        told = f"With `{EXPLAIN}` before it"
+        if task.mark:
+            start = task.start_id(load_vocabulary(run.vocabulary_source))
+            told = f"Where the decoder starts from the id {start} and not 0,"
+        notes.append(f"{told} the student writes the rationale.")
     if mixture.short_names[0] == "rationale_then_label":
         notes.append(f"The label is what follows `{CONCLUSION}`.")
     return textwrap.fill(" ".join(notes), 100) + "\n"
@@ -187,8 +193,8 @@ def model_card(run: Run, step: int, form: str = "hf") -> str:
         parts += ["## Use\n", _use(run, form, "")]
     else:
         use_data(experiment.data, must_exist=False)
-        mixture = get_mixture(experiment.mixture, experiment.alpha)
-        parts += ["## Use\n", _use(run, form, mixture.tasks[0].prefix), _notes(mixture)]
+        mixture = run.mixture()
+        parts += ["## Use\n", _use(run, form, mixture.tasks[0].prefix), _notes(run, mixture)]
         parts += ["## Training\n", _table(_training(run, mixture, step))]
         scores = list(_scores(run, mixture, step))
         if scores:

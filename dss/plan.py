@@ -153,6 +153,8 @@ def abstract_batch(batches: Batches, mesh: jax.sharding.Mesh) -> dict[str, jax.S
         shapes["cross_rows"] = (G, shape.target_rows, widths.cross)
     for name in ("input_tokens", "segment_ids"):
         shapes[f"encoder_{name}"] = (G, shape.inputs)
+    if batches.starts is not None:
+        shapes["decoder_reads"] = (G, shape.targets)
     for name in ("input_tokens", "segment_ids", "target_tokens", "task_ids"):
         shapes[f"decoder_{name}"] = (G, shape.targets)
     sharding = batch_sharding(mesh)
@@ -175,6 +177,8 @@ class _Planner:
     ):
         self.experiment, self.config, self.store = experiment, config, store
         self.num_steps = num_steps  # that are laid out to see what batches need
+        together = experiment.data.one_encoder_pass and len(store.tasks) > 1
+        self.starts = (0,) * len(store.tasks) if together else None  # any ids would do
         self.mesh = make_mesh(experiment.mesh, devices)
         self.optimizer = make_optimizer(experiment.optimizer, experiment.trainer.train_steps)
         self.shardings = state_shardings(config, self.optimizer, self.mesh, experiment.mesh)
@@ -193,6 +197,7 @@ class _Planner:
             num_steps=self.num_steps,
             packed=experiment.data.packed,
             groups=self.unit,
+            starts=self.starts,
         )
 
     def memory(self, batch_size: int) -> tuple[Memory, float]:
@@ -232,13 +237,10 @@ class _Planner:
 
     def work(self, batch_size: int) -> Work:
         batches = self.batches(batch_size)
-        order, per_step = batches.order, []
+        per_step = []
         for step in range(min(len(batches), STEPS)):
-            tasks, rows = order(step)
-            found = [(task, rows[tasks == k]) for k, task in enumerate(self.store.tasks)]
-            inputs = np.concatenate([task.inputs.lengths[rows] for task, rows in found])
-            targets = np.concatenate([task.targets.lengths[rows] for task, rows in found])
-            flops = useful_flops(self.config, inputs, targets)
+            inputs, targets, reads = batches.lengths(step)
+            flops = useful_flops(self.config, inputs, targets, reads)
             per_step.append((inputs.sum(), targets.sum(), flops))
         mean = np.mean(per_step, axis=0)
         shape, widths, groups = batches.shapes[-1], batches.widths, batches.groups

@@ -26,7 +26,16 @@ from dss.train import run_experiment, training_store
 from dss.training.optimizer import OptimizerConfig
 from dss.training.trainer import TrainerConfig
 
-__all__ = ["METHODS", "Outcome", "Student", "draw", "make_data", "run_quickstart", "summarize"]
+__all__ = [
+    "METHODS",
+    "Outcome",
+    "Student",
+    "draw",
+    "make_data",
+    "quickstart_experiment",
+    "run_quickstart",
+    "summarize",
+]
 
 DATASET, TEACHER = "timeline", "rules"
 NAMES, CENTURIES = 60, 12
@@ -117,7 +126,10 @@ class Student:
     experiment: Experiment
 
 
-def _experiment(folder: Path, method: str, examples: int, seed: int, steps: int) -> Experiment:
+def quickstart_experiment(
+    folder: Path, method: str, examples: int, seed: int, steps: int = STEPS
+) -> Experiment:
+    """Returns the experiment of a student; the data must be made, see `make_data`."""
     name = f"step_by_step_{TEACHER}" if method == METHODS[2] else "finetune"
     vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(folder / "vocabulary.model"))
     run = f"{method.replace(', ', '-').replace(' ', '-')}-{examples}-{seed}"
@@ -158,12 +170,12 @@ def _students(folder: Path, sizes: Sequence[int], seeds: int) -> list[Student]:
     out = []
     for size in sizes:
         for seed in range(seeds):
-            pair = _experiment(folder, METHODS[2], size, seed, STEPS)
+            pair = quickstart_experiment(folder, METHODS[2], size, seed, STEPS)
             use_data(pair.data)
             same_compute = round(STEPS * _compute_ratio(training_store(pair)))
             steps = dict(zip(METHODS, (STEPS, same_compute, STEPS), strict=True))
             out += [
-                Student(m, size, seed, _experiment(folder, m, size, seed, steps[m]))
+                Student(m, size, seed, quickstart_experiment(folder, m, size, seed, steps[m]))
                 for m in METHODS
             ]
     return out

@@ -109,6 +109,20 @@ class Run:
         folder = self.folder / CHECKPOINTS
         return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
+    def mixture(self) -> Mixture:
+        """Returns the mixture that the student learnt; its data must be known, see `use_data`.
+
+        Raises:
+          UserError: the run has none, or there is no such mixture.
+        """
+        experiment = self.experiment
+        if experiment.mixture is None:
+            raise UserError(
+                f"{self.folder}: no mixture; say with --mixture what the student predicts"
+            )
+        one_input = experiment.data.one_encoder_pass
+        return get_mixture(experiment.mixture, experiment.alpha, one_input=one_input)
+
     def checkpoints(self) -> Checkpoints:
         """Returns the run's checkpoints, for reading."""
         return Checkpoints(self.folder / CHECKPOINTS, read_only=True)
@@ -347,9 +361,7 @@ def evaluate(
     """
     experiment = run.experiment
     use_data(experiment.data)
-    if experiment.mixture is None:
-        raise UserError(f"{run.folder}: no mixture to evaluate on; give --mixture")
-    mixture = get_mixture(experiment.mixture, experiment.alpha)
+    mixture = run.mixture()
     if rationales:
         _rationale_task(mixture)
         if metric_name(mixture) != "accuracy":
@@ -386,7 +398,8 @@ def explain(
     """
     task = _rationale_task(mixture)
     inputs = [encode_example(predictor.vocabulary, task.prefix + t, inputs_length) for t in texts]
-    written = predictor.generate(inputs, max_length=predictor.decoding.rationale_length)
+    length, start = predictor.decoding.rationale_length, task.start_id(predictor.vocabulary)
+    written = predictor.generate(inputs, max_length=length, start=start)
     return [extract_rationale(t) for t in written] if task.kind != "rationale" else written
 
 

@@ -154,15 +154,21 @@ def _open(
         fraction=data.fraction,
         seed=experiment.seed,
         keep_unparsed=data.keep_unparsed,
+        rationales=experiment.rationales,
     )
+
+
+def _mixture(experiment: Experiment) -> Mixture:
+    assert experiment.mixture is not None
+    one_input = experiment.data.one_encoder_pass
+    return get_mixture(experiment.mixture, experiment.alpha, one_input=one_input)
 
 
 def training_store(experiment: Experiment) -> TokenStore:
     """Returns the tokens an experiment trains on; its data must be known, see `use_data`."""
-    assert experiment.mixture is not None
     assert experiment.vocabulary is not None
-    mixture = get_mixture(experiment.mixture, experiment.alpha)
-    return _open(experiment, mixture, "train", load_vocabulary(experiment.vocabulary))
+    vocabulary = load_vocabulary(experiment.vocabulary)
+    return _open(experiment, _mixture(experiment), "train", vocabulary)
 
 
 def training_order(experiment: Experiment, store: TokenStore, rates: tuple[float, ...]) -> Order:
@@ -173,15 +179,50 @@ def training_order(experiment: Experiment, store: TokenStore, rates: tuple[float
 
 
 def training_batches(
-    experiment: Experiment, mixture: Mixture, store: TokenStore, groups: int
+    experiment: Experiment,
+    mixture: Mixture,
+    store: TokenStore,
+    groups: int,
+    starts: tuple[int, ...] | None = None,
 ) -> Batches:
-    """Returns the training batches of an experiment, in some number of groups."""
+    """Returns the training batches of an experiment, in some number of groups.
+
+    What the outputs start from is the mixture's `start_ids`.
+    """
     return Batches(
         store,
         training_order(experiment, store, mixture.rates),
         num_steps=experiment.trainer.train_steps,
         packed=experiment.data.packed,
         groups=groups,
+        starts=starts,
+    )
+
+
+def _start_ids(
+    mixture: Mixture, vocabulary: Vocabulary, config: T5Config
+) -> tuple[int, ...] | None:
+    starts = mixture.start_ids(vocabulary)
+    if starts is not None and max(starts) >= config.vocab_size:
+        raise UserError(
+            f"DataConfig.one_encoder_pass: {mixture.tasks[-1].name} starts from the id "
+            f"{max(starts)} past the vocabulary, and the student has {config.vocab_size} "
+            "embeddings; train one with more, or without it"
+        )
+    return starts
+
+
+def _loss_config(experiment: Experiment, mixture: Mixture) -> LossConfig:
+    end = experiment.alpha_end
+    last = (end, 1 - end) if end is not None and len(mixture.tasks) == 2 else None
+    paired = experiment.data.batches == "paired"
+    return LossConfig(
+        num_tasks=len(mixture.tasks),
+        rates=mixture.rates if paired else None,
+        last_rates=last,
+        num_steps=experiment.trainer.train_steps,
+        label_smoothing=experiment.label_smoothing,
+        z_loss=experiment.z_loss,
     )
 
 
@@ -207,30 +248,23 @@ def run_experiment(
     if experiment.teacher is not None:
         name = with_teacher(experiment.mixture, experiment.teacher)
         experiment = dataclasses.replace(experiment, mixture=name, teacher=None)
-    assert experiment.mixture is not None
-    mixture = get_mixture(experiment.mixture, experiment.alpha)
+    mixture = _mixture(experiment)
     run, initial = _open_run(experiment, resume)
     experiment, config = run.experiment, run.config
     vocabulary = load_vocabulary(run.vocabulary_source)
     store = _open(experiment, mixture, "train", vocabulary)
     valid_mixture = mixture.available("valid")
     valid_store = _open(experiment, valid_mixture, "valid", vocabulary)
+    starts, valid_starts = (_start_ids(m, vocabulary, config) for m in (mixture, valid_mixture))
 
     # Mesh, optimizer and the two compiled steps.
     mesh = make_mesh(experiment.mesh)
     optimizer = make_optimizer(experiment.optimizer, experiment.trainer.train_steps)
     shardings = state_shardings(config, optimizer, mesh, experiment.mesh)
-    paired = experiment.data.batches == "paired"
-    loss = LossConfig(
-        num_tasks=len(mixture.tasks),
-        rates=mixture.rates if paired else None,
-        label_smoothing=experiment.label_smoothing,
-        z_loss=experiment.z_loss,
-    )
     train_step = make_train_step(
         config,
         optimizer,
-        loss,
+        _loss_config(experiment, mixture),
         mesh=mesh,
         shardings=shardings,
         microbatches=experiment.microbatches,
@@ -259,18 +293,19 @@ def run_experiment(
 
     # Batches, and what an evaluation does.
     shards = mesh.shape["data"] * experiment.microbatches
-    batches = training_batches(experiment, mixture, store, shards)
+    batches = training_batches(experiment, mixture, store, shards, starts)
     valid_batches = Batches(
         valid_store,
         sequential_order(valid_store, experiment.batch_size),
         num_steps=-(-len(valid_store) // experiment.batch_size),
         packed=experiment.data.packed,
         groups=mesh.shape["data"],
+        starts=valid_starts,
     )
     put = functools.partial(put_batch, mesh)
 
     def row_ids(step: int) -> list[str]:
-        tasks, rows = batches.order(step)
+        tasks, rows, _ = batches.order(step)
         return store.ids_of(tasks, rows)
 
     examples = evaluation_set(

@@ -1,15 +1,20 @@
 import dataclasses
+import json
+import re
+import shutil
 
 import pytest
 
 from dss.config import gin_root, load_config, parse_gin, save_config
+from dss.data.registry import get_dataset, set_data_root
 from dss.data.tasks import get_mixture
 from dss.errors import UserError
 from dss.student.network import num_parameters
 from dss.train import run_experiment
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, write_jsonl
 
 STUDENTS = sorted(p.stem for p in (gin_root() / "students").glob("*.gin"))
+VARIANTS = sorted(p.stem for p in (gin_root() / "variants").glob("*.gin"))
 RECIPES = sorted(p.stem for p in (gin_root() / "recipes").glob("*.gin"))
 MILLIONS = {
     "tiny": 9,
@@ -31,17 +36,9 @@ def test_every_student_has_its_size(name):
     assert round(num_parameters(student) / 1e6) == MILLIONS[name]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_opens_with_its_purpose_and_trains_a_step(name, small_root, tmp_path):
-    text = (gin_root() / "recipes" / f"{name}.gin").read_text()
-    assert [line.split(":")[0] for line in text.splitlines()[:4]] == [
-        "# Purpose",
-        "# Score",
-        "# Cost",
-        "# Command",
-    ]
-    experiment = parse_gin([f"recipes/{name}.gin"], [f"DATA_ROOT={small_root}", "VOCABULARY=bytes"])
-    experiment = dataclasses.replace(
+def small(experiment, tmp_path):
+    """Returns the experiment with a student that compiles in seconds, for one step."""
+    return dataclasses.replace(
         experiment,
         student=tiny_config(num_encoder_layers=1, num_decoder_layers=1),
         run_dir=str(tmp_path / "run"),
@@ -50,10 +47,79 @@ def test_every_recipe_opens_with_its_purpose_and_trains_a_step(name, small_root,
         data=dataclasses.replace(experiment.data, feature_lengths={"inputs": 64, "targets": 32}),
         decoding=dataclasses.replace(experiment.decoding, rationale_length=8, max_length=8),
     )
+
+
+def opening(path):
+    """Returns the words that a gin file's first four lines begin with."""
+    lines = (gin_root() / path).read_text().splitlines()
+    return [line.split(":")[0] for line in lines if re.match(r"# [A-Z]\w+: ", line)]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_opens_with_its_purpose_and_trains_a_step(name, small_root, tmp_path):
+    assert opening(f"recipes/{name}.gin") == ["# Purpose", "# Score", "# Cost", "# Command"]
+    experiment = parse_gin([f"recipes/{name}.gin"], [f"DATA_ROOT={small_root}", "VOCABULARY=bytes"])
     assert get_mixture(experiment.mixture).name.startswith(name.split("_")[0])
-    result = run_experiment(experiment)
+    result = run_experiment(small(experiment, tmp_path))
     assert (result.step, result.best_step) == (1, 1)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+@pytest.fixture(scope="module")
+def sampled_root(small_root, tmp_path_factory):
+    """CQA and SVAMP with a teacher `thrice` that was asked three times."""
+    root = tmp_path_factory.mktemp("sampled")
+    for name, wrong in (("cqa", "v"), ("svamp", "(1 + 1)")):
+        shutil.copytree(small_root / name, root / name)
+        outputs = []
+        for i, example in enumerate(get_examples(root, name)):
+            right = {"rationale": f"The reason is {i}.", "label": example.label, "status": "ok"}
+            other = right | {"rationale": "None of it at all.", "label": wrong}
+            samples = [right, right | {"rationale": f"One more reason: {i}."}, other]
+            outputs.append({"id": example.id, **right, "vote": 0.75, "samples": samples})
+        write_jsonl(root / name / f"{name}_train.thrice.jsonl", outputs)
+    return root
+
+
+def get_examples(root, name):
+    set_data_root(root)
+    examples = get_dataset(name).source.examples("train")
+    set_data_root(None)
+    return examples
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["cqa_step_by_step", pytest.param("svamp_step_by_step", marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_stacks_on_recipes_and_trains_a_step(name, recipe, sampled_root, tmp_path):
+    assert opening(f"variants/{name}.gin") == ["# Purpose", "# Source", "# Measured", "# Command"]
+    macros = [f"DATA_ROOT={sampled_root}", "VOCABULARY=bytes", "TEACHER=thrice"]
+    plain, experiment = (
+        parse_gin([f"recipes/{recipe}.gin", *files], macros)
+        for files in ([], [f"variants/{name}.gin"])
+    )
+    assert experiment != plain
+    experiment = small(experiment, tmp_path)
+    result = run_experiment(experiment)
+    assert (result.step, result.best_step) == (1, 1)
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first.get("train/alpha") == (0.5 if name == "alpha_schedule" else None)
+    assert load_config(tmp_path / "run").rationales == experiment.rationales
+    with pytest.raises(UserError, match="the run of another experiment"):
+        run_experiment(small(plain, tmp_path))
+
+
+def test_a_vocabulary_that_leaves_no_id_to_start_from_is_an_error(small_root, tmp_path):
+    files = ["recipes/cqa_step_by_step.gin", "variants/one_encoder_pass.gin"]
+    experiment = small(parse_gin(files, [f"DATA_ROOT={small_root}", "VOCABULARY=bytes"]), tmp_path)
+    full = dataclasses.replace(experiment, student=tiny_config(vocab_size=259))
+    message = r"starts from the id 259 past the vocabulary, and the student has 259 embeddings"
+    with pytest.raises(UserError, match=message):
+        run_experiment(full)
+    # A mixture of one task has nothing to tell apart.
+    assert run_experiment(dataclasses.replace(full, mixture="cqa_finetune")).step == 1
 
 
 def test_a_run_keeps_its_whole_configuration(tmp_path):
@@ -95,6 +161,9 @@ def test_user_gin_files_are_found_in_search_paths(tmp_path):
     ("flag", "message"),
     [
         ("ALPHA=1.5", "ALPHA must be in"),
+        ("ALPHA_END=-1", "ALPHA_END must be in"),
+        ("RationaleConfig.min_agreement=60", "RationaleConfig.min_agreement must be in"),
+        ("RationaleConfig.max_words=0", "RationaleConfig.max_words must be at least 1"),
         ("TRAIN_FRACTION=0", "TRAIN_FRACTION must be in"),
         ("TASK_FEATURE_LENGTHS={'inputs': 8}", "TASK_FEATURE_LENGTHS must be"),
         (
@@ -118,3 +187,9 @@ def test_user_gin_files_are_found_in_search_paths(tmp_path):
 def test_values_out_of_range(flag, message):
     with pytest.raises(UserError, match=message):
         parse_gin([], [flag])
+
+
+@pytest.mark.parametrize("flag", ["ALPHA_END=0.9", "DataConfig.one_encoder_pass=True"])
+def test_what_only_pairs_can_do_is_refused_of_sampled_sequences(flag):
+    with pytest.raises(UserError, match=r"needs DataConfig.batches 'paired'"):
+        parse_gin([], ["DataConfig.batches=sampled", flag])

@@ -14,7 +14,7 @@ from dss.config import gin_root, parse_gin
 from dss.data.batches import Batches, paired_order
 from dss.data.typical import typical_store
 from dss.errors import UserError
-from dss.experiment import Experiment
+from dss.experiment import DataConfig, Experiment
 from dss.plan import _wanted, abstract_batch, plan
 from dss.student.network import num_parameters
 from dss.training.mesh import MeshConfig, make_mesh
@@ -76,16 +76,32 @@ def test_every_student_compiles_on_eight_devices(student):
     assert found.fits
 
 
+@pytest.mark.parametrize("starts", [None, (0, 9)], ids=["apart", "one encoder pass"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_abstract_batch_is_a_batch(packed):
+def test_the_abstract_batch_is_a_batch(packed, starts):
     mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
     store = typical_store(384)
-    batches = Batches(store, paired_order(store, 8, 0), num_steps=3, packed=packed, groups=2)
+    order = paired_order(store, 8, 0)
+    batches = Batches(store, order, num_steps=3, packed=packed, groups=2, starts=starts)
     abstract = abstract_batch(batches, mesh)
     real = [batches[step] for step in range(3)]
     shapes = [{name: array.shape for name, array in batch.items()} for batch in real]
     assert {name: array.shape for name, array in abstract.items()} in shapes
     assert all(array.dtype == "int32" for batch in real for array in batch.values())
+
+
+def test_one_encoder_pass_takes_less(chip):
+    chip(40e6)
+    once = DataConfig(one_encoder_pass=True)
+    apart, together = (
+        plan(tiny(batch_size=32, **options), "toy", largest=False)
+        for options in ({}, {"data": once})
+    )
+    assert together.work.input_tokens == pytest.approx(apart.work.input_tokens / 2)
+    assert together.work.target_tokens == apart.work.target_tokens
+    for name in ("useful", "computed"):
+        assert getattr(together.work, name) < 0.8 * getattr(apart.work, name)
+    assert together.memory.temporary < apart.memory.temporary
 
 
 def test_the_largest_batch_fits_and_uses_what_is_there(chip):

@@ -9,17 +9,18 @@ class Writer:
     """Stands for a student: it writes the same text for every input and keeps what it read."""
 
     def __init__(self, text: str):
-        self.text, self.read = text, []
+        self.text, self.read, self.started = text, [], []
         self.vocabulary = self
         self.decoding = self
-        self.rationale_length = 16
+        self.rationale_length, self.size = 16, 100
 
     def encode(self, text):
         self.read.append(text)
         return []
 
-    def generate(self, inputs, *, max_length):
+    def generate(self, inputs, *, max_length, start):
         assert max_length == self.rationale_length
+        self.started.append(start)
         return [self.text] * len(inputs)
 
 
@@ -31,6 +32,15 @@ def test_a_rationale_is_asked_for_as_it_was_learnt(toy):
         student = Writer(written)
         assert explain(student, get_mixture(mixture), ["is 2 good"], 64) == ["2 is 2 mod 3"]
         assert student.read == [asked]
+
+
+def test_a_rationale_is_asked_for_by_the_start_where_the_input_is_shared(toy):
+    student = Writer("2 is 2 mod 3")
+    for shared in (False, True):
+        mixture = get_mixture("toy_step_by_step_rules", one_input=shared)
+        assert explain(student, mixture, ["is 2 good"], 64) == ["2 is 2 mod 3"]
+    assert student.read == ["explain: is 2 good", "predict: is 2 good"]
+    assert student.started == [0, 100]
 
 
 def test_who_learnt_no_rationales_cannot_explain(toy):

@@ -48,10 +48,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if experiment.teacher is not None:
         name = with_teacher(name, experiment.teacher)
-    mixture = get_mixture(name, experiment.alpha)
+    mixture = get_mixture(name, experiment.alpha, one_input=experiment.data.one_encoder_pass)
     console.print(f"[bold]{mixture.name}[/bold]")
     _print_sources(console, mixture)
     _print_counts(console, mixture, experiment)
+    _print_rationales(console, mixture, experiment)
     if experiment.vocabulary is None:
         console.print("lengths, packed fill, examples: give --gin.VOCABULARY=FILE to see them")
         return 0
@@ -73,6 +74,7 @@ def _print_sources(console: "Console", mixture: "Mixture") -> None:
     wrote = {"label": "label", "rationale": "rationale", "rationale_then_label": "both in one"}
     for task, rate in zip(mixture.tasks, mixture.rates, strict=True):
         what = f"{task.prefix}x -> {wrote[task.kind]} of {task.teacher or 'gold'}"
+        what += ", as the decoder is told" if task.mark else ""
         table.add_row(task.name, what, f"{rate:g}")
     console.print(table)
     teachers = {task.teacher for task in mixture.tasks}
@@ -119,11 +121,40 @@ def _print_counts(console: "Console", mixture: "Mixture", experiment: "Experimen
     console.print(table)
 
 
+def _print_rationales(console: "Console", mixture: "Mixture", experiment: "Experiment") -> None:
+    """Prints which rationales are trained on, where the experiment says that not all are."""
+    from dss.data.rationales import ALL_RATIONALES
+    from dss.data.statistics import measure_rationales
+
+    config = experiment.rationales
+    teachers = {task.teacher for task in mixture.tasks if task.kind != "label" and task.teacher}
+    if config == ALL_RATIONALES or not mixture.dataset.has("train"):
+        return
+    for teacher in sorted(t for t in teachers if mixture.dataset.has("train", t)):
+        found = measure_rationales(
+            mixture.dataset,
+            teacher,
+            config,
+            fraction=experiment.data.fraction,
+            seed=experiment.seed,
+        )
+        left = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
+        console.print(
+            f"  {teacher}: {found.rationales} rationales for {found.examples} training examples; "
+            f"left out: {left or 'none'}\n",
+            markup=False,
+        )
+
+
 def _rows(task: "Task", split: str, experiment: "Experiment") -> "list[TextRow]":
     """Returns the rows that the experiment would read."""
     data = experiment.data
     return task.rows(
-        split, fraction=data.fraction, seed=experiment.seed, keep_unparsed=data.keep_unparsed
+        split,
+        fraction=data.fraction,
+        seed=experiment.seed,
+        keep_unparsed=data.keep_unparsed,
+        rationales=experiment.rationales,
     )
 
 
@@ -172,7 +203,8 @@ def _print_batches(
 
     experiment = dataclasses.replace(experiment, mixture=mixture.name, teacher=None)
     store = training_store(experiment)
-    batches = training_batches(experiment, mixture, store, experiment.microbatches)
+    starts = mixture.start_ids(vocabulary)
+    batches = training_batches(experiment, mixture, store, experiment.microbatches, starts)
     kind = "packed" if batches.packed else "unpacked"
     table = make_table(
         f"{kind} batches of {experiment.batch_size} examples",

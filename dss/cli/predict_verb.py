@@ -55,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
     """Writes one JSON line an input: id, input, label and, if asked for, rationale."""
     import itertools
 
-    from dss.data.tasks import get_mixture
     from dss.errors import UserError
     from dss.runs import explain, label, use_data
     from dss.training.processes import is_leader
@@ -63,10 +62,8 @@ def run(args: argparse.Namespace) -> int:
     prepare_jax()
     found = open_run(args)
     experiment = found.experiment
-    if experiment.mixture is None:
-        raise UserError(f"{found.folder}: no mixture; say with --mixture what the student predicts")
     use_data(experiment.data, must_exist=False)
-    mixture = get_mixture(experiment.mixture, experiment.alpha)
+    mixture = found.mixture()
     if (
         args.output
         and args.output.exists()

@@ -18,12 +18,19 @@ group, `predict: a` -> `x` and `explain: b` -> `y z`, look so (1 is EOS, 0 paddi
                                        (0 1 2 3 4 5 6 7); N for none
 
 Unpacked, every group is one sequence and its own row, and there are no rows.
+
+Where the views of an example have one input, that is encoded once: the input and all its targets
+take the place of a sequence above. Each target is a segment of its own and starts from its task's
+id, and one more array says what it reads:
+
+    decoder_reads          [G, M]   the encoder's segment that each target slot attends to
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,6 +41,7 @@ __all__ = [
     "Batch",
     "Batches",
     "Order",
+    "Sequences",
     "fill",
     "iterate",
     "paired_order",
@@ -48,19 +56,33 @@ SAMPLE_STEPS = 32  # batches looked at to choose the width of rows
 CHUNK_STEPS = 1024  # batches laid out together, to see what they need
 
 
+class Sequences(NamedTuple):
+    """The sequences of a step, [n] each.
+
+    Attributes:
+      tasks: of the store.
+      rows: of the task.
+      examples: which of the step's examples each is a view of, from 0 on, ascending.
+    """
+
+    tasks: np.ndarray
+    rows: np.ndarray
+    examples: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Order:
     """Which sequences each step has.
 
     Attributes:
-      draw: maps a step to their tasks and their rows, [N] each.
+      draw: maps a step to them.
       most: no step has more of them.
     """
 
-    draw: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    draw: Callable[[int], Sequences]
     most: int
 
-    def __call__(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, step: int) -> Sequences:
         """Returns the sequences of a step."""
         return self.draw(step)
 
@@ -70,29 +92,40 @@ def _permutation(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, stream)).permutation(n)
 
 
-def _shuffled(n: int, positions: np.ndarray, seed: int, stream: int = 0) -> np.ndarray:
-    """Returns the items at some positions of the endless stream of reshuffled epochs."""
+def _shuffled(
+    n: int, positions: np.ndarray, seed: int, stream: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the items at some positions of the endless stream of reshuffled epochs, and these."""
     epochs, offsets = np.divmod(positions, n)
     out = np.empty(len(positions), np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
         out[here] = _permutation(n, seed, int(epoch), stream)[offsets[here]]
-    return out
+    return out, epochs
 
 
-def views(store: TokenStore, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the sequences of some examples: every view that each of them has."""
-    rows = store.rows[examples]
-    which, tasks = np.nonzero(rows >= 0)
-    return tasks, rows[which, tasks]
+def views(store: TokenStore, examples: np.ndarray, epochs: np.ndarray) -> Sequences:
+    """Returns the sequences of some examples: every view that each of them has.
+
+    Of several rationales the first is that of epoch 0, the second of epoch 1, and so on, in turn.
+
+    Args:
+      store: the tokens.
+      examples: [E].
+      epochs: the epoch that each is drawn in, [E].
+    """
+    first, counts = store.rows[examples], store.counts[examples]
+    which, tasks = np.nonzero(counts)
+    rows = first[which, tasks] + epochs[which] % counts[which, tasks]
+    return Sequences(tasks, rows, which)
 
 
 def paired_order(store: TokenStore, batch_size: int, seed: int) -> Order:
     """Returns the reference's order: `batch_size` examples a step, each in all its views."""
 
-    def order(step: int) -> tuple[np.ndarray, np.ndarray]:
+    def order(step: int) -> Sequences:
         positions = step * batch_size + np.arange(batch_size)
-        return views(store, _shuffled(len(store), positions, seed))
+        return views(store, *_shuffled(len(store), positions, seed))
 
     return Order(order, batch_size * len(store.tasks))
 
@@ -100,9 +133,10 @@ def paired_order(store: TokenStore, batch_size: int, seed: int) -> Order:
 def sequential_order(store: TokenStore, batch_size: int) -> Order:
     """Returns the order of evaluation: every example once, in the store's order."""
 
-    def order(step: int) -> tuple[np.ndarray, np.ndarray]:
+    def order(step: int) -> Sequences:
         start = step * batch_size
-        return views(store, np.arange(start, min(start + batch_size, len(store))))
+        examples = np.arange(start, min(start + batch_size, len(store)))
+        return views(store, examples, np.zeros_like(examples))
 
     return Order(order, batch_size * len(store.tasks))
 
@@ -123,14 +157,24 @@ def sampled_order(store: TokenStore, batch_size: int, seed: int, rates: tuple[fl
             left -= counts[-1]
         return counts
 
-    def order(step: int) -> tuple[np.ndarray, np.ndarray]:
+    # Of each task its examples, as they follow each other: their first rows, and how many rows.
+    firsts, counts = [], []
+    for k in range(len(store.tasks)):
+        there = np.flatnonzero(store.counts[:, k])
+        there = there[np.argsort(store.rows[there, k])]
+        firsts.append(store.rows[there, k])
+        counts.append(store.counts[there, k])
+
+    def order(step: int) -> Sequences:
         begin, end = given(step), given(step + 1)
         tasks, rows = [], []
-        for k, task in enumerate(store.tasks):
+        for k in range(len(store.tasks)):
             positions = np.arange(begin[k], end[k])
+            items, epochs = _shuffled(len(firsts[k]), positions, seed, stream=k + 1)
             tasks.append(np.full(len(positions), k))
-            rows.append(_shuffled(len(task.inputs), positions, seed, stream=k + 1))
-        return np.concatenate(tasks), np.concatenate(rows)
+            rows.append(firsts[k][items] + epochs % counts[k][items])
+        total = sum(map(len, rows))
+        return Sequences(np.concatenate(tasks), np.concatenate(rows), np.arange(total))
 
     return Order(order, batch_size)
 
@@ -150,6 +194,10 @@ class Batches:
       num_steps: how many steps there are; indices go from 0 to below it.
       packed: sequences in flat slots; or each in a row of its own, padded to the longest.
       groups: G, among which the sequences are dealt (data shards x microbatches).
+      starts: where the views of an example have one input, the id that each task's outputs start
+        from, [K]; None where each has its own, and all start from 0.
+
+    What is packed, an item below, is a sequence or, where views have one input, an example.
 
     Attributes:
       widths: of attention's rows; None if unpacked.
@@ -165,17 +213,20 @@ class Batches:
         num_steps: int,
         packed: bool = True,
         groups: int = 1,
+        starts: tuple[int, ...] | None = None,
     ):
         self.store, self.order, self.num_steps, self.packed = store, order, num_steps, packed
-        self.groups = groups
+        self.groups, self.starts = groups, starts
         self._lengths = [(task.inputs.lengths, task.targets.lengths) for task in store.tasks]
+        self._most = order.most if starts is None else -(-order.most // len(store.tasks))
+        longest = store.longest if starts is None else store.longest_together
         self.widths: RowWidths | None = None
         if not packed:
-            rows = -(-order.most // groups) * groups
-            self.shapes: tuple[PackedShape, ...] = (PackedShape(*store.longest, rows, rows),)
+            rows = -(-self._most // groups) * groups
+            self.shapes: tuple[PackedShape, ...] = (PackedShape(*longest, rows, rows),)
             return
         sample = self._dealt(range(min(num_steps, SAMPLE_STEPS)))[0]
-        self.widths = choose_widths(sample, store.longest)
+        self.widths = choose_widths(sample, longest)
         chunks = range(0, num_steps, CHUNK_STEPS)
         needed = [self._needed(range(s, min(s + CHUNK_STEPS, num_steps))) for s in chunks]
         self.shapes = choose_shapes(np.concatenate(needed))
@@ -183,27 +234,39 @@ class Batches:
     def __len__(self) -> int:
         return self.num_steps
 
-    def _sequences(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns the tasks [n], rows [n] and lengths [n, 2] of a step's sequences."""
-        tasks, rows = self.order(step)
+    def lengths(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns what a step encodes and decodes.
+
+        Returns:
+          The lengths of its inputs [i] and of its targets [n], in tokens, and which input each
+          target reads [n].
+        """
+        _, _, lengths, items = self._sequences(step)
+        opens = np.diff(items, prepend=-1) != 0
+        return lengths[opens, 0], lengths[:, 1], items
+
+    def _sequences(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the tasks, rows, lengths [n, 2] and items of a step's n sequences."""
+        tasks, rows, examples = self.order(step)
         lengths = np.empty((len(tasks), 2), np.int64)
         for k, (inputs, targets) in enumerate(self._lengths):
             here = tasks == k
             lengths[here] = np.stack([inputs[rows[here]], targets[rows[here]]], axis=1)
-        return tasks, rows, lengths
+        return tasks, rows, lengths, np.arange(len(tasks)) if self.starts is None else examples
 
     def _dealt(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the sequences of some steps, dealt among the groups.
+        """Returns the items of some steps, dealt among the groups.
 
         Returns:
-          Lengths [steps * G, n, 2], 0 where a group has fewer than n sequences, and which sequence
-          of its step each is [steps * G, n], -1 for none.
+          Lengths [steps * G, n, 2], 0 where a group has fewer than n items, and which item of its
+          step each is [steps * G, n], -1 for none.
         """
-        most, G = self.order.most, self.groups
+        most, G = self._most, self.groups
         lengths = np.zeros((len(steps), most, 2), np.int64)
         for i, step in enumerate(steps):
-            found = self._sequences(step)[2]
-            lengths[i, : len(found)] = found
+            inputs, targets, items = self.lengths(step)
+            lengths[i, : len(inputs), 0] = inputs
+            np.add.at(lengths[i, :, 1], items, targets)
         group = deal(lengths, G)
         # In each group the order drawn is kept; a stable sort by group brings it together.
         order = np.argsort(group, axis=1, kind="stable")
@@ -219,7 +282,7 @@ class Batches:
         return np.where(there[:, :, None], dealt, 0), np.where(there, which, -1)
 
     def _rows(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns each sequence's row of the encoder and of the decoder, [X, n] each."""
+        """Returns each item's row of the encoder and of the decoder, [X, n] each."""
         widths = self.widths
         assert widths is not None
         encoder = next_fit(lengths[..., :1], (widths.inputs,))
@@ -235,12 +298,11 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
-        tasks, rows, lengths = self._sequences(step)
-        n = len(tasks)
+        n = len(self.lengths(step)[0])
         if not self.packed:
             shape, G = self.shapes[0], self.shapes[0].input_rows
             group, segment, starts = np.arange(n), np.ones(n, int), np.zeros((n, 2), int)
-            return self._tokens(tasks, rows, lengths, shape, G, group, segment, starts)
+            return self._tokens(step, shape, G, group, segment, starts)
         dealt, which = self._dealt(range(step, step + 1))
         need = self._needed(range(step, step + 1))[0]
         shape = next(s for s in self.shapes if (need <= dataclasses.astuple(s)).all())
@@ -251,7 +313,7 @@ class Batches:
         before = np.cumsum(dealt, axis=1) - dealt
         starts = np.empty((n, 2), np.int64)
         starts[which[at]] = before[at]
-        batch = self._tokens(tasks, rows, lengths, shape, self.groups, group, segment + 1, starts)
+        batch = self._tokens(step, shape, self.groups, group, segment + 1, starts)
 
         encoder, decoder = self._rows(dealt)
         widths = self.widths
@@ -265,7 +327,7 @@ class Batches:
             empty = (shape.inputs, shape.targets)[side]
             table = np.full((self.groups, num_rows, width), empty, np.int32)
             row, first, size = row[at], before[..., side][at], dealt[..., side][at]
-            # A row begins where its first sequence does, and that is where its slots begin.
+            # A row begins where its first item does, and that is where its slots begin.
             key = np.nonzero(at)[0] * num_rows + row
             opens = np.diff(key, prepend=-1) != 0
             row_start = first[opens][np.cumsum(opens) - 1]
@@ -276,38 +338,56 @@ class Batches:
 
     def _tokens(
         self,
-        tasks: np.ndarray,
-        rows: np.ndarray,
-        lengths: np.ndarray,
+        step: int,
         shape: PackedShape,
         groups: int,
         group: np.ndarray,
         segment: np.ndarray,
-        starts: np.ndarray,
+        first: np.ndarray,
     ) -> Batch:
-        """Returns the arrays of tokens, the n sequences at their groups and first slots [n, 2]."""
-        N, M = shape.inputs, shape.targets
+        """Returns the arrays of tokens of a step.
+
+        Args:
+          step: which.
+          shape: of a group.
+          groups: how many.
+          group: of each item, [i].
+          segment: its number there, from 1 on, [i].
+          first: its first slots, [i, 2].
+        """
+        N, M, K = shape.inputs, shape.targets, len(self.store.tasks)
         names = ("target_tokens", "input_tokens", "segment_ids", "task_ids")
         batch = {f"encoder_{name}": np.zeros((groups, N), np.int32) for name in names[1:3]}
         batch |= {f"decoder_{name}": np.zeros((groups, M), np.int32) for name in names}
+        tasks, rows, lengths, items = self._sequences(step)
+        opens = np.diff(items, prepend=-1) != 0  # the sequence that has its item's input
+        own = segment[items]  # the number of each target's segment
+        if self.starts is not None:
+            batch["decoder_reads"] = np.zeros((groups, M), np.int32)
+            own = (own - 1) * K + tasks + 1
+        before = np.cumsum(lengths[:, 1]) - lengths[:, 1]
+        before -= before[opens][np.cumsum(opens) - 1]  # targets of the item that come earlier
         flat = {name: array.reshape(-1) for name, array in batch.items()}
         for k, task in enumerate(self.store.tasks):
-            here = tasks == k
-            sizes = lengths[here, 0]
-            to = _slots(group[here] * N + starts[here, 0], sizes)
+            here = (tasks == k) & opens
+            sizes, item = lengths[here, 0], items[here]
+            to = _slots(group[item] * N + first[item, 0], sizes)
             tokens = task.inputs.tokens[_slots(task.inputs.offsets[rows[here]], sizes)]
             flat["encoder_input_tokens"][to] = tokens
-            flat["encoder_segment_ids"][to] = np.repeat(segment[here], sizes)
+            flat["encoder_segment_ids"][to] = np.repeat(segment[item], sizes)
 
-            sizes = lengths[here, 1]
-            to = _slots(group[here] * M + starts[here, 1], sizes)
+            here = tasks == k
+            sizes, item = lengths[here, 1], items[here]
+            to = _slots(group[item] * M + first[item, 1] + before[here], sizes)
             tokens = task.targets.tokens[_slots(task.targets.offsets[rows[here]], sizes)]
             flat["decoder_target_tokens"][to] = tokens
             shifted = np.roll(tokens, 1)
-            shifted[np.cumsum(sizes) - sizes] = 0
+            shifted[np.cumsum(sizes) - sizes] = 0 if self.starts is None else self.starts[k]
             flat["decoder_input_tokens"][to] = shifted
-            flat["decoder_segment_ids"][to] = np.repeat(segment[here], sizes)
+            flat["decoder_segment_ids"][to] = np.repeat(own[here], sizes)
             flat["decoder_task_ids"][to] = k + 1
+            if self.starts is not None:
+                flat["decoder_reads"][to] = np.repeat(segment[item], sizes)
         return batch
 
 

@@ -1,8 +1,8 @@
 """Examples and teacher outputs, and the JSON-lines files that hold them.
 
 A line of examples is `{"id": ..., "input": ..., "label": ...}`; a line of a teacher's journal is
-`{"id": ..., "rationale": ..., "label": ..., "raw": ..., "status": ...}`. Only `input`, and in a
-journal `id`, must be there.
+`{"id": ..., "rationale": ..., "label": ..., "raw": ..., "status": ...}`, with `vote` and `samples`
+where the teacher was asked several times. Only `input`, and in a journal `id`, must be there.
 """
 
 import dataclasses
@@ -51,6 +51,9 @@ class TeacherOutput:
       teacher: the teacher's name.
       raw: the text as the teacher wrote it.
       status: "ok", "unparsed" (rationale or label is missing), "refused" or "error".
+      agreement: the share of the teacher's samples that have the label, in [0, 1]; None where it
+        was asked once.
+      samples: all that it wrote where it was asked several times, in that order.
     """
 
     id: str
@@ -59,6 +62,8 @@ class TeacherOutput:
     teacher: str
     raw: str
     status: str
+    agreement: float | None = None
+    samples: "tuple[TeacherOutput, ...]" = ()
 
     @property
     def has_rationale(self) -> bool:
@@ -188,16 +193,36 @@ def read_teacher_outputs(path: epath.Path, teacher: str) -> list[TeacherOutput]:
     """Returns the outputs of a teacher's journal; of several for an example the last counts.
 
     Raises:
-      UserError: see `read_json_lines`; a missing id or an unknown status.
+      UserError: see `read_json_lines`; a missing id, an unknown status, or a vote or samples that
+        are none.
     """
     out: dict[str, TeacherOutput] = {}
     for where, value in read_json_lines(path):
         id_ = _text(where, value, "id")
-        rationale = _text(where, value, "rationale", "")
-        label = None if value.get("label") is None else _text(where, value, "label")
-        status = _text(where, value, "status", parsed_status(rationale, label))
-        if status not in STATUSES:
-            raise UserError(f"{where}: status {status!r} is none of {', '.join(STATUSES)}")
-        raw = _text(where, value, "raw", "")
-        out[id_] = TeacherOutput(id_, rationale, label, teacher, raw, status)
+        samples = value.get("samples") or []
+        if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
+            raise UserError(f"{where}: 'samples' is no list of JSON objects")
+        out[id_] = dataclasses.replace(
+            _teacher_output(where, value, id_, teacher),
+            agreement=_share(where, value, "vote"),
+            samples=tuple(_teacher_output(where, sample, id_, teacher) for sample in samples),
+        )
     return list(out.values())
+
+
+def _teacher_output(where: str, value: dict[str, Any], id_: str, teacher: str) -> TeacherOutput:
+    rationale = _text(where, value, "rationale", "")
+    label = None if value.get("label") is None else _text(where, value, "label")
+    status = _text(where, value, "status", parsed_status(rationale, label))
+    if status not in STATUSES:
+        raise UserError(f"{where}: status {status!r} is none of {', '.join(STATUSES)}")
+    return TeacherOutput(id_, rationale, label, teacher, _text(where, value, "raw", ""), status)
+
+
+def _share(where: str, value: dict[str, Any], key: str) -> float | None:
+    share = value.get(key)
+    if share is None:
+        return None
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise UserError(f"{where}: {key!r} is {share!r}; it should be a share between 0 and 1")
+    return float(share)

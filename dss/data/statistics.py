@@ -7,11 +7,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from dss.data.examples import STATUSES
+from dss.data.rationales import REASONS, RationaleConfig, choose_rationales
 from dss.data.registry import Dataset
 from dss.data.tasks import TextRow
 from dss.data.vocabulary import Vocabulary
 
-__all__ = ["Lengths", "SplitStatistics", "TeacherStatistics", "measure_lengths", "measure_split"]
+__all__ = [
+    "Lengths",
+    "RationaleStatistics",
+    "SplitStatistics",
+    "TeacherStatistics",
+    "measure_lengths",
+    "measure_rationales",
+    "measure_split",
+]
 
 PERCENTILES = (50, 90, 99, 100)
 
@@ -80,6 +89,50 @@ def measure_split(
         ordered = {s: statuses[s] for s in (*STATUSES, "missing") if statuses[s]}
         found[teacher] = TeacherStatistics(ordered, len(verdicts), sum(verdicts))
     return SplitStatistics(len(examples), sum(e.label is not None for e in examples), found)
+
+
+@dataclasses.dataclass(frozen=True)
+class RationaleStatistics:
+    """Which of a teacher's rationales are trained on.
+
+    Attributes:
+      rationales: how many.
+      examples: how many training examples have one or more of them.
+      left_out: how many examples have none, by the reason.
+    """
+
+    rationales: int
+    examples: int
+    left_out: dict[str, int]
+
+
+def measure_rationales(
+    dataset: Dataset,
+    teacher: str,
+    config: RationaleConfig,
+    *,
+    fraction: float = 1.0,
+    seed: int = 0,
+) -> RationaleStatistics:
+    """Returns which rationales of the training split are trained on.
+
+    Args:
+      dataset: which.
+      teacher: who wrote them.
+      config: says which.
+      fraction: of the training examples; see `Dataset.examples`.
+      seed: of the subsample.
+
+    Raises:
+      UserError: see `Dataset.examples` and `choose_rationales`.
+    """
+    examples = dataset.examples("train", fraction=fraction, seed=seed)
+    outputs = dataset.outputs("train", teacher)
+    choices = choose_rationales(config, examples, outputs, dataset.is_right).values()
+    reasons = collections.Counter(choice.reason for choice in choices)
+    kept = [len(choice.rationales) for choice in choices if choice.reason is None]
+    left_out = {reason: reasons[reason] for reason in REASONS if reasons[reason]}
+    return RationaleStatistics(sum(kept), len(kept), left_out)
 
 
 @dataclasses.dataclass(frozen=True)

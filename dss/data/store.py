@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dss.data.rationales import ALL_RATIONALES, RationaleConfig
 from dss.data.registry import get_dataset
 from dss.data.tasks import Mixture, TextRow
 from dss.data.vocabulary import Vocabulary, encode_example
@@ -23,7 +24,7 @@ from dss.errors import UserError
 
 __all__ = ["Ragged", "TaskTokens", "TokenStore", "cache_dir", "open_store", "tokenize"]
 
-FORMAT = 2  # part of the key: raise it when the arrays change their meaning
+FORMAT = 3  # part of the key: raise it when the arrays change their meaning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +70,14 @@ class TokenStore:
       tasks: one `TaskTokens` a task, in the mixture's order.
       rows: [N examples, K tasks] int32, the row of each example in each task, -1 where the task
         has none (an unparsed rationale, a missing label).
+      counts: [N, K] int32, how many rows a task has of an example, from that one on: several
+        rationales are trained on in turn.
       ids: the examples' ids, N of them.
     """
 
     tasks: tuple[TaskTokens, ...]
     rows: np.ndarray
+    counts: np.ndarray
     ids: tuple[str, ...]
 
     def __len__(self) -> int:
@@ -82,15 +86,27 @@ class TokenStore:
     @property
     def longest(self) -> tuple[int, int]:
         """The longest input and the longest target, in tokens."""
+        inputs, targets = self._longest_of_tasks
+        return max(inputs), max(targets)
+
+    @property
+    def longest_together(self) -> tuple[int, int]:
+        """The longest input, and the most that an example's targets may be together, in tokens."""
+        inputs, targets = self._longest_of_tasks
+        return max(inputs), sum(targets)
+
+    @property
+    def _longest_of_tasks(self) -> tuple[list[int], list[int]]:
         return (
-            max(int(t.inputs.lengths.max(initial=1)) for t in self.tasks),
-            max(int(t.targets.lengths.max(initial=1)) for t in self.tasks),
+            [int(t.inputs.lengths.max(initial=1)) for t in self.tasks],
+            [int(t.targets.lengths.max(initial=1)) for t in self.tasks],
         )
 
     def ids_of(self, tasks: np.ndarray, rows: np.ndarray) -> list[str]:
         """Returns the ids of the examples of some sequences, each once."""
         pairs = zip(tasks, rows, strict=True)
-        found = [int(np.flatnonzero(self.rows[:, k] == row)[0]) for k, row in pairs]
+        first, end = self.rows, self.rows + self.counts
+        found = [np.flatnonzero((first[:, k] <= r) & (r < end[:, k]))[0] for k, r in pairs]
         return [self.ids[i] for i in dict.fromkeys(found)]
 
     def save(self, path: Path) -> None:
@@ -105,6 +121,7 @@ class TokenStore:
                     np.save(folder / f"{k}-{side}-tokens.npy", ragged.tokens)
                     np.save(folder / f"{k}-{side}-offsets.npy", ragged.offsets)
             np.save(folder / "rows.npy", self.rows)
+            np.save(folder / "counts.npy", self.counts)
             (folder / "ids.json").write_text(json.dumps(self.ids), encoding="utf-8")
             try:
                 os.rename(folder, path)
@@ -124,7 +141,8 @@ class TokenStore:
         tasks = tuple(
             TaskTokens(ragged(f"{k}-inputs"), ragged(f"{k}-targets")) for k in range(rows.shape[1])
         )
-        return cls(tasks, rows, tuple(json.loads((path / "ids.json").read_text("utf-8"))))
+        ids = tuple(json.loads((path / "ids.json").read_text("utf-8")))
+        return cls(tasks, rows, np.load(path / "counts.npy"), ids)
 
 
 def tokenize(
@@ -137,7 +155,7 @@ def tokenize(
     """Returns the store of some tasks' text rows, joined over tasks by the rows' ids.
 
     Args:
-      rows_by_task: the rows of each task; an example has at most one row in a task.
+      rows_by_task: the rows of each task; those of one example follow each other.
       vocabulary: how text becomes ids.
       inputs_length: longest input in tokens, EOS counted; longer ones are cut.
       targets_length: the same for targets.
@@ -147,17 +165,20 @@ def tokenize(
         for row in rows:
             index.setdefault(row.id, len(index))
     table = np.full((len(index), len(rows_by_task)), -1, np.int32)
+    counts = np.zeros_like(table)
     tasks = []
     for k, rows in enumerate(rows_by_task):
         for i, row in enumerate(rows):
-            table[index[row.id], k] = i
+            at = index[row.id], k
+            table[at] = i - counts[at]
+            counts[at] += 1
         tasks.append(
             TaskTokens(
                 Ragged.of([encode_example(vocabulary, r.inputs, inputs_length) for r in rows]),
                 Ragged.of([encode_example(vocabulary, r.targets, targets_length) for r in rows]),
             )
         )
-    return TokenStore(tuple(tasks), table, tuple(index))
+    return TokenStore(tuple(tasks), table, counts, tuple(index))
 
 
 def cache_dir() -> Path:
@@ -190,6 +211,7 @@ def open_store(
     fraction: float = 1.0,
     seed: int = 0,
     keep_unparsed: bool = False,
+    rationales: RationaleConfig = ALL_RATIONALES,
 ) -> TokenStore:
     """Returns the store of a mixture's split, from the cache where data and settings are the same.
 
@@ -202,15 +224,17 @@ def open_store(
       fraction: the part of the training examples to use, (0, 1].
       seed: of the subsample.
       keep_unparsed: train on blanks where the teacher's text was not parsed, as the reference does.
+      rationales: which ones of the training split.
 
     Raises:
       UserError: a missing or malformed file, or a split without rows.
     """
     options: dict[str, Any] = {"fraction": fraction, "seed": seed, "keep_unparsed": keep_unparsed}
-    key = _key(mixture, split, vocabulary, (inputs_length, targets_length), options)
+    settings = options | dataclasses.asdict(rationales)
+    key = _key(mixture, split, vocabulary, (inputs_length, targets_length), settings)
     path = cache_dir() / "tokens" / f"{mixture.name}-{split}-{key}"
     if not path.is_dir():
-        rows = [task.rows(split, **options) for task in mixture.tasks]
+        rows = [task.rows(split, **options, rationales=rationales) for task in mixture.tasks]
         for task, task_rows in zip(mixture.tasks, rows, strict=True):
             # A validation set without rationales still shows the label's loss.
             if not task_rows and (split == "train" or not any(rows)):

@@ -18,7 +18,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+from dss.data.rationales import ALL_RATIONALES, RationaleConfig, choose_rationales
 from dss.data.registry import Dataset, dataset_names, get_dataset
+from dss.data.vocabulary import Vocabulary
 from dss.errors import UserError, unknown_name
 
 __all__ = [
@@ -76,11 +78,15 @@ class Task:
       dataset: its name.
       kind: what the target is.
       teacher: who wrote the rationale or, for a label, the label; None for the gold label.
+      mark: where the views of an example have one input, and so the decoder is told the task: how
+        many ids past the vocabulary the one lies that its output starts from; 0 for T5's own
+        start.
     """
 
     dataset: str
     kind: Kind
     teacher: str | None
+    mark: int = 0
 
     @property
     def name(self) -> str:
@@ -90,16 +96,28 @@ class Task:
     @property
     def prefix(self) -> str:
         """What stands before the input."""
-        return EXPLAIN if self.kind == "rationale" else PREDICT
+        return EXPLAIN if self.kind == "rationale" and not self.mark else PREDICT
+
+    def start_id(self, vocabulary: Vocabulary) -> int:
+        """Returns the id that the decoder starts from; T5's sentinels lie past the vocabulary."""
+        return vocabulary.size + self.mark - 1 if self.mark else 0
 
     def has(self, split: str) -> bool:
         """Returns whether the files that the task needs for a split are there."""
         return get_dataset(self.dataset).has(split, self.teacher)
 
     def rows(
-        self, split: str, *, fraction: float = 1.0, seed: int = 0, keep_unparsed: bool = False
+        self,
+        split: str,
+        *,
+        fraction: float = 1.0,
+        seed: int = 0,
+        keep_unparsed: bool = False,
+        rationales: RationaleConfig = ALL_RATIONALES,
     ) -> list[TextRow]:
         """Returns the task's rows of a split, in the order of the examples.
+
+        An example has at most one, but for several rationales, which follow each other.
 
         Args:
           split: "train", "valid" or "test".
@@ -107,9 +125,10 @@ class Task:
           seed: see `Dataset.examples`.
           keep_unparsed: also the rows whose target the teacher's text did not give, with the blank
             that parsing left, as the reference trains on them.
+          rationales: which ones of the training split; other splits have the teacher's own choice.
 
         Raises:
-          UserError: see `Dataset.examples`.
+          UserError: see `Dataset.examples` and `choose_rationales`.
         """
         dataset = get_dataset(self.dataset)
         examples = dataset.examples(split, fraction=fraction, seed=seed)
@@ -117,20 +136,28 @@ class Task:
             labelled = [(e, e.label) for e in examples if e.label is not None]
             return [TextRow(e.id, self.prefix + e.input, label) for e, label in labelled]
         outputs = dataset.outputs(split, self.teacher)
+        config = rationales if split == "train" else ALL_RATIONALES
+        chosen = {}
+        if self.kind != "label":
+            chosen = choose_rationales(config, examples, outputs, dataset.is_right)
         rows = []
         for example in examples:
             output = outputs.get(example.id)
             if output is None:
                 continue
             if self.kind == "label":
-                target, usable = output.label or "", output.has_label
+                parsed, target = output.has_label, output.label or ""
+                targets: tuple[str, ...] = (target,) if parsed else ()
             else:
-                target, usable = output.rationale, output.has_rationale
+                parsed, target = output.has_rationale, output.rationale
+                targets = chosen[example.id].rationales
+            if keep_unparsed and not parsed and example.label is not None:
+                targets = (target,)
             if self.kind == "rationale_then_label":
-                usable = usable and example.label is not None
-                target = f"{target} {CONCLUSION} {example.label}"
-            if usable or (keep_unparsed and example.label is not None):
-                rows.append(TextRow(example.id, self.prefix + example.input, target))
+                known = targets if example.label is not None else ()
+                targets = tuple(f"{target} {CONCLUSION} {example.label}" for target in known)
+            text = self.prefix + example.input
+            rows += [TextRow(example.id, text, target) for target in targets]
         return rows
 
 
@@ -157,6 +184,14 @@ class Mixture:
     def short_names(self) -> tuple[str, ...]:
         """The tasks' kinds, for naming metrics."""
         return tuple(task.kind for task in self.tasks)
+
+    def start_ids(self, vocabulary: Vocabulary) -> tuple[int, ...] | None:
+        """Returns what each task's outputs start from, where the views of an example have one
+        input; None where each has its own.
+        """
+        if not any(task.mark for task in self.tasks):
+            return None
+        return tuple(task.start_id(vocabulary) for task in self.tasks)
 
     def available(self, split: str) -> "Mixture":
         """Returns the mixture of those tasks that have files for a split, at the same rates.
@@ -224,12 +259,13 @@ def with_teacher(name: str, teacher: str) -> str:
     raise UserError(f"mixture {name!r} has no teacher that TEACHER {teacher!r} could replace")
 
 
-def get_mixture(name: str, alpha: float = 0.5) -> Mixture:
+def get_mixture(name: str, alpha: float = 0.5, *, one_input: bool = False) -> Mixture:
     """Returns the mixture of a name.
 
     Args:
       name: see above.
       alpha: rate of the label task in a mixture of two, in [0, 1].
+      one_input: all tasks read `predict: x`, and the decoder is told which one it is.
 
     Raises:
       UserError: there is no such mixture, or alpha is out of range.
@@ -240,5 +276,7 @@ def get_mixture(name: str, alpha: float = 0.5) -> Mixture:
         if name.startswith(f"{dataset.name}_"):
             tasks = _mixtures(dataset, _teachers(dataset, name)).get(name)
             if tasks:
+                if one_input:
+                    tasks = tuple(dataclasses.replace(t, mark=k) for k, t in enumerate(tasks))
                 return Mixture(name, tasks, (1.0,) if len(tasks) == 1 else (alpha, 1 - alpha))
     raise unknown_name("mixture", name, mixture_names())

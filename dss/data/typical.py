@@ -38,4 +38,4 @@ def typical_store(
     read = ragged(inputs, INPUTS)
     tasks = tuple(TaskTokens(read, ragged(targets, spread)) for spread in (LABELS, RATIONALES))
     rows = np.tile(np.arange(EXAMPLES, dtype=np.int32)[:, None], 2)
-    return TokenStore(tasks, rows, tuple(map(str, range(EXAMPLES))))
+    return TokenStore(tasks, rows, np.ones_like(rows), tuple(map(str, range(EXAMPLES))))

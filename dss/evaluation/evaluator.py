@@ -160,12 +160,15 @@ class Predictor:
     mesh: Mesh
     decoding: DecodingConfig = DecodingConfig()
 
-    def generate(self, inputs: Sequence[Sequence[int]], *, max_length: int) -> list[str]:
+    def generate(
+        self, inputs: Sequence[Sequence[int]], *, max_length: int, start: int = 0
+    ) -> list[str]:
         """Returns the text that the student writes for each input.
 
         Args:
           inputs: token ids, EOS included.
           max_length: longest output in tokens, EOS counted.
+          start: the id that the output starts from; see `Task.start_id`.
         """
         out = [""] * len(inputs)
         for rows, tokens in self._batches(inputs):
@@ -175,6 +178,7 @@ class Predictor:
                 self._put(tokens),
                 max_length=max_length,
                 num_beams=self.decoding.num_beams,
+                start=start,
             )
             for row, ids in zip(rows, fetch(decoded), strict=False):
                 out[row] = self.vocabulary.decode(ids.tolist())

@@ -358,6 +358,16 @@ def get_dataset(
     del feature_converter_cls
     if not experiment.data.packed:
         raise UserError("DataConfig.packed is False; T5X's rows hold packed sequences")
+    if experiment.data.one_encoder_pass:
+        raise UserError(
+            "DataConfig.one_encoder_pass is True; T5X's decoder reads the input of its own "
+            "sequence only; leave variants/one_encoder_pass.gin out"
+        )
+    if experiment.alpha_end is not None:
+        raise UserError(
+            f"ALPHA_END is {experiment.alpha_end}; T5X's trainer keeps to ALPHA; leave "
+            "variants/alpha_schedule.gin out"
+        )
     experiment = dataclasses.replace(
         _settled(experiment),
         batch_size=cfg.batch_size,

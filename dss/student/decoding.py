@@ -125,6 +125,7 @@ def generate(
     *,
     max_length: int,
     num_beams: int = 1,
+    start: int = START,
     stop: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the best output of each input.
@@ -138,6 +139,7 @@ def generate(
       inputs: [B, S] ids, EOS included, then 0.
       max_length: longest output in tokens, EOS counted.
       num_beams: hypotheses a row; 1 is greedy.
+      start: the id that outputs start from; a task that the decoder is told of has its own.
       stop: False to decode `max_length` tokens whatever they are (for measuring).
 
     Returns:
@@ -150,8 +152,8 @@ def generate(
     crossed = [_cross_cache(layer, encoded) for layer in layers]
     source = Source(layers, crossed, (segments > 0)[:, None, None])
     if num_beams == 1:
-        return _greedy(model, source, max_length, stop)
-    return _beam_search(model, source, max_length, num_beams, stop)
+        return _greedy(model, source, max_length, start, stop)
+    return _beam_search(model, source, max_length, num_beams, start, stop)
 
 
 def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -163,7 +165,9 @@ def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return best, jnp.where(x == best[..., None], places, x.shape[-1] - 1).min(axis=-1)
 
 
-def _greedy(model: T5, source: Source, max_length: int, stop: bool) -> tuple[jax.Array, jax.Array]:
+def _greedy(
+    model: T5, source: Source, max_length: int, start: jax.Array | int, stop: bool
+) -> tuple[jax.Array, jax.Array]:
     B = source.mask.shape[0]
     ancestors = jnp.zeros((B, 1, max_length), jnp.int32)
 
@@ -185,7 +189,7 @@ def _greedy(model: T5, source: Source, max_length: int, stop: bool) -> tuple[jax
     state = (
         jnp.zeros((), jnp.int32),
         jnp.zeros((B, max_length), jnp.int32),
-        jnp.full(B, START, jnp.int32),
+        jnp.full(B, start, jnp.int32),
         jnp.zeros(B, bool),
         jnp.zeros(B, jnp.float32),
         [_empty_cache(model.config, B, max_length) for _ in source.layers],
@@ -242,7 +246,12 @@ def best_continuations(
 
 
 def _beam_search(
-    model: T5, source: Source, max_length: int, num_beams: int, stop: bool
+    model: T5,
+    source: Source,
+    max_length: int,
+    num_beams: int,
+    start: jax.Array | int,
+    stop: bool,
 ) -> tuple[jax.Array, jax.Array]:
     N, B = num_beams, source.mask.shape[0]
 
@@ -250,7 +259,7 @@ def _beam_search(
         return (s.t < max_length) & s.open.any()
 
     def step(s: Beams) -> Beams:
-        last = jnp.where(s.t > 0, s.tokens[:, :, jnp.maximum(s.t - 1, 0)], START)
+        last = jnp.where(s.t > 0, s.tokens[:, :, jnp.maximum(s.t - 1, 0)], start)
         ancestors = s.ancestors.at[:, :, s.t].set(jnp.arange(N))
         logits, caches = _step(model, source, last, s.t, s.caches, ancestors)
         # 2 N continuations hold at least N that do not end here.

@@ -49,13 +49,16 @@ def forward_flops(
     )
 
 
-def useful_flops(config: T5Config, inputs: np.ndarray, targets: np.ndarray) -> float:
+def useful_flops(
+    config: T5Config, inputs: np.ndarray, targets: np.ndarray, reads: np.ndarray | None = None
+) -> float:
     """Returns the operations of a training step that its tokens need: three forward passes'.
 
     Args:
       config: the student.
-      inputs: lengths of the sequences' inputs in tokens, [N].
-      targets: lengths of their targets, [N].
+      inputs: lengths of the inputs in tokens, [I].
+      targets: lengths of the targets, [N].
+      reads: which input each target reads, [N]; None: each its own.
     """
     source, target = inputs.astype(float), targets.astype(float)
     forward = forward_flops(
@@ -64,7 +67,7 @@ def useful_flops(config: T5Config, inputs: np.ndarray, targets: np.ndarray) -> f
         target.sum(),
         (source**2).sum(),
         (target**2).sum() / 2,
-        (source * target).sum(),
+        ((source if reads is None else source[reads]) * target).sum(),
     )
     return 3 * (forward.layers + forward.attention + forward.head)
 

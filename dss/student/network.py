@@ -428,12 +428,13 @@ class T5(nnx.Module):
         decoder_segment_ids: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         row_slots: tuple[jax.Array | None, ...] = (None, None, None),
+        reads: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the decoder's last hidden states [G, M, D].
 
         Without segment ids a row is one example: its encoder inputs that are not 0, and all of its
         decoder inputs. `row_slots` are the encoder's, the decoder's and the cross-attention's; see
-        `encode` and `decode`.
+        `encode` and `decode`, of which `reads` is an argument too.
         """
         if encoder_segment_ids is None:
             encoder_segment_ids = (encoder_inputs != 0).astype(jnp.int32)
@@ -450,6 +451,7 @@ class T5(nnx.Module):
             decoder_slots,
             cross_slots,
             decoder_key,
+            reads,
         )
 
     def __call__(self, *args: Any, **options: Any) -> jax.Array:

@@ -40,14 +40,28 @@ class LossConfig:
       num_tasks: K, how many tasks the batch's task ids tell apart.
       rates: each task's rate; None if sequences were sampled by rate, so that each token of the
         batch weighs the same.
+      last_rates: to which the rates move linearly from step to step; None if they stay.
+      num_steps: the last of so many steps has `last_rates`, the first `rates`.
       label_smoothing: weight of the uniform distribution.
       z_loss: weight of (log Z)^2.
     """
 
     num_tasks: int
     rates: tuple[float, ...] | None
+    last_rates: tuple[float, ...] | None = None
+    num_steps: int = 1
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+
+    def rates_at(self, step: jax.Array) -> jax.Array | None:
+        """Returns the rates of a step, counted from 0, [K] float32; None if there are none."""
+        if self.rates is None:
+            return None
+        first = jnp.array(self.rates, jnp.float32)
+        if self.last_rates is None:
+            return first
+        done = step / max(self.num_steps - 1, 1)
+        return (1 - done) * first + done * jnp.array(self.last_rates, jnp.float32)
 
 
 def cross_entropy(
@@ -97,7 +111,7 @@ def token_counts(task_ids: jax.Array, num_tasks: int) -> jax.Array:
     return task_sums(jnp.ones(task_ids.shape, jnp.float32), task_ids, num_tasks)
 
 
-def token_weights(counts: jax.Array, rates: tuple[float, ...] | None) -> jax.Array:
+def token_weights(counts: jax.Array, rates: jax.Array | tuple[float, ...] | None) -> jax.Array:
     """Returns what one target token of each task weighs in the loss, [K].
 
     `rate_k / N_k`; with `rates` None (sequences sampled by rate, which are weighted already) one
@@ -105,10 +119,12 @@ def token_weights(counts: jax.Array, rates: tuple[float, ...] | None) -> jax.Arr
     """
     if rates is None:
         return jnp.ones_like(counts) / jnp.maximum(counts.sum(), 1)
-    return jnp.array(rates, jnp.float32) / jnp.maximum(counts, 1)
+    return jnp.asarray(rates, jnp.float32) / jnp.maximum(counts, 1)
 
 
-def mixture_loss(sums: jax.Array, counts: jax.Array, rates: tuple[float, ...] | None) -> jax.Array:
+def mixture_loss(
+    sums: jax.Array, counts: jax.Array, rates: jax.Array | tuple[float, ...] | None
+) -> jax.Array:
     """Returns the loss, [], from each task's summed cross entropy and token count, both [K]."""
     return jnp.sum(token_weights(counts, rates) * sums)
 

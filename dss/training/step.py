@@ -109,6 +109,7 @@ def _head_inputs(
         batch["decoder_segment_ids"],
         key,
         tuple(batch.get(name) for name in ("encoder_rows", "decoder_rows", "cross_rows")),
+        batch.get("decoder_reads"),
     )
     return network.head_inputs(hidden)
 
@@ -129,14 +130,16 @@ def _gradients(
     microbatches: int,
     params: Params,
     batch: DeviceBatch,
+    rates: jax.Array | None,
     key: jax.Array,
 ) -> tuple[Params, jax.Array]:
     """Returns the gradient of the loss and each task's summed cross entropy, [K].
 
-    The tokens are weighted by the counts of the whole batch, so the microbatches' gradients add
-    up to the batch's; they are added in float32.
+    The tokens are weighted by the counts of the whole batch and the step's rates (see
+    `LossConfig.rates_at`), so the microbatches' gradients add up to the batch's; they are added in
+    float32.
     """
-    weights = token_weights(token_counts(batch["decoder_task_ids"], loss.num_tasks), loss.rates)
+    weights = token_weights(token_counts(batch["decoder_task_ids"], loss.num_tasks), rates)
 
     def weighted(params: Params, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden, kernel = _head_inputs(config, params, batch, key)
@@ -187,7 +190,7 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> (state, metrics)`, with metrics `loss` [], `task_loss` [K],
-      `task_tokens` [K] and `grad_norm` [] (before clipping).
+      `task_tokens` [K], `grad_norm` [] (before clipping) and, where they move, `rates` [K].
 
     Raises:
       UserError: bfloat16 gradients of a student that computes in float32.
@@ -201,16 +204,19 @@ def make_train_step(
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         params = optax.tree.cast(state.params, grad_dtype)
-        grads, sums = _gradients(config, loss, mesh, microbatches, params, batch, key)
+        rates = loss.rates_at(state.step)
+        grads, sums = _gradients(config, loss, mesh, microbatches, params, batch, rates, key)
         grads = optax.tree.cast(grads, jnp.float32)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         counts = token_counts(batch["decoder_task_ids"], loss.num_tasks)
         metrics = {
-            "loss": mixture_loss(sums, counts, loss.rates),
+            "loss": mixture_loss(sums, counts, rates),
             "task_loss": sums / jnp.maximum(counts, 1),
             "task_tokens": counts,
             "grad_norm": optax.tree.norm(grads),
         }
+        if loss.last_rates is not None:
+            metrics["rates"] = rates
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -55,6 +55,8 @@ def _numbers(metrics: dict[str, jax.Array], task_names: tuple[str, ...]) -> dict
     values = {"train/loss": float(host["loss"]), "train/grad_norm": float(host["grad_norm"])}
     for name, loss in zip(task_names, host["task_loss"], strict=True):
         values[f"train/{name}_loss"] = float(loss)
+    if "rates" in host:  # of two tasks, label and rationale, at alpha and 1 - alpha
+        values["train/alpha"] = float(host["rates"][0])
     return values
 
 

@@ -4,6 +4,7 @@ import pytest
 from dss.data.batches import (
     Batches,
     Order,
+    Sequences,
     fill,
     iterate,
     paired_order,
@@ -54,9 +55,34 @@ def test_a_packed_batch_in_full(store):
     assert fill(batches[0]) == (9 / 11, 7 / 8)
 
 
+def test_a_packed_batch_of_examples_with_one_input_in_full():
+    labels = [TextRow("1", "pa", "x"), TextRow("2", "pb", "y"), TextRow("3", "pc", "w")]
+    rationales = [TextRow("1", "pa", "zz"), TextRow("3", "pc", "v")]
+    store = tokenize([labels, rationales], Letters(), inputs_length=8, targets_length=8)
+    batches = Batches(store, sequential_order(store, 3), num_steps=1, starts=(0, 29))
+    batches.widths = RowWidths(inputs=6, targets=7, cross=9)
+    batches.shapes = (PackedShape(inputs=10, targets=13, input_rows=2, target_rows=2),)
+    batch = {name: array[0].tolist() for name, array in batches[0].items()}
+    assert batch == {
+        "encoder_input_tokens": [18, 3, 1, 18, 4, 1, 18, 5, 1, 0],
+        "encoder_segment_ids": [1] * 3 + [2] * 3 + [3] * 3 + [0],
+        "decoder_target_tokens": [26, 1, 28, 28, 1, 27, 1, 25, 1, 24, 1, 0, 0],
+        "decoder_input_tokens": [0, 26, 29, 28, 28, 0, 27, 0, 25, 29, 24, 0, 0],
+        "decoder_segment_ids": [1, 1, 2, 2, 2, 3, 3, 5, 5, 6, 6, 0, 0],
+        "decoder_task_ids": [1, 1, 2, 2, 2, 1, 1, 1, 1, 2, 2, 0, 0],
+        "decoder_reads": [1, 1, 1, 1, 1, 2, 2, 3, 3, 3, 3, 0, 0],
+        "encoder_rows": [[0, 1, 2, 3, 4, 5], [6, 7, 8, 10, 10, 10]],
+        "decoder_rows": [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 13, 13, 13]],
+        "cross_rows": [[0, 1, 2, 3, 4, 5, 10, 10, 10], [6, 7, 8] + [10] * 6],
+    }
+    assert fill(batches[0]) == (9 / 10, 11 / 13)
+    inputs, targets, reads = (array.tolist() for array in batches.lengths(0))
+    assert (inputs, targets, reads) == ([3, 3, 3], [2, 3, 2, 2, 2], [0, 0, 1, 2, 2])
+
+
 def test_a_step_without_a_sequence_is_an_empty_batch(store):
-    nothing = np.zeros((2, 0), np.int64)
-    batches = Batches(store, Order(lambda step: tuple(nothing), most=2), num_steps=1, groups=2)
+    nothing = np.zeros((3, 0), np.int64)
+    batches = Batches(store, Order(lambda step: Sequences(*nothing), most=2), num_steps=1, groups=2)
     assert fill(batches[0]) == (0, 0)
     assert batches[0]["encoder_rows"].min() == batches.shapes[0].inputs  # which reads none
 
@@ -139,11 +165,11 @@ def test_sampling_follows_the_rates(toy_store):
     order = sampled_order(toy_store, 10, seed=0, rates=(0.3, 0.7))
     counts = np.zeros(2)
     for step in range(20):
-        tasks, _ = order(step)
+        tasks, _, _ = order(step)
         assert len(tasks) == 10
         counts += np.bincount(tasks, minlength=2)
     assert counts.tolist() == [60, 140]
-    tasks, _ = sampled_order(toy_store, 10, seed=0, rates=(1.0, 0.0))(3)
+    tasks, _, _ = sampled_order(toy_store, 10, seed=0, rates=(1.0, 0.0))(3)
     assert tasks.tolist() == [0] * 10
 
 

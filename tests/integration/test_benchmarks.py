@@ -112,11 +112,39 @@ def test_the_training_step_is_timed_against_pytorchs(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     sides = figures["sides"]
-    assert list(sides) == ["dss packed", "dss unpacked", "PyTorch f32", "PyTorch bf16"]
+    assert list(sides) == [
+        "dss packed",
+        "dss one pass",
+        "dss unpacked",
+        "PyTorch f32",
+        "PyTorch bf16",
+    ]
     assert all(side["seconds"] > 0 and side["peak_gb"] > 0 for side in sides.values())
     assert min(sides["dss packed"]["fill"]) > max(sides["dss unpacked"]["fill"])
     speeds = [sides[side]["examples_per_second"] for side in ("dss packed", "PyTorch f32")]
     assert figures["ratio_vs_pytorch_f32"] == pytest.approx(speeds[0] / speeds[1], abs=0.01)
+
+
+def test_variants_are_held_against_the_baseline_seed_by_seed_and_not_done_twice(tmp_path):
+    """That they run and are counted; the figures are for many more steps."""
+    command = (
+        *("variants.py", "--task=noisy", "--seeds=2", "--steps=2", "--processes=2"),
+        *("--variants", "right_rationales", "--folder", tmp_path, "--json", tmp_path / "f.json"),
+    )
+    done = run(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert list(figures["rows"]) == ["baseline", "right_rationales"]
+    for row in figures["rows"].values():
+        assert row["interval"][0] < row["accuracy"] < row["interval"][1]
+        assert len(row["of_seeds"]) == 2
+    row = figures["rows"]["right_rationales"]
+    assert row["over_seeds"][0] <= row["difference"] <= row["over_seeds"][1]
+    assert len(list((tmp_path / "outcomes").glob("*.json"))) == 4
+    (tmp_path / "outcomes" / "noisy-baseline-1.json").unlink()
+    again = run(*command)
+    assert "[1/1] noisy-baseline-1" in again.stdout
+    assert json.loads((tmp_path / "f.json").read_text())["rows"] == figures["rows"]
 
 
 @pytest.mark.parametrize(("batch", "groups"), [(64, 1), (36, 1), (64, 4)])

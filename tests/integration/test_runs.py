@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from dss.runs import load_run
+from tests.conftest import write_jsonl
 from tests.integration.runs import (
     assert_same_run,
     assert_same_training,
@@ -43,6 +44,36 @@ def test_killed_three_times_a_run_ends_as_one_that_was_not(train, undisturbed, t
         assert process.returncode == -signal.SIGKILL, "the run was over before it was killed"
     assert "step 60 done" in finish(train(run))
     assert_same_run(run, undisturbed)
+
+
+def test_a_killed_run_with_what_moves_from_step_to_step_ends_the_same(train, toy_folder, tmp_path):
+    """Several rationales in turn, an alpha that moves, and views that share an input."""
+    folder = tmp_path / "toy"
+    shutil.copytree(toy_folder, folder)
+    outputs = [json.loads(line) for line in (folder / "train.rules.jsonl").open()]
+    for output in outputs:
+        texts = [output["rationale"], f"so {output['rationale']}", "who knows"]
+        output["samples"] = [{"rationale": t, "label": output["label"]} for t in texts]
+    write_jsonl(folder / "train.rules.jsonl", outputs)
+    names = ("several_rationales", "alpha_schedule", "one_encoder_pass")
+    flags = [f"--gin_file=variants/{name}.gin" for name in names]
+    flags.append(f"--gin.DATASET_PATH={folder}")
+    runs = [tmp_path / name for name in ("whole", "killed")]
+    finish(train(runs[0], *flags))
+    process = train(runs[1], *flags)
+    wait_for((runs[1] / "checkpoints" / "30").exists, process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run was over before it was killed"
+    finish(train(runs[1], *flags))
+    assert_same_training(runs[1], runs[0])
+    lines = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    alphas = [line["train/alpha"] for line in lines if "train/alpha" in line]
+    assert alphas == sorted(alphas)
+    assert alphas[-1] == pytest.approx(0.9)
+    asked = start("predict", runs[0], "--rationale", stdin=subprocess.PIPE)
+    answer = json.loads(finish(asked, stdin="is 2 good").splitlines()[0])
+    assert set(answer) == {"id", "input", "label", "rationale"}
 
 
 def test_sigterm_saves_and_the_run_goes_on_from_there(train, undisturbed, tmp_path):

@@ -1,4 +1,5 @@
-"""Parses gin/t5x/ with every recipe, as T5X would; prints what each sets, a JSON line a recipe.
+"""Parses gin/t5x/ with every recipe, and one recipe with every variant, as T5X would; prints what
+each sets, a JSON line for each.
 
 python -m tests.interop.parse_t5x_gin train|eval|infer DATA_ROOT
 """
@@ -38,15 +39,18 @@ def main(mode, data_root):
     script = configurable(SCRIPTS[mode])
     gin.add_config_file_search_path(str(gin_root()))
     data = [f"DATA_ROOT = '{data_root}'", "VOCABULARY = 'bytes'"]
-    for recipe in sorted(gin_root().glob("recipes/*.gin")):
+    recipes = [[path] for path in sorted(gin_root().glob("recipes/*.gin"))]
+    variants = sorted(gin_root().glob("variants/*.gin"))
+    for given_files in (*recipes, *([*recipes[0], path] for path in variants)):
         gin.clear_config()
-        files = [f"t5x/{mode}.gin", str(recipe)]
+        files = [f"t5x/{mode}.gin", *map(str, given_files)]
         gin.parse_config_files_and_bindings(files, [*VALUES[mode], *data])
         text = gin.config_str()
         macros = sorted(set(re.findall(r"%(\w+)", text)))
         bound = {name: gin.query_parameter(f"%{name}") for name in macros}
         given = sorted(script())  # everything that the file hands to T5X can be made
-        print(json.dumps({"recipe": recipe.stem, "macros": bound, "given": given}))
+        row = {"file": given_files[-1].stem, "macros": bound, "given": given}
+        print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -271,6 +271,17 @@ def test_the_card_says_what_was_trained_how_well_and_with_what_command(toy_folde
     assert dataclasses.replace(repeated, run_dir=run.experiment.run_dir) == run.experiment
 
 
+def test_the_card_says_what_the_decoder_is_told_and_that_alpha_moved(toy, tmp_path):
+    run = make_run(tmp_path / "run", tiny_config(), mixture="toy_step_by_step_rules")
+    data = dataclasses.replace(run.experiment.data, one_encoder_pass=True)
+    experiment = dataclasses.replace(run.experiment, data=data, alpha=0.3, alpha_end=0.9)
+    card = model_card(dataclasses.replace(run, experiment=experiment), 7)
+    assert "explain: " not in card
+    start = load_vocabulary(run.vocabulary_source).size
+    assert f"decoder starts from the id {start} and not 0" in " ".join(card.split())
+    assert "0.3 for the label's loss, 0.7 for the rationale's, moving to 0.9 |" in card
+
+
 def test_the_card_names_the_base_model_where_it_is_on_the_hub(toy, tmp_path):
     run = make_run(tmp_path / "run", tiny_config())
     for source, named in (

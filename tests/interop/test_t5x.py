@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from dss.data.rationales import RationaleConfig
 from dss.data.tasks import get_mixture
 from dss.errors import UserError
 from dss.experiment import DataConfig, Experiment
@@ -134,7 +135,7 @@ def test_rows_hold_every_view_of_a_steps_examples_once(experiment):
         assert {n: (a.shape, a.dtype) for n, a in batch.items()} == {
             n: (s.shape, s.dtype) for n, s in spec.items()
         }
-        tasks, rows = batches._batches.order(step)
+        tasks, rows, _ = batches._batches.order(step)
         wanted = sorted(
             (store.tasks[k].inputs[r].tolist(), store.tasks[k].targets[r].tolist(), k + 1)
             for k, r in zip(tasks, rows, strict=True)
@@ -150,6 +151,16 @@ def test_rows_hold_every_view_of_a_steps_examples_once(experiment):
                 assert batch["decoder_input_tokens"][row][target].tolist() == [0, *tokens[:-1]]
                 found.append((batch["encoder_input_tokens"][row][source].tolist(), tokens, task))
         assert sorted(found) == wanted
+
+
+def test_filters_are_those_of_dss(experiment):
+    few = dataclasses.replace(experiment, rationales=RationaleConfig(right_only=True, max_words=24))
+    counts = [
+        [np.bincount(next(t5x_batches(e))["decoder_task_ids"].ravel())[k] for k in (1, 2)]
+        for e in (experiment, few)
+    ]
+    assert counts[0][0] == counts[1][0]
+    assert counts[1][1] < counts[0][1]
 
 
 def test_processes_have_their_own_rows_and_the_weights_of_the_whole(experiment):
@@ -193,6 +204,13 @@ def test_what_t5x_cannot_be_is_said(experiment, student):
     unpacked = dataclasses.replace(experiment.data, packed=False)
     with pytest.raises(UserError, match="packed"):
         t5x_batches(dataclasses.replace(experiment, data=unpacked))
+    once = dataclasses.replace(experiment.data, one_encoder_pass=True)
+    for changes, message in (
+        ({"data": once}, "leave variants/one_encoder_pass.gin out"),
+        ({"alpha_end": 0.9}, r"ALPHA_END is 0.9; .*variants/alpha_schedule.gin out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            t5x_batches(dataclasses.replace(experiment, **changes))
 
 
 def test_adafactor_is_t5xs_and_adamw_optax(experiment):

@@ -20,20 +20,23 @@ def macros_of(file: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "infer"])
-def test_every_recipe_is_read_with_all_macros_bound(mode, small_root):
+def test_every_recipe_and_variant_is_read_with_all_macros_bound(mode, small_root):
     command = [sys.executable, "-m", "tests.interop.parse_t5x_gin", mode, str(small_root)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["recipe"] for row in found] == sorted(
-        path.stem for path in (gin_root() / "recipes").glob("*.gin")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    recipes, variants = (
+        sorted(path.stem for path in (gin_root() / folder).glob("*.gin"))
+        for folder in ("recipes", "variants")
     )
+    assert [row["file"] for row in rows] == [*recipes, *variants]
+    found = rows[: len(recipes)]
+    assert all("model" in row["given"] for row in rows)
     known = set(macros_of("runs/train.gin")) | OWN
     for row in found:
-        recipe = macros_of(f"recipes/{row['recipe']}.gin")
+        recipe = macros_of(f"recipes/{row['file']}.gin")
         assert set(recipe) <= set(row["macros"]) <= known
         assert row["macros"]["MIXTURE_OR_TASK_NAME"] == recipe["MIXTURE_OR_TASK_NAME"].strip("'")
-        assert "model" in row["given"]
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "infer"])

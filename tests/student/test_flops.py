@@ -20,6 +20,16 @@ def test_a_step_takes_six_operations_a_parameter_and_token_and_attention():
     assert found == pytest.approx(6 * (encoder + decoder + head) + 6 * scores / 1)
 
 
+def test_an_input_that_two_targets_read_is_counted_once():
+    config, targets = tiny_config(), np.array([2, 4, 3])
+    apart = useful_flops(config, np.array([5, 5, 7]), targets)
+    together = useful_flops(config, np.array([5, 7]), targets, reads=np.array([0, 0, 1]))
+    D, heads, mlp = 16, 16, 3 * 16 * 32
+    encoder = 2 * (2 * (4 * D * heads + mlp) * 5 + 4 * heads * 5**2)
+    crossed = 2 * (4 * D * heads * 5)  # keys and values, once in a decoder layer
+    assert apart - together == pytest.approx(3 * (encoder + crossed))
+
+
 def test_long_runs_of_tokens_are_six_operations_a_parameter():
     config = tiny_config(d_model=512, d_kv=64, d_ff=1024, num_heads=8)
     ones = np.ones(1000)  # one token each: no attention to speak of

@@ -51,6 +51,18 @@ def test_a_task_without_tokens_weighs_nothing():
     assert jnp.isfinite(weights).all()
 
 
+def test_rates_move_linearly_from_the_first_step_to_the_last():
+    moving = LossConfig(num_tasks=2, rates=(0.3, 0.7), last_rates=(0.9, 0.1), num_steps=4)
+    found = np.array([jax.jit(moving.rates_at)(step) for step in range(4)])
+    np.testing.assert_allclose(found[:, 0], [0.3, 0.5, 0.7, 0.9], rtol=1e-6)
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-6)
+    constant = LossConfig(num_tasks=2, rates=(0.3, 0.7))
+    np.testing.assert_array_equal(constant.rates_at(jnp.array(2)), np.float32([0.3, 0.7]))
+    assert LossConfig(num_tasks=2, rates=None).rates_at(jnp.array(2)) is None
+    once = LossConfig(num_tasks=2, rates=(0.3, 0.7), last_rates=(0.9, 0.1), num_steps=1)
+    np.testing.assert_allclose(once.rates_at(jnp.array(0)), (0.3, 0.7), rtol=1e-6)
+
+
 D, V, M = 16, 384, 20
 
 

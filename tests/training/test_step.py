@@ -40,6 +40,7 @@ def run(toy):
         dropout=0.0,
         dtype="float32",
         grad_dtype="float32",
+        last_rates=None,
         **mesh_options,
     ):
         config = tiny_config(dropout_rate=dropout, dtype=dtype)
@@ -51,7 +52,7 @@ def run(toy):
         step = make_train_step(
             config,
             update,
-            LossConfig(num_tasks=2, rates=mixture.rates),
+            LossConfig(num_tasks=2, rates=mixture.rates, last_rates=last_rates, num_steps=STEPS),
             mesh=mesh,
             shardings=shardings,
             microbatches=microbatches,
@@ -69,6 +70,10 @@ def run(toy):
         for i in range(STEPS):
             state, metrics = step(state, put_batch(mesh, batches[i]))
             losses.append([*np.asarray(metrics["task_loss"]), float(metrics["grad_norm"])])
+            if last_rates is not None:
+                rates = np.asarray(metrics["rates"])
+                assert float(metrics["loss"]) == pytest.approx(rates @ losses[-1][:2], rel=1e-5)
+                losses[-1].append(rates[0])
         return np.array(losses), jax.tree.map(np.asarray, state.params)
 
     return train
@@ -97,6 +102,14 @@ def assert_same(got, wanted):
 )
 def test_layout_changes_no_number(run, plain, options):
     assert_same(run(**options), plain)
+
+
+def test_rates_move_while_training(run, plain):
+    losses, _ = run(data=2, microbatches=2, last_rates=(1.0, 0.0))
+    np.testing.assert_allclose(losses[:, 3], [0.3, 0.5333, 0.7667, 1.0], rtol=1e-3)
+    np.testing.assert_allclose(losses[0, :3], plain[0][0], rtol=TOLERANCE)
+    assert losses[-1, 0] < plain[0][-1, 0]  # more of the label's loss was minimised
+    assert losses[-1, 1] > plain[0][-1, 1]
 
 
 def test_loss_falls_and_task_losses_differ(plain):

@@ -1,0 +1,296 @@
+"""What the variants of gin/variants change: step-by-step with and without each, seed by seed.
+
+    python benchmarks/variants.py --task quickstart --folder DIR
+    python benchmarks/variants.py --task noisy --folder DIR
+    python benchmarks/variants.py --task cqa --folder DIR --data-root DATA --vocab FILE
+
+Tasks: `quickstart`, the synthetic one, whose teacher is always right; `noisy`, the same with a
+teacher that was asked five times, errs on hard questions, rambles and says nothing, at the rates
+below, so that filters have something to leave out; `cqa` and `svamp` with PaLM's rationales, a tiny
+student from scratch. A variant that a task has no data for (several samples) is left out.
+
+Every seed draws its own subset, parameters and order, the same ones for every variant. Accuracy is
+that of the best validation checkpoint on test, its mean over seeds with the 95% bootstrap interval
+over the test examples; the difference from the baseline is paired, with the same interval and, over
+seeds, Student's. A variant is said to help or to harm where neither interval holds 0. A run that is
+done is in DIR/outcomes and not done again.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dss.cli.options import prepare_jax
+from dss.config import gin_root, parse_gin
+from dss.errors import UserError
+from dss.evaluation.significance import paired_bootstrap
+from dss.experiment import Experiment
+from dss.quickstart import METHODS, make_data, quickstart_experiment
+from dss.runs import evaluate, load_run
+from dss.train import run_experiment
+
+BASELINE = "baseline"
+VARIANTS = sorted(path.stem for path in (gin_root() / "variants").glob("*.gin"))
+NEED_SAMPLES = {"agreed_rationales", "several_rationales"}
+NEED_ERRORS = {"right_rationales", "short_rationales"}  # of the teacher
+SYNTHETIC, REAL = ("quickstart", "noisy"), ("cqa", "svamp")
+TEACHER, SAMPLES = "noisy", 5
+HARD, ERRS = 0.4, 0.6  # share of the questions, and of the samples that err on one of these
+RAMBLES, SILENT = 0.15, 0.05  # shares of all samples
+T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def _sample(rng: np.random.Generator, rationale: str, people: list[str], hard: bool) -> dict:
+    """Returns a sample of the noisy teacher, made of what a right one would write."""
+    words = rationale.split()
+    a, b = int(words[4]), int(words[9])  # A lived in century a and B in century b . ...
+    if hard and rng.random() < ERRS:
+        a, b = b, a  # takes one for the other
+    label, relation = ("yes", "is") if a < b else ("no", "is not")
+    text = (
+        f"{words[0]} lived in century {a} and {words[6]} in century {b} . {a} {relation} before {b}"
+    )
+    kind = rng.random()
+    if kind < RAMBLES:
+        text = " ".join(rng.choice(people, 60)) + " " + text
+    elif kind < RAMBLES + SILENT:
+        text = "is before"
+    return {"rationale": text, "label": label, "status": "ok"}
+
+
+def add_noisy_teacher(data: Path) -> None:
+    """Writes the noisy teacher's lines beside the examples, as `dss annotate --samples` does."""
+    rng = np.random.default_rng(1)
+    for split in ("train", "valid"):
+        right = [json.loads(line) for line in (data / f"{split}.rules.jsonl").open()]
+        people = sorted({w for o in right for w in (o["rationale"].split()[i] for i in (0, 6))})
+        lines = []
+        for output in right:
+            hard = rng.random() < HARD
+            samples = [_sample(rng, output["rationale"], people, hard) for _ in range(SAMPLES)]
+            labels = [sample["label"] for sample in samples]
+            winner = max(dict.fromkeys(labels), key=labels.count)
+            chosen = samples[labels.index(winner)]
+            vote = labels.count(winner) / SAMPLES
+            lines.append({"id": output["id"], **chosen, "vote": vote, "samples": samples})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (data / f"{split}.{TEACHER}.jsonl").write_text(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One student to train."""
+
+    name: str
+    experiment: Experiment
+    outcome: Path
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    return [
+        f"DATA_ROOT={args.data_root}",
+        f"VOCABULARY={args.vocab}",
+        f"BATCH_SIZE={args.batch}",
+        f"TRAIN_STEPS={args.steps}",
+        f"EVAL_PERIOD={max(args.steps // 5, 1)}",
+        "LEARNING_RATE=1e-3",
+    ]
+
+
+def _base(args: argparse.Namespace, seed: int) -> Experiment:
+    if args.task in REAL:
+        files = ["students/tiny.gin", f"recipes/{args.task}_step_by_step.gin"]
+        return parse_gin(files, [*_flags(args), f"RANDOM_SEED={seed}"])
+    base = quickstart_experiment(args.folder, METHODS[2], args.examples, seed)
+    assert base.student is not None
+    # One id more at least, for one_encoder_pass; the same for all.
+    student = dataclasses.replace(base.student, vocab_size=base.student.vocab_size + 32)
+    trainer = dataclasses.replace(base.trainer, train_steps=args.steps, eval_period=args.steps)
+    teacher = TEACHER if args.task == "noisy" else None
+    return dataclasses.replace(base, student=student, trainer=trainer, teacher=teacher)
+
+
+def _changed(base: Experiment, variant: str) -> Experiment:
+    """Returns an experiment with what a variant's gin file sets."""
+    if variant == BASELINE:
+        return base
+    plain, varied = parse_gin([]), parse_gin([f"variants/{variant}.gin"])
+    once = varied.data.one_encoder_pass
+    changes = {
+        name: getattr(varied, name)
+        for name in ("rationales", "alpha", "alpha_end")
+        if getattr(varied, name) != getattr(plain, name)
+    }
+    data = dataclasses.replace(base.data, one_encoder_pass=once)
+    return dataclasses.replace(base, data=data, **changes)
+
+
+def trials(args: argparse.Namespace) -> Iterator[Trial]:
+    without = NEED_SAMPLES if args.task != "noisy" else set()
+    if args.task == "quickstart":
+        without = without | NEED_ERRORS
+    for seed in range(args.seeds):
+        for variant in (BASELINE, *(v for v in args.variants if v not in without)):
+            run = f"{args.task}-{variant}-{seed}"
+            experiment = dataclasses.replace(
+                _changed(_base(args, seed), variant), run_dir=str(args.folder / "runs" / run)
+            )
+            yield Trial(variant, experiment, args.folder / "outcomes" / f"{run}.json")
+
+
+def train(trial: Trial) -> None:
+    """Trains a student and writes its verdicts on test, unless that was done before."""
+    began = time.monotonic()
+    result = run_experiment(trial.experiment)
+    run = Path(str(trial.experiment.run_dir))
+    measured = evaluate(load_run(run), split="test")
+    outcome = {
+        "seed": trial.experiment.seed,
+        "steps": result.step,
+        "checkpoint": measured.step,
+        "seconds": round(time.monotonic() - began, 1),
+        "verdicts": measured.scored.verdicts,
+    }
+    trial.outcome.parent.mkdir(parents=True, exist_ok=True)
+    partial = trial.outcome.with_suffix(".partial")
+    partial.write_text(json.dumps(outcome))
+    partial.replace(trial.outcome)
+    shutil.rmtree(run)
+
+
+def summarize(verdicts: dict[str, np.ndarray]) -> dict[str, dict]:
+    """Returns accuracies and differences; verdicts are [seeds, test examples] by variant."""
+    base = verdicts[BASELINE]
+    rows = {}
+    for name, own in verdicts.items():
+        mean = own.mean(axis=0)
+        accuracy, low, high = paired_bootstrap(mean, np.zeros_like(mean))
+        rows[name] = {"accuracy": accuracy, "interval": [low, high], "of_seeds": [*own.mean(1)]}
+        if name == BASELINE:
+            continue
+        difference, *over_examples = paired_bootstrap(mean, base.mean(axis=0))
+        by_seed = [*(own.mean(axis=1) - base.mean(axis=1))]
+        over_seeds = None
+        if len(by_seed) - 1 in T975:
+            half = T975[len(by_seed) - 1] * statistics.stdev(by_seed) / len(by_seed) ** 0.5
+            over_seeds = [difference - half, difference + half]
+        rows[name] |= {
+            "difference": difference,
+            "over_examples": over_examples,
+            "over_seeds": over_seeds,
+            "of_seeds_difference": by_seed,
+            "says": _verdict(over_examples, over_seeds),
+        }
+    return rows
+
+
+def _verdict(*intervals: list[float] | None) -> str:
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) < len(intervals):
+        return "one seed: cannot say"
+    if all(low > 0 for low, _ in known):
+        return "helps"
+    return "harms" if all(high < 0 for _, high in known) else "no difference shown"
+
+
+def show(rows: dict[str, dict]) -> None:
+    def points(pair: list[float] | None) -> str:
+        return "" if pair is None else f"{100 * pair[0]:+.1f} to {100 * pair[1]:+.1f}"
+
+    columns = ("variant", "accuracy", "95%", "difference", "examples", "seeds")
+    print("{:<20} {:>8} {:>14} {:>10} {:>16} {:>16}".format(*columns))
+    for name, row in rows.items():
+        low, high = row["interval"]
+        line = f"{name:<20} {row['accuracy']:>8.1%} {f'{low:.1%} to {high:.1%}':>14}"
+        if "difference" in row:
+            line += f" {100 * row['difference']:>+10.1f} {points(row['over_examples']):>16}"
+            line += f" {points(row['over_seeds']):>16}  {row['says']}"
+        print(line)
+
+
+def _take_a_core(cores: "multiprocessing.Queue[int]") -> None:
+    prepare_jax()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})  # students this small train fastest on one
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", required=True, choices=(*SYNTHETIC, *REAL))
+    parser.add_argument("--folder", type=Path, required=True, help="of data, runs and outcomes")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--examples", type=int, default=500, help="of a synthetic task, 1000 at most"
+    )
+    parser.add_argument("--steps", type=int, help="default: 400 synthetic, 1000 real")
+    parser.add_argument("--batch", type=int, default=32, help="examples a step of a real task")
+    parser.add_argument("--processes", type=int, default=1, help="students that train side by side")
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--vocab", type=Path)
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    if args.task in REAL and (args.data_root is None or args.vocab is None):
+        parser.error("give --data-root and --vocab")
+    args.steps = args.steps or (400 if args.task in SYNTHETIC else 1000)
+    args.folder = args.folder.absolute()
+    if args.task in SYNTHETIC and not (args.folder / "timeline" / "train.noisy.jsonl").is_file():
+        make_data(args.folder)
+        add_noisy_teacher(args.folder / "timeline")
+    todo = list(trials(args))
+    missing = [trial for trial in todo if not trial.outcome.is_file()]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    for i in range(args.processes):
+        queue.put(cores[i % len(cores)])
+    pool = concurrent.futures.ProcessPoolExecutor(
+        args.processes, context, initializer=_take_a_core, initargs=(queue,)
+    )
+    try:
+        waiting = {pool.submit(train, trial): trial for trial in missing}
+        for i, done in enumerate(concurrent.futures.as_completed(waiting), start=1):
+            done.result()
+            print(f"[{i}/{len(missing)}] {waiting[done].outcome.stem}", flush=True)
+    except UserError as error:
+        print(f"variants: {error}", file=sys.stderr)
+        return 2
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+    found: dict[str, list] = {}
+    seconds: dict[str, list] = {}
+    for trial in todo:
+        outcome = json.loads(trial.outcome.read_text())
+        found.setdefault(trial.name, []).append(outcome["verdicts"])
+        seconds.setdefault(trial.name, []).append(outcome["seconds"])
+    rows = summarize({name: np.array(verdicts) for name, verdicts in found.items()})
+    show(rows)
+    if args.json:
+        result = {
+            "task": args.task,
+            "seeds": args.seeds,
+            "steps": args.steps,
+            "examples": args.examples if args.task in SYNTHETIC else None,
+            "test_examples": len(found[BASELINE][0]),
+            "rows": rows,
+            "seconds": seconds,
+            "machine": f"{os.cpu_count()} cores",
+        }
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+import pytest
+
+from dss.data.batches import paired_order, sampled_order
+from dss.data.examples import read_teacher_outputs
+from dss.data.rationales import RationaleConfig
+from dss.data.registry import register
+from dss.data.statistics import measure_rationales
+from dss.data.store import open_store
+from dss.data.tasks import get_mixture
+from dss.data.vocabulary import load_vocabulary
+from dss.errors import UserError
+from tests.conftest import write_jsonl
+
+
+def samples(*pairs):
+    return [{"rationale": r, "label": label, "status": "ok"} for r, label in pairs]
+
+
+OUTPUTS = [
+    {
+        "id": "agreed",
+        "rationale": "one two",
+        "label": "a",
+        "vote": 0.75,
+        "samples": samples(("one two", "a"), ("three", "a"), ("one two", "a"), ("no", "b")),
+    },
+    {
+        "id": "wrong",
+        "rationale": "one two three",
+        "label": "b",
+        "vote": 0.6667,
+        "samples": samples(("one two three", "b"), ("right", "a"), ("b it is", "b")),
+    },
+    {"id": "asked once", "rationale": "one two three four", "label": "a"},
+    {"id": "refused", "rationale": "I cannot", "label": None, "status": "refused", "vote": 0.0},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    examples = [{"id": o["id"], "input": f"x {o['id']}", "label": "a"} for o in OUTPUTS]
+    examples.append({"id": "never asked", "input": "x", "label": "a"})
+    for split in ("train", "valid"):
+        write_jsonl(tmp_path / f"{split}.jsonl", examples)
+        write_jsonl(tmp_path / f"{split}.t.jsonl", OUTPUTS)
+    register("mine", tmp_path)
+    return tmp_path
+
+
+def rows(kind="step_by_step", split="train", **config):
+    task = get_mixture(f"mine_{kind}_t").tasks[-1]
+    found = task.rows(split, rationales=RationaleConfig(**config))
+    return [(row.id, row.targets) for row in found]
+
+
+AGREED, WRONG, ONCE = ((o["id"], o["rationale"]) for o in OUTPUTS[:3])
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [
+        ({}, [AGREED, WRONG, ONCE]),
+        ({"right_only": True}, [AGREED, ONCE]),
+        ({"min_words": 3}, [WRONG, ONCE]),
+        ({"max_words": 3}, [AGREED, WRONG]),
+        ({"min_words": 3, "max_words": 3}, [WRONG]),
+        ({"min_agreement": 0.7}, [AGREED]),
+        ({"min_agreement": 0.6, "max_words": 2}, [AGREED]),
+        ({"several": True}, [AGREED, ("agreed", "three"), WRONG, ("wrong", "b it is"), ONCE]),
+        (
+            {"several": True, "right_only": True},
+            [AGREED, ("agreed", "three"), ("wrong", "right"), ONCE],
+        ),
+        ({"several": True, "max_words": 1}, [("agreed", "three")]),
+    ],
+    ids=str,
+)
+def test_which_rationales_are_trained_on(folder, config, kept):
+    assert rows(**config) == kept
+
+
+def test_filters_leave_labels_other_splits_and_the_references_blanks_alone(folder):
+    config = RationaleConfig(right_only=True, max_words=1)
+    label, rationale = get_mixture("mine_step_by_step_t").tasks
+    assert len(label.rows("train", rationales=config)) == 5
+    assert rows("distill", max_words=1) == [("agreed", "a"), ("wrong", "b"), ("asked once", "a")]
+    assert rows(split="valid", max_words=1) == [AGREED, WRONG, ONCE]
+    kept = rationale.rows("train", keep_unparsed=True, rationales=config)
+    assert [row.id for row in kept] == ["refused"]
+
+
+def test_single_targets_are_filtered_whole(folder):
+    found = rows("single_target", right_only=True, min_words=3)
+    assert found == [("asked once", "one two three four So the answer is a")]
+
+
+def test_what_was_left_out_is_counted(folder):
+    config = RationaleConfig(right_only=True, max_words=2, several=True)
+    dataset = get_mixture("mine_step_by_step_t").dataset
+    found = measure_rationales(dataset, "t", config)
+    assert (found.rationales, found.examples) == (3, 2)
+    assert found.left_out == {"without a rationale": 1, "too long": 1}
+
+
+def test_a_teacher_that_was_asked_once_has_no_agreement_and_no_others(toy):
+    rationale = get_mixture("toy_step_by_step_rules").tasks[1]
+    for config in ({"min_agreement": 0.5}, {"several": True}):
+        (name,) = config
+        with pytest.raises(UserError, match=f"{name} needs several samples an example, and rules"):
+            rationale.rows("train", rationales=RationaleConfig(**config))
+
+
+def test_a_vote_and_samples_are_checked(tmp_path):
+    for value, message in (
+        ({"vote": 2}, "'vote' is 2; it should be a share between 0 and 1"),
+        ({"vote": True}, "'vote' is True"),
+        ({"samples": "no"}, "'samples' is no list of JSON objects"),
+        ({"samples": [{"status": "fine"}]}, "status 'fine' is none of"),
+        ({"samples": [{"rationale": []}]}, "'rationale' is a list"),
+    ):
+        path = write_jsonl(tmp_path / "train.t.jsonl", [{"id": "1"} | value])
+        with pytest.raises(UserError, match=f"train.t.jsonl:1: {message}"):
+            read_teacher_outputs(path, "t")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"min_words": -1}, "min_words must be at least 0"),
+        ({"max_words": 0}, "max_words must be at least 1"),
+        ({"min_words": 5, "max_words": 4}, "max_words must be at least 5, got 4"),
+        ({"min_agreement": 1.1}, r"min_agreement must be in \[0, 1\]"),
+        ({"right_only": 1}, "right_only must be of type bool"),
+    ],
+)
+def test_values_out_of_range(config, message):
+    with pytest.raises(ValueError, match=message):
+        RationaleConfig(**config)
+
+
+@pytest.fixture
+def several(folder):
+    return open_store(
+        get_mixture("mine_step_by_step_t"),
+        "train",
+        load_vocabulary("bytes"),
+        inputs_length=32,
+        targets_length=32,
+        rationales=RationaleConfig(several=True),
+    )
+
+
+def written(store, order, steps):
+    """Returns the rationales of some steps, a set a step."""
+    out = []
+    for tasks, found, _ in map(order, steps):
+        targets = store.tasks[1].targets
+        out.append(
+            {
+                load_vocabulary("bytes").decode(targets[r])
+                for t, r in zip(tasks, found, strict=True)
+                if t
+            }
+        )
+    return out
+
+
+def test_another_of_several_rationales_in_each_epoch(several):
+    assert several.counts.tolist() == [[1, 2], [1, 2], [1, 1], [1, 0], [1, 0]]
+    order = paired_order(several, 5, seed=3)
+    first = {"one two", "one two three", "one two three four"}
+    second = {"three", "b it is", "one two three four"}
+    assert written(several, order, range(4)) == [first, second, first, second]
+    assert written(several, paired_order(several, 5, seed=3), [3]) == [second]
+    sampled = sampled_order(several, 3, seed=0, rates=(0.0, 1.0))
+    assert written(several, sampled, range(3)) == [first, second, first]
+
+
+def test_the_examples_of_any_of_several_rationales_are_found(several):
+    for tasks, found, _ in map(paired_order(several, 5, seed=0), range(2)):
+        assert sorted(several.ids_of(tasks, found)) == sorted(several.ids)
+    rows = several.rows[1, 1] + 1
+    assert several.ids_of([1], [rows]) == ["wrong"]
+
+
+def test_filters_are_part_of_a_stores_key(folder):
+    def count(**config):
+        store = open_store(
+            get_mixture("mine_step_by_step_t"),
+            "train",
+            load_vocabulary("bytes"),
+            inputs_length=32,
+            targets_length=32,
+            rationales=RationaleConfig(**config),
+        )
+        return len(store.tasks[1].inputs)
+
+    assert [count(), count(right_only=True), count(several=True), count()] == [3, 2, 5, 3]
