@@ -269,7 +269,7 @@ def _base(
 ) -> Experiment:
     """Returns what the runs of a method and a student have in common, checked.
 
-    The recipe comes first, so that the sweep's files can say otherwise, and the method's files last.
+    The recipe comes first, so that the sweep's files can say otherwise; the method's files last.
     """
     own = [student.file] if student.file else []
     read = [*own, *files, *method.files]
