@@ -20,9 +20,16 @@ from dss.errors import UserError, unknown_name
 from dss.evaluation.evaluator import evaluation_set
 from dss.experiment import Experiment
 from dss.fields import check_types
-from dss.interop import huggingface
-from dss.runs import check_vocabulary, load_run, read_initial, run_folder, use_data
-from dss.train import check_same
+from dss.interop import huggingface, t5x_checkpoint
+from dss.runs import (
+    check_size,
+    check_vocabulary,
+    load_run,
+    read_initial,
+    run_folder,
+    use_data,
+)
+from dss.train import check_same, training_store
 
 __all__ = ["Method", "Student", "Sweep", "SweepConfig", "SweepRun", "plan_sweep"]
 
@@ -74,19 +81,25 @@ class Method:
         where a gin file sets the mixture.
       files: gin files that are read after the sweep's.
       steps: TRAIN_STEPS is multiplied by it.
+      compute: another mixture, of as many tokens as which this one reads and writes in all.
     """
 
     name: str
     mixture: str | None
-    files: tuple[str, ...]
-    steps: float
+    files: tuple[str, ...] = ()
+    steps: float = 1.0
+    compute: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Method":
-        """Returns the method of a text: a mixture or gin files joined by `+`, and `*FACTOR`.
+        """Returns the method of a text: a mixture or gin files joined by `+`, and `*STEPS`.
+
+        STEPS is a factor of TRAIN_STEPS, or a mixture whose compute is to be reached.
 
         >>> Method.parse("finetune*3.5")
-        Method(name='finetune_x3.5', mixture='finetune', files=(), steps=3.5)
+        Method(name='finetune_x3.5', mixture='finetune', files=(), steps=3.5, compute=None)
+        >>> Method.parse("finetune*step_by_step").name
+        'finetune_as_step_by_step'
         >>> Method.parse("step_by_step+mine/long.gin").name
         'step_by_step_long'
 
@@ -96,19 +109,21 @@ class Method:
         parts, star, factor = text.partition("*")
         files = tuple(part for part in parts.split("+") if part.endswith(".gin"))
         mixtures = [part for part in parts.split("+") if not part.endswith(".gin")]
+        compute = factor if re.fullmatch(r"(?!nan|inf)[A-Za-z]\w*", factor, re.ASCII) else None
         try:
-            steps = float(factor) if star else 1.0
+            steps = float(factor) if star and not compute else 1.0
         except ValueError:
             steps = math.nan
         if len(mixtures) > 1 or not all([*mixtures, *files]) or not 0 < steps < math.inf:
             raise UserError(
                 f"method {text!r}: give a mixture's name without its dataset, then +FILE.gin and "
-                "*FACTOR of TRAIN_STEPS if you like, such as 'step_by_step', 'finetune*3.5' or "
-                "'step_by_step+mine.gin'"
+                "*STEPS if you like, such as 'step_by_step', 'step_by_step+mine.gin', "
+                "'finetune*3.5' or 'finetune*step_by_step'"
             )
         names = [*mixtures, *(epath.Path(file).stem for file in files)]
-        name = _file_name("_".join(names)) + (f"_x{factor}" if star else "")
-        return cls(name, mixtures[0] if mixtures else None, files, steps)
+        longer = f"_as_{compute}" if compute else f"_x{factor}" if star else ""
+        name = _file_name("_".join(names)) + longer
+        return cls(name, mixtures[0] if mixtures else None, files, steps, compute)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,8 +310,12 @@ def _base(
     ):
         if value:
             raise UserError(f"{macro} is set; a sweep has {lists} in its place")
-    _check_student(base)
-    steps = round(base.trainer.train_steps * method.steps)
+    vocabulary = _check_student(base)
+    factor = method.steps
+    if method.compute is not None:
+        other = dataclasses.replace(first, mixture=_mixture(first, dataset, method.compute))
+        factor = _tokens(other, vocabulary) / _tokens(base, vocabulary)
+    steps = round(base.trainer.train_steps * factor)
     trainer = dataclasses.replace(base.trainer, train_steps=max(1, steps))
     return dataclasses.replace(base, trainer=trainer)
 
@@ -331,17 +350,35 @@ def _mixture(base: Experiment, dataset: str | None, method: str | None) -> str:
     return f"{dataset}_{method}_{having[0]}"
 
 
-def _check_student(base: Experiment) -> None:
-    """Raises the user's error where a student or its vocabulary is not there or does not fit."""
-    source = base.initial_checkpoint
+def _check_student(base: Experiment) -> str:
+    """Returns the vocabulary of a student; raises the user's error where either is not there or
+    they do not fit. No parameters are read.
+    """
+    source, vocabulary = base.initial_checkpoint, base.vocabulary
     if source is None:
         student, vocabulary, _ = read_initial(base)
-        check_vocabulary(vocabulary, student)
+    elif (epath.Path(source).expanduser() / CONFIG_FILE).is_file():
+        run = load_run(source)
+        student, vocabulary = run.config, vocabulary or run.vocabulary_source
     elif source.startswith("t5x:"):
-        if not epath.Path(source.removeprefix("t5x:")).expanduser().exists():
-            raise UserError(f"{source}: no such checkpoint")
-    elif not (epath.Path(source).expanduser() / CONFIG_FILE).is_file():
-        huggingface.read_config(huggingface.resolve(source))
+        folder = t5x_checkpoint.find_checkpoint(source)
+        student = t5x_checkpoint.read_config(folder)
+    else:
+        folder = huggingface.resolve(source)
+        student = huggingface.read_config(folder)
+        vocabulary = vocabulary or huggingface.find_vocabulary(folder)
+    if source is not None:
+        check_size(source, student, base.student)
+    if vocabulary is None:
+        raise UserError(f"{source}: no vocabulary lies beside it; give --gin.VOCABULARY=FILE")
+    check_vocabulary(vocabulary, student)
+    return vocabulary
+
+
+def _tokens(experiment: Experiment, vocabulary: str) -> int:
+    """Returns how many tokens an epoch of an experiment reads and writes."""
+    store = training_store(dataclasses.replace(experiment, vocabulary=vocabulary))
+    return sum(int(t.inputs.offsets[-1] + t.targets.offsets[-1]) for t in store.tasks)
 
 
 def _check_data(config: SweepConfig, bases: Sequence[Experiment]) -> dict[float, int]:

@@ -1,6 +1,10 @@
+import fcntl
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +16,7 @@ from dss.errors import UserError
 from dss.sweep import Method, plan_sweep
 from dss.sweep_runner import Outcome, SweepProgress, read_outcome, run_sweep
 from dss.train import training_store
+from tests.conftest import ROOT
 
 STUDENT = """
 Experiment.student = @T5Config()
@@ -113,6 +118,75 @@ def test_what_is_no_method_says_how_one_looks(text):
         Method.parse(text)
 
 
+def test_a_method_may_have_the_compute_of_another(settings):
+    runs = plan(
+        settings, "METHODS=('finetune*step_by_step', 'step_by_step')", "TRAIN_STEPS=50"
+    ).runs
+    longer = {run.experiment.trainer.train_steps for run in runs if run.method != "step_by_step"}
+    pair = runs[-1].experiment
+    assert (runs[0].method, pair.trainer.train_steps) == ("finetune_as_step_by_step", 50)
+    tokens = [
+        sum(task.inputs.lengths) + sum(task.targets.lengths) for task in training_store(pair).tasks
+    ]
+    assert longer == {round(50 * sum(tokens) / tokens[0])}
+
+
+def test_a_student_may_be_a_checkpoint(settings, shared):
+    source = shared / "fixtures" / "reference_cqa" / "model"
+    only = ["FRACTIONS=(1,)", "SEEDS=(0,)", "METHODS=('finetune',)"]
+    (run,) = plan(settings, *only, f"STUDENTS=('hf:{source}',)").runs
+    assert (run.student, run.name) == ("model", "finetune-model-1.0-s0")
+    train, _ = run.commands
+    assert f"--gin.INITIAL_CHECKPOINT_PATH=hf:{source}" in train
+    assert not any("T5Config" in word for word in train)
+    with pytest.raises(UserError, match="a checkpoint of another size than the student"):
+        plan(settings, *only, "STUDENTS=('one.gin',)", f"INITIAL_CHECKPOINT_PATH=hf:{source}")
+
+
+def test_a_run_that_another_process_is_at_is_waited_for(settings):
+    sweep = plan(settings, "STUDENTS=('one.gin',)", "FRACTIONS=(0.5,)").take(0, 4)
+    (run,) = sweep.runs
+    log = sweep.folder / "logs" / f"{run.name}.log"
+    log.parent.mkdir(parents=True)
+    told = []
+    with open(log, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+
+        class Told(SweepProgress):
+            def waiting(self, run):
+                told.append(run.name)
+                finish(run, right=4)
+                fcntl.flock(other, fcntl.LOCK_UN)
+
+            def started(self, number, run, log):
+                pytest.fail("it was done by the other")
+
+        (outcome,), _ = run_sweep(sweep, Told())
+    assert told == [run.name]
+    assert outcome.status == "done"
+
+
+def test_planning_a_sweep_touches_no_accelerator(settings):
+    flags = [f"--gin.{setting}" for setting in settings]
+    code = "from dss.cli.main import main; raise SystemExit(main())"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code,
+            "sweep",
+            "--gin_file=runs/sweep.gin",
+            *flags,
+            "--print-commands",
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "none_such"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(" && dss eval ") == 24
+
+
 def test_the_recipe_comes_first_and_the_sweeps_own_settings_win(small_root, tmp_path):
     (tmp_path / "own.gin").write_text("BATCH_SIZE = 4\nALPHA = 0.25\n")
     flags = ["DATASET=cqa", f"DATA_ROOT={small_root}", "VOCABULARY=bytes", "MODEL_DIR=x"]
@@ -190,7 +264,8 @@ def test_a_shipped_student_is_named_and_its_changes_follow():
         ("METHODS=('finetune', 'label_gold*0')", "method 'label_gold*0': give"),
         ("STUDENTS=('smal',)", "did you mean 'students/small.gin'"),
         ("STUDENTS=('hf:./nowhere',)", "nowhere: no such folder"),
-        ("STUDENTS=('t5x:/nowhere',)", "t5x:/nowhere: no such checkpoint"),
+        ("STUDENTS=('t5x:/nowhere',)", "/nowhere"),
+        ("METHODS=('finetune*step',)", "unknown method 'step'; known: distill_rules, finetune"),
         ("FRACTIONS=(0.5, 1.5)", r"FRACTIONS must be in (0, 1], got 1.5"),
         ("FRACTIONS=(0,)", r"FRACTIONS must be in (0, 1], got 0"),
         ("FRACTIONS=(0.001,)", "no examples for the train split of 'toy'"),
