@@ -5,9 +5,9 @@ import dataclasses
 import logging
 import re
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -21,7 +21,17 @@ from dss.training.mesh import MeshConfig
 from dss.training.optimizer import OptimizerConfig
 from dss.training.trainer import TrainerConfig
 
-__all__ = ["CONFIG_FILE", "gin_root", "load_config", "parse_gin", "save_config"]
+__all__ = [
+    "CONFIG_FILE",
+    "gin_flags",
+    "gin_root",
+    "load_config",
+    "parse_beside",
+    "parse_gin",
+    "save_config",
+]
+
+T = TypeVar("T")
 
 CONFIG_FILE = "config.gin"
 DEFAULTS = "runs/train.gin"
@@ -78,7 +88,10 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _parse(files: Sequence[str], bindings: Sequence[str], search: Sequence[str]) -> Experiment:
+def _read(
+    files: Sequence[str], bindings: Sequence[str], search: Sequence[str], make: Callable[[], T]
+) -> T:
+    """Returns what `make` makes when gin has read some files and bindings."""
     gin.clear_config()
     root = gin_root()
     for folder in (str(root), *search):
@@ -87,11 +100,25 @@ def _parse(files: Sequence[str], bindings: Sequence[str], search: Sequence[str])
     logging.disable(logging.ERROR)  # gin says at length what it also raises
     try:
         gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
-        experiment = _experiment()
+        return make()
     except GIN_ERRORS as error:
         raise UserError(f"configuration: {_describe(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _parse(
+    files: Sequence[str],
+    bindings: Sequence[str],
+    search: Sequence[str],
+    beside: Sequence[type] = (),
+) -> Experiment:
+    def make() -> Experiment:
+        for kind in beside:
+            gin.get_configurable(kind)()
+        return _experiment()
+
+    experiment = _read(files, bindings, search, make)
     read = {*_names(gin.operative_config_str()), *_names(_defaults())}
     for name in _names(gin.config_str()):
         if name not in read:  # nothing reads it: a slip of the pen, or a student that is not there
@@ -108,6 +135,11 @@ def _parse(files: Sequence[str], bindings: Sequence[str], search: Sequence[str])
 
 def _defaults() -> str:
     return (gin_root() / DEFAULTS).read_text(encoding="utf-8")
+
+
+def _macro_fields() -> dict[str, str]:
+    """Returns the field that each macro sets."""
+    return {m: f for f, m in re.findall(r"^([\w.]+) = %(\w+)", _defaults(), re.MULTILINE)}
 
 
 def _names(config: str) -> list[str]:
@@ -137,7 +169,11 @@ def _describe(error: Exception) -> str:
 
 
 def parse_gin(
-    files: Sequence[str], flags: Sequence[str] = (), search_paths: Sequence[str] = ()
+    files: Sequence[str],
+    flags: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+    *,
+    beside: Sequence[type] = (),
 ) -> Experiment:
     """Returns the experiment of gin files and flags, over the defaults of runs/train.gin.
 
@@ -145,11 +181,72 @@ def parse_gin(
       files: `--gin_file`, in order; looked for here, among the files of dss and in search_paths.
       flags: `NAME=VALUE` of `--gin.NAME=VALUE`.
       search_paths: more folders.
+      beside: other configurations that the same files set; see `parse_beside`.
 
     Raises:
       UserError: a missing file, an unknown name, a value out of range.
     """
-    return _parse([DEFAULTS, *files], [_binding(flag) for flag in flags], search_paths)
+    return _parse([DEFAULTS, *files], [_binding(flag) for flag in flags], search_paths, beside)
+
+
+def parse_beside(
+    kind: type[T],
+    files: Sequence[str],
+    flags: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+) -> T:
+    """Returns another configuration than an experiment's that gin files and flags set.
+
+    Names that it does not read are the experiment's: `parse_gin` checks them.
+
+    Args:
+      kind: its class, registered with gin.
+      files: see `parse_gin`.
+      flags: see `parse_gin`.
+      search_paths: see `parse_gin`.
+
+    Raises:
+      UserError: see `parse_gin`.
+    """
+    bindings = [_binding(flag) for flag in flags]
+    return _read([DEFAULTS, *files], bindings, search_paths, gin.get_configurable(kind))
+
+
+def _values(experiment: Experiment) -> dict[str, Any]:
+    """Returns the value of every field by the name that gin knows it by."""
+    configs = {"Experiment": experiment}
+    configs |= {kind.__name__: getattr(experiment, name) for name, kind in NESTED.items()}
+    return {
+        f"{prefix}.{field.name}": getattr(config, field.name)
+        for prefix, config in configs.items()
+        if config is not None
+        for field in dataclasses.fields(config)
+        if not (config is experiment and field.name in NESTED)
+    }
+
+
+def gin_flags(experiment: Experiment, base: Experiment) -> list[str]:
+    """Returns the `--gin.NAME=VALUE` that make one experiment of another.
+
+    Args:
+      experiment: the one that is wanted; it has a student if the other has.
+      base: the one without the flags, such as of a student's gin file alone.
+    """
+    macros = {field: macro for macro, field in _macro_fields().items()}
+    before, flags = _values(base), []
+    if base.student is None and experiment.student is not None:
+        flags.append(f"--gin.Experiment.student=@{T5Config.__name__}()")
+    for name, value in _values(experiment).items():
+        if name in before and before[name] == value:
+            continue
+        text = value if isinstance(value, str) and _is_plain(value) else repr(value)
+        flags.append(f"--gin.{macros.get(name, name)}={text}")
+    return flags
+
+
+def _is_plain(text: str) -> bool:
+    """Returns whether a flag's value that reads so is this text."""
+    return _binding(f"x={text}") == f"x = {text!r}"
 
 
 def _lines(prefix: str, config: Any) -> list[str]:
@@ -188,8 +285,7 @@ def load_config(run: epath.PathLike, flags: Sequence[str] = ()) -> Experiment:
     if not path.is_file():
         raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
     # A run's file has no macros: what they set is in the fields that the defaults name.
-    fields = {m: f for f, m in re.findall(r"^([\w.]+) = %(\w+)", _defaults(), re.MULTILINE)}
-    bindings = []
+    fields, bindings = _macro_fields(), []
     for flag in flags:
         name, equals, value = flag.partition("=")
         bindings.append(_binding(fields.get(name, name) + equals + value))

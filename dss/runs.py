@@ -44,6 +44,7 @@ __all__ = [
     "Evaluation",
     "Run",
     "check_size",
+    "check_vocabulary",
     "create_run",
     "evaluate",
     "explain",
@@ -210,12 +211,7 @@ def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
       UserError: see `read_initial`; the vocabulary is not the student's.
     """
     student, source, params = read_initial(experiment)
-    vocabulary = load_vocabulary(source)
-    if vocabulary.size > student.vocab_size:
-        raise UserError(
-            f"{source}: wrong vocabulary: it has {vocabulary.size} ids and the student "
-            f"{student.vocab_size} embeddings; give the one that the checkpoint was trained with"
-        )
+    check_vocabulary(source, student)
     folder = run_folder(experiment)
     if source != BYTES:
         if is_leader():
@@ -224,6 +220,16 @@ def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
         source = VOCABULARY_FILE
     experiment = dataclasses.replace(experiment, student=student, vocabulary=source)
     return save_run(folder, experiment), params
+
+
+def check_vocabulary(source: str, student: T5Config) -> None:
+    """Raises the user's error where a vocabulary, a path or "bytes", is not a student's."""
+    vocabulary = load_vocabulary(source)
+    if vocabulary.size > student.vocab_size:
+        raise UserError(
+            f"{source}: wrong vocabulary: it has {vocabulary.size} ids and the student "
+            f"{student.vocab_size} embeddings; give the one that the checkpoint was trained with"
+        )
 
 
 def save_run(folder: epath.Path, experiment: Experiment) -> Run:

@@ -60,6 +60,7 @@ from dss.training.trainer import Progress, train
 __all__ = [
     "Result",
     "abstract_state",
+    "check_same",
     "run_experiment",
     "training_batches",
     "training_order",
@@ -102,7 +103,7 @@ def _open_run(experiment: Experiment, resume: Resume) -> tuple[Run, Any | None]:
         )
     if run.experiment.mixture is None:
         raise UserError(f"{folder}: holds an imported checkpoint; train in another MODEL_DIR")
-    _check_same(run, experiment)
+    check_same(run, experiment)
     # Where the data lie and the mesh may change.
     settled = dataclasses.replace(run.experiment, data=experiment.data, mesh=experiment.mesh)
     return save_run(folder, settled), None
@@ -117,7 +118,8 @@ def _differences(prefix: str, before: Any, now: Any, may_change: tuple[str, ...]
     return [f"{prefix}{name} was {a!r} and is {b!r}" for name, a, b in values if a != b]
 
 
-def _check_same(run: Run, now: Experiment) -> None:
+def check_same(run: Run, now: Experiment) -> None:
+    """Raises the user's error where a run is not of the experiment that would continue it."""
     before = run.experiment
     check_size(str(run.folder), run.config, now.student)
     settled = ("run_dir", "student", "vocabulary", "data", "mesh")

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dss.cli.options import add_run_options, open_run, prepare_jax
@@ -28,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rationales", action="store_true", help="have rationales written too, and judge them"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    parser.add_argument("--json", metavar="FILE", help="write the result there too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,8 +55,18 @@ def run(args: argparse.Namespace) -> int:
         _print_rationales(console, result.quality)
     console.print(f"predictions: {path}", markup=False)
     if args.json:
-        args.json.write_text(json.dumps(result.summary()) + "\n", encoding="utf-8")
+        _write_whole(args.json, json.dumps(result.summary()) + "\n")
     return 0
+
+
+def _write_whole(file: str, text: str) -> None:
+    """Writes a file, whole or not at all; a sweep takes one that is there as the run's end."""
+    from etils import epath
+
+    path = epath.Path(file).expanduser()
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def _describe(scored: "Scored") -> str:

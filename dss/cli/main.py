@@ -21,6 +21,7 @@ VERBS = {
     "plan": "say what a run would need, before paying for it",
     "train": "train a student, or continue a run",
     "eval": "measure a run's accuracy on a split",
+    "sweep": "train and evaluate methods x students x fractions of the data x seeds",
     "predict": "label new inputs with a run's student",
     "import": "make a run of a T5 checkpoint of T5X or Hugging Face",
     "export": "write a run's student for Hugging Face, T5X or CTranslate2",

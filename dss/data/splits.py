@@ -13,9 +13,8 @@ HOLD_OUT_SEED = 0
 def _train_test(n: int, test_share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns (train, test) rows as `datasets.Dataset.train_test_split` draws and orders them."""
     test = math.ceil(test_share * n)
-    train = math.floor((1 - test_share) * n)
     permutation = np.random.default_rng(seed).permutation(n)
-    return permutation[test : test + train], permutation[:test]
+    return permutation[test:], permutation[:test]
 
 
 def subsample(n: int, fraction: float, seed: int) -> np.ndarray:

@@ -18,7 +18,14 @@ from jax.experimental import multihost_utils
 from dss.accelerators import has_tpu
 from dss.errors import UserError
 
-__all__ = ["StopSignal", "all_agree", "is_leader", "join_processes", "wait_for_all"]
+__all__ = [
+    "StopSignal",
+    "all_agree",
+    "has_others",
+    "is_leader",
+    "join_processes",
+    "wait_for_all",
+]
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 HEARTBEAT = 30  # seconds without a sign of a process, after which the others end
@@ -72,6 +79,11 @@ def _slurm_tasks() -> int:
     """Returns the tasks of the Slurm step that this process is one of; 1 outside of any."""
     in_step = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys()
     return int(os.environ.get("SLURM_NTASKS", 1)) if in_step else 1
+
+
+def has_others() -> bool:
+    """Returns whether JAX's variables or Slurm tell of other processes; JAX is asked nothing."""
+    return ADDRESS in os.environ or _slurm_tasks() > 1
 
 
 def is_leader() -> bool:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from dss.data.registry import get_dataset, register, set_data_root
@@ -39,6 +41,15 @@ def test_subsets_are_nested():
     assert rows[0] > rows[1] > rows[2]
     train, valid = hold_out(subsample(100, 0.5, seed=3))
     assert (len(train), len(valid)) == (45, 5)
+
+
+@pytest.mark.parametrize("n", [10, 15, 25, 1000, 9741])
+def test_subsets_are_nested_whatever_the_fractions_round_to(n):
+    fractions = (0.1, 0.125, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)
+    rows = [set(subsample(n, f, seed=1).tolist()) for f in fractions]
+    for fraction, smaller, larger in zip(fractions, rows, rows[1:], strict=False):
+        assert smaller <= larger
+        assert len(smaller) == n - math.ceil((1 - fraction) * n)
 
 
 @pytest.mark.parametrize(
