@@ -361,7 +361,7 @@ def _check_student(base: Experiment) -> str:
         run = load_run(source)
         student, vocabulary = run.config, vocabulary or run.vocabulary_source
     elif source.startswith("t5x:"):
-        folder = t5x_checkpoint.find_checkpoint(source)
+        folder = t5x_checkpoint.resolve(source)
         student = t5x_checkpoint.read_config(folder)
     else:
         folder = huggingface.resolve(source)
