@@ -223,8 +223,8 @@ class Sweep:
         Methods and students, which cost differently, are spread over the parts.
         """
         alike = sorted(self.runs, key=lambda run: (run.method, run.student))
-        mine = alike[i::n]
-        return Sweep(self.folder, tuple(run for run in self.runs if run in mine), (i, n))
+        mine = {run.name for run in alike[i::n]}
+        return Sweep(self.folder, tuple(run for run in self.runs if run.name in mine), (i, n))
 
 
 def plan_sweep(
@@ -265,8 +265,9 @@ def plan_sweep(
                         "--gin_file or --gin flag for all"
                     )
     for run in runs.values():
-        if (run.folder / CONFIG_FILE).is_file():
-            check_same(load_run(run.folder), run.experiment)
+        before = load_run(run.folder) if (run.folder / CONFIG_FILE).is_file() else None
+        if before and (before.has_checkpoint or run.result.is_file()):  # else nothing would be lost
+            check_same(before, run.experiment)
     return Sweep(run_folder(next(iter(bases.values()))), tuple(runs.values()))
 
 

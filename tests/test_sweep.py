@@ -323,6 +323,8 @@ def test_a_folder_with_other_runs_of_the_same_names_is_refused(settings):
     sweep = plan(settings)
     sweep.runs[0].folder.mkdir(parents=True)
     save_config(sweep.runs[0].experiment, sweep.runs[0].folder)
+    plan(settings, "ALPHA=0.4")  # nothing was saved, so nothing is lost
+    (sweep.runs[0].folder / "checkpoints" / "10").mkdir(parents=True)
     plan(settings)
     with pytest.raises(
         UserError, match=r"finetune-one-0.25-s0: the run of another experiment: alp"
