@@ -295,9 +295,8 @@ def _base(
     if method.mixture is not None:
         if dataset is None:
             raise UserError("no dataset: give DATASET or DATASET_PATH")
-        recipe = f"recipes/{dataset}_{method.mixture}.gin"
-        if (gin_root() / recipe).is_file():
-            first = parse_gin([recipe, *read], flags, search_paths, beside=[SweepConfig])
+        recipe = _recipe(dataset, method.mixture)
+        first = parse_gin([*recipe, *read], flags, search_paths, beside=[SweepConfig])
     base = dataclasses.replace(
         first,
         mixture=_mixture(first, dataset, method.mixture),
@@ -321,6 +320,12 @@ def _base(
     return dataclasses.replace(base, trainer=trainer)
 
 
+def _recipe(dataset: str, method: str) -> list[str]:
+    """Returns the recipe that is shipped for a dataset and a method, if there is one."""
+    recipe = f"recipes/{dataset}_{method}.gin"
+    return [recipe] if (gin_root() / recipe).is_file() else []
+
+
 def _mixture(base: Experiment, dataset: str | None, method: str | None) -> str:
     """Returns the mixture of a method, the teacher found that its name leaves out."""
     if method is None:
@@ -335,8 +340,9 @@ def _mixture(base: Experiment, dataset: str | None, method: str | None) -> str:
         return f"{dataset}_{method}"
     having = [teacher for teacher in teachers if f"{method}_{teacher}" in known]
     wanted = base.teacher
-    if wanted is None and base.mixture is not None:  # a recipe's
-        wanted = next((t for t in having if base.mixture == f"{dataset}_{method}_{t}"), None)
+    if wanted is None and (recipe := _recipe(dataset, method)):
+        default = parse_gin(recipe).mixture
+        wanted = next((t for t in having if default == f"{dataset}_{method}_{t}"), None)
     if wanted is not None and wanted in having:
         return f"{dataset}_{method}_{wanted}"
     if wanted is not None and having:
