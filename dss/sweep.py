@@ -223,8 +223,8 @@ class Sweep:
         Methods and students, which cost differently, are spread over the parts.
         """
         alike = sorted(self.runs, key=lambda run: (run.method, run.student))
-        mine = alike[i::n]
-        return Sweep(self.folder, tuple(run for run in self.runs if run in mine), (i, n))
+        mine = {run.name for run in alike[i::n]}
+        return Sweep(self.folder, tuple(run for run in self.runs if run.name in mine), (i, n))
 
 
 def plan_sweep(
@@ -265,8 +265,9 @@ def plan_sweep(
                         "--gin_file or --gin flag for all"
                     )
     for run in runs.values():
-        if (run.folder / CONFIG_FILE).is_file():
-            check_same(load_run(run.folder), run.experiment)
+        before = load_run(run.folder) if (run.folder / CONFIG_FILE).is_file() else None
+        if before and (before.has_checkpoint or run.result.is_file()):  # else nothing would be lost
+            check_same(before, run.experiment)
     return Sweep(run_folder(next(iter(bases.values()))), tuple(runs.values()))
 
 
@@ -294,9 +295,8 @@ def _base(
     if method.mixture is not None:
         if dataset is None:
             raise UserError("no dataset: give DATASET or DATASET_PATH")
-        recipe = f"recipes/{dataset}_{method.mixture}.gin"
-        if (gin_root() / recipe).is_file():
-            first = parse_gin([recipe, *read], flags, search_paths, beside=[SweepConfig])
+        recipe = _recipe(dataset, method.mixture)
+        first = parse_gin([*recipe, *read], flags, search_paths, beside=[SweepConfig])
     base = dataclasses.replace(
         first,
         mixture=_mixture(first, dataset, method.mixture),
@@ -320,6 +320,12 @@ def _base(
     return dataclasses.replace(base, trainer=trainer)
 
 
+def _recipe(dataset: str, method: str) -> list[str]:
+    """Returns the recipe that is shipped for a dataset and a method, if there is one."""
+    recipe = f"recipes/{dataset}_{method}.gin"
+    return [recipe] if (gin_root() / recipe).is_file() else []
+
+
 def _mixture(base: Experiment, dataset: str | None, method: str | None) -> str:
     """Returns the mixture of a method, the teacher found that its name leaves out."""
     if method is None:
@@ -334,8 +340,9 @@ def _mixture(base: Experiment, dataset: str | None, method: str | None) -> str:
         return f"{dataset}_{method}"
     having = [teacher for teacher in teachers if f"{method}_{teacher}" in known]
     wanted = base.teacher
-    if wanted is None and base.mixture is not None:  # a recipe's
-        wanted = next((t for t in having if base.mixture == f"{dataset}_{method}_{t}"), None)
+    if wanted is None and (recipe := _recipe(dataset, method)):
+        default = parse_gin(recipe).mixture
+        wanted = next((t for t in having if default == f"{dataset}_{method}_{t}"), None)
     if wanted is not None and wanted in having:
         return f"{dataset}_{method}_{wanted}"
     if wanted is not None and having:

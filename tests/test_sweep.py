@@ -195,6 +195,10 @@ def test_the_recipe_comes_first_and_the_sweeps_own_settings_win(small_root, tmp_
     assert run.experiment.mixture == "cqa_step_by_step_palm"
     assert (run.experiment.batch_size, run.experiment.alpha) == (4, 0.3)
     assert run.experiment.trainer.eval_period == 250
+    longer = ["METHODS=('finetune*step_by_step',)", "FRACTIONS=(1,)", "SEEDS=(0,)"]
+    (run,) = plan_sweep(["runs/sweep.gin"], [*flags, *longer]).runs
+    assert run.experiment.mixture == "cqa_finetune"
+    assert run.experiment.trainer.train_steps > 10000
     sweep = plan_sweep(["runs/sweep.gin"], [*flags, "TEACHER=gpt_neox"])
     assert {run.experiment.mixture for run in sweep.runs} == {
         "cqa_finetune",
@@ -323,6 +327,8 @@ def test_a_folder_with_other_runs_of_the_same_names_is_refused(settings):
     sweep = plan(settings)
     sweep.runs[0].folder.mkdir(parents=True)
     save_config(sweep.runs[0].experiment, sweep.runs[0].folder)
+    plan(settings, "ALPHA=0.4")  # nothing was saved, so nothing is lost
+    (sweep.runs[0].folder / "checkpoints" / "10").mkdir(parents=True)
     plan(settings)
     with pytest.raises(
         UserError, match=r"finetune-one-0.25-s0: the run of another experiment: alp"

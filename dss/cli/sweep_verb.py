@@ -2,17 +2,15 @@
 
 import argparse
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dss.cli.options import add_gin_options
-from dss.cli.progress import time_left
 from dss.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dss.sweep_runner import Outcome, SweepProgress
+    from dss.sweep_runner import Outcome
 
 __all__ = ["add_arguments", "run"]
 
@@ -40,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does a sweep; returns 1 if a run failed, 128 + the signal's number where one stopped it."""
     part = _part(args.shard) if args.shard else None
+    from dss.cli.sweep_progress import SweepLines
     from dss.sweep import plan_sweep
     from dss.sweep_runner import run_sweep
     from dss.training.processes import has_others
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     if not sweep.runs:
         print("no run is left for this part")
         return 0
-    outcomes, stopped_by = run_sweep(sweep, _progress(len(sweep.runs)))
+    outcomes, stopped_by = run_sweep(sweep, SweepLines(len(sweep.runs)))
     return _say_all(outcomes, stopped_by)
 
 
@@ -69,39 +68,6 @@ def _part(text: str) -> tuple[int, int]:
     if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
         raise UserError(f"--shard={text}: give it as I/N with I from 0 to N - 1, such as 0/4")
     return int(i), int(n)
-
-
-def _progress(total: int) -> "SweepProgress":
-    from dss.sweep import SweepRun
-    from dss.sweep_runner import Outcome, SweepProgress
-
-    class Lines(SweepProgress):
-        def began(self, done: int) -> None:
-            print(f"{total} runs, {done} of them done before", flush=True)
-
-        def started(self, number: int, run: SweepRun, log: Path) -> None:
-            print(f"[{number}/{total}] {run.name}: begins; log: {log}", flush=True)
-
-        def waiting(self, run: SweepRun) -> None:
-            print(f"{run.name}: another process is at it; waiting for its end", flush=True)
-
-        def ended(self, number: int, outcome: Outcome, seconds: float, left: float | None) -> None:
-            times = [f"{seconds / 60:.1f} min"] + ([time_left(left)] if left else [])
-            text = f"[{number}/{total}] {outcome.run.name}: {_describe(outcome)}"
-            print(f"{text}; {', '.join(times)}", flush=True)
-
-    return Lines()
-
-
-def _describe(outcome: "Outcome") -> str:
-    if outcome.status == "failed":
-        return f"FAILED: {outcome.error}"
-    summary = outcome.summary
-    text = f"{summary['metric'].replace('_', ' ')} {summary['value']:.2%}"
-    if summary["interval"]:
-        low, high = summary["interval"]
-        text += f" (95%: {low:.2%} to {high:.2%})"
-    return text
 
 
 def _say_all(outcomes: "Sequence[Outcome]", stopped_by: int | None) -> int:

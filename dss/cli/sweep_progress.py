@@ -1,0 +1,46 @@
+"""How a sweep shows itself."""
+
+from pathlib import Path
+
+from dss.cli.progress import time_left
+from dss.sweep import SweepRun
+from dss.sweep_runner import Outcome, SweepProgress
+
+__all__ = ["SweepLines"]
+
+
+class SweepLines(SweepProgress):
+    """Prints a line when a run begins and when it ends, with the time left."""
+
+    def __init__(self, total: int):
+        """Makes a display for some number of runs."""
+        self.total = total
+
+    def began(self, done: int) -> None:
+        """See `SweepProgress.began`."""
+        print(f"{self.total} runs, {done} of them done before", flush=True)
+
+    def started(self, number: int, run: SweepRun, log: Path) -> None:
+        """See `SweepProgress.started`."""
+        print(f"[{number}/{self.total}] {run.name}: begins; log: {log}", flush=True)
+
+    def waiting(self, run: SweepRun) -> None:
+        """See `SweepProgress.waiting`."""
+        print(f"{run.name}: another process is at it; waiting for its end", flush=True)
+
+    def ended(self, number: int, outcome: Outcome, seconds: float, left: float | None) -> None:
+        """See `SweepProgress.ended`."""
+        times = [f"{seconds / 60:.1f} min"] + ([time_left(left)] if left else [])
+        text = f"[{number}/{self.total}] {outcome.run.name}: {_describe(outcome)}"
+        print(f"{text}; {', '.join(times)}", flush=True)
+
+
+def _describe(outcome: Outcome) -> str:
+    if outcome.status == "failed":
+        return f"FAILED: {outcome.error}"
+    summary = outcome.summary
+    text = f"{summary['metric'].replace('_', ' ')} {summary['value']:.2%}"
+    if summary["interval"]:
+        low, high = summary["interval"]
+        text += f" (95%: {low:.2%} to {high:.2%})"
+    return text
