@@ -29,7 +29,7 @@ id, and one more array says what it reads:
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -104,7 +104,9 @@ def _shuffled(
     return out, epochs
 
 
-def views(store: TokenStore, examples: np.ndarray, epochs: np.ndarray) -> Sequences:
+def views(
+    store: TokenStore, examples: Sequence[int] | np.ndarray, epochs: np.ndarray | int = 0
+) -> Sequences:
     """Returns the sequences of some examples: every view that each of them has.
 
     Of several rationales the first is that of epoch 0, the second of epoch 1, and so on, in turn.
@@ -112,11 +114,12 @@ def views(store: TokenStore, examples: np.ndarray, epochs: np.ndarray) -> Sequen
     Args:
       store: the tokens.
       examples: [E].
-      epochs: the epoch that each is drawn in, [E].
+      epochs: the epoch that each is drawn in, [E], or that all are.
     """
     first, counts = store.rows[examples], store.counts[examples]
     which, tasks = np.nonzero(counts)
-    rows = first[which, tasks] + epochs[which] % counts[which, tasks]
+    turn = np.broadcast_to(epochs, len(first))[which] % counts[which, tasks]
+    rows = first[which, tasks] + turn
     return Sequences(tasks, rows, which)
 
 
@@ -135,8 +138,7 @@ def sequential_order(store: TokenStore, batch_size: int) -> Order:
 
     def order(step: int) -> Sequences:
         start = step * batch_size
-        examples = np.arange(start, min(start + batch_size, len(store)))
-        return views(store, examples, np.zeros_like(examples))
+        return views(store, np.arange(start, min(start + batch_size, len(store))))
 
     return Order(order, batch_size * len(store.tasks))
 
