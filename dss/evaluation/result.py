@@ -103,7 +103,7 @@ class Evaluation:
         )
 
     def save(self, folder: epath.Path) -> epath.Path:
-        """Writes one JSON line an example into a folder, and the summary beside; returns the first."""
+        """Writes a JSON line for each example, and the summary beside; returns the first file."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.mixture}-{self.split}-{self.step}.jsonl"
         lines = []

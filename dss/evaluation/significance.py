@@ -6,8 +6,9 @@ Scores of two runs are paired: both are of the same test examples, in the same o
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.special
 
-__all__ = ["mcnemar", "paired_bootstrap", "wilson_interval"]
+__all__ = ["mcnemar", "paired_bootstrap", "seeds_interval", "wilson_interval"]
 
 Z95 = 1.959963984540054  # the 97.5% quantile of the normal distribution
 CHUNK = 2**22  # numbers drawn at once
@@ -24,10 +25,50 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """
     if not 0 <= correct <= total or total == 0:
         raise ValueError(f"{correct} of {total} is no proportion")
-    p, z2 = correct / total, Z95**2
-    centre = (p + z2 / (2 * total)) / (1 + z2 / total)
-    half = Z95 / (1 + z2 / total) * (p * (1 - p) / total + z2 / (4 * total**2)) ** 0.5
+    return _score_interval(correct / total, total, Z95)
+
+
+def _score_interval(p: float, total: float, z: float) -> tuple[float, float]:
+    centre = (p + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * (p * (1 - p) / total + z**2 / (4 * total**2)) ** 0.5
     return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def seeds_interval(scores: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Returns the 95% interval of a method's mean score, over training seeds and test examples.
+
+    Two things vary: another seed trains another student, and another test set has other examples.
+    The squared error of the mean is the variance between the seeds' means, over their number, plus
+    that of the examples' scores, each the mean over seeds, over theirs; Student's t has the degrees
+    of freedom of that sum (Satterthwaite, 1946). The interval is Wilson's, for as many examples as
+    have this error. Of one seed nothing is known but the examples: it is `wilson_interval`.
+
+    >>> [round(x, 3) for x in seeds_interval([[1] * 90 + [0] * 10])]
+    [0.826, 0.945]
+    >>> [round(x, 2) for x in seeds_interval([[1] * 90 + [0] * 10, [1] * 80 + [0] * 20] * 2)]
+    [0.74, 0.92]
+
+    Args:
+      scores: [seeds][N], in [0, 1], of the same N examples.
+
+    Raises:
+      ValueError: no score, or not as many of each seed.
+    """
+    table = np.asarray(scores, np.float64)
+    if table.ndim != 2 or not table.size:
+        raise ValueError(f"not the scores of some seeds on the same examples: shape {table.shape}")
+    seeds, total = table.shape
+    mean = float(table.mean())
+    by_seed = float(table.mean(1).var(ddof=1)) / seeds if seeds > 1 else 0.0
+    by_example = float(table.mean(0).var()) / total
+    error = by_seed + by_example
+    if not error:
+        return _score_interval(mean, total, Z95)
+    z = Z95
+    if by_seed:
+        terms = by_seed**2 / (seeds - 1) + by_example**2 / max(total - 1, 1)
+        z = float(scipy.special.stdtrit(error**2 / terms, 0.975))
+    return _score_interval(mean, max(mean * (1 - mean) / error, 1e-9), z)
 
 
 def _paired(first: Sequence[float], second: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
