@@ -86,8 +86,7 @@ class Reach:
       method: whose line it is.
       what: "examples" or "parameters".
       student: of the line of examples; None for a line of students.
-      target: what is to be reached, in words.
-      value: its accuracy.
+      target: what is to be reached.
       at: the first measured cell that reaches it; None where none does.
       best: the highest cell.
       estimate: where the line between this cell and the one before crosses the target; None where
@@ -99,13 +98,17 @@ class Reach:
     method: str
     what: str
     student: str | None
-    target: str
-    value: float
+    target: Cell | Teacher
     at: Cell | None
     best: Cell
     estimate: float | None = None
     before: Cell | None = None
     comparison: Comparison | None = None
+
+    @property
+    def value(self) -> float:
+        """The target's accuracy."""
+        return self.target.mean if isinstance(self.target, Cell) else self.target.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,9 +267,7 @@ def _comparisons(cells: Sequence[Cell]) -> list[Comparison]:
     return [c for first, second in pairs if (c := compare(second, first))]
 
 
-def reach(
-    line: Sequence[Cell], what: str, target: str, value: float, cell: Cell | None = None
-) -> Reach:
+def reach(line: Sequence[Cell], what: str, target: Cell | Teacher) -> Reach:
     """Returns where a method's line first is as high as a target.
 
     Between two measured points the line is straight over the logarithm of what it runs over.
@@ -274,22 +275,20 @@ def reach(
     Args:
       line: cells of one method, at least one, in rising order of `what`.
       what: "examples" or "parameters".
-      target: in words.
-      value: its accuracy.
-      cell: the target, where it is one.
+      target: to be reached.
     """
     student = line[0].student if what == "examples" else None
     best = max(line, key=lambda c: c.mean)
-    found = Reach(line[0].method, what, student, target, value, None, best)
-    at = next((i for i, c in enumerate(line) if c.mean >= value), None)
+    found = Reach(line[0].method, what, student, target, None, best)
+    at = next((i for i, c in enumerate(line) if c.mean >= found.value), None)
     if at is None:
         return found
-    comparison = compare(line[at], cell) if cell else None
+    comparison = compare(line[at], target) if isinstance(target, Cell) else None
     found = dataclasses.replace(found, at=line[at], comparison=comparison)
     if at == 0:
         return found
     low, high = line[at - 1], line[at]
-    share = (value - low.mean) / (high.mean - low.mean)
+    share = (found.value - low.mean) / (high.mean - low.mean)
     ends = [math.log(getattr(c, what)) for c in (low, high)]
     estimate = math.exp(ends[0] + share * (ends[1] - ends[0]))
     return dataclasses.replace(found, estimate=estimate, before=low)
@@ -318,10 +317,8 @@ def _data_reaches(cells: Sequence[Cell], teachers: Sequence[Teacher]) -> list[Re
     out = []
     for (_, student), line in _lines(cells).items():
         full = _full_finetuning([c for c in cells if c.student == student])
-        if full and full.examples:
-            target = f"{full.method} on {full.examples:,.0f} examples"
-            out.append(reach(line, "examples", target, full.mean, full))
-        out += [reach(line, "examples", f"teacher {t.name}", t.value) for t in teachers]
+        targets: list[Cell | Teacher] = [full] if full and full.examples else []
+        out += [reach(line, "examples", target) for target in [*targets, *teachers]]
     return out
 
 
@@ -334,12 +331,10 @@ def _size_reaches(cells: Sequence[Cell], teachers: Sequence[Teacher]) -> list[Re
             known = lines[cell.method].get(cell.parameters)
             if known is None or known.mean < cell.mean:
                 lines[cell.method][cell.parameters] = cell
-    out = []
-    for by_size in lines.values():
-        line = [by_size[size] for size in sorted(by_size)]
-        full = _full_finetuning([c for c in cells if c.parameters == largest])
-        if full:
-            target = f"{full.method} of the {full.student} student"
-            out.append(reach(line, "parameters", target, full.mean, full))
-        out += [reach(line, "parameters", f"teacher {t.name}", t.value) for t in teachers]
-    return out
+    full = _full_finetuning([c for c in cells if c.parameters == largest])
+    targets: list[Cell | Teacher] = [full] if full else []
+    return [
+        reach([by_size[size] for size in sorted(by_size)], "parameters", target)
+        for by_size in lines.values()
+        for target in [*targets, *teachers]
+    ]

@@ -36,7 +36,7 @@ STYLES = (
 QUIET = "#5a5a5a"
 SIZE = (5.4, 3.9)  # inches: its text is still legible on a phone's page
 PIXELS_PER_INCH = 200
-STYLE = {
+STYLE: Any = {
     "font.size": 10.5,
     "font.family": ["sans-serif"],
     "axes.spines.top": False,
@@ -150,7 +150,7 @@ CELL_COLUMNS = (
 
 
 def _cell_rows(group: Group, cells: Sequence[Cell]) -> list[tuple]:
-    rows = []
+    rows: list[tuple] = []
     for c in cells:
         low, high = c.interval or (None, None)
         by_seed = " ".join(
