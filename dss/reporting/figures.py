@@ -34,7 +34,7 @@ STYLES = (
     ("#e69f00", "X", (0, (8, 2))),
 )
 QUIET = "#5a5a5a"
-SIZE = (5.4, 3.9)  # inches: its text is still legible on a phone's page
+SIZE = (4.7, 3.6)  # inches: its text is still legible on a phone's page
 PIXELS_PER_INCH = 200
 STYLE: Any = {
     "font.size": 10.5,

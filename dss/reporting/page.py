@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import difflib
 import importlib.resources
+import itertools
 import json
 import re
 import shlex
@@ -133,6 +134,7 @@ def _group(group: Group, figures: Sequence[Figure]) -> dict[str, Any]:
         "reaches": [reach_row(r) for r in (*group.data_reaches, *group.size_reaches)],
         "comparisons": list(_comparison_rows(group)),
         "runs": list(_run_rows(group)),
+        "folder": _folder(group.runs),
         "data": list(_data_rows(group)),
         "versions": _versions(group.runs),
         "configs": list(_configs(group.runs)),
@@ -177,12 +179,12 @@ def _comparison_rows(group: Group) -> Iterator[tuple[str, ...]]:
 
 
 def _run_rows(group: Group) -> Iterator[dict[str, Any]]:
-    against = _against_finetuning(group)
+    against, folder = _against_finetuning(group), _folder(group.runs)
     for run in group.runs:
         evaluation = run.evaluation(group.split)
         machine = run.machine
         yield {
-            "name": run.name,
+            "short": run.name.removeprefix(folder),
             "method": group.methods[run.name],
             "student": group.students[run.name],
             "examples": NOT_RECORDED if run.examples is None else f"{run.examples:,}",
@@ -201,12 +203,19 @@ def _run_rows(group: Group) -> Iterator[dict[str, Any]]:
         }
 
 
+def _folder(runs: Sequence[RunRecord]) -> str:
+    """Returns the folder, with its slash, that several runs lie in; "" where there is none."""
+    parts = zip(*(run.name.split("/")[:-1] for run in runs), strict=False)
+    common = [same[0] for same in itertools.takewhile(lambda part: len(set(part)) == 1, parts)]
+    return "/".join([*common, ""]) if any(common) and len(runs) > 1 else ""
+
+
 def _run_interval(evaluation: EvaluationRecord | None) -> str:
     if evaluation is None or evaluation.metric != "accuracy":
         return ""
     right = round(sum(evaluation.scores.values()))
     interval = wilson_interval(right, len(evaluation.scores))
-    return f"{interval_text(interval)}; {right:,} of {len(evaluation.scores):,}"
+    return interval_text(interval)
 
 
 def _device(machine: Mapping[str, Any]) -> str:
@@ -229,7 +238,7 @@ def _against_finetuning(group: Group) -> dict[str, str]:
             other = finetuned.get((cell.student, cell.fraction, run.experiment.seed))
             found = compare(_alone(cell, i), other) if other else None
             if other and other.runs[0].name == run.name:
-                out[run.name] = "is finetuning"
+                out[run.name] = "baseline"
             elif found:
                 p = p_text(found.p_values[0][1])
                 out[run.name] = f"{points(found.difference)}, p {p if '<' in p else f'= {p}'}"

@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 MINUS = "\N{MINUS SIGN}"
+MOST_ALSO = 5  # further sentences; tables have the rest
 NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
 
 
@@ -75,11 +76,14 @@ def duration(seconds: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The answer to whether the method helped: one sentence, what it rests on, what to doubt."""
+    """The answer to whether the method helped: one sentence, what it rests on, what else there is
+    to say, and what to doubt.
+    """
 
     headline: str
     basis: str
-    doubts: tuple[str, ...]
+    also: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +106,12 @@ def answer(group: Group) -> Answer:
     """Returns what to say first about a dataset."""
     main = _main_reach(group)
     if main is None:
-        return Answer("Nothing to compare yet.", _missing(group), ())
+        return Answer("Nothing to compare yet.", _missing(group))
     full = main.target
     assert isinstance(full, Cell)
     method, rest = _capital(main.method), f"{full.method} on all {_count(full)} examples"
     against = f"{full.student} student; {full.method} has {percent(full.mean)} on {group.split}. "
-    doubts = _doubts(group, main, full)
+    rest_of_it = _also(group, main), _doubts(group, main, full)
     low = full.interval[0] if full.interval else full.mean
     if group.majority is not None and low <= group.majority:
         headline = (
@@ -118,10 +122,10 @@ def answer(group: Group) -> Answer:
             f"Always saying the most frequent label has {percent(group.majority)}, so to match "
             "finetuning would say little."
         )
-        return Answer(_capital(headline), against + basis, doubts)
+        return Answer(_capital(headline), against + basis, *rest_of_it)
     if main.at is None:
         basis = f"At best it has {percent(main.best.mean)}, with {_count(main.best)} examples."
-        return Answer(f"{method} did not match {rest}, here.", against + basis, doubts)
+        return Answer(f"{method} did not match {rest}, here.", against + basis, *rest_of_it)
     if main.estimate is None or main.before is None:
         share = _share(main.at.examples, full.examples)
         headline = f"{method} matches {rest} with {_count(main.at)} or fewer{share}."
@@ -136,7 +140,27 @@ def answer(group: Group) -> Answer:
         )
     if main.comparison:
         basis += " " + _compared(main.comparison)
-    return Answer(headline, against + basis, doubts)
+    return Answer(headline, against + basis, *rest_of_it)
+
+
+def _also(group: Group, main: Reach) -> tuple[str, ...]:
+    out = []
+    ahead, behind, places = 0, 0, 0
+    for c in group.comparisons:
+        if c.first.method == main.method and c.second.runs[0].method == "finetuning":
+            places += 1
+            ahead += c.interval[0] > 0
+            behind += c.interval[1] < 0
+    if places > 1:
+        out.append(
+            f"On the same student and data, {main.method} is ahead of finetuning in {ahead} of "
+            f"{places} places and behind in {behind}, by the 95% interval over the test examples."
+        )
+    for r in group.data_reaches:
+        if r.method == main.method and r is not main and isinstance(r.target, Cell):
+            _, on, target, accuracy, took, _ = reach_row(r)
+            out.append(f"{on}, to match {target} ({accuracy}): {took}.")
+    return tuple(out[:MOST_ALSO])
 
 
 def _missing(group: Group) -> str:
