@@ -118,7 +118,7 @@ class Group:
     Attributes:
       dataset: its name.
       split: that accuracies are of.
-      runs: all of them, finished or not.
+      runs: all of them, finished or not; by method, size, fraction and seed.
       methods: each run's, by its name.
       students: each run's, by its name.
       cells: what figures show, by method, student and fraction.
@@ -164,6 +164,16 @@ def analyse(collected: Collected, split: str = "test") -> list[Group]:
 
 def _group(dataset: str, runs: Sequence[RunRecord], split: str) -> Group:
     methods, students = method_names(runs), student_names(runs)
+    order = list(dict.fromkeys(methods.values()))
+    runs = sorted(
+        runs,
+        key=lambda r: (
+            order.index(methods[r.name]),
+            r.parameters,
+            r.experiment.data.fraction,
+            r.experiment.seed,
+        ),
+    )
     cells = _cells(runs, methods, students, split)
     teachers = _teachers(runs, split)
     shares = [e.majority for run in runs if (e := run.evaluation(split)) and e.majority]
@@ -192,9 +202,8 @@ def _cells(
             continue
         key = methods[run.name], students[run.name], run.parameters, run.experiment.data.fraction
         found.setdefault(key, {}).setdefault(run.experiment.seed, (run, evaluation))
-    order = list(dict.fromkeys(methods.values()))
     cells = []
-    for key in sorted(found, key=lambda k: (order.index(k[0]), k[2], k[1], k[3])):
+    for key in found:
         repeats = [found[key][seed] for seed in sorted(found[key])]
         evaluations = tuple(e for _, e in repeats)
         counts = [run.examples for run, _ in repeats if run.examples is not None]

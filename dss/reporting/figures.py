@@ -34,7 +34,7 @@ STYLES = (
     ("#e69f00", "X", (0, (8, 2))),
 )
 QUIET = "#5a5a5a"
-SIZE = (4.7, 3.6)  # inches: its text is still legible on a phone's page
+SIZE = (4.7, 3.8)  # inches: its text is still legible on a phone's page
 PIXELS_PER_INCH = 200
 STYLE: Any = {
     "font.size": 10.5,
@@ -192,27 +192,23 @@ def _draw_lines(
         )  # fmt: skip
 
 
-def _reference_line(axes: "Axes", value: float, text: str, dashes: Any) -> None:
-    axes.axhline(100 * value, color="#1c1c1c", lw=1, linestyle=dashes, zorder=2)
-    axes.annotate(
-        text, (1, 100 * value), xycoords=("axes fraction", "data"), xytext=(0, 2.5),
-        textcoords="offset points", ha="right", va="bottom", fontsize=9, color="#1c1c1c", zorder=5,
-        bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
-    )  # fmt: skip
-
-
 def _accuracy_axis(axes: "Axes", group: Group, cells: Sequence[Cell]) -> None:
-    for t in group.teachers:
-        size = f", {count_text(t.parameters)}" if t.parameters else ""
-        _reference_line(axes, t.value, f"teacher {t.name}{size}: {t.value:.1%}", "-")
-    if group.majority is not None:
-        _reference_line(axes, group.majority, "always the most frequent label", (0, (1, 2)))
+    """Draws teachers and the most frequent label as lines, and labels the axis."""
     shown = [v for c in cells for v in (c.interval or (c.mean,))]
     shown += [e.value for c in cells for e in c.evaluations]
-    shown += [t.value for t in group.teachers]
-    shown += [group.majority] if group.majority is not None else []
+    references = []
+    for k, t in enumerate(group.teachers):
+        size = f" ({count_text(t.parameters)})" if t.parameters else ""
+        name = f"teacher {t.name}{size}: {t.value:.1%}"
+        references.append((t.value, name, "-" if k == 0 else (0, (10, 2 * k))))
+    if group.majority is not None:
+        name = f"most frequent label: {group.majority:.1%}"
+        references.append((group.majority, name, (0, (1, 2))))
+    for value, name, dashes in references:
+        axes.axhline(100 * value, color="#1c1c1c", lw=1, linestyle=dashes, zorder=2, label=name)
+        shown.append(value)
     room = 0.06 * (max(shown) - min(shown)) + 0.01
-    axes.set_ylim(100 * (min(shown) - room), 100 * (max(shown) + 1.6 * room))
+    axes.set_ylim(100 * (min(shown) - room), 100 * (max(shown) + room))
     axes.set_ylabel(f"accuracy on the {group.split} split, %")
 
 
@@ -227,9 +223,12 @@ def _log_axis(axes: "Axes", values: Sequence[float], text: Callable[[float], str
     axes.set_xlim(min(values) / 1.15, max(values) * 1.15)
 
 
-def _legend(canvas: Any, entries: int) -> None:
-    columns = 1 if entries > 3 else max(entries, 1)
-    canvas.legend(loc="outside lower left", ncols=columns, handlelength=3.4, fontsize=9.5)
+def _legend(canvas: Any, labels: Sequence[str], **options: Any) -> None:
+    """Puts the legend under the figure, in two columns where the labels are short."""
+    columns = 1 if any(len(label) > 26 for label in labels) else 2
+    canvas.legend(
+        loc="outside lower left", ncols=columns, handlelength=3.4, fontsize=9.5, **options
+    )
 
 
 def _draw_data(group: Group, student: str, cells: list[Cell], styles: Mapping) -> Figure:
@@ -239,7 +238,7 @@ def _draw_data(group: Group, student: str, cells: list[Cell], styles: Mapping) -
         _accuracy_axis(axes, group, cells)
         _log_axis(axes, [c.examples or 1 for c in cells], lambda v: f"{v:,.0f}")
         axes.set_xlabel("training examples (logarithmic)")
-        _legend(canvas, len({c.method for c in cells}))
+        _legend(canvas, axes.get_legend_handles_labels()[1])
 
     title = f"Accuracy by training examples, {student} student"
     name = f"accuracy-by-examples-{safe_name(student)}"
@@ -253,7 +252,7 @@ def _draw_size(group: Group, cells: list[Cell], styles: Mapping) -> Figure:
         _accuracy_axis(axes, group, cells)
         _log_axis(axes, [c.parameters for c in cells], count_text)
         axes.set_xlabel("parameters of the student (logarithmic)")
-        _legend(canvas, len({c.method for c in cells}))
+        _legend(canvas, axes.get_legend_handles_labels()[1])
 
     examples = max((c.examples for c in cells if c.examples), default=None)
     on = "the most data" if examples is None else f"{examples:,.0f} training examples"
@@ -317,15 +316,12 @@ def _draw_curves(group: Group, student: str, styles: Mapping) -> Figure | None:
             axes.yaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("step")
             axes.set_title(LOSSES[kind], fontsize=10, loc="left")
-        panels[0].set_ylabel("loss, nats a token (logarithmic)")
+        panels[0].set_ylabel("loss, nats a token (log)")
         handles = [
             Line2D([], [], color=c, linestyle=d, marker=m, label=method)
             for method, (c, m, d) in ((method, styles[method]) for method in methods)
         ]
-        canvas.legend(
-            handles=handles, loc="outside lower left", handlelength=3.4, fontsize=9.5,
-            ncols=1 if len(methods) > 3 else len(methods),
-        )  # fmt: skip
+        _legend(canvas, methods, handles=handles)
 
     title = f"Losses, {student} student, the most data"
     columns = ("method", "task", "split", "step", "loss", "runs")

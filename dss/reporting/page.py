@@ -280,8 +280,8 @@ def _data_rows(group: Group) -> Iterator[tuple[str, ...]]:
                 f"{task['target_tokens'] / max(count, 1):,.1f}",
                 f"{task['full_inputs']:,} and {task['full_targets']:,}",
             )
-            if row not in seen:
-                seen.add(row)
+            if row[:5] not in seen:  # other seeds draw other examples, of other lengths
+                seen.add(row[:5])
                 yield row
 
 
@@ -299,12 +299,12 @@ def _configs(runs: Sequence[RunRecord]) -> Iterator[dict[str, str]]:
     for run in runs:
         lines = run.config_text.splitlines()
         if run is runs[0]:
-            yield {"name": run.name, "text": run.config_text, "note": "all of it"}
+            yield {"name": run.name, "text": run.config_text}
             continue
         changed = [
             line[2:] for line in difflib.ndiff(first, lines) if line.startswith("+ ") and line[2:]
         ]
-        yield {"name": run.name, "text": "\n".join(changed), "note": "what differs from the first"}
+        yield {"name": run.name, "text": "\n".join(changed)}
 
 
 def _repeat(run: RunRecord) -> list[str]:
@@ -339,6 +339,8 @@ def _answers(groups: Sequence[Group]) -> dict[str, Any]:
         for run in group.runs
         if (evaluation := run.evaluation(group.split))
     ]
+    judged.sort(key=lambda item: -item[2].value)  # a stable sort: of one dataset, best first
+    judged.sort(key=lambda item: item[0].dataset)
     kept = judged[: SHOWN_ANSWERS // LEAST_EXAMPLES]
     most = SHOWN_ANSWERS // max(len(kept), 1)
     examples: dict[tuple, int] = {}
@@ -386,5 +388,5 @@ def _held(answers: Mapping[str, Any]) -> str:
         return f"All {here:,} answers are here."
     text = f"This page holds {here:,} of the {answers['of']:,} answers, taken evenly over each file"
     if answers["cut"]:
-        text += f"; none of the last {answers['cut']:,} runs"
+        text += f"; none of {answers['cut']:,} more runs"
     return text + ". The rest is in each run's folder predictions."

@@ -154,7 +154,8 @@ def _also(group: Group, main: Reach) -> tuple[str, ...]:
     if places > 1:
         out.append(
             f"On the same student and data, {main.method} is ahead of finetuning in {ahead} of "
-            f"{places} places and behind in {behind}, by the 95% interval over the test examples."
+            f"{places} comparisons and behind in {behind}, by the 95% interval over the test "
+            "examples."
         )
     for r in group.data_reaches:
         if r.method == main.method and r is not main and isinstance(r.target, Cell):
