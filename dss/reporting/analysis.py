@@ -198,7 +198,7 @@ def _cells(
     found: dict[tuple, dict[int, tuple[RunRecord, EvaluationRecord]]] = {}
     for run in runs:
         evaluation = run.evaluation(split)
-        if not run.is_done or run.is_imported or not evaluation or evaluation.metric != "accuracy":
+        if not run.is_done or not evaluation or evaluation.metric != "accuracy":
             continue
         key = methods[run.name], students[run.name], run.parameters, run.experiment.data.fraction
         found.setdefault(key, {}).setdefault(run.experiment.seed, (run, evaluation))

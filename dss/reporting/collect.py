@@ -107,7 +107,8 @@ class RunRecord:
     @property
     def is_done(self) -> bool:
         """Whether it was trained to its last step."""
-        return self.step >= self.experiment.trainer.train_steps and not self.failure
+        at_end = self.step >= self.experiment.trainer.train_steps
+        return at_end and not self.failure and not self.is_imported
 
     @property
     def failure(self) -> str | None:
