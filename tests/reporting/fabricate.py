@@ -79,8 +79,8 @@ def write_run(
                 lines.append({"step": step, **losses, "valid/accuracy": step / STEPS / 2})
         write_jsonl(run / "metrics.jsonl", lines)
     tasks = [
-        {"kind": kind, "teacher": None if kind == "label" else "rules", "examples": examples - 3 * k,
-         "input_tokens": 10 * examples, "target_tokens": 4 * examples, "full_inputs": 2,
+        {"kind": kind, "teacher": None if kind == "label" else "rules",
+         "examples": examples - 3 * k, "input_tokens": 10 * examples, "target_tokens": 4 * examples, "full_inputs": 2,
          "full_targets": 0}
         for k, kind in enumerate(kinds)
     ]  # fmt: skip

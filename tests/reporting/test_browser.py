@@ -30,8 +30,8 @@ def _missing() -> str | None:
     missing = [name for name in programs if shutil.which(name) is None]
     if missing:
         return (
-            f"no {' and no '.join(missing)} to show the report in; scripts/test installs them where "
-            "it may: apt-get install chromium chromium-driver"
+            f"no {' and no '.join(missing)} to show the report in; scripts/test installs them "
+            "where it may: apt-get install chromium chromium-driver"
         )
     try:
         import selenium  # noqa: F401
@@ -64,7 +64,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A page of 24 finished runs, some not, and texts that are hostile or have no place to break."""
+    """A page of 24 finished runs and one not, with texts that are hostile or nowhere break."""
     folder = tmp_path_factory.mktemp("report")
     for method, right, examples, width, seed in SWEPT:
         texts = [EVIL, LONG] if seed else []
