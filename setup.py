@@ -27,6 +27,7 @@ setup(
     package_data={
         "dss.configs": ["**/*.gin"],
         "dss.teacher": ["prompts/*.yaml", "report.html"],
+        "dss.reporting": ["report.html"],
     },
     entry_points={"console_scripts": ["dss = dss.cli.main:main"]},
     install_requires=[
@@ -37,6 +38,7 @@ setup(
         "grain>=0.2.18",
         "gin-config>=0.5.0",
         "numpy>=2.4",
+        "scipy>=1.17",
         "safetensors>=0.8",
         "sentencepiece>=0.2.1",
         "huggingface_hub>=2.4",
@@ -56,7 +58,7 @@ setup(
     extras_require={
         "teacher": ["openai>=3.57", "jinja2>=3.1.6", "pyyaml>=6.0.3", "pyarrow>=25.0"],
         "beam": BEAM,
-        "report": ["matplotlib>=3.11"],
+        "report": ["matplotlib>=3.11", "jinja2>=3.1.6"],
         "tfds": TFDS,
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
@@ -66,6 +68,7 @@ setup(
             "pytest>=9.2",
             "ruff>=0.15",
             "mypy>=2.4",
+            "selenium>=4.51",  # drives the browser that the report is tested in
             *TFDS,
             "dill>=0.4",  # TFDS's own test of builders needs it
             "transformers[serving]>=5.23",

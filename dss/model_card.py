@@ -15,7 +15,7 @@ from dss.data.tasks import CONCLUSION, EXPLAIN, Mixture
 from dss.data.vocabulary import BYTES, load_vocabulary
 from dss.evaluation.significance import wilson_interval
 from dss.interop.huggingface_export import SPIECE
-from dss.runs import Run, use_data
+from dss.runs import PREDICTIONS, Run, use_data
 from dss.student.network import num_parameters
 from dss.training.metrics import read_metrics
 
@@ -119,7 +119,7 @@ def _scores(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
             shown = f"{value:.4f}" if name == "loss" else f"{value:.2%}"
             yield f"valid {name.replace('_', '-')}, in training", shown
     for split in ("valid", "test"):
-        path = run.folder / "predictions" / f"{mixture.name}-{split}-{step}.jsonl"
+        path = run.folder / PREDICTIONS / f"{mixture.name}-{split}-{step}.jsonl"
         if not path.is_file():
             continue
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

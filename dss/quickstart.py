@@ -20,7 +20,7 @@ import sentencepiece
 
 from dss.data.store import TokenStore
 from dss.experiment import DataConfig, Experiment
-from dss.runs import evaluate, load_run, use_data
+from dss.runs import PREDICTIONS, evaluate, load_run, use_data
 from dss.student.config import T5Config
 from dss.train import run_experiment, training_store
 from dss.training.optimizer import OptimizerConfig
@@ -189,7 +189,9 @@ def _train(student: Student) -> Outcome:
     if result.stopped_by is not None:
         raise KeyboardInterrupt
     assert experiment.run_dir is not None
-    measured = evaluate(load_run(experiment.run_dir), split="test", which="latest")
+    run = load_run(experiment.run_dir)
+    measured = evaluate(run, split="test", which="latest")
+    measured.save(run.folder / PREDICTIONS)  # for `dss report`
     accuracy = measured.scored.value
     return Outcome(student.method, student.examples, student.seed, result.step, accuracy)
 

@@ -5,6 +5,7 @@ vocabulary.model      the SentencePiece model (none for bytes)
 checkpoints/          Orbax: the latest two and the best
 metrics.jsonl         what was computed: losses, accuracy
 speed.jsonl           what the clock said
+sessions.jsonl        what each session began with and how it ended
 tensorboard/          both, for TensorBoard
 predictions/          of `dss eval`
 """
@@ -41,6 +42,7 @@ from dss.training.step import init_state
 
 __all__ = [
     "CHECKPOINTS",
+    "PREDICTIONS",
     "Evaluation",
     "Run",
     "check_size",
@@ -60,6 +62,7 @@ __all__ = [
 
 VOCABULARY_FILE = "vocabulary.model"
 CHECKPOINTS = "checkpoints"
+PREDICTIONS = "predictions"
 
 
 def use_data(config: DataConfig, *, must_exist: bool = True) -> str | None:

@@ -39,6 +39,7 @@ from dss.runs import (
     save_run,
     use_data,
 )
+from dss.sessions import Session, describe_data, describe_machine
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, init_params
 from dss.training.checkpoints import Checkpoints, abstract_like
@@ -241,8 +242,14 @@ def run_experiment(
     Raises:
       UserError: see `dss.errors`.
     """
-    progress = progress or Progress()
+    with Session() as session:
+        result = _run(experiment, progress or Progress(), resume, session)
+        if result.stopped_by is not None:
+            session.outcome = f"stopped by {result.stopped_by.name} at step {result.step}"
+    return result
 
+
+def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Session) -> Result:
     # Data and student.
     use_data(experiment.data)
     if experiment.mixture is None:
@@ -292,6 +299,9 @@ def run_experiment(
             params = init_params(config, experiment.seed, shardings.params)
         state = place_state(params, optimizer, shardings)
     start = int(state.step)
+    data = experiment.data
+    facts = describe_data(mixture, store, data.inputs_length, data.targets_length)
+    session.begin(run.folder, start, {**describe_machine(), "data": facts})
 
     # Batches, and what an evaluation does.
     shards = mesh.shape["data"] * experiment.microbatches

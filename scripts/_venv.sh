@@ -1,6 +1,7 @@
 # Sourced by the other scripts: goes to the repository's root and makes .venv, with dss in it.
 #
 #   ensure_venv EXTRA,EXTRA
+#   ensure_browser
 #
 # Installs only what was not installed before, or what setup.py has changed since.
 
@@ -25,4 +26,25 @@ ensure_venv() {
   else
     echo "== .venv has dss[$extras]; nothing to install"
   fi
+}
+
+# Without a browser its tests are skipped, and say so: nothing here fails for it.
+ensure_browser() {
+  if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then
+    return
+  fi
+  local as_root=()
+  if [[ "$(id -u)" != 0 ]]; then
+    as_root=(sudo -n)
+  fi
+  if ! command -v apt-get >/dev/null || ! "${as_root[@]}" true 2>/dev/null; then
+    echo "== no chromium, and no right to install it; the report's tests in a browser are skipped"
+    return
+  fi
+  echo "== installing chromium and its driver, for the report's tests"
+  local install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -q chromium chromium-driver)
+  "${as_root[@]}" "${install[@]}" >/dev/null 2>&1 ||
+    { "${as_root[@]}" apt-get update -q >/dev/null 2>&1 &&
+      "${as_root[@]}" "${install[@]}" >/dev/null; } ||
+    echo "== apt-get could not install it; the report's tests in a browser are skipped"
 }

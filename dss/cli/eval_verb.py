@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints how good the answers are; writes them into the run directory."""
-    from dss.runs import evaluate
+    from dss.runs import PREDICTIONS, evaluate
     from dss.training.processes import is_leader
 
     prepare_jax()
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     result = evaluate(found, split=args.split, which=args.checkpoint, rationales=args.rationales)
     if not is_leader():
         return 0
-    path = result.save(found.folder / "predictions")
+    path = result.save(found.folder / PREDICTIONS)
     console = make_console()
     where = f"{result.mixture} {result.split}, step {result.step}"
     console.print(f"{where}: {_describe(result.scored)}", markup=False)

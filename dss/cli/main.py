@@ -23,6 +23,7 @@ VERBS = {
     "eval": "measure a run's accuracy on a split",
     "sweep": "train and evaluate methods x students x fractions of the data x seeds",
     "predict": "label new inputs with a run's student",
+    "report": "show what runs say, in one page: accuracy by data and size, comparisons, answers",
     "import": "make a run of a T5 checkpoint of T5X or Hugging Face",
     "export": "write a run's student for Hugging Face, T5X or CTranslate2",
 }

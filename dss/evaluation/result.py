@@ -33,6 +33,7 @@ class Evaluation:
       calibration: of the probabilities, where answers were chosen among possible labels.
       rationales: the student's, N, where they were asked for.
       quality: of the rationales.
+      outputs: what each teacher wrote for the split, by name.
     """
 
     mixture: str
@@ -46,6 +47,7 @@ class Evaluation:
     calibration: Calibration | None
     rationales: tuple[str, ...] | None = None
     quality: RationaleQuality | None = None
+    outputs: Mapping[str, TeacherOutputs] = dataclasses.field(default_factory=dict)
 
     @property
     def predictions(self) -> tuple[str, ...]:
@@ -97,10 +99,11 @@ class Evaluation:
             calibration=_calibrate(mixture, examples, answers),
             rationales=None if rationales is None else tuple(rationales),
             quality=quality,
+            outputs=teachers,
         )
 
     def save(self, folder: epath.Path) -> epath.Path:
-        """Writes one JSON line an example into a folder; returns the file."""
+        """Writes a JSON line for each example, and the summary beside; returns the first file."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.mixture}-{self.split}-{self.step}.jsonl"
         lines = []
@@ -117,8 +120,15 @@ class Evaluation:
                 line["probabilities"] = answer.probabilities
             if self.rationales is not None:
                 line["rationale"] = self.rationales[i]
+            said = {t: outputs.get(example.id) for t, outputs in self.outputs.items()}
+            if any(said.values()):
+                line["teachers"] = {
+                    t: {"label": o.label, "rationale": o.rationale} for t, o in said.items() if o
+                }
             lines.append(line)
         path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        summary = json.dumps(self.summary()) + "\n"
+        path.with_suffix(".json").write_text(summary, encoding="utf-8")
         return path
 
     def summary(self) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def test_an_evaluation_is_saved_line_by_line_and_summed_up(toy, tmp_path):
     answers = [Answer("yes", {"yes": p, "no": 1 - p}) for p in shares]
     rationales = [f"{i} is {i % 3} mod 3, so yes" for i in range(8)]
     found = _evaluate(mixture, "test", answers, rationales)
-    lines = found.save(epath.Path(tmp_path / "predictions")).read_text().splitlines()
+    path = found.save(epath.Path(tmp_path / "predictions"))
+    lines = path.read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {
             "id": e.id,
@@ -79,10 +80,12 @@ def test_an_evaluation_is_saved_line_by_line_and_summed_up(toy, tmp_path):
             "score": float(e.target == "yes"),
             "probabilities": answer.probabilities,
             "rationale": rationale,
+            "teachers": {"rules": {"label": e.target, "rationale": f"{i} is {i % 3} mod 3"}},
         }
-        for e, answer, rationale in zip(examples, answers, rationales, strict=True)
+        for i, (e, answer, rationale) in enumerate(zip(examples, answers, rationales, strict=True))
     ]
-    summary = json.loads(json.dumps(found.summary()))
+    summary = json.loads(path.with_suffix(".json").read_text())
+    assert summary == json.loads(json.dumps(found.summary()))
     assert summary["value"] == 5 / 8
     assert summary["teachers"]["rules"]["value"] == 1
     assert summary["confusion"] == {"labels": ["yes", "no"], "counts": [[5, 0, 0], [3, 0, 0]]}

@@ -160,7 +160,7 @@ def test_a_run_directory_is_whole(undisturbed, tmp_path):
     summary = json.loads((tmp_path / "eval.json").read_text())
     best = max(line["valid/accuracy"] for line in valid)
     assert summary["value"] == pytest.approx(best)
-    (predictions,) = (moved / "predictions").iterdir()
+    (predictions,) = (moved / "predictions").glob("*.jsonl")
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert {row["prediction"] for row in rows} <= {"yes", "no"}
     assert all(sum(row["probabilities"].values()) == pytest.approx(1) for row in rows)

@@ -22,7 +22,7 @@ from dss.export import export
 from dss.interop import ctranslate2_export, huggingface, shards
 from dss.interop.huggingface_export import model_config, write_model, write_tokenizer
 from dss.model_card import model_card
-from dss.runs import create_run, evaluate, import_checkpoint, label, load_run
+from dss.runs import PREDICTIONS, create_run, evaluate, import_checkpoint, label, load_run
 from dss.student.decoding import generate
 from dss.student.network import bind, init_params
 from dss.training.checkpoints import Checkpoints
@@ -241,7 +241,7 @@ def test_the_card_says_what_was_trained_how_well_and_with_what_command(toy_folde
         '{"step": 8, "valid/accuracy": 1.0}\n'
     )
     result = evaluate(run)
-    result.save(run.folder / "predictions")
+    result.save(run.folder / PREDICTIONS)
     folder = export(run, "hf", tmp_path / "out").path
     card = (folder / "README.md").read_text()
     for wanted in (

@@ -1,0 +1,392 @@
+"""The report as one HTML file that needs no network, and its figures in a folder beside it."""
+
+import dataclasses
+import datetime
+import difflib
+import importlib.resources
+import itertools
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dss import __version__
+from dss.errors import UserError
+from dss.evaluation.significance import wilson_interval
+from dss.reporting.analysis import Cell, Group, analyse, compare
+from dss.reporting.collect import Collected, EvaluationRecord, RunRecord
+from dss.reporting.figures import Figure, draw_figures, safe_name, save_figures
+from dss.reporting.words import (
+    NOT_MEASURED,
+    NOT_RECORDED,
+    answer,
+    interval_text,
+    p_text,
+    percent,
+    points,
+    reach_row,
+    tiles,
+    time_text,
+)
+
+__all__ = ["figures_folder", "write_report"]
+
+TEMPLATE = importlib.resources.files("dss.reporting") / "report.html"
+SHOWN_ANSWERS = 20_000  # of all runs together, that a page holds at most
+LEAST_EXAMPLES = 20  # of a run whose answers are shown at all
+SHOWN_TEXT = 1_500  # characters of a text; longer ones are cut, and say so
+
+
+def figures_folder(page: Path) -> Path:
+    """Returns the folder of a page's figures."""
+    return page.with_name(f"{page.stem}-figures")
+
+
+def write_report(
+    collected: Collected, page: Path, *, split: str = "test", command: str = "dss report"
+) -> list[Group]:
+    """Writes the page and the folder of its figures.
+
+    Args:
+      collected: the runs.
+      page: the HTML file.
+      split: that accuracies are of.
+      command: that makes it, to be shown.
+
+    Returns:
+      What was found, a group a dataset.
+
+    Raises:
+      UserError: a package of the extra `report` is missing, or the page is a folder.
+    """
+    try:
+        import jinja2
+    except ModuleNotFoundError:
+        raise UserError(
+            "the report needs jinja2; pip install 'dss[report]', then give this again"
+        ) from None
+    if page.is_dir():
+        raise UserError(
+            f"{page}: a folder; give the name of a file, such as {page / 'report.html'}"
+        )
+    groups = analyse(collected, split)
+    figures = {group.dataset: draw_figures(group) for group in groups}
+    folder = figures_folder(page)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    save_figures([figure for drawn in figures.values() for figure in drawn], folder)
+    answers = _answers(groups)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(
+        title=_title(groups),
+        date=datetime.date.today().strftime("%d %B %Y").lstrip("0"),
+        version=__version__,
+        command=command,
+        runs=len(collected.runs),
+        problems=collected.problems,
+        groups=[_group(group, figures[group.dataset]) for group in groups],
+        answers=_script_json(answers),
+        held=_held(answers),
+        folder=folder.name,
+        not_measured=NOT_MEASURED,
+        not_recorded=NOT_RECORDED,
+    )
+    partial = page.with_name(page.name + ".partial")
+    partial.write_text(text, encoding="utf-8", errors="replace")
+    partial.replace(page)
+    return groups
+
+
+def _title(groups: Sequence[Group]) -> str:
+    names = [group.dataset for group in groups]
+    return names[0] if len(names) == 1 else f"{len(names)} datasets"
+
+
+def _script_json(value: Any) -> str:
+    """Returns JSON to stand in a script element, which only "<" could end or open a comment in."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _group(group: Group, figures: Sequence[Figure]) -> dict[str, Any]:
+    """Returns what the template shows of a dataset."""
+    drawn = [
+        {
+            "kind": figure.kind,
+            "title": figure.title,
+            "name": figure.name,
+            "svg": _inline(figure),
+            "columns": figure.columns,
+            "rows": [[_cell(v) for v in row] for row in figure.rows],
+        }
+        for figure in figures
+    ]
+    return {
+        "id": safe_name(group.dataset),
+        "name": group.dataset,
+        "split": group.split,
+        "answer": answer(group),
+        "tiles": tiles(group),
+        "figures": {k: [f for f in drawn if f["kind"] == k] for k in ("data", "size", "curves")},
+        "reaches": [reach_row(r) for r in (*group.data_reaches, *group.size_reaches)],
+        "comparisons": list(_comparison_rows(group)),
+        "runs": list(_run_rows(group)),
+        "folder": _folder(group.runs),
+        "data": list(_data_rows(group)),
+        "versions": _versions(group.runs),
+        "configs": list(_configs(group.runs)),
+        "repeat": _repeat(group.runs[0]),
+        "unfinished": sum(not (r.is_done or r.is_imported) for r in group.runs),
+        "unmeasured": sum(r.is_done and not r.evaluation(group.split) for r in group.runs),
+    }
+
+
+def _inline(figure: Figure) -> str:
+    """Returns a figure's SVG for the page: without a size of its own, its ids its own."""
+    svg = figure.svg[figure.svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)  # would style all the page
+    svg = re.sub(r'^<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg)
+    prefix = figure.name.replace(".", "-")
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'href="#', f'href="#{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    return re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+
+
+def _cell(value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) and value < 1000 else f"{value}"
+
+
+def _comparison_rows(group: Group) -> Iterator[tuple[str, ...]]:
+    for c in group.comparisons:
+        examples = NOT_RECORDED if c.first.examples is None else f"{c.first.examples:,.0f}"
+        p_values = ", ".join(p_text(p) for _, p in c.p_values) or "no seed in common"
+        yield (
+            f"{c.first.method} against {c.second.method}",
+            c.first.student,
+            examples,
+            f"{percent(c.first.mean)} and {percent(c.second.mean)}",
+            f"{points(c.difference)} ({points(c.interval[0])} to {points(c.interval[1])})",
+            p_values,
+            f"{c.examples:,}",
+        )
+
+
+def _run_rows(group: Group) -> Iterator[dict[str, Any]]:
+    against, folder = _against_finetuning(group), _folder(group.runs)
+    for run in group.runs:
+        evaluation = run.evaluation(group.split)
+        machine = run.machine
+        yield {
+            "short": run.name.removeprefix(folder),
+            "method": group.methods[run.name],
+            "student": group.students[run.name],
+            "examples": NOT_RECORDED if run.examples is None else f"{run.examples:,}",
+            "seed": str(run.experiment.seed),
+            "accuracy": percent(evaluation.value if evaluation else None),
+            "interval": _run_interval(evaluation),
+            "metric": evaluation.metric if evaluation else "accuracy",
+            "valid": percent(run.best_valid),
+            "against": against.get(run.name, NOT_MEASURED),
+            "steps": f"{run.step:,}",
+            "time": time_text(run),
+            "device": NOT_RECORDED if machine is None else _device(machine),
+            "tokens": _teacher_cost(run),
+            "status": run.status,
+            "state": "done" if run.is_done else "imported" if run.is_imported else "open",
+        }
+
+
+def _folder(runs: Sequence[RunRecord]) -> str:
+    """Returns the folder, with its slash, that several runs lie in; "" where there is none."""
+    parts = zip(*(run.name.split("/")[:-1] for run in runs), strict=False)
+    common = [same[0] for same in itertools.takewhile(lambda part: len(set(part)) == 1, parts)]
+    return "/".join([*common, ""]) if any(common) and len(runs) > 1 else ""
+
+
+def _run_interval(evaluation: EvaluationRecord | None) -> str:
+    if evaluation is None or evaluation.metric != "accuracy":
+        return ""
+    right = round(sum(evaluation.scores.values()))
+    interval = wilson_interval(right, len(evaluation.scores))
+    return interval_text(interval)
+
+
+def _device(machine: Mapping[str, Any]) -> str:
+    processes = machine.get("processes", 1)
+    text = f"{machine['devices']} {machine['device']}"
+    return text if processes == 1 else f"{text}, {processes} processes"
+
+
+def _against_finetuning(group: Group) -> dict[str, str]:
+    """Returns how each run differs from finetuning with its student, data and seed, and surely."""
+    finetuned = {
+        (c.student, c.fraction, run.experiment.seed): _alone(c, i)
+        for c in reversed(group.cells)
+        if c.runs[0].method == "finetuning"
+        for i, run in enumerate(c.runs)
+    }
+    out: dict[str, str] = {}
+    for cell in group.cells:
+        for i, run in enumerate(cell.runs):
+            other = finetuned.get((cell.student, cell.fraction, run.experiment.seed))
+            found = compare(_alone(cell, i), other) if other else None
+            if other and other.runs[0].name == run.name:
+                out[run.name] = "baseline"
+            elif found:
+                p = p_text(found.p_values[0][1])
+                out[run.name] = f"{points(found.difference)}, p {p if '<' in p else f'= {p}'}"
+    return out
+
+
+def _alone(cell: Cell, i: int) -> Cell:
+    """Returns the cell of one of a cell's runs."""
+    return dataclasses.replace(cell, runs=(cell.runs[i],), evaluations=(cell.evaluations[i],))
+
+
+def _teacher_cost(run: RunRecord) -> str:
+    """Returns the cost of the teacher's tokens that a run learns from."""
+    if run.data is None:
+        return NOT_RECORDED
+    asked = [t for t in run.data["tasks"] if t["teacher"] is not None]
+    if not asked:
+        return "none used"
+    return NOT_RECORDED
+
+
+def _data_rows(group: Group) -> Iterator[tuple[str, ...]]:
+    """Yields what runs train on, every different one once."""
+    seen = set()
+    for run in group.runs:
+        if run.data is None:
+            continue
+        total, experiment = int(run.data["examples"]), run.experiment
+        for task in run.data["tasks"]:
+            name = {"label": "label", "rationale": "rationale"}.get(task["kind"], "single target")
+            count = int(task["examples"])
+            row = (
+                group.methods[run.name],
+                f"{experiment.data.fraction:.0%}",
+                f"{name}, {'gold' if task['teacher'] is None else task['teacher']}",
+                f"{count:,} of {total:,}",
+                f"{total - count:,} ({(total - count) / max(total, 1):.1%})",
+                f"{task['input_tokens'] / max(count, 1):,.1f}",
+                f"{task['target_tokens'] / max(count, 1):,.1f}",
+                f"{task['full_inputs']:,} and {task['full_targets']:,}",
+            )
+            if row[:5] not in seen:  # other seeds draw other examples, of other lengths
+                seen.add(row[:5])
+                yield row
+
+
+def _versions(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    found: dict[str, dict[str, None]] = {}
+    for run in runs:
+        for name, version in (run.machine or {}).get("versions", {}).items():
+            found.setdefault(name, {})[str(version)] = None
+    return [(name, ", ".join(versions)) for name, versions in found.items()]
+
+
+def _configs(runs: Sequence[RunRecord]) -> Iterator[dict[str, str]]:
+    """Yields each run's configuration: the first whole, of the others the lines that differ."""
+    first = runs[0].config_text.splitlines()
+    for run in runs:
+        lines = run.config_text.splitlines()
+        if run is runs[0]:
+            yield {"name": run.name, "text": run.config_text}
+            continue
+        changed = [
+            line[2:] for line in difflib.ndiff(first, lines) if line.startswith("+ ") and line[2:]
+        ]
+        yield {"name": run.name, "text": "\n".join(changed)}
+
+
+def _repeat(run: RunRecord) -> list[str]:
+    """Returns the commands that do a run again."""
+    new = f"{run.name}-again"
+    flags = [f"--gin_file={run.name}/config.gin", f"--gin.Experiment.run_dir={new}"]
+    vocabulary = run.experiment.vocabulary
+    if vocabulary not in (None, "bytes"):
+        flags.append(f"--gin.Experiment.vocabulary={run.name}/{vocabulary}")
+    return [shlex.join(["dss", "train", *flags]), shlex.join(["dss", "eval", new])]
+
+
+def _cut(text: Any) -> str | None:
+    if text is None:
+        return None
+    text = str(text)
+    if len(text) <= SHOWN_TEXT:
+        return text
+    return f"{text[:SHOWN_TEXT]}… ({len(text) - SHOWN_TEXT:,} more characters)"
+
+
+def _answers(groups: Sequence[Group]) -> dict[str, Any]:
+    """Returns the answers to read, for the page's script: each example once, and what runs said.
+
+    {"examples": [[id, input, gold, [[teacher, label, rationale], ...]], ...],
+     "runs": [{"name", "label", "answers": [[example, prediction, score, rationale], ...]}, ...],
+     "of": answers that there are in all, "cut": runs whose answers are not here}
+    """
+    judged = [
+        (group, run, evaluation)
+        for group in groups
+        for run in group.runs
+        if (evaluation := run.evaluation(group.split))
+    ]
+    judged.sort(key=lambda item: -item[2].value)  # a stable sort: of one dataset, best first
+    judged.sort(key=lambda item: item[0].dataset)
+    kept = judged[: SHOWN_ANSWERS // LEAST_EXAMPLES]
+    most = SHOWN_ANSWERS // max(len(kept), 1)
+    examples: dict[tuple, int] = {}
+    texts: list[list[Any]] = []
+    runs = []
+    for group, run, evaluation in kept:
+        stride = -(-len(evaluation.shown) // most) or 1
+        answers = []
+        for line in evaluation.shown[::stride]:
+            key = group.dataset, str(line["id"]), line.get("input"), line.get("target")
+            if key not in examples:
+                examples[key] = len(texts)
+                texts.append([_cut(v) for v in key[1:]] + [_teacher_texts(line)])
+            said = _cut(line.get("prediction")), line["score"], _cut(line.get("rationale"))
+            answers.append([examples[key], *said])
+        accuracy = f"{evaluation.metric.replace('_', '-')} {percent(evaluation.value)}"
+        label = f"{group.methods[run.name]}, {group.students[run.name]}"
+        if run.examples is not None:
+            label += f", {run.examples:,} examples"
+        label = f"{label}, seed {run.experiment.seed}: {accuracy}"
+        if len(groups) > 1:
+            label = f"{group.dataset}: {label}"
+        runs.append(
+            {"name": run.name, "label": label, "metric": evaluation.metric, "answers": answers}
+        )
+    total = sum(len(e.scores) for _, _, e in judged)
+    return {"examples": texts, "runs": runs, "of": total, "cut": len(judged) - len(kept)}
+
+
+def _teacher_texts(line: Mapping[str, Any]) -> list[list[str | None]]:
+    said = line.get("teachers")
+    if not isinstance(said, dict):
+        return []
+    return [
+        [name, _cut(o.get("label")), _cut(o.get("rationale"))]
+        for name, o in said.items()
+        if isinstance(o, dict)
+    ]
+
+
+def _held(answers: Mapping[str, Any]) -> str:
+    """Returns how many of the answers a page holds, in words."""
+    here = sum(len(run["answers"]) for run in answers["runs"])
+    if here == answers["of"]:
+        return f"All {here:,} answers are here."
+    text = f"This page holds {here:,} of the {answers['of']:,} answers, taken evenly over each file"
+    if answers["cut"]:
+        text += f"; none of {answers['cut']:,} more runs"
+    return text + ". The rest is in each run's folder predictions."

@@ -1,0 +1,125 @@
+"""What each session of `dss train` on a run began with and how it ended: RUN/sessions.jsonl.
+
+A session is one process (or several as one) from its start to its end; a run that was stopped and
+continued has several. One line is written as it begins, one as it ends; who is killed leaves the
+second out. Reports are made of it; nothing that trains reads it.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import time
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from dss import __version__
+from dss.data.store import TokenStore
+from dss.data.tasks import Mixture
+from dss.training.processes import is_leader
+
+__all__ = ["SESSIONS_FILE", "Session", "describe_data", "describe_machine"]
+
+SESSIONS_FILE = "sessions.jsonl"
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def describe_machine() -> dict[str, Any]:
+    """Returns the devices and versions that this process trains with, for JSON."""
+    versions = {"dss": __version__, "python": platform.python_version()}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "versions": versions | {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+
+
+def describe_data(
+    mixture: Mixture, store: TokenStore, inputs_length: int, targets_length: int
+) -> dict[str, Any]:
+    """Returns what a mixture trains on, in numbers, for JSON.
+
+    Args:
+      mixture: its tasks.
+      store: their tokens.
+      inputs_length: the longest input in tokens, EOS counted.
+      targets_length: the same of targets.
+    """
+    tasks = []
+    for task, tokens in zip(mixture.tasks, store.tasks, strict=True):
+        inputs, targets = tokens.inputs.lengths, tokens.targets.lengths
+        tasks.append(
+            {
+                "kind": task.kind,
+                "teacher": task.teacher,
+                "examples": len(inputs),
+                "input_tokens": int(inputs.sum()),
+                "target_tokens": int(targets.sum()),
+                # Whether a full one was cut or just fits, its tokens do not tell.
+                "full_inputs": int(np.sum(inputs >= inputs_length)),
+                "full_targets": int(np.sum(targets >= targets_length)),
+            }
+        )
+    return {"dataset": mixture.dataset.name, "examples": len(store), "tasks": tasks}
+
+
+class Session:
+    """Writes a session's two lines, the leader's alone: the first at `begin`, the second at exit.
+
+    Attributes:
+      outcome: how it ended, in words, where it raises nothing.
+    """
+
+    outcome: str = "done"
+
+    def __init__(self):
+        self._path: epath.Path | None = None
+        self._started = time.monotonic()
+
+    def begin(self, folder: epath.Path, step: int, facts: dict[str, Any]) -> None:
+        """Writes what the session begins with.
+
+        Args:
+          folder: the run directory.
+          step: that it goes on from.
+          facts: for JSON.
+        """
+        if is_leader():
+            self._path = folder / SESSIONS_FILE
+            self._append({"event": "begin", "step": step, **facts})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        assert self._path is not None
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        # A bucket cannot append; of a line that a kill cut short nothing is kept.
+        before = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
+        text = before[: before.rfind("\n") + 1] + json.dumps({"time": now, **line}) + "\n"
+        temporary = self._path.with_name(f".{SESSIONS_FILE}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self._path)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _: TracebackType | None,
+    ) -> None:
+        if self._path is None:
+            return
+        if error is not None:
+            said = next(iter(str(error).splitlines()), "")
+            self.outcome = f"failed: {said or type(error).__name__}"
+        seconds = round(time.monotonic() - self._started, 1)
+        try:
+            self._append({"event": "end", "outcome": self.outcome, "seconds": seconds})
+        except OSError:  # such as a full disk, of which `error` tells
+            if error is None:
+                raise

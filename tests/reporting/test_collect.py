@@ -1,0 +1,122 @@
+import json
+
+import pytest
+
+from dss.errors import UserError
+from dss.reporting.collect import SHOWN_EXAMPLES, collect, find_runs
+from tests.reporting.fabricate import STEPS, write_predictions, write_run
+
+
+def test_runs_are_found_in_folders_and_counted_once(tmp_path):
+    for seed in (10, 9):
+        write_run(tmp_path / "deep" / "er", "finetune", 50, seed=seed)
+    (tmp_path / "empty").mkdir()
+    one = tmp_path / "deep" / "er" / "toy-finetune-16-1000-9"
+    names = [run.name for run in find_runs([str(tmp_path), str(one)])]
+    assert names == ["toy-finetune-16-1000-9", "toy-finetune-16-1000-10"]
+
+
+def test_no_run_is_the_users_error(tmp_path):
+    with pytest.raises(UserError, match=r"no run found: no folder with a config\.gin"):
+        collect([str(tmp_path)])
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        collect([str(tmp_path / "nowhere")])
+
+
+def test_how_far_a_run_got_is_said(tmp_path):
+    write_run(tmp_path, "finetune", 50, seed=0)
+    write_run(tmp_path, "finetune", None, seed=1, steps=STEPS // 2, outcome=None)
+    write_run(
+        tmp_path, "finetune", None, seed=2, steps=STEPS // 2, outcome="failed: the loss is nan"
+    )
+    write_run(tmp_path, "finetune", None, seed=3, outcome=None, metrics=False)
+    write_run(tmp_path, "finetune", None, seed=4, mixture=None)
+    runs = collect([str(tmp_path)]).runs
+    assert [run.status for run in runs] == [
+        "done",
+        "unfinished, step 20 of 40",
+        "failed at step 20 of 40: the loss is nan",
+        "not begun",
+        "imported, not trained",
+    ]
+    assert [run.is_done for run in runs] == [True, False, False, False, False]
+    assert [run.seconds for run in runs[:2]] == [(75.0, True), (0, False)]
+
+
+def test_the_evaluation_that_counts_is_of_the_step_that_validation_chose(tmp_path):
+    run = write_run(tmp_path, "finetune", None)
+    for step, right in ((STEPS // 2, 90), (STEPS, 60)):  # validation is best at the end
+        write_predictions(run, "toy_finetune", step, [1.0] * right + [0.0] * (100 - right))
+    write_predictions(run, "toy_step_by_step_rules", STEPS, [1.0] * 100)  # of another mixture
+    (found,) = collect([str(tmp_path)]).runs
+    assert found.evaluation("test").value == 0.6
+    assert found.evaluation("valid") is None
+
+
+def test_what_cannot_be_read_is_said_and_the_rest_is_read(tmp_path):
+    write_run(tmp_path, "finetune", 50, seed=0)
+    broken = write_run(tmp_path, "finetune", 50, seed=1)
+    (broken / "config.gin").write_text("Experiment.alpha = 7\n")
+    bad = write_run(tmp_path, "finetune", None, seed=2) / "predictions"
+    bad.mkdir()
+    contents = {
+        "a": "",
+        "b": '{"id": "1"}\n',
+        "c": "not json\n",
+        "d": '{"id": "1", "score": 0.5}\n',
+        "e": '{"id": "1", "score": true}\n{"id": "2", "score": "1"}\n',
+    }
+    for name, text in contents.items():
+        (bad / f"{name}-test-1.jsonl").write_text(text)
+    (bad / "d-test-1.json").write_text('{"metric": "accuracy"}')
+    (bad / "no step.jsonl").write_text("{}\n")
+    found = collect([str(tmp_path)])
+    assert [run.experiment.seed for run in found.runs] == [0, 2]
+    assert found.runs[1].evaluations == []
+    whys = [why for _, why in found.problems]
+    assert len(whys) == 7
+    assert "ALPHA must be in [0, 1]" in whys[0]
+    assert "empty" in whys[1]
+    assert "no id and score" in whys[2]
+    assert "not JSON" in whys[3]
+
+
+def test_of_a_large_evaluation_some_texts_are_kept_and_all_scores(tmp_path):
+    run = write_run(tmp_path, "finetune", None)
+    write_predictions(run, "toy_finetune", STEPS, [1.0, 0.0] * 1000)
+    (found,) = collect([str(tmp_path)]).runs
+    evaluation = found.evaluation("test")
+    assert len(evaluation.scores) == 2000
+    assert SHOWN_EXAMPLES / 2 < len(evaluation.shown) <= SHOWN_EXAMPLES
+    assert evaluation.value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("mixture", "wanted"),
+    [
+        ("cqa_finetune", ("cqa", "finetuning", None)),
+        ("cqa_step_by_step_palm", ("cqa", "step-by-step", "palm")),
+        (
+            "my_set_step_by_step_unlabeled_gpt_neox",
+            ("my_set", "step-by-step, unlabeled", "gpt_neox"),
+        ),
+        ("cqa_distill_palm", ("cqa", "distillation", "palm")),
+        ("cqa_label_gold", ("cqa", "finetuning", None)),
+        ("cqa_something_new", ("cqa_something_new", "unknown", None)),
+    ],
+)
+def test_a_mixtures_name_says_dataset_method_and_teacher(tmp_path, mixture, wanted):
+    run = write_run(tmp_path, "finetune", None, mixture=mixture)
+    text = (run / "config.gin").read_text()
+    (run / "config.gin").write_text(text.replace("'/data/toy'", "None"))  # of the released data
+    (run / "sessions.jsonl").unlink()
+    (found,) = collect([str(tmp_path)]).runs
+    assert (found.dataset, found.method, found.teacher) == wanted
+    assert (found.examples, found.seconds, found.machine) == (None, None, None)
+
+
+def test_a_runs_own_record_says_its_dataset(tmp_path):
+    write_run(tmp_path, "distill_x", None, dataset="my_finetune_set")
+    (found,) = collect([str(tmp_path)]).runs
+    assert (found.dataset, found.method, found.teacher) == ("my_finetune_set", "distillation", "x")
+    assert json.loads(json.dumps(found.data))["examples"] == 1000

@@ -1,0 +1,169 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from dss.cli.main import main
+from dss.reporting.collect import collect
+from dss.reporting.page import write_report
+from tests.reporting.fabricate import STEPS, write_predictions, write_run
+
+EVIL = "</script><script>alert(1)</script><!--<script>"
+VOID = {"meta", "link", "input", "br"}
+
+
+class _Checker(HTMLParser):
+    """Checks that elements are closed in order, and collects ids, links and texts."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links, self.text, self.scripts = [], [], [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.ids += [values["id"]] if "id" in values else []
+        self.links += [v for n, v in attrs if n in ("src", "href", "xlink:href", "action")]
+        self.scripts += tag == "script"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def _write(folder, page, **options):
+    """Writes a page, checks what holds for every one, and returns its text and what it holds."""
+    write_report(collect([str(folder)]), page, **options)
+    source = page.read_text(encoding="utf-8")
+    checker = _Checker()
+    checker.feed(source)
+    assert checker.open == []
+    assert len(set(checker.ids)) == len(checker.ids), "ids of several figures"
+    assert checker.scripts == 2
+    assert all(link.startswith(("#", "data:,")) for link in checker.links), "needs a network"
+    assert "@import" not in source
+    assert "font-face" not in source
+    (data,) = re.findall(r'id="data">(.*?)</script>', source, re.DOTALL)
+    text = re.sub(r"\s+", " ", " ".join(checker.text))
+    return text, json.loads(data)
+
+
+def test_a_page_says_the_answer_first_and_holds_every_run(tmp_path):
+    for seed in (0, 1, 2):
+        write_run(tmp_path, "finetune", 70, seed=seed)
+        for examples, right in ((250, 65), (500, 80)):
+            write_run(tmp_path, "step_by_step_rules", right, examples=examples, seed=seed)
+    text, data = _write(tmp_path, tmp_path / "report.html", command="dss report x")
+    wanted = "Step-by-step needs about 310 (31%) to match finetuning on all 1,000 examples."
+    assert wanted in text
+    assert text.index(wanted) < text.index("Accuracy and data") < text.index("Every run")
+    for said in ("8 TPU v4, 2 processes", "1 min 15 s", "497 of 500", "dss 0.1.0, jax 9.9",
+                 "Experiment.mixture = 'toy_finetune'", "dss report x", "not recorded"):  # fmt: skip
+        assert said in text
+    assert [len(run["answers"]) for run in data["runs"]] == [100] * 9
+    assert data["runs"][0]["label"].endswith("500 examples, seed 0: accuracy 80.0%")
+    example = data["examples"][data["runs"][0]["answers"][0][0]]
+    assert example == ["test-0", "is 0 good", "yes", [["rules", "no", "0 is odd"]]]
+    assert (tmp_path / "report-figures").is_dir()
+
+
+def test_nothing_that_a_model_or_a_name_says_is_run(tmp_path):
+    run = write_run(tmp_path, "step_by_step_" + EVIL.replace("/", ""), 50, texts=[EVIL] * 100)
+    path = next((run / "predictions").glob("*.jsonl"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["input"] = row["target"] = row["rationale"] = EVIL
+        row["teachers"] = {EVIL: {"label": EVIL, "rationale": EVIL}}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = tmp_path / "report.html"
+    text, data = _write(tmp_path, page)
+    assert "<script>alert" not in page.read_text()
+    assert data["examples"][0] == ["test-0", EVIL, EVIL, [[EVIL, EVIL, EVIL]]]
+    assert data["runs"][0]["answers"][0][1] == EVIL
+    assert "Nothing to compare yet." in text
+
+
+def test_runs_without_an_evaluation_are_shown_as_not_measured(tmp_path):
+    write_run(tmp_path, "finetune", None, seed=0)
+    write_run(tmp_path, "finetune", None, seed=1, steps=STEPS // 2, outcome="failed: <b>disk</b>")
+    write_run(tmp_path, "finetune", None, seed=2, outcome=None, metrics=False)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.gin").write_text("nonsense = [\n")
+    text, data = _write(tmp_path, tmp_path / "report.html")
+    for said in (
+        "No run of toy is finished and evaluated on the test split: dss eval RUN --split=test",
+        "failed at step 20 of 40: <b>disk</b>",
+        "not begun",
+        "2 of 3 runs did not finish",
+        "1 finished run not evaluated on test yet",
+        "not measured",
+        "validation: 50.0%",
+        "over 0 s",
+        "Left out",
+        "/broken",
+    ):
+        assert said in text, said
+    assert data == {"examples": [], "runs": [], "of": 0, "cut": 0}
+
+
+def test_a_large_page_holds_some_of_the_answers_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("dss.reporting.page.SHOWN_ANSWERS", 60)
+    monkeypatch.setattr("dss.reporting.page.SHOWN_TEXT", 10)
+    for seed in range(4):
+        write_run(tmp_path, "finetune", 50 + seed, seed=seed, texts=["long " * 100] * 100)
+    text, data = _write(tmp_path, tmp_path / "report.html")
+    assert [run["label"][-5:] for run in data["runs"]] == ["53.0%", "52.0%", "51.0%"]
+    assert [len(run["answers"]) for run in data["runs"]] == [20] * 3
+    assert data["runs"][0]["answers"][0][1] == "long long … (490 more characters)"
+    assert "This page holds 60 of the 400 answers" in text
+    assert "none of 1 more runs" in text
+
+
+def test_several_datasets_each_have_their_answer_and_another_split_is_said(tmp_path):
+    for dataset in ("b", "a"):
+        run = write_run(tmp_path, "finetune", None, dataset=dataset)
+        scores = [1.0] * 8 + [0.0] * 2
+        write_predictions(run, f"{dataset}_finetune", STEPS, scores, split="valid")
+    text, data = _write(tmp_path, tmp_path / "report.html", split="valid")
+    assert text.count("Nothing to compare yet.") == 2
+    assert text.count("80.0%") >= 4
+    assert [run["label"][:3] for run in data["runs"]] == ["a: ", "b: "]
+
+
+def test_the_verb_writes_the_page_and_prints_the_answer(tmp_path, capsys):
+    write_run(tmp_path / "runs", "finetune", 80)
+    write_run(tmp_path / "runs", "step_by_step_rules", 85)
+    page = tmp_path / "new" / "page.html"
+    assert main(["report", str(tmp_path / "runs"), "-o", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "toy: Step-by-step matches finetuning on all 1,000 examples" in out
+    assert f"2 runs: {page}; figures: {tmp_path / 'new' / 'page-figures'}" in out
+    assert page.is_file()
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("runs", "a folder; give the name of a file"),
+        ("file/report.html", "file: file exists"),
+        ("taken/report.html", "report-figures: file exists"),
+    ],
+)
+def test_what_cannot_be_written_is_one_line(tmp_path, capsys, output, said):
+    write_run(tmp_path / "runs", "finetune", 80)
+    (tmp_path / "file").touch()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "report-figures").touch()
+    assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / output)]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

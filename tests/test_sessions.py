@@ -1,0 +1,67 @@
+import json
+
+import pytest
+from etils import epath
+
+from dss.data.store import tokenize
+from dss.data.tasks import get_mixture
+from dss.data.vocabulary import load_vocabulary
+from dss.errors import UserError
+from dss.sessions import SESSIONS_FILE, Session, describe_data, describe_machine
+from dss.training.metrics import read_metrics
+
+
+def _lines(folder) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(folder)]
+
+
+def test_sessions_say_how_they_began_and_ended(tmp_path):
+    folder, path = epath.Path(tmp_path), tmp_path / SESSIONS_FILE
+    with Session() as session:
+        session.begin(folder, 0, {"device": "x"})
+        session.outcome = "stopped by SIGTERM at step 3"
+    with pytest.raises(UserError), Session() as session:
+        session.begin(folder, 3, {})
+        raise UserError("step 5: the loss is nan\nmore")
+    with path.open("a") as file:
+        file.write('{"event": "be')  # a kill cut this short
+    with Session() as session:
+        session.begin(folder, 5, {})
+    lines = _lines(path)
+    seconds = [line.pop("seconds") for line in lines if "seconds" in line]
+    assert lines == [
+        {"event": "begin", "step": 0, "device": "x"},
+        {"event": "end", "outcome": "stopped by SIGTERM at step 3"},
+        {"event": "begin", "step": 3},
+        {"event": "end", "outcome": "failed: step 5: the loss is nan"},
+        {"event": "begin", "step": 5},
+        {"event": "end", "outcome": "done"},
+    ]
+    assert all(0 <= s < 60 for s in seconds)
+
+
+def test_what_fails_before_there_is_a_run_writes_nothing(tmp_path):
+    with pytest.raises(UserError), Session():
+        raise UserError("no mixture")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_has_devices_and_versions():
+    found = json.loads(json.dumps(describe_machine()))
+    assert (found["device"], found["devices"], found["processes"]) == ("cpu", 8, 1)
+    assert {"dss", "python", "jax", "orbax-checkpoint"} <= set(found["versions"])
+
+
+def test_data_are_counted_with_what_is_missing_and_what_is_full(toy):
+    mixture = get_mixture("toy_step_by_step_rules")
+    rows = [task.rows("train") for task in mixture.tasks]
+    store = tokenize(
+        [rows[0], rows[1][5:]], load_vocabulary("bytes"), inputs_length=64, targets_length=14
+    )
+    found = describe_data(mixture, store, 64, 14)
+    assert (found["dataset"], found["examples"]) == ("toy", 40)
+    label, rationale = found["tasks"]
+    assert (label["kind"], label["teacher"], label["examples"]) == ("label", None, 40)
+    assert (rationale["teacher"], rationale["examples"]) == ("rules", 35)
+    assert (label["full_targets"], rationale["full_inputs"]) == (0, 0)
+    assert rationale["full_targets"] == 35 - 5, "9 is 0 mod 3 has 13 tokens"
