@@ -48,6 +48,7 @@ __all__ = [
     "check_size",
     "check_vocabulary",
     "create_run",
+    "describe_initial",
     "evaluate",
     "explain",
     "import_checkpoint",
@@ -278,8 +279,25 @@ def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
     Raises:
       UserError: something is missing, or the checkpoint is not of the student's size.
     """
+    student, vocabulary, load = _open_initial(experiment)
+    return student, vocabulary, load() if load else None
+
+
+def describe_initial(experiment: Experiment) -> tuple[T5Config, str]:
+    """Returns the student's shape and its vocabulary, which fit; no parameters are read.
+
+    Raises:
+      UserError: see `read_initial` and `check_vocabulary`.
+    """
+    student, vocabulary, _ = _open_initial(experiment)
+    check_vocabulary(vocabulary, student)
+    return student, vocabulary
+
+
+def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], Any] | None]:
+    """Returns the student's shape, its vocabulary and what reads its parameters, if anything."""
     source, student = experiment.initial_checkpoint, experiment.student
-    found = load = beside = None
+    load = beside = None
     if source is not None:
         found, load, beside = _open_checkpoint(source, experiment)
         check_size(source, found, student)
@@ -296,7 +314,7 @@ def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
             "no vocabulary: give --gin.VOCABULARY=FILE (of `dss import`: --vocabulary=FILE), a "
             f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes"
         )
-    return experiment.settle(student), vocabulary, load() if load else None
+    return experiment.settle(student), vocabulary, load
 
 
 def _open_checkpoint(

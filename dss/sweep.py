@@ -20,15 +20,7 @@ from dss.errors import UserError, unknown_name
 from dss.evaluation.evaluator import evaluation_set
 from dss.experiment import Experiment
 from dss.fields import check_types
-from dss.interop import huggingface, t5x_checkpoint
-from dss.runs import (
-    check_size,
-    check_vocabulary,
-    load_run,
-    read_initial,
-    run_folder,
-    use_data,
-)
+from dss.runs import describe_initial, load_run, run_folder, use_data
 from dss.train import check_same, training_store
 
 __all__ = ["Method", "Student", "Sweep", "SweepConfig", "SweepRun", "plan_sweep"]
@@ -310,7 +302,7 @@ def _base(
     ):
         if value:
             raise UserError(f"{macro} is set; a sweep has {lists} in its place")
-    vocabulary = _check_student(base)
+    _, vocabulary = describe_initial(base)
     factor = method.steps
     if method.compute is not None:
         other = dataclasses.replace(first, mixture=_mixture(first, dataset, method.compute))
@@ -355,31 +347,6 @@ def _mixture(base: Experiment, dataset: str | None, method: str | None) -> str:
     if not having:
         raise unknown_name("method", method, known)
     return f"{dataset}_{method}_{having[0]}"
-
-
-def _check_student(base: Experiment) -> str:
-    """Returns the vocabulary of a student; raises the user's error where either is not there or
-    they do not fit. No parameters are read.
-    """
-    source, vocabulary = base.initial_checkpoint, base.vocabulary
-    if source is None:
-        student, vocabulary, _ = read_initial(base)
-    elif (epath.Path(source).expanduser() / CONFIG_FILE).is_file():
-        run = load_run(source)
-        student, vocabulary = run.config, vocabulary or run.vocabulary_source
-    elif source.startswith("t5x:"):
-        folder = t5x_checkpoint.resolve(source)
-        student = t5x_checkpoint.read_config(folder)
-    else:
-        folder = huggingface.resolve(source)
-        student = huggingface.read_config(folder)
-        vocabulary = vocabulary or huggingface.find_vocabulary(folder)
-    if source is not None:
-        check_size(source, student, base.student)
-    if vocabulary is None:
-        raise UserError(f"{source}: no vocabulary lies beside it; give --gin.VOCABULARY=FILE")
-    check_vocabulary(vocabulary, student)
-    return vocabulary
 
 
 def _tokens(experiment: Experiment, vocabulary: str) -> int:
