@@ -18,8 +18,9 @@ import numpy as np
 from etils import epath
 
 from dss import __version__
+from dss.data.registry import get_dataset
 from dss.data.store import TokenStore
-from dss.data.tasks import Mixture
+from dss.data.tasks import Mixture, Task
 from dss.training.processes import is_leader
 
 __all__ = ["SESSIONS_FILE", "Session", "describe_data", "describe_machine"]
@@ -63,9 +64,24 @@ def describe_data(
                 # Whether a full one was cut or just fits, its tokens do not tell.
                 "full_inputs": int(np.sum(inputs >= inputs_length)),
                 "full_targets": int(np.sum(targets >= targets_length)),
+                "usage": _usage(task),
             }
         )
     return {"dataset": mixture.dataset.name, "examples": len(store), "tasks": tasks}
+
+
+def _usage(task: Task) -> dict[str, Any] | None:
+    """Returns what `dss annotate` said that a teacher's training outputs took; None where nothing
+    says it.
+    """
+    if task.teacher is None:
+        return None
+    outputs = get_dataset(task.dataset).files("train", task.teacher)[-1]
+    path = outputs.with_suffix(".usage.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # it is no reason not to train
+        return None
 
 
 class Session:

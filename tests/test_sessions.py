@@ -3,12 +3,14 @@ import json
 import pytest
 from etils import epath
 
+from dss.data.registry import register
 from dss.data.store import tokenize
 from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
 from dss.sessions import SESSIONS_FILE, Session, describe_data, describe_machine
 from dss.training.metrics import read_metrics
+from tests.conftest import write_jsonl
 
 
 def _lines(folder) -> list[dict]:
@@ -20,9 +22,10 @@ def test_sessions_say_how_they_began_and_ended(tmp_path):
     with Session() as session:
         session.begin(folder, 0, {"device": "x"})
         session.outcome = "stopped by SIGTERM at step 3"
-    with pytest.raises(UserError), Session() as session:
-        session.begin(folder, 3, {})
-        raise UserError("step 5: the loss is nan\nmore")
+    session = Session()
+    session.begin(folder, 3, {})
+    error = UserError("step 5: the loss is nan\nmore")
+    session.__exit__(UserError, error, None)
     with path.open("a") as file:
         file.write('{"event": "be')  # a kill cut this short
     with Session() as session:
@@ -64,4 +67,23 @@ def test_data_are_counted_with_what_is_missing_and_what_is_full(toy):
     assert (label["kind"], label["teacher"], label["examples"]) == ("label", None, 40)
     assert (rationale["teacher"], rationale["examples"]) == ("rules", 35)
     assert (label["full_targets"], rationale["full_inputs"]) == (0, 0)
+    assert rationale["usage"] is None
     assert rationale["full_targets"] == 35 - 5, "9 is 0 mod 3 has 13 tokens"
+
+
+def test_what_a_teachers_outputs_took_is_recorded(tmp_path):
+    numbers = [str(i) for i in range(20)]
+    examples = [{"id": i, "input": "q", "label": "a"} for i in numbers]
+    write_jsonl(tmp_path / "train.jsonl", examples)
+    outputs = [{"id": i, "rationale": "r", "label": "a"} for i in numbers]
+    write_jsonl(tmp_path / "train.gpt-9.jsonl", outputs)
+    (tmp_path / "train.gpt-9.usage.json").write_text('{"outputs": 1, "cost": 0.5}\n')
+    register("mine", tmp_path)
+    mixture = get_mixture("mine_step_by_step_gpt_9")
+    rows = [task.rows("train") for task in mixture.tasks]
+    bytes_ = load_vocabulary("bytes")
+    store = tokenize(rows, bytes_, inputs_length=64, targets_length=64)
+    label, rationale = describe_data(mixture, store, 64, 64)["tasks"]
+    assert (label["usage"], rationale["usage"]) == (None, {"outputs": 1, "cost": 0.5})
+    (tmp_path / "train.gpt-9.usage.json").write_text("{")
+    assert describe_data(mixture, store, 64, 64)["tasks"][1]["usage"] is None

@@ -244,6 +244,7 @@ def _ask(args: argparse.Namespace, job: "Job", price: "Price | None") -> int:
 
 def _export(args: argparse.Namespace, job: "Job", journal: "Journal") -> None:
     counts = job.export(journal, parquet=args.parquet)
+    job.save_usage(journal, _price(args, job))
     if counts is None:
         print(f"{job.file('jsonl')}: nothing new")
         return

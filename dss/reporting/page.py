@@ -251,13 +251,23 @@ def _alone(cell: Cell, i: int) -> Cell:
 
 
 def _teacher_cost(run: RunRecord) -> str:
-    """Returns the cost of the teacher's tokens that a run learns from."""
+    """Returns the cost of the teachers' outputs that a run learns from: its share of all."""
     if run.data is None:
         return NOT_RECORDED
-    asked = [t for t in run.data["tasks"] if t["teacher"] is not None]
-    if not asked:
-        return "none used"
-    return NOT_RECORDED
+    by_teacher = {t["teacher"]: t for t in run.data["tasks"] if t["teacher"] is not None}
+    parts = []
+    for teacher, task in by_teacher.items():
+        usage = task.get("usage")
+        if not usage or not usage["outputs"]:
+            parts.append(f"{teacher}: {NOT_RECORDED}")
+            continue
+        share = min(1, task["examples"] / usage["outputs"])
+        tokens = share * (usage["prompt_tokens"] + usage["completion_tokens"])
+        cost = NOT_RECORDED
+        if usage.get("cost") is not None:
+            cost = f"{share * usage['cost']:,.2f} {usage.get('currency') or ''}".strip()
+        parts.append(f"{teacher}: {tokens:,.0f}, cost {cost}")
+    return "; ".join(parts) or "none used"
 
 
 def _data_rows(group: Group) -> Iterator[tuple[str, ...]]:

@@ -15,6 +15,7 @@ from dss.errors import UserError
 from dss.paths import in_bucket
 from dss.teacher.journal import Journal
 from dss.teacher.outputs import Annotation, annotations, write_jsonl, write_parquet
+from dss.teacher.prices import Price, total_cost
 from dss.teacher.prompt import load_prompt
 from dss.teacher.request import Teacher, Writer, file_name
 
@@ -128,6 +129,26 @@ class Job:
         write_jsonl(target, lines())
         journal.set_export(target, fingerprint)
         return counts
+
+    def save_usage(self, journal: Journal, price: Price | None) -> None:
+        """Writes how many tokens the outputs took and what they cost, beside the JSON lines.
+
+        A run that learns from them records it. What a price said before stays where no token has
+        come since and none is given now.
+        """
+        target, outputs = self.file("usage.json"), self.file("jsonl")
+        if not outputs.is_file():
+            return
+        sent, batch = (journal.usage(self.writer.teacher, batch=b) for b in (False, True))
+        with outputs.open("rb") as file:
+            facts: dict[str, Any] = {"outputs": sum(1 for _ in file)}
+        for name in ("prompt", "cached", "completion"):
+            facts[f"{name}_tokens"] = getattr(sent, name) + getattr(batch, name)
+        before = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
+        if price is None and facts.items() <= before.items():
+            return
+        facts |= {"cost": total_cost(price, sent, batch), "currency": price and price.currency}
+        write_jsonl(target, [facts])
 
     @property
     def _copy(self) -> Path | None:

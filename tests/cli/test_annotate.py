@@ -168,3 +168,18 @@ def test_a_batch_goes_out_and_comes_back(given, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "20 results read; 0 were there before, 0 are of requests" in out
     assert "numbers.m.jsonl: 20 lines: 20 ok" in out
+
+
+def test_what_the_outputs_took_lies_beside_them_and_a_known_cost_stays(given, tmp_path, capsys):
+    file = tmp_path / "numbers.m.usage.json"
+    with FakeEndpoint(right) as endpoint:
+        url = f"--base-url={endpoint.url}"
+        assert cli.main([*given, url, "--max-requests=5", "--prices=prices.yaml"]) == 0
+        paid = json.loads(file.read_text())
+        assert (paid["outputs"], paid["prompt_tokens"], paid["currency"]) == (5, 500, "EUR")
+        assert paid["cost"] == pytest.approx((500 * 100 + paid["completion_tokens"] * 200) / 1e6)
+        assert cli.main([*given, url, "--reparse"]) == 0
+        assert json.loads(file.read_text()) == paid
+        assert cli.main([*given, url]) == 0
+    later = json.loads(file.read_text())
+    assert (later["outputs"], later["prompt_tokens"], later["cost"]) == (20, 2000, None)

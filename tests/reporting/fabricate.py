@@ -79,11 +79,25 @@ def write_run(
                 lines.append({"step": step, **losses, "valid/accuracy": step / STEPS / 2})
         write_jsonl(run / "metrics.jsonl", lines)
     tasks = [
-        {"kind": kind, "teacher": None if kind == "label" else "rules",
-         "examples": examples - 3 * k, "input_tokens": 10 * examples, "target_tokens": 4 * examples, "full_inputs": 2,
-         "full_targets": 0}
+        {
+            "kind": kind,
+            "teacher": None if kind == "label" else "rules",
+            "examples": examples - 3 * k,
+            "input_tokens": 10 * examples,
+            "target_tokens": 4 * examples,
+            "full_inputs": 2,
+            "full_targets": 0,
+            "usage": k
+            and {
+                "outputs": 994,
+                "prompt_tokens": 50_000,
+                "completion_tokens": 10_000,
+                "cost": 4.0,
+                "currency": "EUR",
+            },
+        }
         for k, kind in enumerate(kinds)
-    ]  # fmt: skip
+    ]
     begin = {
         "event": "begin", "step": 0, "device": "TPU v4", "devices": 8, "processes": 2,
         "versions": {"dss": "0.1.0", "jax": "9.9"},

@@ -67,7 +67,8 @@ def test_a_page_says_the_answer_first_and_holds_every_run(tmp_path):
     assert wanted in text
     assert text.index(wanted) < text.index("Accuracy and data") < text.index("Every run")
     for said in ("8 TPU v4, 2 processes", "1 min 15 s", "497 of 500", "dss 0.1.0, jax 9.9",
-                 "Experiment.mixture = 'toy_finetune'", "dss report x", "not recorded"):  # fmt: skip
+                 "Experiment.mixture = 'toy_finetune'", "dss report x",
+                 "rules: 30,000, cost 2.00 EUR", "none used"):  # fmt: skip
         assert said in text
     assert [len(run["answers"]) for run in data["runs"]] == [100] * 9
     assert data["runs"][0]["label"].endswith("500 examples, seed 0: accuracy 80.0%")
