@@ -60,4 +60,5 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError:
         print("no figure: it needs matplotlib; pip install 'dss[report]', then give this again")
     print(f"numbers: {args.output / 'results.json'}; runs: {args.output / 'runs'}")
+    print(f"a page of all that they show: dss report {args.output / 'runs'}")
     return 0

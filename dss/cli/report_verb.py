@@ -27,11 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the report, and prints its answers."""
+    import jax
+
     from dss.reporting.collect import collect
     from dss.reporting.page import figures_folder, write_report
     from dss.reporting.words import answer
 
     quiet_tpu()
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be training
     collected = collect(args.runs)
     command = shlex.join(["dss", "report", *args.runs, "-o", str(args.output)])
     groups = write_report(collected, args.output, split=args.split, command=command)
