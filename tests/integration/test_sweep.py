@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,8 +78,11 @@ def test_a_sweep_killed_and_stopped_does_what_is_missing_and_ends_as_its_command
     # Killed alone, while the second trains: its command ends by itself.
     process = sweep("sweep")
     wait_for(lambda: metrics_lines(second) >= 3, process)
+    child = Path(f"/proc/{child_of(process)}")
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    while child.exists():  # it saves first
+        time.sleep(0.05)
     evaluated = (first / "predictions" / "test.json").stat().st_mtime_ns
     assert not (second / "predictions").exists()
 
