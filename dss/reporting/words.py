@@ -154,8 +154,8 @@ def _also(group: Group, main: Reach) -> tuple[str, ...]:
     if places > 1:
         out.append(
             f"On the same student and data, {main.method} is ahead of finetuning in {ahead} of "
-            f"{places} comparisons and behind in {behind}, by the 95% interval over the test "
-            "examples."
+            f"{places} comparisons and behind in {behind or 'none'}, by the 95% interval over the "
+            "test examples."
         )
     for r in group.data_reaches:
         if r.method == main.method and r is not main and isinstance(r.target, Cell):
@@ -257,7 +257,8 @@ def reach_row(r: Reach) -> tuple[str, ...]:
         low, high = r.comparison.interval
         seen += f", {points(r.comparison.difference)} points ({points(low)} to {points(high)})"
     if r.estimate is None:
-        return *row, f"{name(r.at)} or less, the least trained", seen
+        least = "the smallest trained" if is_size else "the fewest trained with"
+        return *row, f"{name(r.at)}, {least}", seen
     if is_size:
         return *row, f"{name(r.at)} (interpolated: {count_text(r.estimate)})", seen
     return *row, f"about {_round(r.estimate)} examples (interpolated)", seen
