@@ -34,6 +34,7 @@ STYLES = (
     ("#e69f00", "X", (0, (8, 2))),
 )
 QUIET = "#5a5a5a"
+LEGEND_WIDTH = 46  # characters of two labels beside each other
 SIZE = (4.7, 3.8)  # inches: its text is still legible on a phone's page
 PIXELS_PER_INCH = 200
 STYLE: Any = {
@@ -202,7 +203,7 @@ def _accuracy_axis(axes: "Axes", group: Group, cells: Sequence[Cell]) -> None:
         name = f"teacher {t.name}{size}: {t.value:.1%}"
         references.append((t.value, name, "-" if k == 0 else (0, (10, 2 * k))))
     if group.majority is not None:
-        name = f"most frequent label: {group.majority:.1%}"
+        name = f"most frequent: {group.majority:.1%}"
         references.append((group.majority, name, (0, (1, 2))))
     for value, name, dashes in references:
         axes.axhline(100 * value, color="#1c1c1c", lw=1, linestyle=dashes, zorder=2, label=name)
@@ -225,10 +226,10 @@ def _log_axis(axes: "Axes", values: Sequence[float], text: Callable[[float], str
 
 def _legend(canvas: Any, labels: Sequence[str], **options: Any) -> None:
     """Puts the legend under the figure, in two columns where the labels are short."""
-    columns = 1 if any(len(label) > 26 for label in labels) else 2
-    canvas.legend(
-        loc="outside lower left", ncols=columns, handlelength=3.4, fontsize=9.5, **options
-    )
+    rows = -(-len(labels) // 2)
+    sides = [max(map(len, side), default=0) for side in (labels[:rows], labels[rows:])]
+    columns = 1 if sum(sides) > LEGEND_WIDTH else 2
+    canvas.legend(loc="outside lower left", ncols=columns, handlelength=3, fontsize=9.5, **options)
 
 
 def _draw_data(group: Group, student: str, cells: list[Cell], styles: Mapping) -> Figure:

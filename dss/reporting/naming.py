@@ -74,23 +74,18 @@ def method_names(runs: Sequence[RunRecord]) -> dict[str, str]:
     repeats of each other: the names say what they differ in.
     """
     teachers = {run.teacher for run in runs if run.teacher}
-    base = {
-        run.name: f"{run.method} ({run.teacher})"
-        if run.teacher and len(teachers) > 1
-        else run.method
-        for run in runs
-    }
-    groups: dict[str, list[RunRecord]] = collections.defaultdict(list)
+    groups: dict[tuple[str, str | None], list[RunRecord]] = collections.defaultdict(list)
     for run in runs:
-        groups[base[run.name]].append(run)
+        groups[run.method, run.teacher if len(teachers) > 1 else None].append(run)
     names = {}
-    for name, group in groups.items():
+    for (method, teacher), group in groups.items():
         settings = {run.name: _settings(run.experiment) for run in group}
         varying = _varying(group, settings)
         labels = {f: _labels([settings[run.name][f] for run in group]) for f in varying}
         for run in group:
             parts = [_say(f, labels[f][repr(settings[run.name][f])]) for f in varying]
-            names[run.name] = ", ".join([name, *parts])
+            said = ", ".join([teacher, *parts] if teacher else parts)
+            names[run.name] = f"{method} ({said})" if said else method
     first = {run.name: run.method for run in runs}
     rank = {m: i for i, m in enumerate(ORDER)}
     order = sorted(names, key=lambda run: (rank.get(first[run], len(rank)), names[run]))

@@ -35,7 +35,9 @@ __all__ = ["figures_folder", "write_report"]
 
 TEMPLATE = importlib.resources.files("dss.reporting") / "report.html"
 SHOWN_ANSWERS = 20_000  # of all runs together, that a page holds at most
+UNFOLDED_ROWS = 24  # of a table; the rest opens at a click, and on paper
 LEAST_EXAMPLES = 20  # of a run whose answers are shown at all
+SHOWN_STATUS = 240  # characters of how a run ended
 SHOWN_TEXT = 1_500  # characters of a text; longer ones are cut, and say so
 
 
@@ -92,6 +94,7 @@ def write_report(
         answers=_script_json(answers),
         held=_held(answers),
         folder=folder.name,
+        unfolded=UNFOLDED_ROWS,
         not_measured=NOT_MEASURED,
         not_recorded=NOT_RECORDED,
     )
@@ -178,29 +181,28 @@ def _comparison_rows(group: Group) -> Iterator[tuple[str, ...]]:
         )
 
 
-def _run_rows(group: Group) -> Iterator[dict[str, Any]]:
+def _run_rows(group: Group) -> Iterator[tuple[str | tuple[str, ...], ...]]:
+    """Yields a row a run; a cell is a text, or one with another below it and what is amiss."""
     against, folder = _against_finetuning(group), _folder(group.runs)
     for run in group.runs:
-        evaluation = run.evaluation(group.split)
-        machine = run.machine
-        yield {
-            "short": run.name.removeprefix(folder),
-            "method": group.methods[run.name],
-            "student": group.students[run.name],
-            "examples": NOT_RECORDED if run.examples is None else f"{run.examples:,}",
-            "seed": str(run.experiment.seed),
-            "accuracy": percent(evaluation.value if evaluation else None),
-            "interval": _run_interval(evaluation),
-            "metric": evaluation.metric if evaluation else "accuracy",
-            "valid": percent(run.best_valid),
-            "against": against.get(run.name, NOT_MEASURED),
-            "steps": f"{run.step:,}",
-            "time": time_text(run),
-            "device": NOT_RECORDED if machine is None else _device(machine),
-            "tokens": _teacher_cost(run),
-            "status": run.status,
-            "state": "done" if run.is_done else "imported" if run.is_imported else "open",
-        }
+        evaluation, machine = run.evaluation(group.split), run.machine
+        alarm = "" if run.is_done else run.status[:SHOWN_STATUS]
+        accuracy = percent(evaluation.value if evaluation else None)
+        if evaluation and evaluation.metric != "accuracy":
+            accuracy = f"ROUGE-L {accuracy}"
+        interval = _run_interval(evaluation) or f"validation: {percent(run.best_valid)}"
+        yield (
+            (group.methods[run.name], run.name.removeprefix(folder), alarm),
+            group.students[run.name],
+            NOT_RECORDED if run.examples is None else f"{run.examples:,}",
+            str(run.experiment.seed),
+            (accuracy, interval, ""),
+            against.get(run.name, NOT_MEASURED),
+            f"{run.step:,}",
+            time_text(run),
+            NOT_RECORDED if machine is None else _device(machine),
+            _teacher_cost(run),
+        )
 
 
 def _folder(runs: Sequence[RunRecord]) -> str:

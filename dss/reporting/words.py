@@ -109,7 +109,7 @@ def answer(group: Group) -> Answer:
         return Answer("Nothing to compare yet.", _missing(group))
     full = main.target
     assert isinstance(full, Cell)
-    method, rest = _capital(main.method), f"{full.method} on all {_count(full)} examples"
+    method, rest = _capital(main.method), f"{full.method} on {_all(full)} examples"
     against = f"{full.student} student; {full.method} has {percent(full.mean)} on {group.split}. "
     rest_of_it = _also(group, main), _doubts(group, main, full)
     low = full.interval[0] if full.interval else full.mean
@@ -154,8 +154,8 @@ def _also(group: Group, main: Reach) -> tuple[str, ...]:
     if places > 1:
         out.append(
             f"On the same student and data, {main.method} is ahead of finetuning in {ahead} of "
-            f"{places} comparisons and behind in {behind}, by the 95% interval over the test "
-            "examples."
+            f"{places} comparisons and behind in {behind or 'none'}, by the 95% interval over the "
+            "test examples."
         )
     for r in group.data_reaches:
         if r.method == main.method and r is not main and isinstance(r.target, Cell):
@@ -206,6 +206,11 @@ def _count(cell: Cell) -> str:
     return NOT_RECORDED if cell.examples is None else f"{cell.examples:,.0f}"
 
 
+def _all(cell: Cell) -> str:
+    """Returns how many examples a cell has, and whether these are all that there are."""
+    return f"all {_count(cell)}" if cell.fraction == 1 else _count(cell)
+
+
 def _round(number: float) -> str:
     """Returns a number with no more digits than an interpolation deserves."""
     return f"{float(f'{number:.2g}'):,.0f}"
@@ -244,7 +249,7 @@ def reach_row(r: Reach) -> tuple[str, ...]:
     elif is_size:
         target = f"{r.target.method} of the {r.target.student} student"
     else:
-        target = f"{r.target.method} on all {_count(r.target)}"
+        target = f"{r.target.method} on {_all(r.target)}"
     row = r.method, on, target, percent(r.value)
 
     def name(cell: Cell) -> str:
@@ -257,7 +262,8 @@ def reach_row(r: Reach) -> tuple[str, ...]:
         low, high = r.comparison.interval
         seen += f", {points(r.comparison.difference)} points ({points(low)} to {points(high)})"
     if r.estimate is None:
-        return *row, f"{name(r.at)} or less, the least trained", seen
+        least = "the smallest trained" if is_size else "the fewest trained with"
+        return *row, f"{name(r.at)}, {least}", seen
     if is_size:
         return *row, f"{name(r.at)} (interpolated: {count_text(r.estimate)})", seen
     return *row, f"about {_round(r.estimate)} examples (interpolated)", seen

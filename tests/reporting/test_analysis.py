@@ -75,6 +75,11 @@ def test_the_first_point_may_be_enough_and_none_may_be(swept, tmp_path_factory):
     assert headline == (
         "Step-by-step matches finetuning on all 1,000 examples with 250 or fewer (25%)."
     )
+    part = tmp_path_factory.mktemp("runs")
+    write_run(part, "finetune", 80, examples=500)
+    write_run(part, SBS, 85, examples=250)
+    headline = answer(_group(part)).headline
+    assert headline == "Step-by-step matches finetuning on 500 examples with 250 or fewer (50%)."
     worse = tmp_path_factory.mktemp("runs")
     write_run(worse, "finetune", 80)
     write_run(worse, SBS, 75)
@@ -127,8 +132,8 @@ def test_runs_that_differ_in_more_than_their_seed_are_no_repeats(tmp_path):
     group = _group(tmp_path)
     assert [(c.method, len(c.runs)) for c in group.cells] == [
         ("finetuning", 1),
-        ("step-by-step, alpha 0.3", 1),
-        ("step-by-step, alpha 0.7", 2),
+        ("step-by-step (alpha 0.3)", 1),
+        ("step-by-step (alpha 0.7)", 2),
     ]
 
 
@@ -139,7 +144,7 @@ def test_steps_of_nearly_the_same_compute_are_one_method(tmp_path):
             folder = tmp_path / str(steps)
             write_run(folder, "finetune", 60, examples=examples, trainer=trainer)
     names = set(_group(tmp_path).methods.values())
-    assert names == {"finetuning, 40 steps", "finetuning, about 1,240 steps"}
+    assert names == {"finetuning (40 steps)", "finetuning (about 1,240 steps)"}
 
 
 def test_settings_that_go_with_size_or_data_make_no_two_methods(tmp_path):

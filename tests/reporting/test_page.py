@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -168,3 +169,11 @@ def test_what_cannot_be_written_is_one_line(tmp_path, capsys, output, said):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+def test_without_jinja2_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path / "runs", "finetune", 80)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "report.html")]) == 2
+    error = "dss report: the report needs jinja2; pip install 'dss[report]', then give this again\n"
+    assert capsys.readouterr().err == error
