@@ -89,6 +89,14 @@ def test_sigterm_saves_and_the_run_goes_on_from_there(train, undisturbed, tmp_pa
     assert saved in load_run(run).checkpoints().steps
     finish(train(run))
     assert_same_training(run, undisturbed)
+    sessions = [json.loads(line) for line in (run / "sessions.jsonl").read_text().splitlines()]
+    assert [(s.get("step"), s.get("outcome")) for s in sessions] == [
+        (0, None),
+        (None, f"stopped by SIGTERM at step {saved}"),
+        (saved, None),
+        (None, "done"),
+    ]
+    assert sessions[0]["data"]["examples"] == 40
 
 
 @pytest.mark.parametrize("part", ["params", "opt_state"])
@@ -310,6 +318,10 @@ def test_the_quickstart_trains_compares_and_draws(tmp_path):
     assert len(results) == 6
     assert (tmp_path / "q" / "accuracy.png").stat().st_size > 5000
     assert (tmp_path / "q" / "accuracy.svg").exists()
+    page = tmp_path / "report.html"
+    out = finish(start("report", tmp_path / "q", "-o", page, env=env))
+    assert f"6 runs: {page}" in out
+    assert "finetuning (4 steps)" in page.read_text()
     train, test = (
         {json.loads(line)["input"] for line in (tmp_path / "q" / "timeline" / f).open()}
         for f in ("train.jsonl", "test.jsonl")
