@@ -37,7 +37,7 @@ from dss.student.config import T5Config
 from dss.student.network import abstract_params, logical_axes
 from dss.training.checkpoints import Checkpoints, abstract_like
 from dss.training.mesh import MeshConfig, make_mesh, param_shardings
-from dss.training.processes import is_leader, wait_for_all
+from dss.training.processes import all_agree, is_leader, wait_for_all
 from dss.training.step import init_state
 
 __all__ = [
@@ -212,10 +212,9 @@ def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
       The run and, where it begins from a checkpoint, the parameters.
 
     Raises:
-      UserError: see `read_initial`; the vocabulary is not the student's.
+      UserError: see `read_initial`.
     """
     student, source, params = read_initial(experiment)
-    check_vocabulary(source, student)
     folder = run_folder(experiment)
     if source != BYTES:
         if is_leader():
@@ -274,10 +273,11 @@ def run_folder(experiment: Experiment) -> epath.Path:
 def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
     """Returns the student's shape, its vocabulary and, from a checkpoint, its parameters.
 
-    The parameters lie on the experiment's mesh.
+    The parameters lie on the experiment's mesh, and are read last, for they may be large.
 
     Raises:
-      UserError: something is missing, or the checkpoint is not of the student's size.
+      UserError: something is missing, the checkpoint is not of the student's size, or the
+        vocabulary is not the student's.
     """
     student, vocabulary, load = _open_initial(experiment)
     return student, vocabulary, load() if load else None
@@ -287,11 +287,9 @@ def describe_initial(experiment: Experiment) -> tuple[T5Config, str]:
     """Returns the student's shape and its vocabulary, which fit; no parameters are read.
 
     Raises:
-      UserError: see `read_initial` and `check_vocabulary`.
+      UserError: see `read_initial`.
     """
-    student, vocabulary, _ = _open_initial(experiment)
-    check_vocabulary(vocabulary, student)
-    return student, vocabulary
+    return _open_initial(experiment)[:2]
 
 
 def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], Any] | None]:
@@ -314,6 +312,7 @@ def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], A
             "no vocabulary: give --gin.VOCABULARY=FILE (of `dss import`: --vocabulary=FILE), a "
             f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes"
         )
+    check_vocabulary(vocabulary, student)
     return experiment.settle(student), vocabulary, load
 
 
@@ -326,9 +325,15 @@ def _open_checkpoint(
         run = load_run(source)
         run = Run(run.folder, dataclasses.replace(run.experiment, mesh=mesh_config))
         return run.config, lambda: run.predictor("best")[0].params, run.vocabulary_source
-    module: Any = t5x_checkpoint if source.startswith("t5x:") else huggingface
+    t5x = source.startswith("t5x:")
+    if not t5x and not source.startswith("hf:"):  # T5X's own INITIAL_CHECKPOINT_PATH
+        t5x = t5x_checkpoint.is_checkpoint(source)
+    module: Any = t5x_checkpoint if t5x else huggingface
     folder = module.resolve(source)
     config = module.read_config(folder)
+    if t5x and experiment.student is not None:
+        untold = {name: getattr(experiment.student, name) for name in t5x_checkpoint.UNTOLD}
+        config = dataclasses.replace(config, **untold)
     vocabulary = huggingface.find_vocabulary(folder) if module is huggingface else None
 
     def load() -> Any:
@@ -445,7 +450,7 @@ def import_checkpoint(experiment: Experiment) -> Run:
       UserError: the folder holds something, or the checkpoint cannot be read.
     """
     folder = run_folder(experiment)
-    if folder.exists() and any(folder.iterdir()):
+    if not all_agree(not folder.exists() or not any(folder.iterdir())):  # before one writes
         raise UserError(f"{folder}: not empty; import into a new folder")
     run, params = create_run(experiment)
     checkpoints = Checkpoints(folder / CHECKPOINTS)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from dss.cli.options import prepare_jax
+from dss.cli.options import add_gin_options, prepare_jax
 
 __all__ = ["add_arguments", "run"]
 
@@ -20,20 +20,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where none lies with the checkpoint, as with T5X's; a SentencePiece model, or bytes",
     )
+    add_gin_options(parser)
+    parser.epilog = (
+        "A checkpoint too large for one device: --gin_file=layouts/fsdp.gin, or another layout, "
+        "splits it over all."
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Imports, and says what was found."""
-    from dss.experiment import Experiment
+    import dataclasses
+
+    from dss.config import parse_gin
+
+    search = [folder for folder in args.gin_search_paths.split(",") if folder]
+    experiment = parse_gin(args.gin_file, args.gin, search)
+
     from dss.runs import import_checkpoint
     from dss.student.network import num_parameters
+    from dss.training.processes import is_leader
 
     prepare_jax()
-    experiment = Experiment(
-        run_dir=args.run, initial_checkpoint=args.source, vocabulary=args.vocabulary
+    experiment = dataclasses.replace(
+        experiment,
+        mixture=None,
+        run_dir=args.run,
+        initial_checkpoint=args.source,
+        vocabulary=args.vocabulary or experiment.vocabulary,
     )
     found = import_checkpoint(experiment)
     config = found.config
+    if not is_leader():
+        return 0
     print(
         f"{found.folder}: {num_parameters(config) / 1e6:.1f}M parameters, "
         f"{config.num_encoder_layers} + {config.num_decoder_layers} layers of {config.d_model}"

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from dss.errors import UserError
 from dss.student.config import T5Config
 from dss.student.network import abstract_params
+from dss.training.processes import all_agree
 
 __all__ = ["Name", "Tensors", "assemble"]
 
@@ -46,7 +47,7 @@ def assemble(
       shardings: where the parameters are to lie; None: on the first device.
 
     Raises:
-      UserError: a tensor is missing or of another shape.
+      UserError: in any process a tensor is missing, of another shape, or holds what is no number.
     """
 
     def tensor(
@@ -66,7 +67,7 @@ def assemble(
         def part(index: Any) -> np.ndarray:  # a slice for each dimension
             if (key := str(index)) not in parts:
                 read = tensors.read(source, index[::-1] if transposed else index)
-                read = np.asarray(read).astype(np.float32, copy=False)
+                read = _checked(np.asarray(read), source, where).astype(np.float32, copy=False)
                 parts[key] = read.T if transposed else read
             return parts[key]
 
@@ -77,16 +78,37 @@ def assemble(
         if "layers" not in names:
             return tensor(*name(names, None), abstract.shape, sharding)
         stack = jax.jit(functools.partial(jnp.zeros, abstract.shape), out_shardings=sharding)()
+        put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
         for i in range(len(stack)):
             layer = tensor(*name(names, i), abstract.shape[1:], _of_a_layer(sharding))
-            stack = _put(stack, layer, i)
+            # Waited for, so that the host holds no more than one layer.
+            stack = put(stack, layer, i).block_until_ready()
         return stack
 
     shapes = abstract_params(config)
     if shardings is None:
         device = jax.local_devices()[0]
         shardings = jax.tree.map(lambda _: SingleDeviceSharding(device), shapes)
-    return jax.tree_util.tree_map_with_path(leaf, shapes, shardings)
+    params, error = None, None
+    try:
+        params = jax.tree_util.tree_map_with_path(leaf, shapes, shardings)
+    except UserError as caught:
+        error = caught
+    if not all_agree(error is None):
+        raise error or UserError(f"{where}: another process cannot read it")
+    return params
+
+
+def _checked(part: np.ndarray, source: str, where: str) -> np.ndarray:
+    """Returns a part of a tensor; raises the user's error if a parameter cannot be so."""
+    if not jnp.issubdtype(part.dtype, jnp.floating):
+        raise UserError(
+            f"{where}: {source} is of {part.dtype}; parameters are of a floating-point type, such "
+            "as float32 or bfloat16"
+        )
+    if not np.isfinite(part).all():
+        raise UserError(f"{where}: {source} holds numbers that are not finite (NaN or infinite)")
+    return part
 
 
 def _of_a_layer(sharding: Sharding) -> Sharding:
@@ -96,7 +118,6 @@ def _of_a_layer(sharding: Sharding) -> Sharding:
     return sharding
 
 
-@functools.partial(jax.jit, donate_argnums=0)
 def _put(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
     """Returns the stack [L, ...] with its layer i; it takes the stack's memory."""
     return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import tensorstore
 from etils import epath
@@ -15,8 +16,12 @@ from dss.errors import UserError
 from dss.interop.assemble import assemble
 from dss.paths import absolute, in_bucket
 from dss.student.config import T5Config
+from dss.student.network import abstract_params
 
-__all__ = ["load_params", "read_config", "resolve", "tensor_name"]
+__all__ = ["UNTOLD", "is_checkpoint", "load_params", "read_config", "resolve", "tensor_name"]
+
+UNTOLD = ("activation", "relative_max_distance", "layer_norm_epsilon")
+"""What of a student's shape a T5X checkpoint does not tell; `read_config` takes T5's values."""
 
 LAYER = {  # our name in a layer -> T5X's in the encoder and in the decoder
     "attention_norm": ("pre_attention_layer_norm.scale", "pre_self_attention_layer_norm.scale"),
@@ -29,6 +34,7 @@ LAYER = {  # our name in a layer -> T5X's in the encoder and in the decoder
 CACHE_BYTES = 2 * 10**9  # of a tensor's chunks: each device reads its part of the same ones
 VERSIONS = (2, 3)  # of the legacy format
 LEGACY, ORBAX = "checkpoint", "state/_METADATA"  # the file that tells a format
+TENSORFLOW = b"model_checkpoint_path"  # what a `checkpoint` of TensorFlow's begins with
 EMBEDDING, HEAD = "token_embedder.embedding", "decoder.logits_dense.kernel"
 PARAMETERS = "target"  # what T5X calls a train state's parameters
 
@@ -55,19 +61,19 @@ def resolve(source: str) -> epath.Path:
     """Returns the folder of a checkpoint, on this machine or in a bucket.
 
     Args:
-      source: the folder, or one that holds `checkpoint_<step>` folders, of which the newest counts;
-        with or without `t5x:` before it.
+      source: the folder, or one that holds `checkpoint_<step>` folders (or `<step>`, as Orbax alone
+        names them), of which the newest counts; with or without `t5x:` before it.
 
     Raises:
       UserError: there is no T5X checkpoint.
     """
     folder = absolute(source.removeprefix("t5x:"))
-    if _is_checkpoint(folder):
+    if is_checkpoint(folder):
         return folder
     steps = {}
     for path in folder.iterdir() if folder.is_dir() else ():
-        step = re.fullmatch(r"checkpoint_(\d+)", path.name)
-        if step and _is_checkpoint(path):
+        step = re.fullmatch(r"(?:checkpoint_)?(\d+)", path.name)
+        if step and is_checkpoint(path):
             steps[int(step[1])] = path
     if not steps:
         raise UserError(
@@ -77,7 +83,9 @@ def resolve(source: str) -> epath.Path:
     return steps[max(steps)]
 
 
-def _is_checkpoint(folder: epath.Path) -> bool:
+def is_checkpoint(folder: epath.PathLike) -> bool:
+    """Returns whether a folder is a checkpoint of either format."""
+    folder = absolute(folder)
     return (folder / LEGACY).is_file() or (folder / ORBAX).is_file()
 
 
@@ -102,13 +110,15 @@ class _Tensors:
     def __init__(self, folder: epath.Path):
         self._folder = folder
         self._inline: Mapping[str, Any] = {}  # by the legacy format kept in its one file
+        self.names: set[str] = set()  # of all; none where a legacy checkpoint does not tell
         self._opened: tuple[str, Any] = ("", None)  # the last one; its parts are asked for in turn
         self._driver = "zarr"
         if (folder / LEGACY).is_file():
-            self._inline = _read_legacy(folder / LEGACY)
+            self._inline, self.names = _read_legacy(folder / LEGACY)
             self._base, self._inside = _kvstore(folder), None
         else:
-            metadata = json.loads((folder / ORBAX).read_text())
+            metadata = _read_metadata(folder / ORBAX)
+            self.names |= metadata["names"]
             self._base = _kvstore(folder / "state")
             self._inside = "ocdbt" if metadata.get("use_ocdbt") else None
             self._driver = "zarr3" if metadata.get("use_zarr3") else "zarr"
@@ -124,7 +134,9 @@ class _Tensors:
             kvstore = {"driver": "ocdbt", "base": self._base, "path": path}
         else:
             kvstore = self._base | {"path": self._base["path"] + path}
-        spec = {"driver": self._driver, "kvstore": kvstore}
+        spec: dict[str, Any] = {"driver": self._driver, "kvstore": kvstore}
+        if self._driver == "zarr":  # T5X writes all chunks: one that is not there was lost
+            spec["fill_missing_data_reads"] = False
         try:
             context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
             return tensorstore.open(spec, read=True, open=True, context=context).result()
@@ -161,26 +173,45 @@ class _Tensors:
         return True
 
 
-def _read_legacy(path: epath.Path) -> dict[str, Any]:
-    """Returns the arrays that a legacy checkpoint holds in its one file, by name.
+def _read_metadata(path: epath.Path) -> dict[str, Any]:
+    """Returns what Orbax tells of a checkpoint, and the `names` of its parameters."""
+    try:
+        metadata = json.loads(path.read_text())
+        leaves = [leaf["key_metadata"] for leaf in metadata["tree_metadata"].values()]
+        keys = [[level["key"] for level in leaf] for leaf in leaves]
+        names = {".".join(key[1:]) for key in keys if key[0] == PARAMETERS}
+        return metadata | {"names": names}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not the metadata of a checkpoint: {reason}") from None
+
+
+def _read_legacy(path: epath.Path) -> tuple[dict[str, Any], set[str]]:
+    """Returns the arrays that a legacy checkpoint holds in its one file, by name; and all names.
 
     Others lie in folders of their own; the file has their TensorStore specs, or for a partial
     checkpoint nothing.
     """
+    raw = path.read_bytes()
+    if raw.startswith(TENSORFLOW):
+        raise UserError(
+            f"{path}: a TensorFlow checkpoint; t5x/scripts/convert_tf_checkpoint.py makes it T5X's"
+        )
     try:
-        content = serialization.msgpack_restore(path.read_bytes())
+        content = serialization.msgpack_restore(raw)
         version, tree = content["version"], content["optimizer"][PARAMETERS]
     except Exception as error:  # whatever msgpack makes of another file
         raise UserError(f"{path}: not a T5X checkpoint: {type(error).__name__}: {error}") from None
     if version not in VERSIONS:
         known = " and ".join(map(str, VERSIONS))
         raise UserError(f"{path}: a T5X checkpoint of version {version}; known are {known}")
-    return {name: leaf for name, leaf in _flat(tree) if isinstance(leaf, np.ndarray)}
+    leaves = dict(_flat(tree))
+    return {n: leaf for n, leaf in leaves.items() if isinstance(leaf, np.ndarray)}, set(leaves)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and "kvstore" not in value:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
@@ -189,8 +220,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def read_config(folder: epath.Path) -> T5Config:
     """Returns the shape of the T5 in a checkpoint, read off its parameters: T5 1.0 or 1.1.
 
-    A checkpoint does not say which activation it was trained with: with a gate it is taken to be
-    T5 1.1's GELU, without one T5 1.0's ReLU. An embedding that is the head too has its logits
+    A checkpoint does not say all (see `UNTOLD`): with a gate its activation is taken to be T5 1.1's
+    GELU, without one T5 1.0's ReLU. An embedding that is the head too has its logits
     scaled, as T5X's network does it.
 
     Args:
@@ -201,9 +232,12 @@ def read_config(folder: epath.Path) -> T5Config:
     """
     tensors = _Tensors(folder)
 
-    def shape(name: str) -> tuple[int, ...]:
+    def shape(name: str) -> tuple[int, int]:
         try:
-            return tensors.shape(name)
+            rows, columns = tensors.shape(name)
+            return rows, columns
+        except ValueError:
+            raise UserError(f"{folder}: {name} is no matrix, which a T5's is") from None
         except KeyError:
             raise UserError(
                 f"{folder}: no tensor {name!r}; is it a T5 as T5X's example network names it, "
@@ -218,20 +252,41 @@ def read_config(folder: epath.Path) -> T5Config:
     vocab_size, d_model = shape(EMBEDDING)
     heads, buckets = shape("encoder.relpos_bias.rel_embedding")
     width = shape("encoder.layers_0.attention.query.kernel")[1]
-    return T5Config(
-        vocab_size=vocab_size,
-        d_model=d_model,
-        d_kv=width // heads,
-        d_ff=shape(f"encoder.layers_0.mlp.{'wi_0' if gated else 'wi'}.kernel")[1],
-        num_heads=heads,
-        num_encoder_layers=depth("encoder"),
-        num_decoder_layers=depth("decoder"),
-        activation="gelu" if gated else "relu",
-        gated=gated,
-        tied_embeddings=tied,
-        scaled_logits=tied,
-        relative_buckets=buckets,
-    )
+    d_ff = shape(f"encoder.layers_0.mlp.{'wi_0' if gated else 'wi'}.kernel")[1]
+    try:
+        config = T5Config(
+            vocab_size=vocab_size,
+            d_model=d_model,
+            d_kv=width // heads,
+            d_ff=d_ff,
+            num_heads=heads,
+            num_encoder_layers=depth("encoder"),
+            num_decoder_layers=depth("decoder"),
+            activation="gelu" if gated else "relu",
+            gated=gated,
+            tied_embeddings=tied,
+            scaled_logits=tied,
+            relative_buckets=buckets,
+        )
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{folder}: {error}; is it a T5?") from None
+    extra = sorted(tensors.names - _names(config))
+    if extra:  # biases, a position bias in every layer, layers after one that is missing
+        raise UserError(
+            f"{folder}: has {len(extra)} parameters more than a T5 of {config.num_encoder_layers} "
+            f"+ {config.num_decoder_layers} layers, such as {extra[0]}; a student cannot have them"
+        )
+    return config
+
+
+def _names(config: T5Config) -> set[str]:
+    """Returns what T5X calls the parameters of a T5."""
+    names = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        keys = tuple(p.key for p in path)
+        layers = range(leaf.shape[0]) if "layers" in keys else [None]
+        names |= {tensor_name(keys, i, gated=config.gated)[0] for i in layers}
+    return names
 
 
 def _norm(stack: str, layer: int) -> str:
