@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from typing import TYPE_CHECKING
 
 from dss.cli.options import add_run_options, open_run, prepare_jax
@@ -64,6 +65,9 @@ def _write_whole(file: str, text: str) -> None:
     from etils import epath
 
     path = epath.Path(file).expanduser()
+    if os.path.exists(path) and not os.path.isfile(path):  # a device, such as /dev/stdout
+        path.write_text(text, encoding="utf-8")
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
