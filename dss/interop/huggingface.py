@@ -177,8 +177,8 @@ class _Tensors:
         elif any(folder.glob("pytorch_model*.bin")):
             raise UserError(
                 f"{folder}: its .bin files are pickles, which run code when they are read; "
-                "convert them: load the model with transformers and call save_pretrained(DIR), which "
-                "writes safetensors"
+                "convert them: load the model with transformers and call save_pretrained(DIR), "
+                "which writes safetensors"
             )
         else:
             raise UserError(f"{folder}: no model.safetensors and no {INDEX}")
