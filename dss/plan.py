@@ -21,15 +21,13 @@ from jax.errors import JaxRuntimeError
 from dss.accelerators import Accelerator, find_accelerator, planned_devices
 from dss.data.batches import Batches
 from dss.data.store import TokenStore
-from dss.data.tasks import with_teacher
 from dss.data.typical import INPUTS_MEAN, TARGETS_MEAN, typical_store
 from dss.errors import UserError
 from dss.experiment import Experiment
-from dss.runs import use_data
 from dss.student.config import T5Config
 from dss.student.flops import computed_flops, useful_flops
 from dss.student.network import num_parameters
-from dss.train import abstract_state, training_order, training_store
+from dss.train import abstract_state, settle_data, training_order, training_store
 from dss.training.loss import LossConfig
 from dss.training.mesh import batch_sharding, make_mesh
 from dss.training.optimizer import make_optimizer
@@ -311,12 +309,8 @@ def _open_data(
     data = experiment.data
     there = data.root or data.dataset_path or os.environ.get("DSS_DATA_ROOT")
     if tokens is None and there and experiment.mixture and experiment.vocabulary:
-        use_data(data)
-        name = experiment.mixture
-        if experiment.teacher is not None:
-            name = with_teacher(name, experiment.teacher)
-        experiment = dataclasses.replace(experiment, mixture=name, teacher=None)
-        return training_store(experiment), f"{name}'s", True
+        experiment = settle_data(experiment)
+        return training_store(experiment), f"{experiment.mixture}'s", True
     inputs, targets = tokens or (INPUTS_MEAN, TARGETS_MEAN)
     where = "as given" if tokens else "CQA's, assumed: no MIXTURE_OR_TASK_NAME with its data"
     return typical_store(config.vocab_size, inputs, targets), where, False

@@ -63,6 +63,7 @@ __all__ = [
     "abstract_state",
     "check_same",
     "run_experiment",
+    "settle_data",
     "training_batches",
     "training_order",
     "training_store",
@@ -161,6 +162,21 @@ def _open(
     )
 
 
+def settle_data(experiment: Experiment) -> Experiment:
+    """Makes an experiment's data known, and returns it with the mixture that its TEACHER makes.
+
+    Raises:
+      UserError: no mixture, one without a teacher, or its data are not there.
+    """
+    use_data(experiment.data)
+    if experiment.mixture is None:
+        raise UserError("no mixture: give --gin_file=recipes/NAME.gin or MIXTURE_OR_TASK_NAME")
+    if experiment.teacher is None:
+        return experiment
+    name = with_teacher(experiment.mixture, experiment.teacher)
+    return dataclasses.replace(experiment, mixture=name, teacher=None)
+
+
 def _mixture(experiment: Experiment) -> Mixture:
     assert experiment.mixture is not None
     one_input = experiment.data.one_encoder_pass
@@ -251,12 +267,7 @@ def run_experiment(
 
 def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Session) -> Result:
     # Data and student.
-    use_data(experiment.data)
-    if experiment.mixture is None:
-        raise UserError("no mixture: give --gin_file=recipes/NAME.gin or MIXTURE_OR_TASK_NAME")
-    if experiment.teacher is not None:
-        name = with_teacher(experiment.mixture, experiment.teacher)
-        experiment = dataclasses.replace(experiment, mixture=name, teacher=None)
+    experiment = settle_data(experiment)
     mixture = _mixture(experiment)
     run, initial = _open_run(experiment, resume)
     experiment, config = run.experiment, run.config

@@ -21,13 +21,12 @@ import dss.config  # noqa: F401  gin knows an Experiment and its parts by it
 from dss.data.batches import Batch, Batches
 from dss.data.seqio_features import StepByStepFeatureConverter
 from dss.data.seqio_tasks import get_vocabulary, register_seqio, vocabulary_source
-from dss.data.tasks import Mixture, get_mixture, with_teacher
+from dss.data.tasks import Mixture, get_mixture
 from dss.errors import UserError
 from dss.experiment import Experiment
 from dss.paths import absolute
-from dss.runs import use_data
 from dss.student.config import T5Config
-from dss.train import training_batches, training_store
+from dss.train import settle_data, training_batches, training_store
 from dss.training.loss import cross_entropy, task_sums, token_counts, token_weights
 from dss.training.optimizer import make_optimizer, make_schedule
 
@@ -217,28 +216,13 @@ def _positions(segment_ids: np.ndarray) -> np.ndarray:
     return np.where(segment_ids > 0, slots - starts, 0).astype(np.int32)
 
 
-def _settled(experiment: Experiment) -> Experiment:
-    """Makes an experiment's data known, and returns it with the mixture that it means.
-
-    Raises:
-      UserError: no mixture, or its data are not there.
-    """
-    use_data(experiment.data)
-    if experiment.mixture is None:
-        raise UserError("no mixture: give --gin_file=recipes/NAME.gin or MIXTURE_OR_TASK_NAME")
-    if experiment.teacher is not None:
-        name = with_teacher(experiment.mixture, experiment.teacher)
-        experiment = dataclasses.replace(experiment, mixture=name, teacher=None)
-    return experiment
-
-
 def mixture(experiment: Experiment) -> Mixture:
     """Returns an experiment's mixture.
 
     Raises:
       UserError: there is no such mixture.
     """
-    experiment = _settled(experiment)
+    experiment = settle_data(experiment)
     assert experiment.mixture is not None
     return get_mixture(experiment.mixture, experiment.alpha)
 
@@ -369,7 +353,7 @@ def get_dataset(
             "variants/alpha_schedule.gin out"
         )
     experiment = dataclasses.replace(
-        _settled(experiment),
+        settle_data(experiment),
         batch_size=cfg.batch_size,
         vocabulary=vocabulary_source(experiment.vocabulary),
     )
