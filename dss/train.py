@@ -305,7 +305,10 @@ def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Se
                 f"step {int(state.step)} taken"
             )
     else:
-        params = read_initial(experiment)[2] if initial is None else initial
+        params = initial
+        if params is None:  # a new run's, or one's whose checkpoints are all damaged
+            source = dataclasses.replace(experiment, vocabulary=run.vocabulary_source)
+            params = read_initial(source)[2]
         if params is None:
             params = init_params(config, experiment.seed, shardings.params)
         state = place_state(params, optimizer, shardings)

@@ -9,6 +9,7 @@ from dss.config import gin_root, load_config, parse_gin, save_config
 from dss.data.registry import get_dataset, set_data_root
 from dss.data.tasks import get_mixture
 from dss.errors import UserError
+from dss.runs import load_run
 from dss.student.network import num_parameters
 from dss.train import run_experiment
 from tests.conftest import tiny_config, write_jsonl
@@ -63,6 +64,16 @@ def test_every_recipe_opens_with_its_purpose_and_trains_a_step(name, small_root,
     result = run_experiment(small(experiment, tmp_path))
     assert (result.step, result.best_step) == (1, 1)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_new_run_keeps_its_vocabulary(small_root, vocab_path, tmp_path):
+    macros = [f"DATA_ROOT={small_root}", f"VOCABULARY={vocab_path}"]
+    experiment = small(parse_gin(["recipes/cqa_finetune.gin"], macros), tmp_path)
+    student = dataclasses.replace(experiment.student, vocab_size=32128)
+    assert run_experiment(dataclasses.replace(experiment, student=student)).step == 1
+    run = load_run(tmp_path / "run")
+    assert run.experiment.vocabulary == "vocabulary.model"
+    assert (tmp_path / "run" / "vocabulary.model").read_bytes() == vocab_path.read_bytes()
 
 
 @pytest.fixture(scope="module")
