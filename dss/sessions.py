@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from dss import __version__
@@ -40,33 +39,22 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def describe_data(
-    mixture: Mixture, store: TokenStore, inputs_length: int, targets_length: int
-) -> dict[str, Any]:
-    """Returns what a mixture trains on, in numbers, for JSON.
-
-    Args:
-      mixture: its tasks.
-      store: their tokens.
-      inputs_length: the longest input in tokens, EOS counted.
-      targets_length: the same of targets.
-    """
-    tasks = []
-    for task, tokens in zip(mixture.tasks, store.tasks, strict=True):
-        inputs, targets = tokens.inputs.lengths, tokens.targets.lengths
-        tasks.append(
-            {
-                "kind": task.kind,
-                "teacher": task.teacher,
-                "examples": len(inputs),
-                "input_tokens": int(inputs.sum()),
-                "target_tokens": int(targets.sum()),
-                # Whether a full one was cut or just fits, its tokens do not tell.
-                "full_inputs": int(np.sum(inputs >= inputs_length)),
-                "full_targets": int(np.sum(targets >= targets_length)),
-                "usage": _usage(task),
-            }
-        )
+def describe_data(mixture: Mixture, store: TokenStore) -> dict[str, Any]:
+    """Returns what a mixture trains on, in numbers, for JSON; `store` holds its tokens."""
+    tasks = [
+        {
+            "kind": task.kind,
+            "teacher": task.teacher,
+            "examples": len(tokens.inputs),
+            "input_tokens": int(tokens.inputs.offsets[-1]),
+            "target_tokens": int(tokens.targets.offsets[-1]),
+            "cut_inputs": tokens.inputs.num_cut,
+            "cut_targets": tokens.targets.num_cut,
+            "statuses": tokens.statuses,
+            "usage": _usage(task),
+        }
+        for task, tokens in zip(mixture.tasks, store.tasks, strict=True)
+    ]
     return {"dataset": mixture.dataset.name, "examples": len(store), "tasks": tasks}
 
 

@@ -313,9 +313,8 @@ def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Se
             params = init_params(config, experiment.seed, shardings.params)
         state = place_state(params, optimizer, shardings)
     start = int(state.step)
-    data = experiment.data
-    facts = describe_data(mixture, store, data.inputs_length, data.targets_length)
-    session.begin(run.folder, start, {**describe_machine(), "data": facts})
+    facts = {**describe_machine(), "data": describe_data(mixture, store)}
+    session.begin(run.folder, start, facts)
 
     # Batches, and what an evaluation does.
     shards = mesh.shape["data"] * experiment.microbatches

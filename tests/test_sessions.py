@@ -55,20 +55,20 @@ def test_a_machine_has_devices_and_versions():
     assert {"dss", "python", "jax", "orbax-checkpoint"} <= set(found["versions"])
 
 
-def test_data_are_counted_with_what_is_missing_and_what_is_full(toy):
+def test_data_are_counted_with_what_is_missing_and_what_is_cut(toy):
     mixture = get_mixture("toy_step_by_step_rules")
     rows = [task.rows("train") for task in mixture.tasks]
     store = tokenize(
-        [rows[0], rows[1][5:]], load_vocabulary("bytes"), inputs_length=64, targets_length=14
+        [rows[0], rows[1][5:]], load_vocabulary("bytes"), inputs_length=64, targets_length=13
     )
-    found = describe_data(mixture, store, 64, 14)
+    found = describe_data(mixture, store)
     assert (found["dataset"], found["examples"]) == ("toy", 40)
     label, rationale = found["tasks"]
     assert (label["kind"], label["teacher"], label["examples"]) == ("label", None, 40)
     assert (rationale["teacher"], rationale["examples"]) == ("rules", 35)
-    assert (label["full_targets"], rationale["full_inputs"]) == (0, 0)
+    assert (label["cut_targets"], rationale["cut_inputs"]) == (0, 0)
     assert rationale["usage"] is None
-    assert rationale["full_targets"] == 35 - 5, "9 is 0 mod 3 has 13 tokens"
+    assert rationale["cut_targets"] == 35 - 5, "9 is 0 mod 3 has 13 tokens, and just fits"
 
 
 def test_what_a_teachers_outputs_took_is_recorded(tmp_path):
@@ -83,7 +83,7 @@ def test_what_a_teachers_outputs_took_is_recorded(tmp_path):
     rows = [task.rows("train") for task in mixture.tasks]
     bytes_ = load_vocabulary("bytes")
     store = tokenize(rows, bytes_, inputs_length=64, targets_length=64)
-    label, rationale = describe_data(mixture, store, 64, 64)["tasks"]
+    label, rationale = describe_data(mixture, store)["tasks"]
     assert (label["usage"], rationale["usage"]) == (None, {"outputs": 1, "cost": 0.5})
     (tmp_path / "train.gpt-9.usage.json").write_text("{")
-    assert describe_data(mixture, store, 64, 64)["tasks"][1]["usage"] is None
+    assert describe_data(mixture, store)["tasks"][1]["usage"] is None

@@ -2,11 +2,11 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dss.data.examples import STATUSES
+from dss.data.examples import STATUSES, Example, TeacherOutput
 from dss.data.rationales import REASONS, RationaleConfig, choose_rationales
 from dss.data.registry import Dataset
 from dss.data.tasks import TextRow
@@ -17,6 +17,7 @@ __all__ = [
     "RationaleStatistics",
     "SplitStatistics",
     "TeacherStatistics",
+    "count_statuses",
     "measure_lengths",
     "measure_rationales",
     "measure_split",
@@ -54,6 +55,16 @@ class SplitStatistics:
     teachers: dict[str, TeacherStatistics]
 
 
+def count_statuses(
+    examples: Sequence[Example], outputs: Mapping[str, TeacherOutput]
+) -> dict[str, int]:
+    """Returns how many examples have an output of each status, "missing" for those without one."""
+    found = collections.Counter(
+        outputs[e.id].status if e.id in outputs else "missing" for e in examples
+    )
+    return {status: found[status] for status in (*STATUSES, "missing") if found[status]}
+
+
 def measure_split(
     dataset: Dataset,
     split: str,
@@ -78,16 +89,13 @@ def measure_split(
     found = {}
     for teacher in teachers:
         outputs = dataset.outputs(split, teacher)
-        statuses = collections.Counter(
-            outputs[e.id].status if e.id in outputs else "missing" for e in examples
-        )
         verdicts = [
             dataset.is_right(outputs[e.id].label or "", e.label)
             for e in examples
             if e.id in outputs and e.label is not None
         ]
-        ordered = {s: statuses[s] for s in (*STATUSES, "missing") if statuses[s]}
-        found[teacher] = TeacherStatistics(ordered, len(verdicts), sum(verdicts))
+        statuses = count_statuses(examples, outputs)
+        found[teacher] = TeacherStatistics(statuses, len(verdicts), sum(verdicts))
     return SplitStatistics(len(examples), sum(e.label is not None for e in examples), found)
 
 

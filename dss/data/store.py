@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ import numpy as np
 
 from dss.data.rationales import ALL_RATIONALES, RationaleConfig
 from dss.data.registry import get_dataset
+from dss.data.statistics import count_statuses
 from dss.data.tasks import Mixture, TextRow
-from dss.data.vocabulary import Vocabulary, encode_example
+from dss.data.vocabulary import Vocabulary, cut
 from dss.errors import UserError
 
 __all__ = ["Ragged", "TaskTokens", "TokenStore", "cache_dir", "open_store", "tokenize"]
 
-FORMAT = 3  # part of the key: raise it when the arrays change their meaning
+FORMAT = 4  # part of the key: raise it when the arrays change their meaning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +34,15 @@ class Ragged:
 
     tokens: np.ndarray  # [all tokens] int32
     offsets: np.ndarray  # [N + 1] int64
+    num_cut: int = 0  # how many sequences lost tokens to the limit of length
 
     @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]]) -> "Ragged":
+    def of(cls, sequences: Sequence[Sequence[int]], num_cut: int = 0) -> "Ragged":
         """Returns the sequences as one flat array."""
         offsets = np.zeros(len(sequences) + 1, np.int64)
         np.cumsum([len(s) for s in sequences], out=offsets[1:])
         tokens = np.fromiter((t for s in sequences for t in s), np.int32, offsets[-1])
-        return cls(tokens, offsets)
+        return cls(tokens, offsets, num_cut)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -60,6 +62,8 @@ class TaskTokens:
 
     inputs: Ragged
     targets: Ragged
+    # How many of the examples' teacher's outputs have each status; empty for gold labels.
+    statuses: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +127,8 @@ class TokenStore:
             np.save(folder / "rows.npy", self.rows)
             np.save(folder / "counts.npy", self.counts)
             (folder / "ids.json").write_text(json.dumps(self.ids), encoding="utf-8")
+            facts = [[t.inputs.num_cut, t.targets.num_cut, dict(t.statuses)] for t in self.tasks]
+            (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
             try:
                 os.rename(folder, path)
             except OSError:
@@ -134,12 +140,15 @@ class TokenStore:
         """Opens the store in the folder `path`; its tokens stay on disk until they are read."""
         rows = np.load(path / "rows.npy")
 
-        def ragged(name: str) -> Ragged:
+        def ragged(name: str, num_cut: int) -> Ragged:
             tokens = np.load(path / f"{name}-tokens.npy", mmap_mode="r")
-            return Ragged(tokens, np.load(path / f"{name}-offsets.npy"))
+            return Ragged(tokens, np.load(path / f"{name}-offsets.npy"), num_cut)
 
         tasks = tuple(
-            TaskTokens(ragged(f"{k}-inputs"), ragged(f"{k}-targets")) for k in range(rows.shape[1])
+            TaskTokens(ragged(f"{k}-inputs", inputs), ragged(f"{k}-targets", targets), statuses)
+            for k, (inputs, targets, statuses) in enumerate(
+                json.loads((path / "facts.json").read_text("utf-8"))
+            )
         )
         ids = tuple(json.loads((path / "ids.json").read_text("utf-8")))
         return cls(tasks, rows, np.load(path / "counts.npy"), ids)
@@ -151,6 +160,7 @@ def tokenize(
     *,
     inputs_length: int,
     targets_length: int,
+    statuses: Sequence[Mapping[str, int]] = (),
 ) -> TokenStore:
     """Returns the store of some tasks' text rows, joined over tasks by the rows' ids.
 
@@ -159,7 +169,14 @@ def tokenize(
       vocabulary: how text becomes ids.
       inputs_length: longest input in tokens, EOS counted; longer ones are cut.
       targets_length: the same for targets.
+      statuses: how many of each task's teacher's outputs have each status, to be kept with them.
     """
+
+    def ragged(texts: Sequence[str], length: int) -> Ragged:
+        encoded = list(map(vocabulary.encode, texts))
+        num_cut = sum(len(ids) >= length for ids in encoded)
+        return Ragged.of([cut(ids, length) for ids in encoded], num_cut)
+
     index: dict[str, int] = {}
     for rows in rows_by_task:
         for row in rows:
@@ -174,8 +191,9 @@ def tokenize(
             counts[at] += 1
         tasks.append(
             TaskTokens(
-                Ragged.of([encode_example(vocabulary, r.inputs, inputs_length) for r in rows]),
-                Ragged.of([encode_example(vocabulary, r.targets, targets_length) for r in rows]),
+                ragged([row.inputs for row in rows], inputs_length),
+                ragged([row.targets for row in rows], targets_length),
+                statuses[k] if statuses else {},
             )
         )
     return TokenStore(tuple(tasks), table, counts, tuple(index))
@@ -239,8 +257,15 @@ def open_store(
             # A validation set without rationales still shows the label's loss.
             if not task_rows and (split == "train" or not any(rows)):
                 raise UserError(f"{task.name}: no {split} rows; see `dss inspect {mixture.name}`")
+        teachers = [task.teacher for task in mixture.tasks]
+        outputs = [mixture.dataset.outputs(split, t) if t else None for t in teachers]
+        examples = mixture.dataset.examples(split, fraction=fraction, seed=seed)
         store = tokenize(
-            rows, vocabulary, inputs_length=inputs_length, targets_length=targets_length
+            rows,
+            vocabulary,
+            inputs_length=inputs_length,
+            targets_length=targets_length,
+            statuses=[count_statuses(examples, o) if o is not None else {} for o in outputs],
         )
         store.save(path)
     return TokenStore.load(path)

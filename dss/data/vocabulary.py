@@ -17,6 +17,7 @@ __all__ = [
     "ByteVocabulary",
     "SentencePieceVocabulary",
     "Vocabulary",
+    "cut",
     "encode_example",
     "load_vocabulary",
 ]
@@ -137,6 +138,11 @@ def load_vocabulary(source: str | epath.Path) -> Vocabulary:
     return SentencePieceVocabulary(epath.Path(source).expanduser())
 
 
+def cut(ids: list[int], length: int) -> list[int]:
+    """Returns ids cut to `length - 1`, then EOS."""
+    return [*ids[: length - 1], EOS]
+
+
 def encode_example(vocabulary: Vocabulary, text: str, length: int) -> list[int]:
     """Returns the ids of `text` cut to `length - 1`, then EOS: what a student reads or writes."""
-    return [*vocabulary.encode(text)[: length - 1], EOS]
+    return cut(vocabulary.encode(text), length)

@@ -288,9 +288,10 @@ def _data_rows(group: Group) -> Iterator[tuple[str, ...]]:
                 f"{name}, {'gold' if task['teacher'] is None else task['teacher']}",
                 f"{count:,} of {total:,}",
                 f"{total - count:,} ({(total - count) / max(total, 1):.1%})",
+                ", ".join(f"{n:,} {s}" for s, n in task["statuses"].items()) or "none used",
                 f"{task['input_tokens'] / max(count, 1):,.1f}",
                 f"{task['target_tokens'] / max(count, 1):,.1f}",
-                f"{task['full_inputs']:,} and {task['full_targets']:,}",
+                f"{task['cut_inputs']:,} and {task['cut_targets']:,}",
             )
             if row[:5] not in seen:  # other seeds draw other examples, of other lengths
                 seen.add(row[:5])

@@ -85,8 +85,9 @@ def write_run(
             "examples": examples - 3 * k,
             "input_tokens": 10 * examples,
             "target_tokens": 4 * examples,
-            "full_inputs": 2,
-            "full_targets": 0,
+            "cut_inputs": 2,
+            "cut_targets": 0,
+            "statuses": {"ok": examples - 3, "unparsed": 2, "missing": 1} if k else {},
             "usage": k
             and {
                 "outputs": 994,
