@@ -1,10 +1,12 @@
 """`dss report`."""
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 
 from dss.cli.options import quiet_tpu
+from dss.errors import UserError
 
 __all__ = ["add_arguments", "run"]
 
@@ -23,21 +25,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the page (default: report.html); figures and numbers go to FILE-figures beside it",
     )
     parser.add_argument("--split", default="test", help="train, valid or test (default)")
+    parser.add_argument(
+        "--teacher-size",
+        action="append",
+        default=[],
+        metavar="TEACHER=PARAMETERS",
+        help="what the page shows of a teacher's size, such as llama=70B; PaLM's and GPT-NeoX's "
+        "are known",
+    )
+
+
+def _teacher_size(text: str) -> tuple[str, float]:
+    """Returns a teacher's name, as mixtures have it, and its parameters.
+
+    >>> _teacher_size("gpt-oss=20B"), _teacher_size("mine=350M")
+    (('gpt_oss', 20000000000.0), ('mine', 350000000.0))
+    """
+    found = re.fullmatch(r"(.+)=(\d+\.?\d*)([MB])", text)
+    if not found or not float(found[2]):
+        raise UserError(
+            f"--teacher-size={text}: give a teacher and its parameters, such as llama=70B"
+        )
+    name = re.sub(r"\W", "_", found[1], flags=re.ASCII)
+    return name, float(found[2]) * {"M": 1e6, "B": 1e9}[found[3]]
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the report, and prints its answers."""
     import jax
 
+    from dss.reporting.analysis import RELEASED_TEACHERS
     from dss.reporting.collect import collect
     from dss.reporting.page import figures_folder, write_report
     from dss.reporting.words import answer
 
     quiet_tpu()
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be training
+    sizes = RELEASED_TEACHERS | dict(map(_teacher_size, args.teacher_size))
     collected = collect(args.runs)
-    command = shlex.join(["dss", "report", *args.runs, "-o", str(args.output)])
-    groups = write_report(collected, args.output, split=args.split, command=command)
+    options = [f"--teacher-size={text}" for text in args.teacher_size]
+    if args.split != "test":
+        options.append(f"--split={args.split}")
+    groups = write_report(
+        collected,
+        args.output,
+        split=args.split,
+        teacher_sizes=sizes,
+        command=shlex.join(["dss", "report", *args.runs, *options, "-o", str(args.output)]),
+    )
     for where, why in collected.problems:
         print(f"left out: {where}: {why}")
     for group in groups:

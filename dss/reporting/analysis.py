@@ -15,9 +15,19 @@ from dss.evaluation.significance import mcnemar, paired_bootstrap, seeds_interva
 from dss.reporting.collect import Collected, EvaluationRecord, RunRecord
 from dss.reporting.naming import method_names, student_names
 
-__all__ = ["Cell", "Comparison", "Group", "Reach", "Teacher", "analyse", "compare", "reach"]
+__all__ = [
+    "RELEASED_TEACHERS",
+    "Cell",
+    "Comparison",
+    "Group",
+    "Reach",
+    "Teacher",
+    "analyse",
+    "compare",
+    "reach",
+]
 
-TEACHER_PARAMETERS = {"palm": 540e9, "gpt_neox": 20e9}  # of the teachers of the released data
+RELEASED_TEACHERS = {"palm": 540e9, "gpt_neox": 20e9}  # parameters of the released data's teachers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +164,27 @@ class Group:
         return list(dict.fromkeys(cell.student for cell in cells))
 
 
-def analyse(collected: Collected, split: str = "test") -> list[Group]:
-    """Returns what there is to say, a group a dataset."""
+def analyse(
+    collected: Collected,
+    split: str = "test",
+    teacher_sizes: Mapping[str, float] = RELEASED_TEACHERS,
+) -> list[Group]:
+    """Returns what there is to say, a group a dataset.
+
+    Args:
+      collected: the runs.
+      split: that accuracies are of.
+      teacher_sizes: parameters of the teachers whose are known, by name.
+    """
     by_dataset: dict[str, list[RunRecord]] = collections.defaultdict(list)
     for run in collected.runs:
         by_dataset[run.dataset].append(run)
-    return [_group(name, runs, split) for name, runs in sorted(by_dataset.items())]
+    return [_group(name, runs, split, teacher_sizes) for name, runs in sorted(by_dataset.items())]
 
 
-def _group(dataset: str, runs: Sequence[RunRecord], split: str) -> Group:
+def _group(
+    dataset: str, runs: Sequence[RunRecord], split: str, teacher_sizes: Mapping[str, float]
+) -> Group:
     methods, students = method_names(runs), student_names(runs)
     order = list(dict.fromkeys(methods.values()))
     runs = sorted(
@@ -175,7 +197,7 @@ def _group(dataset: str, runs: Sequence[RunRecord], split: str) -> Group:
         ),
     )
     cells = _cells(runs, methods, students, split)
-    teachers = _teachers(runs, split)
+    teachers = _teachers(runs, split, teacher_sizes)
     shares = [e.majority for run in runs if (e := run.evaluation(split)) and e.majority]
     return Group(
         dataset=dataset,
@@ -230,7 +252,7 @@ def _shared(evaluations: Sequence[EvaluationRecord]) -> list[str]:
     return [i for i in evaluations[0].scores if all(i in other for other in others)]
 
 
-def _teachers(runs: Sequence[RunRecord], split: str) -> list[Teacher]:
+def _teachers(runs: Sequence[RunRecord], split: str, sizes: Mapping[str, float]) -> list[Teacher]:
     found: dict[str, Teacher] = {}
     for run in runs:
         evaluation = run.evaluation(split)
@@ -239,8 +261,8 @@ def _teachers(runs: Sequence[RunRecord], split: str) -> list[Teacher]:
                 continue
             if name not in found or found[name].examples < said["examples"]:
                 interval = said["interval"] and (said["interval"][0], said["interval"][1])
-                size = TEACHER_PARAMETERS.get(name)
-                found[name] = Teacher(name, said["value"], interval, said["examples"], size)
+                values = said["value"], interval, said["examples"], sizes.get(name)
+                found[name] = Teacher(name, *values)
     return [found[name] for name in sorted(found)]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from dss import __version__
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
-from dss.reporting.analysis import Cell, Group, analyse, compare
+from dss.reporting.analysis import RELEASED_TEACHERS, Cell, Group, analyse, compare
 from dss.reporting.collect import Collected, EvaluationRecord, RunRecord
 from dss.reporting.figures import Figure, draw_figures, safe_name, save_figures
 from dss.reporting.words import (
@@ -47,7 +47,12 @@ def figures_folder(page: Path) -> Path:
 
 
 def write_report(
-    collected: Collected, page: Path, *, split: str = "test", command: str = "dss report"
+    collected: Collected,
+    page: Path,
+    *,
+    split: str = "test",
+    teacher_sizes: Mapping[str, float] = RELEASED_TEACHERS,
+    command: str = "dss report",
 ) -> list[Group]:
     """Writes the page and the folder of its figures.
 
@@ -55,6 +60,7 @@ def write_report(
       collected: the runs.
       page: the HTML file.
       split: that accuracies are of.
+      teacher_sizes: parameters of the teachers whose are known, by name.
       command: that makes it, to be shown.
 
     Returns:
@@ -73,7 +79,7 @@ def write_report(
         raise UserError(
             f"{page}: a folder; give the name of a file, such as {page / 'report.html'}"
         )
-    groups = analyse(collected, split)
+    groups = analyse(collected, split, teacher_sizes)
     figures = {group.dataset: draw_figures(group) for group in groups}
     folder = figures_folder(page)
     page.parent.mkdir(parents=True, exist_ok=True)

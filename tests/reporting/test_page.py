@@ -152,6 +152,21 @@ def test_the_verb_writes_the_page_and_prints_the_answer(tmp_path, capsys):
     assert page.is_file()
 
 
+def test_a_teachers_size_can_be_told(tmp_path, capsys):
+    for width in (16, 32):
+        write_run(tmp_path / "runs", "step_by_step_rules", 85, width=width, teacher_right=90)
+    page = tmp_path / "page.html"
+    told = ["--teacher-size=rules=70B", "--split=test"]
+    assert main(["report", str(tmp_path / "runs"), "-o", str(page), *told]) == 0
+    text = page.read_text()
+    assert "teacher rules (70B): 90.0%" in text
+    assert "--teacher-size=rules=70B -o" in text
+    for wrong in ("rules", "rules=", "=7B", "rules=70", "rules=0B"):
+        assert main(["report", str(tmp_path / "runs"), f"--teacher-size={wrong}"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"dss report: --teacher-size={wrong}: give a teacher and its")
+
+
 @pytest.mark.parametrize(
     ("output", "said"),
     [
