@@ -235,19 +235,39 @@ def _natural(name: str) -> tuple[tuple[int, str], ...]:
 def collect(folders: Sequence[str]) -> Collected:
     """Reads all run directories that are, or lie in, some folders.
 
-    A run or an evaluation that cannot be read becomes a problem, and the others are read on.
+    A run or an evaluation that cannot be read becomes a problem, and the others are read on; so
+    does a sweep's run that has not begun.
 
     Raises:
       UserError: see `find_runs`.
     """
     runs: list[RunRecord] = []
     problems: list[tuple[str, str]] = []
-    for folder in find_runs(folders):
+    found = find_runs(folders)
+    for folder in found:
         try:
             runs.append(_read_run(folder, problems))
         except (UserError, OSError, ValueError, KeyError, TypeError) as error:
             problems.append((str(folder), str(error) or type(error).__name__))
+    above = [*(epath.Path(f).expanduser() for f in folders), *(run.parent for run in found)]
+    for folder in {str(path): path for path in above}.values():
+        try:
+            problems += _not_begun(folder).items()
+        except (OSError, ValueError, AttributeError) as error:
+            problems.append((str(folder), f"the sweep's status cannot be read: {error}"))
     return Collected(runs, problems)
+
+
+def _not_begun(folder: epath.Path) -> dict[str, str]:
+    """Returns those runs of the sweeps in a folder that have no run directory, and why."""
+    out = {}
+    for path in sorted(folder.glob("sweep*.jsonl")):
+        for line in read_metrics(path):
+            run = folder / str(line.get("run"))
+            if not (run / CONFIG_FILE).is_file():
+                error = line.get("error")
+                out[str(run)] = f"failed: {error}" if error else "of the sweep, and not begun"
+    return out
 
 
 def _read_run(folder: epath.Path, problems: list[tuple[str, str]]) -> RunRecord:

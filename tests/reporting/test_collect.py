@@ -4,6 +4,7 @@ import pytest
 
 from dss.errors import UserError
 from dss.reporting.collect import SHOWN_EXAMPLES, collect, find_runs
+from tests.conftest import write_jsonl
 from tests.reporting.fabricate import STEPS, write_predictions, write_run
 
 
@@ -51,6 +52,24 @@ def test_the_evaluation_that_counts_is_of_the_step_that_validation_chose(tmp_pat
     (found,) = collect([str(tmp_path)]).runs
     assert found.evaluation("test").value == 0.6
     assert found.evaluation("valid") is None
+
+
+def test_runs_of_a_sweep_that_have_no_directory_are_named(tmp_path):
+    run = write_run(tmp_path / "sweep", "finetune", 50)
+    lines = [
+        {"run": run.name, "status": "done", "error": None},
+        {"run": "later", "status": "missing", "error": None},
+        {"run": "broken", "status": "failed", "error": "train.jsonl:3: not JSON"},
+    ]
+    write_jsonl(tmp_path / "sweep" / "sweep.jsonl", lines)
+    write_jsonl(tmp_path / "sweep" / "sweep-0-of-2.jsonl", lines[1:2])
+    assert collect([str(tmp_path)]).problems == [
+        (str(tmp_path / "sweep" / "later"), "of the sweep, and not begun"),
+        (str(tmp_path / "sweep" / "broken"), "failed: train.jsonl:3: not JSON"),
+    ]
+    (tmp_path / "sweep" / "sweep.jsonl").write_text("{\n")
+    ((_, why),) = [p for p in collect([str(tmp_path / "sweep")]).problems if "later" not in p[0]]
+    assert why.startswith("the sweep's status cannot be read")
 
 
 def test_what_cannot_be_read_is_said_and_the_rest_is_read(tmp_path):
