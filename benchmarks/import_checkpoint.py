@@ -1,11 +1,11 @@
-"""Measures the memory that reading a checkpoint takes besides the parameters themselves.
+"""Measures the memory that importing a checkpoint takes besides the parameters themselves.
 
     python benchmarks/import_checkpoint.py [--student base] [--devices 1 8] [--json FILE]
 
-A checkpoint with random parameters is written in each format, and read in a process of its own to
-one device, or to several simulated ones over which the parameters are split (FSDP). Memory is the
-process's own (resident and not of a file), looked at every millisecond; what it had before, and
-what the parameters take, is not counted. Linux only.
+A checkpoint with random parameters is written in each format; then a process of its own reads it to
+one device, or to several simulated ones over which the parameters are split (FSDP), and saves what
+it has as a run's checkpoint. Memory is the process's own (resident and not of a file), looked at
+every millisecond; what it had before, and what the parameters take, is not counted. Linux only.
 """
 
 import argparse
@@ -77,14 +77,17 @@ def write(student: str, folder: Path) -> None:
 
 
 def read(form: str, devices: int, folder: Path, pipe: Connection) -> None:
-    """Reads a checkpoint; sends the bytes that it took besides the parameters, and seconds."""
+    """Reads a checkpoint and saves it; sends the bytes besides the parameters and the seconds."""
     import jax
+    import optax
 
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     from dss.interop import huggingface, t5x_checkpoint
     from dss.student.network import abstract_params, logical_axes
+    from dss.training.checkpoints import Checkpoints
     from dss.training.mesh import MeshConfig, make_mesh, param_shardings
+    from dss.training.step import init_state
 
     module: Any = huggingface if form == "hf" else t5x_checkpoint
     source = module.resolve(str(folder / form))
@@ -102,7 +105,18 @@ def read(form: str, devices: int, folder: Path, pipe: Connection) -> None:
     params, peak = peak_of(load)
     seconds = time.monotonic() - start
     size = sum(x.nbytes for leaf in jax.tree.leaves(params) for x in _parts(leaf))
-    pipe.send((peak - before - size, seconds))
+    checkpoints = Checkpoints(folder / f"saved-{form}-{devices}")
+    gc.collect()
+
+    def save() -> None:
+        checkpoints.save(init_state(params, optax.identity()))
+        checkpoints.close()
+
+    start = time.monotonic()
+    _, peak_saving = peak_of(save)
+    saving = time.monotonic() - start
+    peaks = [p - before - size for p in (peak, peak_saving)]
+    pipe.send((peaks, [round(seconds, 2), round(saving, 2)]))
 
 
 def _parts(leaf: Any) -> list[Any]:
@@ -135,18 +149,21 @@ def main() -> int:
         writer.start()
         writer.join()
         print(f"{args.student}: {size / MB:.0f} MB, its largest tensor {largest / MB:.1f} MB")
-        print(f"{'format':<8}{'devices':>8}{'besides, MB':>13}{'largest':>9}{'seconds':>9}")
+        print(f"{'format':<8}{'devices':>8}{'':>6}{'besides, MB':>13}{'largest':>9}{'seconds':>9}")
         for form in FORMATS:
             for devices in args.devices:
                 ours, theirs = context.Pipe(duplex=False)
                 reader = context.Process(target=read, args=(form, devices, folder, theirs))
                 reader.start()
-                besides, seconds = ours.recv()
+                figures = ours.recv()
                 reader.join()
-                times = besides / largest
-                print(f"{form:<8}{devices:>8}{besides / MB:>13.1f}{times:>8.1f}x{seconds:>9.1f}")
-                row = {"format": form, "devices": devices, "besides": besides, "largest": largest}
-                rows.append(row | {"parameters": size, "seconds": round(seconds, 2)})
+                for what, besides, seconds in zip(("read", "save"), *figures, strict=True):
+                    row = {"format": form, "devices": devices, "what": what, "besides": besides}
+                    rows.append(row | {"largest": largest, "parameters": size, "seconds": seconds})
+                    print(
+                        f"{form:<8}{devices:>8}{what:>6}{besides / MB:>13.1f}"
+                        f"{besides / largest:>8.1f}x{seconds:>9.1f}"
+                    )
     if args.json:
         args.json.write_text(json.dumps({"student": args.student, "rows": rows}, indent=1) + "\n")
     return 0

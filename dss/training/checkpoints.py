@@ -19,6 +19,9 @@ __all__ = ["Checkpoints", "abstract_like"]
 
 # Orbax counts the seconds of a save by the wall clock, which may jump.
 SAVE_TIMEOUT = 7 * 24 * 3600
+# Bytes of a checkpoint's file. What is to be written stays in memory until a file is full, and
+# without a size all of a process's parameters are one file.
+FILE_SIZE = 64 * 2**20
 SCORE = "score"  # the metric that decides which checkpoint is the best; more is better
 
 
@@ -49,7 +52,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
+                "params": ocp.PyTreeCheckpointHandler(),
                 "opt_state": ocp.PyTreeCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
@@ -118,9 +121,13 @@ class Checkpoints:
         # A process whose write has failed says so now; in `save` it would wait for the others,
         # which wait for what it has not written.
         self._manager.check_for_errors()
-        items = {"params": ocp.args.StandardSave(state.params)}
+        trees = {"params": state.params}
         if jax.tree.leaves(state.opt_state):  # an imported checkpoint has none
-            items["opt_state"] = ocp.args.PyTreeSave(state.opt_state)
+            trees["opt_state"] = state.opt_state
+        items = {
+            name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_SIZE)
+            for name, tree in trees.items()
+        }
         metrics = None if score is None else {SCORE: score, "step": step}
         self._saved = step
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)

@@ -172,12 +172,15 @@ def test_what_a_user_waits_for_is_timed(tmp_path):
     assert set(figures["compile_seconds"]) == {"small", "xxl"}
 
 
-def test_reading_a_checkpoint_takes_little_besides_it(tmp_path):
+def test_importing_a_checkpoint_takes_little_besides_it(tmp_path):
     """What it takes is for a size where programs and threads weigh little; here all is counted."""
     done = run("import_checkpoint.py", "--student=tiny", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
-    assert [(row["format"], row["devices"]) for row in rows] == [
-        (form, devices) for form in ("hf", "t5x") for devices in (1, 8)
+    assert [(row["format"], row["devices"], row["what"]) for row in rows] == [
+        (form, devices, what)
+        for form in ("hf", "t5x")
+        for devices in (1, 8)
+        for what in ("read", "save")
     ]
     assert all(row["besides"] < 5 * row["largest"] + 100e6 for row in rows)

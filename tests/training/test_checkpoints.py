@@ -54,6 +54,17 @@ def test_arrays_are_read_one_at_a_time(tmp_path, state):
     checkpoints.close()
 
 
+def test_files_are_of_a_size_for_what_fills_one_is_in_memory(tmp_path, state, monkeypatch):
+    monkeypatch.setattr("dss.training.checkpoints.FILE_SIZE", 2**15)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(at(state, 7), 0.5)
+    checkpoints.close()
+    sizes = [path.stat().st_size for path in (tmp_path / "7" / "params").rglob("d/*")]
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+    assert sum(sizes) > 2 * 2**15
+    assert max(sizes) < 2**15 + largest
+
+
 def test_a_state_is_restored_bitwise_and_onto_another_mesh(tmp_path, state):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(at(state, 7), 0.5)
