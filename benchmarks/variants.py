@@ -12,8 +12,9 @@ student from scratch. A variant that a task has no data for (several samples) is
 Every seed draws its own subset, parameters and order, the same ones for every variant. Accuracy is
 that of the best validation checkpoint on test, its mean over seeds with the 95% bootstrap interval
 over the test examples; the difference from the baseline is paired, with the same interval and, over
-seeds, Student's. A variant is said to help or to harm where neither interval holds 0. A run that is
-done is in DIR/outcomes and not done again.
+seeds, Student's. A variant is said to help or to harm where neither interval holds 0. The label's
+loss, nats a token, is the lowest of the evaluations on validation: it tells more where accuracy is
+that of chance. A run that is done is in DIR/outcomes and not done again.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from dss.experiment import Experiment
 from dss.quickstart import METHODS, make_data, quickstart_experiment
 from dss.runs import evaluate, load_run
 from dss.train import run_experiment
+from dss.training.metrics import read_metrics
 
 BASELINE = "baseline"
 VARIANTS = sorted(path.stem for path in (gin_root() / "variants").glob("*.gin"))
@@ -155,11 +157,13 @@ def train(trial: Trial) -> None:
     result = run_experiment(trial.experiment)
     run = Path(str(trial.experiment.run_dir))
     measured = evaluate(load_run(run), split="test")
+    losses = [line.get("valid/label_loss") for line in read_metrics(run / "metrics.jsonl")]
     outcome = {
         "seed": trial.experiment.seed,
         "steps": result.step,
         "checkpoint": measured.step,
         "seconds": round(time.monotonic() - began, 1),
+        "label_loss": min(loss for loss in losses if loss is not None),
         "verdicts": measured.scored.verdicts,
     }
     trial.outcome.parent.mkdir(parents=True, exist_ok=True)
@@ -169,27 +173,44 @@ def train(trial: Trial) -> None:
     shutil.rmtree(run)
 
 
-def summarize(verdicts: dict[str, np.ndarray]) -> dict[str, dict]:
-    """Returns accuracies and differences; verdicts are [seeds, test examples] by variant."""
+def _over_seeds(differences: np.ndarray) -> list[float] | None:
+    """Returns Student's 95% interval of a mean of differences; None for too few seeds."""
+    n = len(differences)
+    if n - 1 not in T975:
+        return None
+    half = T975[n - 1] * statistics.stdev(differences) / n**0.5
+    return [differences.mean() - half, differences.mean() + half]
+
+
+def summarize(verdicts: dict[str, np.ndarray], losses: dict[str, np.ndarray]) -> dict[str, dict]:
+    """Returns accuracies, losses and differences.
+
+    Args:
+      verdicts: [seeds, test examples] by variant.
+      losses: of the label on validation, [seeds] by variant.
+    """
     base = verdicts[BASELINE]
     rows = {}
     for name, own in verdicts.items():
         mean = own.mean(axis=0)
         accuracy, low, high = paired_bootstrap(mean, np.zeros_like(mean))
-        rows[name] = {"accuracy": accuracy, "interval": [low, high], "of_seeds": [*own.mean(1)]}
+        rows[name] = {
+            "accuracy": accuracy,
+            "interval": [low, high],
+            "of_seeds": [*own.mean(1)],
+            "label_loss": losses[name].mean(),
+        }
         if name == BASELINE:
             continue
         difference, *over_examples = paired_bootstrap(mean, base.mean(axis=0))
-        by_seed = [*(own.mean(axis=1) - base.mean(axis=1))]
-        over_seeds = None
-        if len(by_seed) - 1 in T975:
-            half = T975[len(by_seed) - 1] * statistics.stdev(by_seed) / len(by_seed) ** 0.5
-            over_seeds = [difference - half, difference + half]
+        by_seed = own.mean(axis=1) - base.mean(axis=1)
+        over_seeds = _over_seeds(by_seed)
         rows[name] |= {
             "difference": difference,
             "over_examples": over_examples,
             "over_seeds": over_seeds,
-            "of_seeds_difference": by_seed,
+            "of_seeds_difference": [*by_seed],
+            "label_loss_over_seeds": _over_seeds(losses[name] - losses[BASELINE]),
             "says": _verdict(over_examples, over_seeds),
         }
     return rows
@@ -208,11 +229,23 @@ def show(rows: dict[str, dict]) -> None:
     def points(pair: list[float] | None) -> str:
         return "" if pair is None else f"{100 * pair[0]:+.1f} to {100 * pair[1]:+.1f}"
 
-    columns = ("variant", "accuracy", "95%", "difference", "examples", "seeds")
-    print("{:<20} {:>8} {:>14} {:>10} {:>16} {:>16}".format(*columns))
+    columns = (
+        "variant",
+        "loss",
+        "difference",
+        "accuracy",
+        "95%",
+        "difference",
+        "examples",
+        "seeds",
+    )
+    print("{:<20} {:>6} {:>16} {:>8} {:>14} {:>10} {:>16} {:>16}".format(*columns))
     for name, row in rows.items():
         low, high = row["interval"]
-        line = f"{name:<20} {row['accuracy']:>8.1%} {f'{low:.1%} to {high:.1%}':>14}"
+        loss = row.get("label_loss_over_seeds")
+        loss_text = f"{loss[0]:+.3f} to {loss[1]:+.3f}" if loss else ""
+        line = f"{name:<20} {row['label_loss']:>6.3f} {loss_text:>16}"
+        line += f" {row['accuracy']:>8.1%} {f'{low:.1%} to {high:.1%}':>14}"
         if "difference" in row:
             line += f" {100 * row['difference']:>+10.1f} {points(row['over_examples']):>16}"
             line += f" {points(row['over_seeds']):>16}  {row['says']}"
@@ -270,12 +303,14 @@ def main() -> int:
         pool.shutdown(cancel_futures=True)
 
     found: dict[str, list] = {}
+    losses: dict[str, list] = {}
     seconds: dict[str, list] = {}
     for trial in todo:
         outcome = json.loads(trial.outcome.read_text())
         found.setdefault(trial.name, []).append(outcome["verdicts"])
+        losses.setdefault(trial.name, []).append(outcome["label_loss"])
         seconds.setdefault(trial.name, []).append(outcome["seconds"])
-    rows = summarize({name: np.array(verdicts) for name, verdicts in found.items()})
+    rows = summarize(*({name: np.array(v) for name, v in by.items()} for by in (found, losses)))
     show(rows)
     if args.json:
         result = {

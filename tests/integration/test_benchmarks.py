@@ -136,8 +136,9 @@ def test_variants_are_held_against_the_baseline_seed_by_seed_and_not_done_twice(
     figures = json.loads((tmp_path / "f.json").read_text())
     assert list(figures["rows"]) == ["baseline", "right_rationales"]
     for row in figures["rows"].values():
-        assert row["interval"][0] < row["accuracy"] < row["interval"][1]
+        assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
         assert len(row["of_seeds"]) == 2
+        assert 0 < row["label_loss"] < 10
     row = figures["rows"]["right_rationales"]
     assert row["over_seeds"][0] <= row["difference"] <= row["over_seeds"][1]
     assert len(list((tmp_path / "outcomes").glob("*.json"))) == 4
