@@ -9,7 +9,8 @@ modes: forced, every output has exactly --length tokens (EOS is never likely); n
 ends at EOS, whose column of the head is scaled so that lengths vary, or at --length. The two
 differ in that column alone. Every side is a process of its own that keeps its model; they take
 turns, and the medians are of the calls after the first. `dss is` tells how many times as fast,
-`agree` the share of rows whose tokens, up to EOS, are dss's.
+`agree` the share of rows whose tokens, up to EOS, are dss's, `of peak` (forced mode) the operations
+that the tokens need, of those that the machine's float32 matrix product does in that time.
 
 Then what choosing among given labels costs: `score_candidates` on as many labels and tokens as CQA
 and NLI have, against greedy generation of as many tokens (forced) and of as many as a label may
@@ -42,6 +43,7 @@ from dss.config import parse_gin
 from dss.errors import UserError
 from dss.evaluation.evaluator import DecodingConfig
 from dss.student.config import T5Config
+from dss.student.flops import forward_flops
 
 EOS = 1
 SIDES = {  # what each needs installed
@@ -263,13 +265,42 @@ def serve(side: str, inputs: list[list[int]], cores: list[int], pipe: Connection
             folder, taken = told[0], None  # give up the old weights first
             taken = kinds[side](folder, len(cores))
         job = told[1]
-        first = (len(inputs) - job.batch) // 2
-        prepared = taken.prepare(inputs[first : first + job.batch], job)
+        prepared = taken.prepare(batch_of(inputs, job.batch), job)
         began = time.perf_counter()
         tokens = taken.decode(job, *prepared)
         pipe.send((time.perf_counter() - began, [until_end(row) for row in tokens]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     pipe.send({"device": taken.device, "peak_gb": round(peak, 2)})
+
+
+def measure_peak(cores: list[int]) -> float:
+    """Returns what the matrix product of those cores does, operations a second."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    from dss.accelerators import matmul_peak
+
+    return matmul_peak("float32")
+
+
+def batch_of(inputs: list[list[int]], size: int) -> list[list[int]]:
+    """Returns the middle ones of the inputs, which are sorted by length."""
+    first = (len(inputs) - size) // 2
+    return inputs[first : first + size]
+
+
+def operations(config: T5Config, inputs: list[list[int]], job: Job) -> float:
+    """Returns the operations that decoding a batch to the last token needs."""
+    lengths = np.array([len(row) for row in batch_of(inputs, job.batch)], float)
+    outputs = job.batch * job.beams
+    forward = forward_flops(
+        config,
+        lengths.sum(),
+        outputs * job.length,
+        (lengths**2).sum(),
+        outputs * job.length**2 / 2,
+        lengths.sum() * job.beams * job.length,
+    )
+    return forward.layers + forward.attention + forward.head
 
 
 def measure(turns: list[tuple[Connection, Job]], folder: Path, repeats: int) -> list[dict]:
@@ -295,7 +326,13 @@ def measure(turns: list[tuple[Connection, Job]], folder: Path, repeats: int) -> 
     ]
 
 
-def compare(pipes: dict[str, Connection], root: Path, args: argparse.Namespace) -> dict:
+def compare(
+    pipes: dict[str, Connection],
+    root: Path,
+    args: argparse.Namespace,
+    student: T5Config,
+    inputs: list[list[int]],
+) -> dict:
     """Returns the figures of all sides, and how many times as fast dss is as each other one."""
     rows, ratios = [], {f"ratio_vs_{side}": {} for side in pipes if side != "dss"}
     for mode, batch, beams in itertools.product(MODES, args.batch, args.beams):
@@ -305,6 +342,8 @@ def compare(pipes: dict[str, Connection], root: Path, args: argparse.Namespace) 
         ours = measured[0]["seconds"]  # where dss takes part, it is the first
         for side, figures, theirs in zip(pipes, measured, tokens, strict=True):
             row = {"side": side} | dataclasses.asdict(job) | figures
+            if mode == "forced":
+                row["operations_per_second"] = operations(student, inputs, job) / row["seconds"]
             if side == "dss":
                 row["compile_seconds"] = max(figures["first_call_seconds"] - ours, 0.0)
             elif "dss" in pipes:
@@ -338,11 +377,13 @@ def compare_scoring(pipe: Connection, root: Path, args: argparse.Namespace) -> l
 
 def show(result: dict) -> None:
     head = f"{'side':<13} {'batch':>5} {'beams':>5} {'mode':<8} {'seconds':>8} {'outputs/s':>9} "
-    print(head + f"{'tokens':>6} {'dss is':>7} {'agree':>6} {'compile':>8}")
+    print(head + f"{'tokens':>6} {'of peak':>7} {'dss is':>7} {'agree':>6} {'compile':>8}")
     for row in result["decoding"]:
         line = f"{row['side']:<13} {row['batch']:>5} {row['beams']:>5} {row['mode']:<8} "
         line += f"{row['seconds']:>8.4f} {row['outputs_per_second']:>9.1f} "
         line += f"{row['mean_length']:>6.1f} "
+        share = row.get("share_of_peak")
+        line += f"{'':>7} " if share is None else f"{share:>7.0%} "
         if "ratio" in row:
             line += f"{row['ratio']:>6.2f}x {row['agreement']:>6.0%}"
         elif "compile_seconds" in row:
@@ -359,7 +400,8 @@ def show(result: dict) -> None:
     used = [
         f"{side} on {f['device']}, {f['peak_gb']:.2f} GB" for side, f in result["sides"].items()
     ]
-    print("; ".join([*used, result["machine"]]))
+    peak = f"peak {result['peak_gflops']:.0f} GFLOP/s"
+    print("; ".join([*used, peak, result["machine"]]))
     print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
 
 
@@ -415,6 +457,8 @@ def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:
     with ProcessPoolExecutor(1, context) as pool:  # not here: this process holds no model
         pool.submit(write_weights, root, student, "ctranslate2" in args.sides).result()
     inputs, cores = random_inputs(args, student.vocab_size), usable_cores()[: args.threads]
+    with ProcessPoolExecutor(1, context) as pool:
+        peak = pool.submit(measure_peak, cores).result()
     pipes, processes = {}, []
     for side in args.sides:
         pipes[side], theirs = context.Pipe()
@@ -422,7 +466,11 @@ def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:
         processes.append(context.Process(target=serve, args=target, daemon=True))
         processes[-1].start()
         theirs.close()  # so that the end of the process ends the pipe
-    result = compare(pipes, root, args)
+    result = compare(pipes, root, args, student, inputs)
+    for row in result["decoding"]:
+        if "operations_per_second" in row:
+            row["share_of_peak"] = row.pop("operations_per_second") / peak
+    result["peak_gflops"] = peak / 1e9
     if "dss" in pipes:
         result["scoring"] = compare_scoring(pipes["dss"], root, args)
     result["sides"] = {}
