@@ -85,7 +85,7 @@ def read(form: str, devices: int, folder: Path, pipe: Connection) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
     from dss.interop import huggingface, t5x_checkpoint
     from dss.student.network import abstract_params, logical_axes
-    from dss.training.checkpoints import Checkpoints
+    from dss.training.checkpoints import Checkpoints, largest_part
     from dss.training.mesh import MeshConfig, make_mesh, param_shardings
     from dss.training.step import init_state
 
@@ -105,7 +105,7 @@ def read(form: str, devices: int, folder: Path, pipe: Connection) -> None:
     params, peak = peak_of(load)
     seconds = time.monotonic() - start
     size = sum(x.nbytes for leaf in jax.tree.leaves(params) for x in _parts(leaf))
-    checkpoints = Checkpoints(folder / f"saved-{form}-{devices}")
+    checkpoints = Checkpoints(folder / f"saved-{form}-{devices}", largest=largest_part(params))
     gc.collect()
 
     def save() -> None:

@@ -35,7 +35,7 @@ from dss.interop import huggingface, t5x_checkpoint
 from dss.paths import absolute
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, logical_axes
-from dss.training.checkpoints import Checkpoints, abstract_like
+from dss.training.checkpoints import Checkpoints, abstract_like, largest_part
 from dss.training.mesh import MeshConfig, make_mesh, param_shardings
 from dss.training.processes import all_agree, is_leader, wait_for_all
 from dss.training.step import init_state
@@ -453,7 +453,7 @@ def import_checkpoint(experiment: Experiment) -> Run:
     if not all_agree(not folder.exists() or not any(folder.iterdir())):  # before one writes
         raise UserError(f"{folder}: not empty; import into a new folder")
     run, params = create_run(experiment)
-    checkpoints = Checkpoints(folder / CHECKPOINTS)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, largest=largest_part(params))
     checkpoints.save(init_state(params, optax.identity()))
     checkpoints.close()
     return run

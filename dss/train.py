@@ -42,7 +42,7 @@ from dss.runs import (
 from dss.sessions import Session, describe_data, describe_machine
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, init_params
-from dss.training.checkpoints import Checkpoints, abstract_like
+from dss.training.checkpoints import Checkpoints, abstract_like, largest_part
 from dss.training.loss import LossConfig
 from dss.training.mesh import make_mesh, put_batch
 from dss.training.metrics import MetricsWriter
@@ -295,9 +295,9 @@ def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Se
     eval_step = make_eval_step(config, valid_loss, mesh=mesh, shardings=shardings)
 
     # The state: (1) a checkpoint of this run, (2) the initial checkpoint, (3) fresh parameters.
-    checkpoints = Checkpoints(run.folder / CHECKPOINTS)
+    abstract = abstract_state(config, optimizer, shardings)
+    checkpoints = Checkpoints(run.folder / CHECKPOINTS, largest=largest_part(abstract))
     if checkpoints.latest is not None:
-        abstract = abstract_state(config, optimizer, shardings)
         state, damaged = checkpoints.restore_newest(abstract)
         for step, why in damaged.items():
             progress.warn(

@@ -67,7 +67,7 @@ def assemble(
         def part(index: Any) -> np.ndarray:  # a slice for each dimension
             if (key := str(index)) not in parts:
                 read = tensors.read(source, index[::-1] if transposed else index)
-                read = _checked(np.asarray(read), source, where).astype(np.float32, copy=False)
+                read = _checked(np.asarray(read), source, where)
                 parts[key] = read.T if transposed else read
             return parts[key]
 
@@ -100,13 +100,15 @@ def assemble(
 
 
 def _checked(part: np.ndarray, source: str, where: str) -> np.ndarray:
-    """Returns a part of a tensor; raises the user's error if a parameter cannot be so."""
+    """Returns a part of a tensor, float32; raises the user's error if a parameter cannot be so."""
     if not jnp.issubdtype(part.dtype, jnp.floating):
         raise UserError(
             f"{where}: {source} is of {part.dtype}; parameters are of a floating-point type, such "
             "as float32 or bfloat16"
         )
-    if not np.isfinite(part).all():
+    part = part.astype(np.float32, copy=False)
+    # The ends tell of every number that is not finite, and take no memory.
+    if not (np.isfinite(part.min()) and np.isfinite(part.max())):
         raise UserError(f"{where}: {source} holds numbers that are not finite (NaN or infinite)")
     return part
 

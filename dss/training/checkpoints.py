@@ -1,5 +1,6 @@
 """Orbax checkpoints of a run: written in the background, the latest two and the best kept."""
 
+import math
 from typing import Any
 
 import jax
@@ -15,14 +16,21 @@ from dss.training.mesh import place
 from dss.training.processes import all_agree, is_leader, wait_for_all
 from dss.training.step import TrainState
 
-__all__ = ["Checkpoints", "abstract_like"]
+__all__ = ["Checkpoints", "abstract_like", "largest_part"]
 
 # Orbax counts the seconds of a save by the wall clock, which may jump.
 SAVE_TIMEOUT = 7 * 24 * 3600
-# Bytes of a checkpoint's file. What is to be written stays in memory until a file is full, and
-# without a size all of a process's parameters are one file.
-FILE_SIZE = 64 * 2**20
+# Bytes of a checkpoint's file, and of what is compressed at once. What is to be written stays in
+# memory until a file is full, and without a size all of a process's parameters are one file.
+FILE_SIZE = 16 * 2**20
+CHUNK_SIZE = 4 * 2**20
 SCORE = "score"  # the metric that decides which checkpoint is the best; more is better
+
+
+def largest_part(tree: Any) -> int:
+    """Returns the bytes of the largest part of an array that one device holds."""
+    parts = [(x.sharding.shard_shape(x.shape), x.dtype.itemsize) for x in jax.tree.leaves(tree)]
+    return max(math.prod(shape) * size for shape, size in parts)
 
 
 def abstract_like(tree: Any, shardings: Any) -> Any:
@@ -41,19 +49,27 @@ class Checkpoints:
 
     Args:
       folder: where the checkpoints are.
+      largest: bytes of the largest part of an array to be saved, see `largest_part`; no more are
+        on their way to the disk at once. None: all are.
       read_only: for evaluation; nothing is created or removed.
     """
 
-    def __init__(self, folder: epath.PathLike, *, read_only: bool = False):
+    def __init__(
+        self, folder: epath.PathLike, *, largest: int | None = None, read_only: bool = False
+    ):
         self.folder = absolute(folder)
         if read_only and not self.folder.is_dir():
             raise UserError(f"{folder}: no checkpoints; is it a run directory of `dss train`?")
         self._saved: int | None = None  # the step being written; disk does not show it yet
+        # Orbax waits for fewer bytes than the limit.
+        limit = None if largest is None else largest + 1
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={
-                "params": ocp.PyTreeCheckpointHandler(),
-                "opt_state": ocp.PyTreeCheckpointHandler(),
+                name: ocp.PyTreeCheckpointHandler(
+                    handler_impl=ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=limit)
+                )
+                for name in ("params", "opt_state")
             },
             options=ocp.CheckpointManagerOptions(
                 # Without best_fn Orbax keeps no metrics; with max_to_keep it would delete the
@@ -125,7 +141,11 @@ class Checkpoints:
         if jax.tree.leaves(state.opt_state):  # an imported checkpoint has none
             trees["opt_state"] = state.opt_state
         items = {
-            name: ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=FILE_SIZE)
+            name: ocp.args.PyTreeSave(
+                tree,
+                save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_SIZE), tree),
+                ocdbt_target_data_file_size=FILE_SIZE,
+            )
             for name, tree in trees.items()
         }
         metrics = None if score is None else {SCORE: score, "step": step}

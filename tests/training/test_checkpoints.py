@@ -6,7 +6,7 @@ import pytest
 from dss.errors import UserError
 from dss.student.network import abstract_params, init_params
 from dss.train import abstract_state
-from dss.training.checkpoints import Checkpoints, abstract_like
+from dss.training.checkpoints import Checkpoints, abstract_like, largest_part
 from dss.training.mesh import MeshConfig, make_mesh
 from dss.training.metrics import MetricsWriter, read_metrics
 from dss.training.optimizer import OptimizerConfig, make_optimizer
@@ -63,6 +63,30 @@ def test_files_are_of_a_size_for_what_fills_one_is_in_memory(tmp_path, state, mo
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     assert sum(sizes) > 2 * 2**15
     assert max(sizes) < 2**15 + largest
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # Orbax's, at the end
+def test_no_more_bytes_than_the_largest_part_are_on_their_way_at_once(tmp_path, state):
+    config, mesh_config = tiny_config(), MeshConfig(data=4, model=2)
+    optimizer = make_optimizer(OptimizerConfig(), 10)
+    shardings = state_shardings(config, optimizer, make_mesh(mesh_config), mesh_config)
+    split = jax.device_put(state, shardings)
+    largest = largest_part(split)
+    assert largest == largest_part(abstract_state(config, optimizer, shardings))
+    assert largest < largest_part(state) == max(x.nbytes for x in jax.tree.leaves(state))
+
+    checkpoints = Checkpoints(tmp_path / "all", largest=largest)
+    checkpoints.save(at(split, 7))
+    checkpoints.wait()
+    found = checkpoints.restore(7, abstract_state(config, optimizer, shardings))
+    jax.tree.map(np.testing.assert_array_equal, found.opt_state, state.opt_state)
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "less", largest=largest_part(state) - 1)
+    checkpoints.save(at(state, 7))
+    with pytest.raises(ValueError, match="more bytes than we reserved"):  # the limit is in force
+        checkpoints.wait()
 
 
 def test_a_state_is_restored_bitwise_and_onto_another_mesh(tmp_path, state):
