@@ -230,7 +230,9 @@ class Batches:
         sample = self._dealt(range(min(num_steps, SAMPLE_STEPS)))[0]
         self.widths = choose_widths(sample, longest)
         chunks = range(0, num_steps, CHUNK_STEPS)
-        needed = [self._needed(range(s, min(s + CHUNK_STEPS, num_steps))) for s in chunks]
+        needed = [
+            self._needed(self._dealt(range(s, min(s + CHUNK_STEPS, num_steps)))[0]) for s in chunks
+        ]
         self.shapes = choose_shapes(np.concatenate(needed))
 
     def __len__(self) -> int:
@@ -290,12 +292,15 @@ class Batches:
         encoder = next_fit(lengths[..., :1], (widths.inputs,))
         return encoder, next_fit(lengths, (widths.cross, widths.targets))
 
-    def _needed(self, steps: range) -> np.ndarray:
-        """Returns the slots and rows that the fullest group of each step needs, [steps, 4]."""
-        lengths = self._dealt(steps)[0]
-        rows = [found.max(axis=1) + 1 for found in self._rows(lengths)]
-        needed = np.concatenate([lengths.sum(axis=1), np.stack(rows, axis=1)], axis=1)
-        return needed.reshape(len(steps), self.groups, 4).max(axis=1)
+    def _needed(self, dealt: np.ndarray) -> np.ndarray:
+        """Returns the slots and rows that the fullest group of each step needs, [steps, 4].
+
+        Args:
+          dealt: the lengths of the items, see `_dealt`.
+        """
+        rows = [found.max(axis=1) + 1 for found in self._rows(dealt)]
+        needed = np.concatenate([dealt.sum(axis=1), np.stack(rows, axis=1)], axis=1)
+        return needed.reshape(-1, self.groups, 4).max(axis=1)
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.num_steps:
@@ -306,7 +311,7 @@ class Batches:
             group, segment, starts = np.arange(n), np.ones(n, int), np.zeros((n, 2), int)
             return self._tokens(step, shape, G, group, segment, starts)
         dealt, which = self._dealt(range(step, step + 1))
-        need = self._needed(range(step, step + 1))[0]
+        need = self._needed(dealt)[0]
         shape = next(s for s in self.shapes if (need <= dataclasses.astuple(s)).all())
         # Back from the groups [G, n] to the step's own order [n].
         at = which >= 0
