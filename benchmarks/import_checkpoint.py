@@ -84,11 +84,13 @@ def read(form: str, devices: int, folder: Path, pipe: Connection) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     from dss.interop import huggingface, t5x_checkpoint
+    from dss.memory import return_freed_memory
     from dss.student.network import abstract_params, logical_axes
     from dss.training.checkpoints import Checkpoints, largest_part
     from dss.training.mesh import MeshConfig, make_mesh, param_shardings
     from dss.training.step import init_state
 
+    return_freed_memory()  # as the command line does
     module: Any = huggingface if form == "hf" else t5x_checkpoint
     source = module.resolve(str(folder / form))
     config = module.read_config(source)

@@ -1,9 +1,9 @@
-"""The C library's memory, kept for the next step."""
+"""What the C library does with freed memory."""
 
 import ctypes
 import sys
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "return_freed_memory"]
 
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # of glibc's mallopt(3)
 
@@ -16,9 +16,21 @@ def keep_freed_memory() -> None:
     step. Call it before JAX has started its threads; it does nothing where the C library is not
     glibc.
     """
+    _mallopt({MMAP_MAX: 0, TRIM_THRESHOLD: -1, ARENA_MAX: 1})
+
+
+def return_freed_memory() -> None:
+    """Has the C library give back what is freed, whichever thread had it.
+
+    For what reads and writes parameters, once: each thread would else keep what it has freed. Call
+    it as `keep_freed_memory`.
+    """
+    _mallopt({ARENA_MAX: 1})
+
+
+def _mallopt(values: dict[int, int]) -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
         if mallopt is not None:
-            mallopt(MMAP_MAX, 0)
-            mallopt(TRIM_THRESHOLD, -1)  # never
-            mallopt(ARENA_MAX, 1)
+            for parameter, value in values.items():
+                mallopt(parameter, value)

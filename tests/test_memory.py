@@ -3,7 +3,9 @@ import sys
 
 import pytest
 
-PROGRAM = """
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+
+FAULTS = """
 import resource
 import numpy as np
 from dss.memory import keep_freed_memory
@@ -16,9 +18,41 @@ for _ in range(3):
 print(faults[2] - faults[1])
 """
 
+KEPT = """
+import pathlib
+import threading
+import numpy as np
+from dss.memory import return_freed_memory
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
-def test_freed_memory_is_used_again_without_a_page_fault():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
+def own_pages():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
+def work():
+    for size in (20 << 20, 16 << 20):  # once 20 MiB were freed, glibc takes less from the heap
+        blocks = [np.ones(size, np.uint8) for _ in range(2)]
+        barrier.wait()
+        del blocks
+
+return_freed_memory()
+before, barrier = own_pages(), threading.Barrier(4)
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(own_pages() - before)
+"""
+
+
+def printed(program: str) -> int:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 100  # of 16,384 pages
+    return int(done.stdout)
+
+
+def test_freed_memory_is_used_again_without_a_page_fault():
+    assert printed(FAULTS) < 100  # of 16,384 pages
+
+
+def test_freed_memory_of_any_thread_is_given_back():
+    assert printed(KEPT) < 8192  # of 32,768 pages

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from dss.export import export
     from dss.runs import load_run
 
-    prepare_jax()
+    prepare_jax(steps=False)
     written = export(load_run(args.run), args.to, args.folder, args.checkpoint)
     print(f"{written.path}: step {written.step}{written.note and f', {written.note}'}")
     return 0

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from dss.student.network import num_parameters
     from dss.training.processes import is_leader
 
-    prepare_jax()
+    prepare_jax(steps=False)
     experiment = dataclasses.replace(
         experiment,
         mixture=None,

@@ -60,9 +60,12 @@ def open_run(args: argparse.Namespace):
     return load_run(args.run, flags)
 
 
-def prepare_jax() -> None:
+def prepare_jax(*, steps: bool = True) -> None:
     """Keeps compiled programs between runs, in the cache folder of dss, and memory between steps;
     quiets the libraries; joins the processes that the environment tells of.
+
+    Args:
+      steps: whether there will be steps; else memory is given back as soon as it is free.
 
     Raises:
       UserError: see `join_processes`.
@@ -73,10 +76,10 @@ def prepare_jax() -> None:
     from absl import logging as absl_logging
 
     from dss.data.store import cache_dir
-    from dss.memory import keep_freed_memory
+    from dss.memory import keep_freed_memory, return_freed_memory
     from dss.training.processes import join_processes
 
-    keep_freed_memory()
+    (keep_freed_memory if steps else return_freed_memory)()
     quiet_tpu()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
