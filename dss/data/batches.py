@@ -34,7 +34,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dss.data.packing import PackedShape, RowWidths, choose_shapes, choose_widths, deal, next_fit
+from dss.data.packing import (
+    PackedShape,
+    RowWidths,
+    choose_shapes,
+    choose_widths,
+    deal,
+    members,
+    next_fit,
+)
 from dss.data.store import TokenStore
 
 __all__ = [
@@ -53,7 +61,7 @@ __all__ = [
 Batch = dict[str, np.ndarray]
 
 SAMPLE_STEPS = 32  # batches looked at to choose the width of rows
-CHUNK_STEPS = 1024  # batches laid out together, to see what they need
+CHUNK = 2**20  # items of batches that are laid out together, to see what they need
 
 
 class Sequences(NamedTuple):
@@ -229,9 +237,10 @@ class Batches:
             return
         sample = self._dealt(range(min(num_steps, SAMPLE_STEPS)))[0]
         self.widths = choose_widths(sample, longest)
-        chunks = range(0, num_steps, CHUNK_STEPS)
+        steps = min(1024, max(1, CHUNK // self._most))
         needed = [
-            self._needed(self._dealt(range(s, min(s + CHUNK_STEPS, num_steps)))[0]) for s in chunks
+            self._needed(self._dealt(range(start, min(start + steps, num_steps)))[0])
+            for start in range(0, num_steps, steps)
         ]
         self.shapes = choose_shapes(np.concatenate(needed))
 
@@ -271,17 +280,10 @@ class Batches:
             inputs, targets, items = self.lengths(step)
             lengths[i, : len(inputs), 0] = inputs
             np.add.at(lengths[i, :, 1], items, targets)
-        group = deal(lengths, G)
-        # In each group the order drawn is kept; a stable sort by group brings it together.
-        order = np.argsort(group, axis=1, kind="stable")
-        counts = (group[:, :, None] == np.arange(G)).sum(axis=1)  # [steps, G]
-        n = counts.max()
-        first = np.cumsum(counts, axis=1) - counts
-        index = first[:, :, None] + np.arange(n)
-        there = np.arange(n) < counts[:, :, None]
-        which = np.take_along_axis(order, np.minimum(index, most - 1).reshape(len(steps), -1), 1)
-        dealt = np.take_along_axis(lengths, which[:, :, None], axis=1).reshape(-1, n, 2)
-        which = which.reshape(-1, n)
+        which, there = members(deal(lengths, G), G)  # in each group the order drawn is kept
+        n = there.shape[-1]
+        dealt = np.take_along_axis(lengths, which.reshape(len(steps), -1, 1), axis=1)
+        dealt, which = dealt.reshape(-1, n, 2), which.reshape(-1, n)
         there = there.reshape(-1, n) & (dealt[:, :, 0] > 0)
         return np.where(there[:, :, None], dealt, 0), np.where(there, which, -1)
 

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["PackedShape", "RowWidths", "choose_shapes", "choose_widths", "deal", "next_fit"]
+__all__ = [
+    "PackedShape",
+    "RowWidths",
+    "choose_shapes",
+    "choose_widths",
+    "deal",
+    "members",
+    "next_fit",
+]
 
 SLOT_MULTIPLE = 16  # numbers of slots are multiples of this
 WIDTH_MULTIPLE = 8  # and widths of rows of this
@@ -19,6 +27,7 @@ WIDTH_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of the longest sequence, trie
 QUANTILES = np.arange(0.1, 1.0, 0.1)  # of what steps need, tried as the smaller shapes
 WORTH_A_SHAPE = 0.01  # of all slots must be saved by one more compiled shape
 MOST_SHAPES = 3
+WITH_CARE = 32  # groups among which sequences are dealt one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +53,32 @@ def _up(x: float, multiple: int) -> int:
     return int(np.ceil(x / multiple)) * multiple
 
 
+def members(groups: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the items of each group, in their order.
+
+    Args:
+      groups: [X, n] the group of each item of X lists, from 0.
+      count: G, how many groups there are.
+
+    Returns:
+      Items [X, G, m] of the fullest group's m, and whether there is one, [X, G, m].
+    """
+    X, n = groups.shape
+    order = np.argsort(groups, axis=1, kind="stable")
+    flat = (groups + count * np.arange(X)[:, None]).reshape(-1)
+    sizes = np.bincount(flat, minlength=X * count).reshape(X, count)
+    places = np.arange(sizes.max())
+    index = (np.cumsum(sizes, axis=1) - sizes)[:, :, None] + places
+    there = places < sizes[:, :, None]
+    index = np.minimum(index, n - 1).reshape(X, -1)
+    return np.take_along_axis(order, index, axis=1).reshape(there.shape), there
+
+
 def deal(lengths: np.ndarray, groups: int) -> np.ndarray:
     """Returns a group for each sequence so that the groups are nearly equal on both sides.
 
-    From the largest on, each goes where the fuller side is then least full.
+    Many groups are made of few, which many sequences fill nearly alike in any order; those are
+    then divided with care.
 
     Args:
       lengths: [X, n, 2] input and target lengths of X lists.
@@ -57,17 +88,59 @@ def deal(lengths: np.ndarray, groups: int) -> np.ndarray:
       [X, n] int64, from 0.
     """
     X, n, _ = lengths.shape
-    out = np.zeros((X, n), np.int64)
     if groups == 1:
-        return out
+        return np.zeros((X, n), np.int64)
     size = lengths / np.maximum(lengths.sum(axis=1, keepdims=True), 1)
-    largest_first = np.argsort(-size.max(axis=2), axis=1, kind="stable")
+    few = range(WITH_CARE, WITH_CARE // 4, -1)  # of the groups, as many as divide them
+    parts = groups // next((count for count in few if groups % count == 0), groups)
+    if parts <= 1:
+        return _deal_with_care(size, groups)
+    part = _deal_in_rounds(size, parts)
+    items, there = members(part, parts)
+    of_parts = np.take_along_axis(size, items.reshape(X, -1, 1), axis=1)
+    of_parts = np.where(there[..., None], of_parts.reshape(*there.shape, 2), 0)
+    inner = _deal_with_care(of_parts.reshape(X * parts, -1, 2), groups // parts)
+    out = np.empty((X, n), np.int64)
+    lists, at, _ = np.nonzero(there)
+    out[lists, items[there]] = at * (groups // parts) + inner.reshape(there.shape)[there]
+    return out
+
+
+def _largest_first(size: np.ndarray) -> np.ndarray:
+    return np.argsort(-size.max(axis=2), axis=1, kind="stable")
+
+
+def _deal_with_care(size: np.ndarray, groups: int) -> np.ndarray:
+    """Deals from the largest on, each to where the fuller side is then least full."""
+    X, n, _ = size.shape
+    out = np.zeros((X, n), np.int64)
     load, lists = np.zeros((X, groups, 2)), np.arange(X)
-    for i in largest_first.T:
+    for i in _largest_first(size).T:
         own = size[lists, i]
         group = (load + own[:, None]).max(axis=2).argmin(axis=1)
         load[lists, group] += own
         out[lists, i] = group
+    return out
+
+
+def _deal_in_rounds(size: np.ndarray, groups: int) -> np.ndarray:
+    """Deals from the largest on, one to each group in a round: in turn the largest to the emptiest
+    group, and what is mostly target to where mostly inputs are.
+    """
+    X, n, _ = size.shape
+    out = np.zeros((X, n), np.int64)
+    load, lists, order = np.zeros((X, groups, 2)), np.arange(X)[:, None], _largest_first(size)
+    for start in range(0, n, groups):
+        items = order[:, start : start + groups]
+        own = np.take_along_axis(size, items[..., None], axis=1)
+        if start // groups % 2:
+            by, room = own[..., 1] - own[..., 0], load[..., 0] - load[..., 1]
+            items = np.take_along_axis(items, np.argsort(by, axis=1, kind="stable"), axis=1)
+        else:
+            room = load.max(axis=2)
+        group = np.argsort(room, axis=1, kind="stable")[:, : items.shape[1]]
+        out[lists, items] = group
+        load[lists, group] += size[lists, items]
     return out
 
 

@@ -1,10 +1,11 @@
 import dataclasses
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dss.data.packing import choose_shapes, choose_widths, deal, next_fit
+from dss.data.packing import choose_shapes, choose_widths, deal, members, next_fit
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 10)), min_size=1, max_size=60)
 
@@ -66,3 +67,22 @@ def test_equal_steps_need_one_shape():
     needed = np.tile([100, 50, 3, 2], (20, 1))
     (shape,) = choose_shapes(needed)
     assert dataclasses.astuple(shape) == (112, 64, 3, 2)
+
+
+@pytest.mark.parametrize("groups", [8, 64, 96, 127])
+def test_many_groups_are_nearly_equal_too(groups):
+    lengths = np.random.default_rng(0).integers(2, [60, 30], (3, 8 * groups, 2))
+    group = deal(lengths, groups)
+    load = np.zeros((3, groups, 2))
+    for x in range(3):
+        np.add.at(load[x], group[x], lengths[x])
+    assert (load.max(axis=1) <= 1.12 * load.mean(axis=1)).all()
+
+
+def test_the_members_of_groups_are_their_items_in_order():
+    items, there = members(np.array([[1, 0, 1, 1], [2, 2, 0, 0]]), 3)
+    found = [
+        [row[t].tolist() for row, t in zip(*both, strict=True)]
+        for both in zip(items, there, strict=True)
+    ]
+    assert found == [[[1], [0, 2, 3], []], [[2, 3], [], [0, 1]]]
