@@ -83,6 +83,11 @@ def _unraisable_hook(args: Any) -> None:
         sys.__unraisablehook__(args)
 
 
+def _is_of_another(error: BaseException) -> bool:
+    """Returns whether an error is what JAX raises where another process has gone."""
+    return type(error).__name__ == "JaxRuntimeError" or "Gloo" in str(error)
+
+
 def _process() -> str | None:
     """Returns which one of several processes this is; None if it is alone."""
     jax = sys.modules.get("jax")
@@ -128,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif isinstance(error, OSError) and error.filename:
             reason = (error.strerror or type(error).__name__).lower()
             print(f"dss {verb}: {error.filename}: {reason}", file=sys.stderr)
-        elif process and type(error).__name__ == "JaxRuntimeError":
+        elif process and (lost := next(filter(_is_of_another, chain), None)):
             print(
-                f"dss {verb}: {str(error).splitlines()[0]}; if another process has gone, start all "
+                f"dss {verb}: {str(lost).splitlines()[0]}; if another process has gone, start all "
                 "of them again: the run goes on from its last checkpoint",
                 file=sys.stderr,
             )

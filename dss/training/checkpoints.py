@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.errors import JaxRuntimeError
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dss.errors import UserError
 from dss.paths import absolute
+from dss.training.checksums import check_sums, checksums, path_names
 from dss.training.leaves import Leaves
 from dss.training.mesh import place
 from dss.training.processes import all_agree, is_leader, wait_for_all
@@ -24,6 +26,7 @@ SAVE_TIMEOUT = 7 * 24 * 3600
 # memory until a file is full, and without a size all of a process's parameters are one file.
 FILE_SIZE = 16 * 2**20
 CHUNK_SIZE = 4 * 2**20
+PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 SCORE = "score"  # the metric that decides which checkpoint is the best; more is better
 
 
@@ -38,6 +41,16 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which would open no checkpoint of a folder where one's score cannot be read."""
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        try:
+            return super().metrics(step)
+        except ValueError:  # not JSON
+            return None
 
 
 class Checkpoints:
@@ -63,7 +76,7 @@ class Checkpoints:
         self._saved: int | None = None  # the step being written; disk does not show it yet
         # Orbax waits for fewer bytes than the limit.
         limit = None if largest is None else largest + 1
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self.folder,
             item_handlers={
                 name: ocp.PyTreeCheckpointHandler(
@@ -145,6 +158,7 @@ class Checkpoints:
                 tree,
                 save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_SIZE), tree),
                 ocdbt_target_data_file_size=FILE_SIZE,
+                custom_metadata=checksums(tree),
             )
             for name, tree in trees.items()
         }
@@ -184,12 +198,15 @@ class Checkpoints:
 
         Raises:
           UserError: none can be read; why the newest cannot.
+          Exception: what keeps from reading is not in the files, such as a bucket out of reach.
         """
         damaged: dict[int, Exception] = {}
         for step in reversed(self.steps):
             try:
                 state = self.restore(step, abstract)
             except Exception as error:  # whatever a broken file makes Orbax raise
+                if _is_passing(error):
+                    raise
                 damaged[step] = error
             if not all_agree(step not in damaged):
                 damaged.setdefault(step, UserError("another process cannot read it"))
@@ -224,13 +241,17 @@ class Checkpoints:
         """Returns an item. Not through the manager, in which a process would wait for the others:
         one that cannot read its part must be able to tell them.
         """
-        return handler.restore(self.folder / str(step) / item, args=args)
+        where = self.folder / str(step) / item
+        tree = handler.restore(where, args=args)
+        saved = ocp.PyTreeCheckpointHandler().metadata(where).custom_metadata
+        check_sums(where, checksums(tree), saved)
+        return tree
 
     def check_shapes(self, step: int, abstract: Any) -> None:
         """Raises the user's error where a step's parameters are not of the abstract's shapes."""
-        metadata = self._manager.item_metadata(step).params
-        found = {_name(p): tuple(x.shape) for p, x in _leaves(metadata)}
-        wanted = {_name(p): tuple(x.shape) for p, x in _leaves(abstract)}
+        metadata: Any = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / "params")
+        found = {"/".join(path_names(p)): tuple(x.shape) for p, x in _leaves(metadata.tree)}
+        wanted = {"/".join(path_names(p)): tuple(x.shape) for p, x in _leaves(abstract)}
         for name in sorted(found.keys() | wanted.keys()):
             if found.get(name) != wanted.get(name):
                 raise UserError(
@@ -252,12 +273,17 @@ def _rank(metrics: dict[str, float]) -> tuple[float, float]:
     return metrics[SCORE], -metrics["step"]
 
 
+def _is_passing(error: Exception) -> bool:
+    """Returns whether an error is of the machine or the network, and the files may be whole."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    return isinstance(error, (MemoryError, JaxRuntimeError)) or any(
+        status in str(error) for status in PASSING
+    )
+
+
 def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
-
-
-def _name(path: tuple) -> str:
-    return "/".join(str(getattr(p, "key", getattr(p, "name", p))) for p in path)
 
 
 def _first_line(error: Exception) -> str:

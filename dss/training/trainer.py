@@ -97,27 +97,34 @@ def train(
       The last state. It is saved, whole on disk.
 
     Raises:
-      UserError: the loss is not a finite number; what was saved before stays.
+      UserError: a loss or a gradient is not finite; nothing is saved after it, what was saved
+        before stays.
     """
     start = step = int(state.step)
     clock, clock_step = time.monotonic(), step
     waited = spent = 0.0  # seconds of all steps but the first, which compiles
-    losses: list[jax.Array] = []  # of the steps since the last line of metrics
+    pending: list[dict[str, jax.Array]] = []  # of the last steps, not looked at yet
+
+    def look() -> None:
+        """Raises if the parameters of any step so far may hold what is no number."""
+        for i, values in enumerate(pending, start=step - len(pending)):
+            for what, name in (("loss", "loss"), ("gradient's norm", "grad_norm")):
+                if not np.isfinite(values[name]):
+                    said = f"step {i + 1}: the {what} is {values[name]}"
+                    raise _not_finite(said, ", ".join(row_ids(i)), checkpoints)
+        pending.clear()
+
     while step < config.train_steps and not stop.before(step):
         began = time.monotonic()
         batch = next(batches)
         waiting = time.monotonic() - began
         state, values = train_step(state, batch)
         step += 1
-        losses.append(values["loss"])
+        pending.append(values)
         last = step == config.train_steps
         if step % config.log_period == 0 or last:
+            look()
             numbers = _numbers(values, task_names)
-            for i, loss in enumerate(losses, start=step - len(losses)):
-                if not np.isfinite(loss):
-                    ids = ", ".join(row_ids(i))
-                    raise _not_finite(f"step {i + 1}: the loss is {loss}", ids, checkpoints)
-            losses.clear()
             rate = (step - clock_step) * examples_per_step / (time.monotonic() - clock)
             metrics.write(step, numbers)
             metrics.write_speed(step, {"examples_per_second": rate})
@@ -126,6 +133,7 @@ def train(
         if step > start + 1:
             waited, spent = waited + waiting, spent + time.monotonic() - began
         if step % config.eval_period == 0 or last:
+            look()
             numbers = evaluate(state)
             if not np.isfinite(numbers["valid/loss"]):
                 said = f"step {step}: the validation loss is {numbers['valid/loss']}"
@@ -137,6 +145,7 @@ def train(
             clock, clock_step = time.monotonic(), step
     if spent:
         progress.finished(waited / spent)
+    look()
     metrics.sync()
     checkpoints.save(state)
     checkpoints.wait()

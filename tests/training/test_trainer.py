@@ -1,0 +1,79 @@
+"""What the loop does with numbers that are not finite; the rest is in tests/integration."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dss.errors import UserError
+from dss.training.checkpoints import Checkpoints
+from dss.training.metrics import MetricsWriter
+from dss.training.step import TrainState
+from dss.training.trainer import Progress, TrainerConfig, train
+
+
+class StopAt:
+    """A stop signal that comes before a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def before(self, step: int) -> bool:
+        return step >= self.step
+
+
+def run(folder, bad: dict[int, str], stop: int = 100, **periods: int) -> Checkpoints:
+    """Trains 10 steps, of which some have a metric that is no number; returns what was saved."""
+
+    def train_step(state: TrainState, _):
+        step = int(state.step) + 1
+        values = {"loss": jnp.ones(()), "grad_norm": jnp.ones(()), "task_loss": jnp.ones(1)}
+        if step in bad:
+            values[bad[step]] = jnp.asarray(np.nan)
+        return TrainState(jnp.asarray(step), state.params, state.opt_state), values
+
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        train(
+            TrainState(jnp.asarray(0), {"w": jnp.ones(3)}, {}),
+            config=TrainerConfig(train_steps=10, **periods),
+            train_step=train_step,
+            batches=iter([{}] * 10),
+            task_names=("label",),
+            examples_per_step=2,
+            evaluate=lambda state: {"valid/loss": 1.0, "valid/accuracy": 0.5},
+            score="valid/accuracy",
+            checkpoints=checkpoints,
+            metrics=MetricsWriter(folder, 0),
+            progress=Progress(),
+            stop=StopAt(stop),
+            row_ids=lambda step: [f"row-{step}-{i}" for i in range(2)],
+        )
+    finally:
+        checkpoints.wait()
+        (folder / "steps").write_text(" ".join(map(str, checkpoints.steps)))
+        checkpoints.close()
+
+
+def saved(folder) -> str:
+    return (folder / "steps").read_text()
+
+
+def test_steps_are_saved_at_evaluations_and_at_the_end(tmp_path):
+    run(tmp_path, {}, eval_period=4, log_period=10)
+    assert saved(tmp_path) == "4 8 10"
+
+
+@pytest.mark.parametrize(("metric", "name"), [("loss", "loss"), ("grad_norm", "gradient's norm")])
+def test_a_step_at_fault_is_named_before_it_is_evaluated_or_saved(tmp_path, metric, name):
+    with pytest.raises(UserError) as error:
+        run(tmp_path, {7: metric}, eval_period=4, log_period=10)
+    said = str(error.value)
+    assert said.startswith(f"step 7: the {name} is nan; step 4 is saved; ")
+    assert said.endswith("; the examples of that step: row-6-0, row-6-1")
+    assert saved(tmp_path) == "4"
+
+
+def test_nothing_is_saved_on_a_stop_signal_after_a_step_at_fault(tmp_path):
+    with pytest.raises(UserError, match="step 2: the loss is nan; no checkpoint was saved yet"):
+        run(tmp_path, {2: "loss"}, stop=3, eval_period=8, log_period=10)
+    assert saved(tmp_path) == ""
