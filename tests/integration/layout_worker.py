@@ -1,4 +1,4 @@
-"""Trains 20 steps of real CQA on some layouts, as one of one or more processes.
+"""Trains 20 steps of real CQA, in bytes, on some layouts, as one of one or more processes.
 
     python -m tests.integration.layout_worker OUT DEVICES NAME:DATA:MODEL[:fsdp]...
 
