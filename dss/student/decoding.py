@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dss.student.config import T5Config
-from dss.student.network import T5, Attention, Layer, attend, bind
+from dss.student.network import T5, Attention, Layer, bind, weigh
 
 __all__ = ["Beams", "Cache", "Source", "best_continuations", "generate", "score_candidates"]
 
@@ -65,6 +65,16 @@ class Source(NamedTuple):
     mask: jax.Array  # [B, 1, 1, S], the inputs that are no padding
 
 
+def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:
+    """Returns query [B, H, N, K] keys^T [B, H, P, K], [B, H, N, P].
+
+    The keys come first: a CPU's product copies its second operand into blocks, and few queries are
+    less to copy. The barrier keeps XLA from turning the product around again.
+    """
+    scores = jnp.einsum("bhpk,bhnk->bhpn", keys, query)
+    return jax.lax.optimization_barrier(scores).swapaxes(2, 3)
+
+
 def _step(
     model: T5,
     source: Source,
@@ -104,7 +114,7 @@ def _step(
 
     def look(attention: Attention, y: jax.Array, cache: Cache, bias, mask) -> jax.Array:
         query = _heads(attention, y, attention.query)
-        found = attend(query, cache.keys, cache.values, bias, mask)
+        found = weigh(_scores(query, cache.keys), cache.values, bias, mask)
         return attention.combine(found.swapaxes(1, 2))
 
     x, out = model.embed(tokens), []

@@ -50,6 +50,7 @@ __all__ = [
     "logical_axes",
     "num_parameters",
     "relative_buckets",
+    "weigh",
 ]
 
 Params = dict[str, Any]
@@ -140,10 +141,23 @@ def attend(
     Returns:
       [..., H, T, K].
     """
-    scores = jnp.einsum("...tk,...sk->...ts", query, key).astype(jnp.float32)
+    scores = jnp.einsum("...tk,...sk->...ts", query, key)
+    return weigh(scores, value, bias, mask, dropout_rate, dropout_seed)
+
+
+def weigh(
+    scores: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array,
+    dropout_rate: float = 0.0,
+    dropout_seed: jax.Array | None = None,
+) -> jax.Array:
+    """Returns softmax(scores + bias) value, given scores [..., H, T, S]; see `attend`."""
+    dtype, scores = scores.dtype, scores.astype(jnp.float32)
     if bias is not None:
         scores += bias
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(query.dtype)
+    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(dtype)
     return jnp.einsum("...ts,...sk->...tk", dropout(weights, dropout_rate, dropout_seed), value)
 
 
