@@ -23,6 +23,7 @@ from dss.data.batches import Batches
 from dss.data.store import TokenStore
 from dss.data.typical import INPUTS_MEAN, TARGETS_MEAN, typical_store
 from dss.errors import UserError
+from dss.exchanges import Exchange, exchanges, sending_seconds
 from dss.experiment import Experiment
 from dss.student.config import T5Config
 from dss.student.flops import computed_flops, useful_flops
@@ -99,8 +100,12 @@ class Plan:
       compile_seconds: of the step, once.
       work: of a step, on all devices.
       mfu: share of the peak that useful operations are assumed to reach.
-      step_seconds: at that share.
-      run_seconds: the run's steps.
+      computing_seconds: of a step at that share.
+      exchanges: what a device sends in a step; None if the compiler refused it.
+      sending_seconds: of a step, one exchange after the other; None likewise.
+      step_seconds: from computing and sending at the same time, the longer of both, to one after
+        the other, their sum; None likewise.
+      run_seconds: the run's steps, from and to; None likewise.
       largest_batch: the largest that fits, compiled to be sure; None if none does or none was
         looked for.
       largest_bytes: a device's total with it.
@@ -119,8 +124,11 @@ class Plan:
     compile_seconds: float
     work: Work
     mfu: float
-    step_seconds: float
-    run_seconds: float
+    computing_seconds: float
+    exchanges: tuple[Exchange, ...] | None
+    sending_seconds: float | None
+    step_seconds: tuple[float, float] | None
+    run_seconds: tuple[float, float] | None
     largest_batch: int | None
     largest_bytes: int | None
     advice: tuple[str, ...]
@@ -198,8 +206,11 @@ class _Planner:
             starts=self.starts,
         )
 
-    def memory(self, batch_size: int) -> tuple[Memory, float]:
-        """Returns what a device needs and how long compiling took, in seconds."""
+    def compile(self, batch_size: int) -> tuple[Memory, tuple[Exchange, ...] | None, float]:
+        """Returns what a device needs and sends, and how long compiling took, in seconds.
+
+        What it sends is None if the compiler refused.
+        """
         batch = abstract_batch(self.batches(batch_size), self.mesh)
         tasks = len(self.store.tasks)
         step: Any = make_train_step(
@@ -224,14 +235,15 @@ class _Planner:
             if OUT_OF_MEMORY not in str(error):
                 raise
             temporary = max(_wanted(str(error)) - sum(parts.values()), 0)
-            return Memory(**parts, temporary=temporary, other=0), time.perf_counter() - began
+            return Memory(**parts, temporary=temporary, other=0), None, time.perf_counter() - began
         other = found.output_size_in_bytes - found.alias_size_in_bytes
         if self.tpu:  # it holds the program, too
             other += found.generated_code_size_in_bytes
         # A TPU pads arrays to tiles.
         other += max(found.argument_size_in_bytes - sum(parts.values()), 0)
         memory = Memory(**parts, temporary=found.temp_size_in_bytes, other=other)
-        return memory, time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        return memory, exchanges(compiled.as_text(), self.mesh.size), seconds
 
     def work(self, batch_size: int) -> Work:
         batches = self.batches(batch_size)
@@ -275,7 +287,7 @@ class _Planner:
             guess = int(_guess(usable * (1 + CLOSE) / 2, known) // self.unit) * self.unit
             guess = max(least, min(guess, int(most // self.unit) * self.unit))
             report(f"compiling a batch of {guess}")
-            known[guess] = self.memory(guess)[0]
+            known[guess] = self.compile(guess)[0]
         return max((b for b, m in known.items() if m.total <= usable), default=None)
 
 
@@ -384,12 +396,14 @@ def plan(
     planner = _Planner(experiment, config, store, devices, num_steps)
 
     report(f"compiling a batch of {experiment.batch_size} with {compiler}")
-    memory, seconds = planner.memory(experiment.batch_size)
+    memory, sent, seconds = planner.compile(experiment.batch_size)
     known = {experiment.batch_size: memory}
     best = planner.largest(chip.usable, known, report) if largest else None
     work = planner.work(experiment.batch_size)
     share = mfu or chip.mfu
-    step_seconds = work.useful / (len(devices) * chip.flops[config.dtype] * share)
+    computing = work.useful / (len(devices) * chip.flops[config.dtype] * share)
+    sending = None if sent is None else sending_seconds(sent, chip)
+    step = None if sending is None else (max(computing, sending), computing + sending)
     fits = memory.total <= chip.usable
     return Plan(
         student=config,
@@ -404,8 +418,11 @@ def plan(
         compile_seconds=seconds,
         work=work,
         mfu=share,
-        step_seconds=step_seconds,
-        run_seconds=step_seconds * steps,
+        computing_seconds=computing,
+        exchanges=sent,
+        sending_seconds=sending,
+        step_seconds=step,
+        run_seconds=None if step is None else (step[0] * steps, step[1] * steps),
         largest_batch=best,
         largest_bytes=None if best is None else known[best].total,
         advice=() if fits else _advice(experiment, config, planner, chip.usable),

@@ -40,6 +40,7 @@ def chip(monkeypatch):
             reserve="half of it",
             flops={"float32": 1e12, "bfloat16": 2e12},
             mfu=0.5,
+            links=1e9,
         )
         monkeypatch.setitem(accelerators.ACCELERATORS, "toy", toy)
 
@@ -72,7 +73,10 @@ def test_every_student_compiles_on_eight_devices(student):
     assert found.memory.optimizer < 0.04 * found.memory.parameters  # all of it factored
     assert found.memory.temporary > found.memory.parameters  # gradients and more
     assert found.work.useful < found.work.computed < 2 * found.work.useful
-    assert found.step_seconds == pytest.approx(found.work.useful / (8 * 494e12 * 0.4))
+    assert found.computing_seconds == pytest.approx(found.work.useful / (8 * 494e12 * 0.4))
+    assert found.sending_seconds == pytest.approx(sum(e.sent for e in found.exchanges) / 450e9)
+    # Kernels are gathered for each pass and gradients added up: some times what a device holds.
+    assert 4 < sum(e.sent for e in found.exchanges) / found.memory.parameters < 40
     assert found.fits
 
 
@@ -159,7 +163,9 @@ def test_what_is_no_experiment_or_mesh_is_an_error():
         plan(Experiment(), "h100")
     with pytest.raises(UserError, match="no mesh"):
         plan(tiny(mesh=MeshConfig()), "h100")
-    with pytest.raises(UserError, match="unknown accelerator 'h10'; did you mean 'h100'"):
+    with pytest.raises(
+        UserError, match="unknown accelerator 'h10'; known: v4, v5p, h100, h200, cpu"
+    ):
         plan(tiny(), "h10")
     with pytest.raises(UserError, match="JAX has made 8"):
         planned_devices(find_accelerator("h100", 9), 9)
@@ -170,6 +176,19 @@ def test_this_machine_is_shared_by_its_devices():
     assert one.memory == 4 * four.memory
     assert one.usable < one.memory
     assert 1e9 < one.flops["float32"] < 1e14
+
+
+def test_a_step_takes_from_the_longer_of_computing_and_sending_to_their_sum(chip):
+    chip(1e9)
+    found = plan(tiny(batch_size=8), "toy", largest=False)
+    computing, sending = found.computing_seconds, found.sending_seconds
+    assert sending == pytest.approx(sum(e.sent for e in found.exchanges) / 1e9)
+    assert found.step_seconds == (max(computing, sending), computing + sending)
+    steps = tiny().trainer.train_steps
+    assert found.run_seconds == tuple(steps * seconds for seconds in found.step_seconds)
+    alone = plan(tiny(batch_size=8, mesh=MeshConfig(data=1)), "toy", largest=False)
+    assert alone.exchanges == ()
+    assert alone.step_seconds == (alone.computing_seconds, alone.computing_seconds)
 
 
 def test_the_mesh_that_gin_says_is_planned(capsys):

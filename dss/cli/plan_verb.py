@@ -10,6 +10,10 @@ from dss.cli.options import add_gin_options, quiet_tpu
 from dss.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dss.accelerators import Accelerator
+    from dss.exchanges import Exchange
     from dss.plan import Plan
 
 __all__ = ["add_arguments", "run"]
@@ -124,6 +128,8 @@ def _print(found: "Plan", experiment) -> None:
     print(f"compiled by {found.compiler}, {found.compile_seconds:.0f} s")
     if chip.tpu is None and chip.name != "cpu":
         print("  a GPU's compiler was not asked: its temporary memory differs, more in bfloat16")
+    if config.dtype == "bfloat16" and "CPU's" in found.compiler:
+        print("  the CPU's compiler sends float32 for bfloat16: up to twice what would be sent")
     rows = (
         ("parameters", memory.parameters),
         ("optimizer", memory.optimizer),
@@ -153,19 +159,41 @@ def _print(found: "Plan", experiment) -> None:
         f"that with padding and recomputation"
     )
     print(
-        f"  {found.step_seconds:.3g} s at an assumed {found.mfu:.0%} of {devices} x "
-        f"{peak / 1e12:.4g} TFLOP/s"
+        f"  computing: {found.computing_seconds:.3g} s at an assumed {found.mfu:.0%} of "
+        f"{devices} x {peak / 1e12:.4g} TFLOP/s"
     )
-    steps, duration = experiment.trainer.train_steps, _duration(found.run_seconds)
-    print(f"{steps:,} steps: {duration}; communication and evaluations are not counted")
+    if found.exchanges is None or found.step_seconds is None or found.run_seconds is None:
+        print("  sending: not known, as the compiler refused the step, and so is its time")
+        return
+    if found.exchanges:
+        print(
+            f"  sending: {found.sending_seconds:.3g} s for {_sent(found.exchanges, chip)}\n"
+            f"  {_range(found.step_seconds)}: from both at the same time to one after the other"
+        )
+    print(
+        f"{experiment.trainer.train_steps:,} steps: {_range(found.run_seconds)}; "
+        "evaluations are not counted"
+    )
 
 
-def _duration(seconds: float) -> str:
-    """Returns seconds in the unit that suits them."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
+def _sent(exchanges: "Sequence[Exchange]", chip: "Accelerator") -> str:
+    """Returns in words what a device sends in a step, and how fast."""
+    by_speed: dict[float, float] = {}
+    for exchange in exchanges:
+        speed = chip.speed(exchange.group)
+        by_speed[speed] = by_speed.get(speed, 0) + exchange.sent
+    how = "as a copy in memory takes here" if chip.name == "cpu" else "published"
+    parts = [f"{sent / 1e9:.3g} GB at {speed / 1e9:.3g} GB/s" for speed, sent in by_speed.items()]
+    return f"{' and '.join(parts)} of a device ({how})"
+
+
+def _range(seconds: tuple[float, float]) -> str:
+    """Returns a least and a largest time in the unit that suits them."""
+    least, most = seconds
+    units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1))
+    unit, size = next((u for u in units if least >= 2 * u[1]), units[-1])
+    texts = f"{least / size:.3g}", f"{most / size:.3g}"
+    return f"{texts[0] if texts[0] == texts[1] else ' to '.join(texts)} {unit}"
 
 
 def _write(found: "Plan", file: str) -> None:

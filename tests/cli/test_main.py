@@ -42,7 +42,10 @@ def test_help_is_quick_to_write_and_loads_no_jax(verb, capsys):
         (("train", "--gin.DATA_ROOT=/dev/null"), "DATA_ROOT /dev/null: no such folder"),
         (("plan",), "no student: give --student=SIZE"),
         (("plan", "--student=smal"), "did you mean 'students/small.gin'"),
-        (("plan", "--student=small", "--accelerator=v6"), "unknown accelerator 'v6'; did you mean"),
+        (
+            ("plan", "--student=small", "--accelerator=v6"),
+            "unknown accelerator 'v6'; known: v4, v5p, h100, h200, cpu",
+        ),
         (("plan", "--student=small", "--mesh=data=8x"), "give it as data=N,model=N"),
         (("plan", "--student=small", "--mesh=model=4"), "num_heads of size 6 cannot be split"),
         (("plan", "--student=small", "--tokens=48"), "give it as INPUT,TARGET"),
