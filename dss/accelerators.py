@@ -193,7 +193,13 @@ def find_accelerator(name: str, devices: int) -> Accelerator:
 
 
 def simulate_devices(number: int) -> None:
-    """Has JAX run on simulated CPU devices alone; does nothing once JAX has been used."""
+    """Has JAX run on simulated CPU devices alone; does nothing once JAX has been used.
+
+    Raises:
+      UserError: these are too many.
+    """
+    if number > MOST_SIMULATED:
+        raise UserError(f"a mesh of {number:,} devices: at most {MOST_SIMULATED:,} are simulated")
     import jax
 
     with contextlib.suppress(RuntimeError):

@@ -75,12 +75,16 @@ class Work:
       target_tokens: of a step, the mean.
       useful: operations that the tokens need.
       computed: operations with padding, rows of attention and what is computed again.
+      parts: of a batch, one for each data shard and microbatch.
+      empty_parts: of these, those that have no tokens.
     """
 
     input_tokens: float
     target_tokens: float
     useful: float
     computed: float
+    parts: int
+    empty_parts: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -253,6 +257,7 @@ class _Planner:
             flops = useful_flops(self.config, inputs, targets, reads)
             per_step.append((inputs.sum(), targets.sum(), flops))
         mean = np.mean(per_step, axis=0)
+        filled = batches[0]["encoder_segment_ids"].reshape(self.unit, -1).any(axis=1)
         shape, widths, groups = batches.shapes[-1], batches.widths, batches.groups
         slots = shape.inputs, shape.targets
         if widths is None:
@@ -267,6 +272,8 @@ class _Planner:
             target_tokens=float(mean[1]),
             useful=float(mean[2]),
             computed=float(groups * flops),
+            parts=self.unit,
+            empty_parts=self.unit - int(filled.sum()),
         )
 
     def largest(

@@ -191,6 +191,25 @@ def test_a_step_takes_from_the_longer_of_computing_and_sending_to_their_sum(chip
     assert alone.step_seconds == (alone.computing_seconds, alone.computing_seconds)
 
 
+def test_shards_without_examples_are_told(capsys):
+    options = ["--student=tiny", "--accelerator=h100", "--quick", "--mesh=data=8"]
+    for batch_size, told in (
+        (2, "too few for 8 parts, one for each data shard and microbatch: 4 are empty"),
+        (4, "4 examples in 1 microbatch(es), "),  # two sequences an example: one a shard
+    ):
+        assert main(["plan", *options, f"--gin.BATCH_SIZE={batch_size}"]) == 0
+        printed = capsys.readouterr().out
+        assert told in printed
+        assert ("too few" in printed) == (batch_size == 2)
+
+
+def test_every_part_of_an_unpacked_batch_counts(chip):
+    chip(1e9)
+    apart = DataConfig(packed=False)
+    found = plan(tiny(batch_size=1, data=apart, microbatches=2), "toy", largest=False)
+    assert (found.work.parts, found.work.empty_parts) == (4, 2)
+
+
 def test_the_mesh_that_gin_says_is_planned(capsys):
     options = ["--student=tiny", "--accelerator=h100", "--quick", "--gin.MeshConfig.model=2"]
     for mesh, said in (([], "data=1, model=2"), (["--mesh=data=2"], "data=2, model=1")):

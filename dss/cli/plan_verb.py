@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dss.cli.options import add_gin_options, quiet_tpu
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 GIB = 2**30
+MOST_TOKENS = 100_000  # of a text, on average
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what the run would need; returns 1 if it does not fit."""
-    mesh = _mesh(args.mesh) if args.mesh else {}
-    tokens = _numbers(args.tokens) if args.tokens else None
+    mesh = {} if args.mesh is None else _mesh(args.mesh)
+    tokens = None if args.tokens is None else _numbers(args.tokens)
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu={args.mfu}: a share of the peak, above 0 and at most 1")
+    if args.json is not None:
+        _check_file(args.json)
 
     from dss.config import parse_gin
 
@@ -91,13 +95,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _mesh(text: str) -> dict[str, int]:
     """Returns the sizes of `data=N,model=N`; what is left out is 1."""
-    sizes = {"data": 1, "model": 1}
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in sizes or not size.isdecimal() or int(size) < 1:
+        known = axis in ("data", "model") and axis not in sizes
+        if not known or not size.isdecimal() or int(size) < 1:
             raise UserError(f"--mesh={text}: give it as data=N,model=N, such as data=8,model=4")
         sizes[axis] = int(size)
-    return sizes
+    return {"data": 1, "model": 1} | sizes
 
 
 def _numbers(text: str) -> tuple[float, float]:
@@ -105,9 +110,20 @@ def _numbers(text: str) -> tuple[float, float]:
         inputs, targets = map(float, text.split(","))
     except ValueError:
         inputs = targets = 0.0
-    if not (inputs >= 2 and targets >= 2):
-        raise UserError(f"--tokens={text}: give it as INPUT,TARGET, means of at least 2, as 48,17")
+    if not all(2 <= mean <= MOST_TOKENS for mean in (inputs, targets)):
+        raise UserError(
+            f"--tokens={text}: give it as INPUT,TARGET, means of 2 to {MOST_TOKENS:,}, as 48,17"
+        )
     return inputs, targets
+
+
+def _check_file(file: str) -> None:
+    """Raises UserError if a file could not be written."""
+    path = Path(file)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--json={file}: no file can be written there")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--json={file}: you may not write there")
 
 
 def _print(found: "Plan", experiment) -> None:
@@ -125,6 +141,11 @@ def _print(found: "Plan", experiment) -> None:
         f"batch: {found.batch_size} examples in {experiment.microbatches} microbatch(es), "
         f"{work.input_tokens:,.0f} + {work.target_tokens:,.0f} tokens (lengths: {found.lengths})"
     )
+    if work.empty_parts:
+        print(
+            f"  too few for {work.parts} parts, one for each data shard and microbatch: "
+            f"{work.empty_parts} are empty"
+        )
     print(f"compiled by {found.compiler}, {found.compile_seconds:.0f} s")
     if chip.tpu is None and chip.name != "cpu":
         print("  a GPU's compiler was not asked: its temporary memory differs, more in bfloat16")
@@ -198,7 +219,6 @@ def _range(seconds: tuple[float, float]) -> str:
 
 def _write(found: "Plan", file: str) -> None:
     import json
-    from pathlib import Path
 
     values = dataclasses.asdict(found)
     values["memory"]["total"] = found.memory.total
