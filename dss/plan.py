@@ -210,12 +210,8 @@ class _Planner:
             starts=self.starts,
         )
 
-    def compile(self, batch_size: int) -> tuple[Memory, tuple[Exchange, ...] | None, float]:
-        """Returns what a device needs and sends, and how long compiling took, in seconds.
-
-        What it sends is None if the compiler refused.
-        """
-        batch = abstract_batch(self.batches(batch_size), self.mesh)
+    def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
+        """Returns the step for an abstract batch, to be compiled."""
         tasks = len(self.store.tasks)
         step: Any = make_train_step(
             self.config,
@@ -226,6 +222,14 @@ class _Planner:
             microbatches=self.experiment.microbatches,
             grad_dtype=self.experiment.grad_dtype,
         )
+        return step.lower(self.state, batch)
+
+    def compile(self, batch_size: int) -> tuple[Memory, tuple[Exchange, ...] | None, float]:
+        """Returns what a device needs and sends, and how long compiling took, in seconds.
+
+        What it sends is None if the compiler refused.
+        """
+        batch = abstract_batch(self.batches(batch_size), self.mesh)
         began = time.perf_counter()
         parts = {
             "parameters": device_bytes(self.state.params),
@@ -233,7 +237,7 @@ class _Planner:
             "batch": device_bytes(batch),
         }
         try:
-            compiled = step.lower(self.state, batch).compile(compiler_options=self.options)
+            compiled = self.lower(batch).compile(compiler_options=self.options)
             found = compiled.memory_analysis()
         except JaxRuntimeError as error:
             if OUT_OF_MEMORY not in str(error):

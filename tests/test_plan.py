@@ -1,6 +1,8 @@
 import dataclasses
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
 
@@ -15,8 +17,9 @@ from dss.data.batches import Batches, paired_order
 from dss.data.typical import typical_store
 from dss.errors import UserError
 from dss.experiment import DataConfig, Experiment
-from dss.plan import _wanted, abstract_batch, plan
+from dss.plan import _Planner, _wanted, abstract_batch, plan
 from dss.student.network import num_parameters
+from dss.training.loss import CHUNK_SLOTS
 from dss.training.mesh import MeshConfig, make_mesh
 from dss.training.optimizer import OptimizerConfig
 from tests.conftest import ROOT, tiny_config
@@ -78,6 +81,90 @@ def test_every_student_compiles_on_eight_devices(student):
     # Kernels are gathered for each pass and gradients added up: some times what a device holds.
     assert 4 < sum(e.sent for e in found.exchanges) / found.memory.parameters < 40
     assert found.fits
+
+
+def plan_alone(file, *options, libtpu):
+    """Plans in a process of its own, which may have more devices, with libtpu or without."""
+    code = (
+        "import sys, importlib.util as util\n"
+        "from dss.cli.main import main\n"
+        "find = util.find_spec\n"
+        f"util.find_spec = lambda name: None if name == 'libtpu' and not {libtpu} else find(name)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "plan", *options, "--quick", f"--json={file}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text())
+
+
+LARGEST = [
+    "--gin_file=layouts/two_d.gin",
+    "--gin_file=runs/adafactor.gin",
+    "--gin.Experiment.dtype=bfloat16",
+    "--gin.Experiment.remat=full",
+]
+
+
+def assert_it_fits_split_evenly(found, devices):
+    assert found["fits"]
+    assert found["exchanges"]
+    # Parameters are float32, and all but the relative positions are split, which are few.
+    part = 4 * found["parameters"] / devices
+    assert part <= found["memory"]["parameters"] < 1.001 * part
+
+
+@pytest.mark.parametrize(
+    ("student", "accelerator", "data", "model"),
+    [("xxl", "v4", 4, 4), ("xxl", "v5p", 4, 2), ("xxl", "h100", 4, 2), ("base", "h100", 8, 4)],
+    ids=["xxl on a v4-32", "xxl on a v5p-16", "xxl on 8 h100", "base on 32 h100"],
+)
+def test_large_meshes_hold_their_student_by_the_cpus_compiler(
+    student, accelerator, data, model, tmp_path
+):
+    options = [f"--student={student}", f"--accelerator={accelerator}", *LARGEST]
+    mesh = f"--mesh=data={data},model={model}"
+    found = plan_alone(tmp_path / "plan.json", *options, mesh, libtpu=False)
+    assert found["compiler"].startswith("the CPU's compiler")
+    assert_it_fits_split_evenly(found, data * model)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("accelerator", "data", "model"),
+    [("v4", 4, 4), ("v5p", 4, 2)],
+    ids=["a v4-32", "a v5p-16"],
+)
+def test_xxl_fits_by_the_tpus_compiler(accelerator, data, model, tmp_path):
+    options = ["--student=xxl", f"--accelerator={accelerator}", *LARGEST]
+    mesh = f"--mesh=data={data},model={model}"
+    found = plan_alone(tmp_path / "plan.json", *options, mesh, libtpu=True)
+    assert found["compiler"] == "the TPU's own compiler"
+    assert_it_fits_split_evenly(found, data * model)
+
+
+def test_xxls_program_has_no_array_of_all_slots_and_the_vocabulary():
+    """By its compiled program, on a mesh of 4x2 where each data shard has three chunks of slots."""
+    files = ["students/xxl.gin", "layouts/two_d.gin", "runs/adafactor.gin"]
+    flags = ["MeshConfig.data=4", "MeshConfig.model=2", "Experiment.remat=full", "BATCH_SIZE=256"]
+    experiment = parse_gin(files, flags)
+    config = experiment.settle(experiment.student)
+    store = typical_store(config.vocab_size)
+    planner = _Planner(experiment, config, store, jax.devices()[:8], num_steps=32)
+    batch = abstract_batch(planner.batches(256), planner.mesh)
+    slots = batch["decoder_target_tokens"].shape[1]
+    assert 2 * CHUNK_SLOTS < slots <= 3 * CHUNK_SLOTS
+    text = planner.lower(batch).compile(compiler_options=planner.options).as_text()
+    beside = set()  # the sizes of what is not the vocabulary, of arrays that have it
+    for shape in set(re.findall(r"\w\[([\d,]+)\]", text)):
+        sizes = [int(size) for size in shape.split(",")]
+        vocabulary = {config.vocab_size, config.vocab_size // 2} & set(sizes)
+        if vocabulary:
+            beside.add(math.prod(sizes) // vocabulary.pop())
+    chunk = -(-slots // 3)
+    width = config.d_model
+    assert beside == {1, chunk, width, width // 4}  # logits of a chunk; the head and its shard
 
 
 @pytest.mark.parametrize("starts", [None, (0, 9)], ids=["apart", "one encoder pass"])
