@@ -29,7 +29,7 @@ EXAMPLES = 8  # of a device
 LAYOUTS = ("data_parallel", "fsdp", "tensor_parallel", "two_d")
 MOST = 8  # devices that every layout is compiled for
 COMPILED_FOR = "h100"  # any GPU: the CPU's compiler does it, in float32
-CHIPS = {"v5p": (1, 8, 64, 512, 4096), "h100": (1, 8, 64, 512)}
+CHIPS = {"v5p": (1, 8, 64, 4096), "h100": (1, 8, 64)}
 
 
 def compiled(student: str, layout: str, devices: int) -> Plan:
@@ -100,7 +100,8 @@ def main() -> int:
     todo += [(students[0], "fsdp", n) for n in devices if n != MOST]
     for student, layout, n in todo:
         point = compiled(student, layout, n)
-        points.append({"student": student, "layout": layout} | dataclasses.asdict(point))
+        name = {"name": student, "layout": layout}
+        points.append(name | dataclasses.asdict(point))
         figures = (
             point.memory.parameters / 1e9,
             point.memory.temporary / 1e9,
@@ -110,7 +111,6 @@ def main() -> int:
         cells = " | ".join(f"{figure:.2f}" for figure in figures)
         print(f"| {student} | {layout} | {point.data}x{point.model} | {cells} |", flush=True)
         if n == MOST and layout in ("fsdp", "two_d"):
-            name = {"student": student, "layout": layout}
             for accelerator, sizes in CHIPS.items():
                 computed += [name | extrapolate(point, accelerator, chips) for chips in sizes]
     print("\ncomputed from these points and the published speeds of chips and links, not measured")
@@ -119,7 +119,7 @@ def main() -> int:
     for row in computed:
         times = (1000 * row[f"{what}_seconds"] for what in ("computing", "sending"))
         print(
-            f"| {row['student']} | {row['layout']} | {row['chips']:,} {row['accelerator']} "
+            f"| {row['name']} | {row['layout']} | {row['chips']:,} {row['accelerator']} "
             f"| {row['examples']:,} | {' | '.join(f'{time:.0f} ms' for time in times)} "
             f"| {row['efficiency']:.0%} to {row['efficiency_overlapped']:.0%} |"
         )

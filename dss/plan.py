@@ -34,7 +34,7 @@ from dss.training.mesh import batch_sharding, make_mesh
 from dss.training.optimizer import make_optimizer
 from dss.training.step import make_train_step, state_shardings
 
-__all__ = ["Memory", "Plan", "Work", "abstract_batch", "device_bytes", "plan"]
+__all__ = ["Memory", "Plan", "Planner", "Work", "abstract_batch", "device_bytes", "plan"]
 
 STEPS = 256  # that are laid out of data that are not there, and whose tokens are counted
 CLOSE = 0.95  # a batch that takes this part of what is usable is as large as one looks for
@@ -174,8 +174,16 @@ def abstract_batch(batches: Batches, mesh: jax.sharding.Mesh) -> dict[str, jax.S
     }
 
 
-class _Planner:
-    """Compiles the step of an experiment for batches of any size."""
+class Planner:
+    """Compiles the step of an experiment for batches of any size.
+
+    Args:
+      experiment: with a mesh.
+      config: the student's, settled by the experiment.
+      store: the tokens.
+      devices: of the mesh, real, simulated or of a topology.
+      num_steps: how many are laid out to see what batches need.
+    """
 
     def __init__(
         self,
@@ -186,7 +194,7 @@ class _Planner:
         num_steps: int,
     ):
         self.experiment, self.config, self.store = experiment, config, store
-        self.num_steps = num_steps  # that are laid out to see what batches need
+        self.num_steps = num_steps
         together = experiment.data.one_encoder_pass and len(store.tasks) > 1
         self.starts = (0,) * len(store.tasks) if together else None  # any ids would do
         self.mesh = make_mesh(experiment.mesh, devices)
@@ -199,6 +207,7 @@ class _Planner:
         self.options = None if self.tpu else {"xla_backend_optimization_level": 0}
 
     def batches(self, batch_size: int) -> Batches:
+        """Returns the batches of the steps that are laid out."""
         experiment = dataclasses.replace(self.experiment, batch_size=batch_size)
         rates = (1 / len(self.store.tasks),) * len(self.store.tasks)
         return Batches(
@@ -254,6 +263,7 @@ class _Planner:
         return memory, exchanges(compiled.as_text(), self.mesh.size), seconds
 
     def work(self, batch_size: int) -> Work:
+        """Returns what a step does, from the first STEPS."""
         batches = self.batches(batch_size)
         per_step = []
         for step in range(min(len(batches), STEPS)):
@@ -339,7 +349,7 @@ def _open_data(
     return typical_store(config.vocab_size, inputs, targets), where, False
 
 
-def _advice(experiment: Experiment, config: T5Config, planner: _Planner, usable: float) -> tuple:
+def _advice(experiment: Experiment, config: T5Config, planner: Planner, usable: float) -> tuple:
     """Returns what could make an experiment fit."""
     mesh = planner.mesh
     rules = dict(reversed(experiment.mesh.rules))
@@ -404,7 +414,7 @@ def plan(
     store, lengths, real = _open_data(experiment, config, tokens)
     steps = experiment.trainer.train_steps
     num_steps = steps if real else min(steps, STEPS)
-    planner = _Planner(experiment, config, store, devices, num_steps)
+    planner = Planner(experiment, config, store, devices, num_steps)
 
     report(f"compiling a batch of {experiment.batch_size} with {compiler}")
     memory, sent, seconds = planner.compile(experiment.batch_size)

@@ -17,7 +17,7 @@ from dss.data.batches import Batches, paired_order
 from dss.data.typical import typical_store
 from dss.errors import UserError
 from dss.experiment import DataConfig, Experiment
-from dss.plan import _Planner, _wanted, abstract_batch, plan
+from dss.plan import Planner, _wanted, abstract_batch, plan
 from dss.student.network import num_parameters
 from dss.training.loss import CHUNK_SLOTS
 from dss.training.mesh import MeshConfig, make_mesh
@@ -151,7 +151,7 @@ def test_xxls_program_has_no_array_of_all_slots_and_the_vocabulary():
     experiment = parse_gin(files, flags)
     config = experiment.settle(experiment.student)
     store = typical_store(config.vocab_size)
-    planner = _Planner(experiment, config, store, jax.devices()[:8], num_steps=32)
+    planner = Planner(experiment, config, store, jax.devices()[:8], num_steps=32)
     batch = abstract_batch(planner.batches(256), planner.mesh)
     slots = batch["decoder_target_tokens"].shape[1]
     assert 2 * CHUNK_SLOTS < slots <= 3 * CHUNK_SLOTS
