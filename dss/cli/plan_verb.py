@@ -204,7 +204,10 @@ def _sent(exchanges: "Sequence[Exchange]", chip: "Accelerator") -> str:
         speed = chip.speed(exchange.group)
         by_speed[speed] = by_speed.get(speed, 0) + exchange.sent
     how = "as a copy in memory takes here" if chip.name == "cpu" else "published"
-    parts = [f"{sent / 1e9:.3g} GB at {speed / 1e9:.3g} GB/s" for speed, sent in by_speed.items()]
+    parts = [
+        f"{sent / 1e9:.3g} GB at {speed / 1e9:.3g} GB/s"
+        for speed, sent in sorted(by_speed.items(), reverse=True)
+    ]
     return f"{' and '.join(parts)} of a device ({how})"
 
 
