@@ -1,10 +1,11 @@
 """Compares the memory that `dss plan` says a step needs with what a step takes, on a CPU.
 
-    python benchmarks/plan.py [--student small] [--batch 16 48] [--remat none full] [--json FILE]
+    python benchmarks/plan.py [--student small] [--rows NAME ...] [--json FILE]
 
-Each step is taken once in a process of its own, on one device, on tokens in lengths like CQA's, on
-the largest of the shapes that batches have. What it takes is the peak of resident memory above that
-of the process with the compiled step and nothing else. Linux only.
+Each step is taken once in a process of its own, on tokens in lengths like CQA's, on the largest of
+the shapes that batches have. What it takes is the peak of resident memory above that of the process
+with the compiled step and nothing else; simulated devices share the process, so that the plan of
+one counts as often as there are. Linux only.
 """
 
 import argparse
@@ -12,15 +13,44 @@ import ctypes
 import dataclasses
 import gc
 import json
+import math
 import multiprocessing
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from dss.accelerators import simulate_devices
 from dss.cli.options import quiet_tpu
 from dss.config import parse_gin
 
 GIB = 2**30
+CLOSE = 0.1  # how far off a plan may be,
+OF_DEVICE = 40 * 2**20  # or so many bytes for each device: about what its threads hold on to
+FULL, ADAFACTOR = "Experiment.remat=full", "runs/adafactor.gin"
+# Examples a step, data, model; then gin files and flags.
+ROWS: dict[str, tuple[tuple[int, int, int], list[str], list[str]]] = {
+    "16 examples": ((16, 1, 1), [], []),
+    "48 examples": ((48, 1, 1), [], []),
+    "remat full, 16": ((16, 1, 1), [], [FULL]),
+    "remat full, 48": ((48, 1, 1), [], [FULL]),
+    "4 microbatches, 48": ((48, 1, 1), [], ["Experiment.microbatches=4"]),
+    "Adafactor, 48": ((48, 1, 1), [ADAFACTOR], []),
+    "Adafactor, remat full, 48": ((48, 1, 1), [ADAFACTOR], [FULL]),
+    "bfloat16, 48": ((48, 1, 1), [], ["Experiment.dtype=bfloat16"]),
+    "2x1 devices, fsdp, Adafactor, 2 microbatches, 16": (
+        (16, 2, 1),
+        ["layouts/fsdp.gin", ADAFACTOR],
+        ["Experiment.microbatches=2"],
+    ),
+    "4x1 devices, 32": ((32, 4, 1), [], []),
+    "8x1 devices, fsdp, 64": ((64, 8, 1), ["layouts/fsdp.gin"], []),
+    "4x2 devices, two_d, 64": ((64, 4, 2), ["layouts/two_d.gin"], []),
+    "4x2 devices, two_d, Adafactor, remat full, 2 microbatches, 64": (
+        (64, 4, 2),
+        ["layouts/two_d.gin", ADAFACTOR],
+        [FULL, "Experiment.microbatches=2"],
+    ),
+}
 
 
 def resident(kind: str) -> int:
@@ -38,46 +68,39 @@ def settle_memory() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(student: str, batch_size: int, remat: str, dtype: str, pipe: Connection) -> None:
-    """Sends the planned bytes and the measured ones."""
+def measure(student: str, row: str, pipe: Connection) -> None:
+    """Sends the planned bytes of a device, and the measured ones of all."""
+    (batch_size, data, model), files, flags = ROWS[row]
     quiet_tpu()
+    simulate_devices(data * model)
     import jax
 
-    from dss.data.batches import Batches, paired_order
     from dss.data.typical import typical_store
-    from dss.plan import abstract_batch, plan
+    from dss.plan import STEPS, Planner, abstract_batch
     from dss.student.network import init_params
-    from dss.train import abstract_state
-    from dss.training.loss import LossConfig
-    from dss.training.mesh import make_mesh, put_batch
-    from dss.training.optimizer import make_optimizer
-    from dss.training.step import make_train_step, place_state, state_shardings
+    from dss.training.mesh import put_batch
+    from dss.training.step import place_state
 
-    values = {"BATCH_SIZE": batch_size, "MeshConfig.data": 1, "Experiment.remat": remat}
-    values["Experiment.dtype"] = dtype
-    flags = [f"{name}={value}" for name, value in values.items()]
-    experiment = parse_gin([f"students/{student}.gin"], flags)
-    planned = plan(experiment, "cpu", largest=False).memory
-
+    sizes = [f"BATCH_SIZE={batch_size}", f"MeshConfig.data={data}", f"MeshConfig.model={model}"]
+    experiment = parse_gin([f"students/{student}.gin", *files], [*flags, *sizes])
     config = experiment.settle(experiment.student)
-    mesh = make_mesh(experiment.mesh, jax.devices()[:1])
-    optimizer = make_optimizer(experiment.optimizer, experiment.trainer.train_steps)
-    shardings = state_shardings(config, optimizer, mesh, experiment.mesh)
-    store = typical_store(config.vocab_size)
-    batches = Batches(store, paired_order(store, batch_size, 0), num_steps=256)
-    wanted = abstract_batch(batches, mesh)
-    loss = LossConfig(num_tasks=2, rates=(0.5, 0.5))
-    step = make_train_step(config, optimizer, loss, mesh=mesh, shardings=shardings)
-    compiled = step.lower(abstract_state(config, optimizer, shardings), wanted).compile()
+    planner = Planner(experiment, config, typical_store(config.vocab_size), jax.devices(), STEPS)
+    planned, _, _ = planner.compile(batch_size)
+
+    batches = planner.batches(batch_size)
+    wanted = abstract_batch(batches, planner.mesh)
+    compiled = planner.lower(wanted).compile()
     shape = {name: array.shape for name, array in wanted.items()}
     number = next(
-        i for i in range(256) if {name: a.shape for name, a in batches[i].items()} == shape
+        i for i in range(STEPS) if {name: a.shape for name, a in batches[i].items()} == shape
     )
     settle_memory()
     before = resident("VmRSS")
-    state = place_state(init_params(config, 0, shardings.params), optimizer, shardings)
-    batch = put_batch(mesh, batches[number])
+    params = init_params(config, 0, planner.shardings.params)
+    state = place_state(params, planner.optimizer, planner.shardings)
+    batch = put_batch(planner.mesh, batches[number])
     jax.block_until_ready((state, batch))
+    del params
     settle_memory()
     state, metrics = compiled(state, batch)
     jax.block_until_ready((state, metrics))
@@ -87,32 +110,29 @@ def measure(student: str, batch_size: int, remat: str, dtype: str, pipe: Connect
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", default="small", help="a file of gin/students")
-    parser.add_argument("--batch", type=int, nargs="+", default=[16, 48], help="examples a step")
-    parser.add_argument("--remat", nargs="+", default=["none", "full"])
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     result = []
-    print(f"{'':<28} planned  measured, GiB")
-    for remat in args.remat:
-        for batch in args.batch:
-            ours, theirs = context.Pipe()
-            values = (args.student, batch, remat, args.dtype, theirs)
-            process = context.Process(target=measure, args=values, daemon=True)
-            process.start()
-            theirs.close()
-            memory, planned, measured = ours.recv()
-            process.join()
-            off = planned / measured - 1
-            row = {"student": args.student, "dtype": args.dtype, "remat": remat, "batch": batch}
-            row |= {"planned": planned, "measured": measured, "off": round(off, 4)}
-            result.append(row | {"memory": memory})
-            name = f"{args.student}, remat {remat}, batch {batch}"
-            print(f"{name:<28} {planned / GIB:7.2f}  {measured / GIB:7.2f}  {off:+.1%}", flush=True)
+    print("| row | planned, GiB | measured, GiB | |\n|---|---|---|---|")
+    for row in args.rows:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=measure, args=(args.student, row, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        memory, of_one, measured = ours.recv()
+        process.join()
+        devices = math.prod(ROWS[row][0][1:])
+        planned = devices * of_one
+        off = planned / measured - 1
+        close = abs(planned - measured) <= max(CLOSE * measured, OF_DEVICE * devices)
+        figures = {"planned": planned, "measured": measured, "off": round(off, 4), "close": close}
+        result.append({"student": args.student, "row": row} | figures | {"memory": memory})
+        print(f"| {row} | {planned / GIB:.2f} | {measured / GIB:.2f} | {off:+.1%} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(abs(row["off"]) <= 0.1 for row in result) else 1
+    return 0 if all(row["close"] for row in result) else 1
 
 
 if __name__ == "__main__":

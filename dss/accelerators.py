@@ -5,15 +5,20 @@ import dataclasses
 import functools
 import glob
 import importlib.util
+import math
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from dss.errors import UserError, unknown_name
+import numpy as np
+
+from dss.errors import UserError
 
 __all__ = [
     "ACCELERATORS",
     "Accelerator",
+    "copy_rate",
     "find_accelerator",
     "has_tpu",
     "matmul_peak",
@@ -23,6 +28,8 @@ __all__ = [
 
 GIB = 2**30
 MATRIX, ACCELERATOR_MATRIX = 2048, 8192  # side of the product that measures the peak
+COPIED = 2**27  # bytes whose copy measures how fast simulated devices exchange
+MOST_SIMULATED = 1024  # devices: a tiny student's plan took 2.3 minutes for as many (two cores)
 DOUBLED = (0, 1, 2, 2, 1, 0, 2, 1, 0, 2)  # the sides of slices: 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4
 
 
@@ -36,6 +43,9 @@ class Accelerator:
       reserve: why not all.
       flops: operations a second by compute dtype, at the peak.
       mfu: share of the peak that is assumed where none is given.
+      links: what a device can send to those near it, bytes a second, all its links together.
+      machine: how many devices its links reach; None for all of them.
+      network: what a device can send to other machines, bytes a second.
       tpu: its name as a TPU topology; None for what is no TPU.
     """
 
@@ -45,7 +55,20 @@ class Accelerator:
     reserve: str
     flops: dict[str, float]
     mfu: float
+    links: float
+    machine: int | None = None
+    network: float = math.inf
     tpu: str | None = None
+
+    def speed(self, group: Sequence[int]) -> float:
+        """Returns the bytes a second at which a device sends to others of a group.
+
+        Args:
+          group: their places in the mesh, of which every `machine` are one machine.
+        """
+        if self.machine is None or len({place // self.machine for place in group}) == 1:
+            return self.links
+        return self.network
 
 
 # JAX takes three quarters of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -58,6 +81,10 @@ TPU_RESERVE = "what the TPU's compiler lets a program have"
 # the H200 SXM, without sparsity. In float32 JAX by default multiplies in one bfloat16 pass on a
 # TPU, and in TensorFloat-32 on these GPUs. A TPU's usable memory is what its compiler says when a
 # program is too large.
+#
+# Links, one way, as published, not measured: v4 has 6 of 50 GB/s (Jouppi et al. 2023,
+# arXiv:2304.01433, table 4), v5p 1,200 GB/s both ways (cloud.google.com/tpu/docs/v5p), the GPUs
+# 900 GB/s of NVLink both ways; NVIDIA's DGX H100 and H200, machines of 8, have 8 ports of 400 Gb/s.
 ACCELERATORS = {
     "v4": Accelerator(
         name="v4",
@@ -66,6 +93,7 @@ ACCELERATORS = {
         reserve=TPU_RESERVE,
         flops={"bfloat16": 275e12, "float32": 275e12},
         mfu=0.4,
+        links=300e9,
         tpu="v4",
     ),
     "v5p": Accelerator(
@@ -75,6 +103,7 @@ ACCELERATORS = {
         reserve=TPU_RESERVE,
         flops={"bfloat16": 459e12, "float32": 459e12},
         mfu=0.4,
+        links=600e9,
         tpu="v5p",
     ),
     "h100": Accelerator(
@@ -84,6 +113,9 @@ ACCELERATORS = {
         reserve=GPU_RESERVE,
         flops={"bfloat16": 989e12, "float32": 494e12},
         mfu=0.4,
+        links=450e9,
+        machine=8,
+        network=50e9,
     ),
     "h200": Accelerator(
         name="h200",
@@ -92,6 +124,9 @@ ACCELERATORS = {
         reserve=GPU_RESERVE,
         flops={"bfloat16": 989e12, "float32": 494e12},
         mfu=0.4,
+        links=450e9,
+        machine=8,
+        network=50e9,
     ),
 }
 
@@ -118,6 +153,18 @@ def matmul_peak(dtype: str) -> float:
     return 2 * side**3 / min(times)
 
 
+def copy_rate() -> float:
+    """Returns the bytes a second of a copy in this machine's memory, the best of five."""
+    source = np.ones(COPIED, np.uint8)
+    target = np.empty_like(source)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        np.copyto(target, source)
+        times.append(time.perf_counter() - began)
+    return COPIED / min(times)
+
+
 def _this_machine(devices: int) -> Accelerator:
     """Returns one of some simulated devices, which share this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
@@ -128,6 +175,7 @@ def _this_machine(devices: int) -> Accelerator:
         reserve="a tenth is left to the system",
         flops={dtype: matmul_peak(dtype) / devices for dtype in ("bfloat16", "float32")},
         mfu=0.45,  # measured, docs/performance.md
+        links=copy_rate() / devices,
     )
 
 
@@ -140,12 +188,18 @@ def find_accelerator(name: str, devices: int) -> Accelerator:
     if name == "cpu":
         return _this_machine(devices)
     if name not in ACCELERATORS:
-        raise unknown_name("accelerator", name, [*ACCELERATORS, "cpu"])
+        raise UserError(f"unknown accelerator {name!r}; known: {', '.join([*ACCELERATORS, 'cpu'])}")
     return ACCELERATORS[name]
 
 
 def simulate_devices(number: int) -> None:
-    """Has JAX run on simulated CPU devices alone; does nothing once JAX has been used."""
+    """Has JAX run on simulated CPU devices alone; does nothing once JAX has been used.
+
+    Raises:
+      UserError: these are too many.
+    """
+    if number > MOST_SIMULATED:
+        raise UserError(f"a mesh of {number:,} devices: at most {MOST_SIMULATED:,} are simulated")
     import jax
 
     with contextlib.suppress(RuntimeError):

@@ -8,10 +8,12 @@ from typing import Any
 
 __all__ = ["check_at_least", "check_share", "check_types"]
 
+UNIONS = (typing.Union, types.UnionType)
+
 
 def _fits(value: Any, hint: Any) -> bool:
     kind, args = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (typing.Union, types.UnionType):
+    if kind in UNIONS:
         return any(_fits(value, arg) for arg in args)
     if kind is typing.Literal:
         return value in args
@@ -32,8 +34,10 @@ def _is_list(value: Any) -> bool:
 
 
 def _described(hint: Any) -> str:
-    if typing.get_origin(hint) is typing.Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
+    parts = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
+    if any(typing.get_origin(part) is typing.Literal for part in parts):
+        choices = [choice for part in parts for choice in typing.get_args(part) or (None,)]
+        return "one of " + ", ".join(map(repr, choices))
     return f"of type {hint.__name__ if isinstance(hint, type) else hint}"
 
 

@@ -23,6 +23,7 @@ from dss.data.batches import Batches
 from dss.data.store import TokenStore
 from dss.data.typical import INPUTS_MEAN, TARGETS_MEAN, typical_store
 from dss.errors import UserError
+from dss.exchanges import Exchange, exchanges, sending_seconds
 from dss.experiment import Experiment
 from dss.student.config import T5Config
 from dss.student.flops import computed_flops, useful_flops
@@ -33,7 +34,7 @@ from dss.training.mesh import batch_sharding, make_mesh
 from dss.training.optimizer import make_optimizer
 from dss.training.step import make_train_step, state_shardings
 
-__all__ = ["Memory", "Plan", "Work", "abstract_batch", "device_bytes", "plan"]
+__all__ = ["Memory", "Plan", "Planner", "Work", "abstract_batch", "device_bytes", "plan"]
 
 STEPS = 256  # that are laid out of data that are not there, and whose tokens are counted
 CLOSE = 0.95  # a batch that takes this part of what is usable is as large as one looks for
@@ -74,12 +75,16 @@ class Work:
       target_tokens: of a step, the mean.
       useful: operations that the tokens need.
       computed: operations with padding, rows of attention and what is computed again.
+      parts: of a batch, one for each data shard and microbatch.
+      empty_parts: of these, those that have no tokens.
     """
 
     input_tokens: float
     target_tokens: float
     useful: float
     computed: float
+    parts: int
+    empty_parts: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,8 +104,12 @@ class Plan:
       compile_seconds: of the step, once.
       work: of a step, on all devices.
       mfu: share of the peak that useful operations are assumed to reach.
-      step_seconds: at that share.
-      run_seconds: the run's steps.
+      computing_seconds: of a step at that share.
+      exchanges: what a device sends in a step; None if the compiler refused it.
+      sending_seconds: of a step, one exchange after the other; None likewise.
+      step_seconds: from computing and sending at the same time, the longer of both, to one after
+        the other, their sum; None likewise.
+      run_seconds: the run's steps, from and to; None likewise.
       largest_batch: the largest that fits, compiled to be sure; None if none does or none was
         looked for.
       largest_bytes: a device's total with it.
@@ -119,8 +128,11 @@ class Plan:
     compile_seconds: float
     work: Work
     mfu: float
-    step_seconds: float
-    run_seconds: float
+    computing_seconds: float
+    exchanges: tuple[Exchange, ...] | None
+    sending_seconds: float | None
+    step_seconds: tuple[float, float] | None
+    run_seconds: tuple[float, float] | None
     largest_batch: int | None
     largest_bytes: int | None
     advice: tuple[str, ...]
@@ -162,8 +174,16 @@ def abstract_batch(batches: Batches, mesh: jax.sharding.Mesh) -> dict[str, jax.S
     }
 
 
-class _Planner:
-    """Compiles the step of an experiment for batches of any size."""
+class Planner:
+    """Compiles the step of an experiment for batches of any size.
+
+    Args:
+      experiment: with a mesh.
+      config: the student's, settled by the experiment.
+      store: the tokens.
+      devices: of the mesh, real, simulated or of a topology.
+      num_steps: how many are laid out to see what batches need.
+    """
 
     def __init__(
         self,
@@ -174,7 +194,7 @@ class _Planner:
         num_steps: int,
     ):
         self.experiment, self.config, self.store = experiment, config, store
-        self.num_steps = num_steps  # that are laid out to see what batches need
+        self.num_steps = num_steps
         together = experiment.data.one_encoder_pass and len(store.tasks) > 1
         self.starts = (0,) * len(store.tasks) if together else None  # any ids would do
         self.mesh = make_mesh(experiment.mesh, devices)
@@ -187,6 +207,7 @@ class _Planner:
         self.options = None if self.tpu else {"xla_backend_optimization_level": 0}
 
     def batches(self, batch_size: int) -> Batches:
+        """Returns the batches of the steps that are laid out."""
         experiment = dataclasses.replace(self.experiment, batch_size=batch_size)
         rates = (1 / len(self.store.tasks),) * len(self.store.tasks)
         return Batches(
@@ -198,9 +219,8 @@ class _Planner:
             starts=self.starts,
         )
 
-    def memory(self, batch_size: int) -> tuple[Memory, float]:
-        """Returns what a device needs and how long compiling took, in seconds."""
-        batch = abstract_batch(self.batches(batch_size), self.mesh)
+    def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
+        """Returns the step for an abstract batch, to be compiled."""
         tasks = len(self.store.tasks)
         step: Any = make_train_step(
             self.config,
@@ -211,6 +231,14 @@ class _Planner:
             microbatches=self.experiment.microbatches,
             grad_dtype=self.experiment.grad_dtype,
         )
+        return step.lower(self.state, batch)
+
+    def compile(self, batch_size: int) -> tuple[Memory, tuple[Exchange, ...] | None, float]:
+        """Returns what a device needs and sends, and how long compiling took, in seconds.
+
+        What it sends is None if the compiler refused.
+        """
+        batch = abstract_batch(self.batches(batch_size), self.mesh)
         began = time.perf_counter()
         parts = {
             "parameters": device_bytes(self.state.params),
@@ -218,22 +246,24 @@ class _Planner:
             "batch": device_bytes(batch),
         }
         try:
-            compiled = step.lower(self.state, batch).compile(compiler_options=self.options)
+            compiled = self.lower(batch).compile(compiler_options=self.options)
             found = compiled.memory_analysis()
         except JaxRuntimeError as error:
             if OUT_OF_MEMORY not in str(error):
                 raise
             temporary = max(_wanted(str(error)) - sum(parts.values()), 0)
-            return Memory(**parts, temporary=temporary, other=0), time.perf_counter() - began
+            return Memory(**parts, temporary=temporary, other=0), None, time.perf_counter() - began
         other = found.output_size_in_bytes - found.alias_size_in_bytes
         if self.tpu:  # it holds the program, too
             other += found.generated_code_size_in_bytes
         # A TPU pads arrays to tiles.
         other += max(found.argument_size_in_bytes - sum(parts.values()), 0)
         memory = Memory(**parts, temporary=found.temp_size_in_bytes, other=other)
-        return memory, time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        return memory, exchanges(compiled.as_text(), self.mesh.size), seconds
 
     def work(self, batch_size: int) -> Work:
+        """Returns what a step does, from the first STEPS."""
         batches = self.batches(batch_size)
         per_step = []
         for step in range(min(len(batches), STEPS)):
@@ -241,6 +271,7 @@ class _Planner:
             flops = useful_flops(self.config, inputs, targets, reads)
             per_step.append((inputs.sum(), targets.sum(), flops))
         mean = np.mean(per_step, axis=0)
+        filled = batches[0]["encoder_segment_ids"].reshape(self.unit, -1).any(axis=1)
         shape, widths, groups = batches.shapes[-1], batches.widths, batches.groups
         slots = shape.inputs, shape.targets
         if widths is None:
@@ -255,6 +286,8 @@ class _Planner:
             target_tokens=float(mean[1]),
             useful=float(mean[2]),
             computed=float(groups * flops),
+            parts=self.unit,
+            empty_parts=self.unit - int(filled.sum()),
         )
 
     def largest(
@@ -275,7 +308,7 @@ class _Planner:
             guess = int(_guess(usable * (1 + CLOSE) / 2, known) // self.unit) * self.unit
             guess = max(least, min(guess, int(most // self.unit) * self.unit))
             report(f"compiling a batch of {guess}")
-            known[guess] = self.memory(guess)[0]
+            known[guess] = self.compile(guess)[0]
         return max((b for b, m in known.items() if m.total <= usable), default=None)
 
 
@@ -316,7 +349,7 @@ def _open_data(
     return typical_store(config.vocab_size, inputs, targets), where, False
 
 
-def _advice(experiment: Experiment, config: T5Config, planner: _Planner, usable: float) -> tuple:
+def _advice(experiment: Experiment, config: T5Config, planner: Planner, usable: float) -> tuple:
     """Returns what could make an experiment fit."""
     mesh = planner.mesh
     rules = dict(reversed(experiment.mesh.rules))
@@ -381,15 +414,17 @@ def plan(
     store, lengths, real = _open_data(experiment, config, tokens)
     steps = experiment.trainer.train_steps
     num_steps = steps if real else min(steps, STEPS)
-    planner = _Planner(experiment, config, store, devices, num_steps)
+    planner = Planner(experiment, config, store, devices, num_steps)
 
     report(f"compiling a batch of {experiment.batch_size} with {compiler}")
-    memory, seconds = planner.memory(experiment.batch_size)
+    memory, sent, seconds = planner.compile(experiment.batch_size)
     known = {experiment.batch_size: memory}
     best = planner.largest(chip.usable, known, report) if largest else None
     work = planner.work(experiment.batch_size)
     share = mfu or chip.mfu
-    step_seconds = work.useful / (len(devices) * chip.flops[config.dtype] * share)
+    computing = work.useful / (len(devices) * chip.flops[config.dtype] * share)
+    sending = None if sent is None else sending_seconds(sent, chip)
+    step = None if sending is None else (max(computing, sending), computing + sending)
     fits = memory.total <= chip.usable
     return Plan(
         student=config,
@@ -404,8 +439,11 @@ def plan(
         compile_seconds=seconds,
         work=work,
         mfu=share,
-        step_seconds=step_seconds,
-        run_seconds=step_seconds * steps,
+        computing_seconds=computing,
+        exchanges=sent,
+        sending_seconds=sending,
+        step_seconds=step,
+        run_seconds=None if step is None else (step[0] * steps, step[1] * steps),
         largest_batch=best,
         largest_bytes=None if best is None else known[best].total,
         advice=() if fits else _advice(experiment, config, planner, chip.usable),

@@ -1,6 +1,8 @@
 import dataclasses
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
 
@@ -15,8 +17,9 @@ from dss.data.batches import Batches, paired_order
 from dss.data.typical import typical_store
 from dss.errors import UserError
 from dss.experiment import DataConfig, Experiment
-from dss.plan import _wanted, abstract_batch, plan
+from dss.plan import Planner, _wanted, abstract_batch, plan
 from dss.student.network import num_parameters
+from dss.training.loss import CHUNK_SLOTS
 from dss.training.mesh import MeshConfig, make_mesh
 from dss.training.optimizer import OptimizerConfig
 from tests.conftest import ROOT, tiny_config
@@ -40,6 +43,7 @@ def chip(monkeypatch):
             reserve="half of it",
             flops={"float32": 1e12, "bfloat16": 2e12},
             mfu=0.5,
+            links=1e9,
         )
         monkeypatch.setitem(accelerators.ACCELERATORS, "toy", toy)
 
@@ -72,8 +76,95 @@ def test_every_student_compiles_on_eight_devices(student):
     assert found.memory.optimizer < 0.04 * found.memory.parameters  # all of it factored
     assert found.memory.temporary > found.memory.parameters  # gradients and more
     assert found.work.useful < found.work.computed < 2 * found.work.useful
-    assert found.step_seconds == pytest.approx(found.work.useful / (8 * 494e12 * 0.4))
+    assert found.computing_seconds == pytest.approx(found.work.useful / (8 * 494e12 * 0.4))
+    assert found.sending_seconds == pytest.approx(sum(e.sent for e in found.exchanges) / 450e9)
+    # Kernels are gathered for each pass and gradients added up: some times what a device holds.
+    assert 4 < sum(e.sent for e in found.exchanges) / found.memory.parameters < 40
     assert found.fits
+
+
+def plan_alone(file, *options, libtpu):
+    """Plans in a process of its own, which may have more devices, with libtpu or without."""
+    code = (
+        "import sys, importlib.util as util\n"
+        "from dss.cli.main import main\n"
+        "find = util.find_spec\n"
+        f"util.find_spec = lambda name: None if name == 'libtpu' and not {libtpu} else find(name)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "plan", *options, "--quick", f"--json={file}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(file.read_text())
+
+
+LARGEST = [
+    "--gin_file=layouts/two_d.gin",
+    "--gin_file=runs/adafactor.gin",
+    "--gin.Experiment.dtype=bfloat16",
+    "--gin.Experiment.remat=full",
+]
+
+
+def assert_it_fits_split_evenly(found, devices):
+    assert found["fits"]
+    assert found["exchanges"]
+    # Parameters are float32, and all but the relative positions are split, which are few.
+    part = 4 * found["parameters"] / devices
+    assert part <= found["memory"]["parameters"] < 1.001 * part
+
+
+@pytest.mark.parametrize(
+    ("student", "accelerator", "data", "model"),
+    [("xxl", "v4", 4, 4), ("xxl", "v5p", 4, 2), ("xxl", "h100", 4, 2), ("base", "h100", 8, 4)],
+    ids=["xxl on a v4-32", "xxl on a v5p-16", "xxl on 8 h100", "base on 32 h100"],
+)
+def test_large_meshes_hold_their_student_by_the_cpus_compiler(
+    student, accelerator, data, model, tmp_path
+):
+    options = [f"--student={student}", f"--accelerator={accelerator}", *LARGEST]
+    mesh = f"--mesh=data={data},model={model}"
+    found = plan_alone(tmp_path / "plan.json", *options, mesh, libtpu=False)
+    assert found["compiler"].startswith("the CPU's compiler")
+    assert_it_fits_split_evenly(found, data * model)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("accelerator", "data", "model"),
+    [("v4", 4, 4), ("v5p", 4, 2)],
+    ids=["a v4-32", "a v5p-16"],
+)
+def test_xxl_fits_by_the_tpus_compiler(accelerator, data, model, tmp_path):
+    options = ["--student=xxl", f"--accelerator={accelerator}", *LARGEST]
+    mesh = f"--mesh=data={data},model={model}"
+    found = plan_alone(tmp_path / "plan.json", *options, mesh, libtpu=True)
+    assert found["compiler"] == "the TPU's own compiler"
+    assert_it_fits_split_evenly(found, data * model)
+
+
+def test_xxls_program_has_no_array_of_all_slots_and_the_vocabulary():
+    """By its compiled program, on a mesh of 4x2 where each data shard has three chunks of slots."""
+    files = ["students/xxl.gin", "layouts/two_d.gin", "runs/adafactor.gin"]
+    flags = ["MeshConfig.data=4", "MeshConfig.model=2", "Experiment.remat=full", "BATCH_SIZE=256"]
+    experiment = parse_gin(files, flags)
+    config = experiment.settle(experiment.student)
+    store = typical_store(config.vocab_size)
+    planner = Planner(experiment, config, store, jax.devices()[:8], num_steps=32)
+    batch = abstract_batch(planner.batches(256), planner.mesh)
+    slots = batch["decoder_target_tokens"].shape[1]
+    assert 2 * CHUNK_SLOTS < slots <= 3 * CHUNK_SLOTS
+    text = planner.lower(batch).compile(compiler_options=planner.options).as_text()
+    beside = set()  # the sizes of what is not the vocabulary, of arrays that have it
+    for shape in set(re.findall(r"\w\[([\d,]+)\]", text)):
+        sizes = [int(size) for size in shape.split(",")]
+        vocabulary = {config.vocab_size, config.vocab_size // 2} & set(sizes)
+        if vocabulary:
+            beside.add(math.prod(sizes) // vocabulary.pop())
+    chunk = -(-slots // 3)
+    width = config.d_model
+    assert beside == {1, chunk, width, width // 4}  # logits of a chunk; the head and its shard
 
 
 @pytest.mark.parametrize("starts", [None, (0, 9)], ids=["apart", "one encoder pass"])
@@ -159,7 +250,9 @@ def test_what_is_no_experiment_or_mesh_is_an_error():
         plan(Experiment(), "h100")
     with pytest.raises(UserError, match="no mesh"):
         plan(tiny(mesh=MeshConfig()), "h100")
-    with pytest.raises(UserError, match="unknown accelerator 'h10'; did you mean 'h100'"):
+    with pytest.raises(
+        UserError, match="unknown accelerator 'h10'; known: v4, v5p, h100, h200, cpu"
+    ):
         plan(tiny(), "h10")
     with pytest.raises(UserError, match="JAX has made 8"):
         planned_devices(find_accelerator("h100", 9), 9)
@@ -170,6 +263,38 @@ def test_this_machine_is_shared_by_its_devices():
     assert one.memory == 4 * four.memory
     assert one.usable < one.memory
     assert 1e9 < one.flops["float32"] < 1e14
+
+
+def test_a_step_takes_from_the_longer_of_computing_and_sending_to_their_sum(chip):
+    chip(1e9)
+    found = plan(tiny(batch_size=8), "toy", largest=False)
+    computing, sending = found.computing_seconds, found.sending_seconds
+    assert sending == pytest.approx(sum(e.sent for e in found.exchanges) / 1e9)
+    assert found.step_seconds == (max(computing, sending), computing + sending)
+    steps = tiny().trainer.train_steps
+    assert found.run_seconds == tuple(steps * seconds for seconds in found.step_seconds)
+    alone = plan(tiny(batch_size=8, mesh=MeshConfig(data=1)), "toy", largest=False)
+    assert alone.exchanges == ()
+    assert alone.step_seconds == (alone.computing_seconds, alone.computing_seconds)
+
+
+def test_shards_without_examples_are_told(capsys):
+    options = ["--student=tiny", "--accelerator=h100", "--quick", "--mesh=data=8"]
+    for batch_size, told in (
+        (2, "too few for 8 parts, one for each data shard and microbatch: 4 are empty"),
+        (4, "4 examples in 1 microbatch(es), "),  # two sequences an example: one a shard
+    ):
+        assert main(["plan", *options, f"--gin.BATCH_SIZE={batch_size}"]) == 0
+        printed = capsys.readouterr().out
+        assert told in printed
+        assert ("too few" in printed) == (batch_size == 2)
+
+
+def test_every_part_of_an_unpacked_batch_counts(chip):
+    chip(1e9)
+    apart = DataConfig(packed=False)
+    found = plan(tiny(batch_size=1, data=apart, microbatches=2), "toy", largest=False)
+    assert (found.work.parts, found.work.empty_parts) == (4, 2)
 
 
 def test_the_mesh_that_gin_says_is_planned(capsys):

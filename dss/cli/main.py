@@ -30,6 +30,13 @@ VERBS = {
 FULL_DISK = "No space left on device"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, as verbs do."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def _chain(error: BaseException | None) -> list[BaseException]:
     out = []
     while error is not None and error not in out:
@@ -39,7 +46,7 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def _parser(verb: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="dss", description="Distilling step-by-step: small T5 students from large models."
     )
     parser.add_argument("--version", action="version", version=f"dss {__version__}")

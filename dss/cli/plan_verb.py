@@ -4,17 +4,23 @@ import argparse
 import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dss.cli.options import add_gin_options, quiet_tpu
 from dss.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dss.accelerators import Accelerator
+    from dss.exchanges import Exchange
     from dss.plan import Plan
 
 __all__ = ["add_arguments", "run"]
 
 GIB = 2**30
+MOST_TOKENS = 100_000  # of a text, on average
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,10 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what the run would need; returns 1 if it does not fit."""
-    mesh = _mesh(args.mesh) if args.mesh else {}
-    tokens = _numbers(args.tokens) if args.tokens else None
+    mesh = {} if args.mesh is None else _mesh(args.mesh)
+    tokens = None if args.tokens is None else _numbers(args.tokens)
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu={args.mfu}: a share of the peak, above 0 and at most 1")
+    if args.json is not None:
+        _check_file(args.json)
 
     from dss.config import parse_gin
 
@@ -87,13 +95,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _mesh(text: str) -> dict[str, int]:
     """Returns the sizes of `data=N,model=N`; what is left out is 1."""
-    sizes = {"data": 1, "model": 1}
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
-        if axis not in sizes or not size.isdecimal() or int(size) < 1:
+        known = axis in ("data", "model") and axis not in sizes
+        if not known or not size.isdecimal() or int(size) < 1:
             raise UserError(f"--mesh={text}: give it as data=N,model=N, such as data=8,model=4")
         sizes[axis] = int(size)
-    return sizes
+    return {"data": 1, "model": 1} | sizes
 
 
 def _numbers(text: str) -> tuple[float, float]:
@@ -101,9 +110,20 @@ def _numbers(text: str) -> tuple[float, float]:
         inputs, targets = map(float, text.split(","))
     except ValueError:
         inputs = targets = 0.0
-    if not (inputs >= 2 and targets >= 2):
-        raise UserError(f"--tokens={text}: give it as INPUT,TARGET, means of at least 2, as 48,17")
+    if not all(2 <= mean <= MOST_TOKENS for mean in (inputs, targets)):
+        raise UserError(
+            f"--tokens={text}: give it as INPUT,TARGET, means of 2 to {MOST_TOKENS:,}, as 48,17"
+        )
     return inputs, targets
+
+
+def _check_file(file: str) -> None:
+    """Raises UserError if a file could not be written."""
+    path = Path(file)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"--json={file}: no file can be written there")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--json={file}: you may not write there")
 
 
 def _print(found: "Plan", experiment) -> None:
@@ -121,9 +141,16 @@ def _print(found: "Plan", experiment) -> None:
         f"batch: {found.batch_size} examples in {experiment.microbatches} microbatch(es), "
         f"{work.input_tokens:,.0f} + {work.target_tokens:,.0f} tokens (lengths: {found.lengths})"
     )
+    if work.empty_parts:
+        print(
+            f"  too few for {work.parts} parts, one for each data shard and microbatch: "
+            f"{work.empty_parts} are empty"
+        )
     print(f"compiled by {found.compiler}, {found.compile_seconds:.0f} s")
     if chip.tpu is None and chip.name != "cpu":
         print("  a GPU's compiler was not asked: its temporary memory differs, more in bfloat16")
+    if config.dtype == "bfloat16" and "CPU's" in found.compiler:
+        print("  the CPU's compiler sends float32 for bfloat16: up to twice what would be sent")
     rows = (
         ("parameters", memory.parameters),
         ("optimizer", memory.optimizer),
@@ -153,24 +180,48 @@ def _print(found: "Plan", experiment) -> None:
         f"that with padding and recomputation"
     )
     print(
-        f"  {found.step_seconds:.3g} s at an assumed {found.mfu:.0%} of {devices} x "
-        f"{peak / 1e12:.4g} TFLOP/s"
+        f"  computing: {found.computing_seconds:.3g} s at an assumed {found.mfu:.0%} of "
+        f"{devices} x {peak / 1e12:.4g} TFLOP/s"
     )
-    steps, duration = experiment.trainer.train_steps, _duration(found.run_seconds)
-    print(f"{steps:,} steps: {duration}; communication and evaluations are not counted")
+    if found.exchanges is None or found.step_seconds is None or found.run_seconds is None:
+        print("  sending: not known, as the compiler refused the step, and so is its time")
+        return
+    if found.exchanges:
+        print(
+            f"  sending: {found.sending_seconds:.3g} s for {_sent(found.exchanges, chip)}\n"
+            f"  {_range(found.step_seconds)}: from both at the same time to one after the other"
+        )
+    print(
+        f"{experiment.trainer.train_steps:,} steps: {_range(found.run_seconds)}; "
+        "evaluations are not counted"
+    )
 
 
-def _duration(seconds: float) -> str:
-    """Returns seconds in the unit that suits them."""
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
+def _sent(exchanges: "Sequence[Exchange]", chip: "Accelerator") -> str:
+    """Returns in words what a device sends in a step, and how fast."""
+    by_speed: dict[float, float] = {}
+    for exchange in exchanges:
+        speed = chip.speed(exchange.group)
+        by_speed[speed] = by_speed.get(speed, 0) + exchange.sent
+    how = "as a copy in memory takes here" if chip.name == "cpu" else "published"
+    parts = [
+        f"{sent / 1e9:.3g} GB at {speed / 1e9:.3g} GB/s"
+        for speed, sent in sorted(by_speed.items(), reverse=True)
+    ]
+    return f"{' and '.join(parts)} of a device ({how})"
+
+
+def _range(seconds: tuple[float, float]) -> str:
+    """Returns a least and a largest time in the unit that suits them."""
+    least, most = seconds
+    units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1))
+    unit, size = next((u for u in units if least >= 2 * u[1]), units[-1])
+    texts = f"{least / size:.3g}", f"{most / size:.3g}"
+    return f"{texts[0] if texts[0] == texts[1] else ' to '.join(texts)} {unit}"
 
 
 def _write(found: "Plan", file: str) -> None:
     import json
-    from pathlib import Path
 
     values = dataclasses.asdict(found)
     values["memory"]["total"] = found.memory.total

@@ -42,11 +42,32 @@ def test_help_is_quick_to_write_and_loads_no_jax(verb, capsys):
         (("train", "--gin.DATA_ROOT=/dev/null"), "DATA_ROOT /dev/null: no such folder"),
         (("plan",), "no student: give --student=SIZE"),
         (("plan", "--student=smal"), "did you mean 'students/small.gin'"),
-        (("plan", "--student=small", "--accelerator=v6"), "unknown accelerator 'v6'; did you mean"),
+        (
+            ("plan", "--student=small", "--accelerator=v6"),
+            "unknown accelerator 'v6'; known: v4, v5p, h100, h200, cpu",
+        ),
         (("plan", "--student=small", "--mesh=data=8x"), "give it as data=N,model=N"),
         (("plan", "--student=small", "--mesh=model=4"), "num_heads of size 6 cannot be split"),
         (("plan", "--student=small", "--tokens=48"), "give it as INPUT,TARGET"),
         (("plan", "--student=small", "--mfu=40"), "a share of the peak"),
+        (("plan", "--student=small", "--mfu=nan"), "a share of the peak"),
+        (("plan", "--student=small", "--accelerator=tpu"), "known: v4, v5p, h100, h200, cpu"),
+        (("plan", "--student=small", "--mesh="), "give it as data=N,model=N"),
+        (("plan", "--student=small", "--mesh=data=2,data=3"), "give it as data=N,model=N"),
+        (("plan", "--student=small", "--mesh=data=2,"), "give it as data=N,model=N"),
+        (("plan", "--student=small", "--mesh=data=100000"), "at most 1,024 are simulated"),
+        (("plan", "--student=small", "--gin.MeshConfig.data=1025"), "at most 1,024 are simulated"),
+        (("plan", "--student=small", "--tokens="), "means of 2 to 100,000"),
+        (("plan", "--student=small", "--tokens=inf,17"), "means of 2 to 100,000"),
+        (("plan", "--student=small", "--tokens=48,nan"), "means of 2 to 100,000"),
+        (("plan", "--student=small", "--tokens=48,1e9"), "means of 2 to 100,000"),
+        (("plan", "--student=small", "--json=/nowhere/x"), "no file can be written there"),
+        (("plan", "--student=small", "--json=/dev"), "no file can be written there"),
+        (("plan", "--student=small", "--json="), "no file can be written there"),
+        (
+            ("plan", "--student=small", "--gin.Experiment.remat=half"),
+            "Experiment.remat must be one of 'none', 'full', 'dots', None, got 'half'",
+        ),
         (("eval", "/dev/null/run"), "/dev/null/run: no run directory"),
     ],
 )
@@ -62,9 +83,22 @@ def test_what_a_user_gets_wrong_is_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_options_are_an_error():
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["eval", "x", "--nope"], "dss: unrecognized arguments: --nope; see dss --help"),
+        (["plan", "--mfu=x"], "dss plan: argument --mfu: invalid float value: 'x'; see dss plan"),
+        (["inspect", "--examples=x"], "dss inspect: argument --examples: invalid int value: 'x'"),
+        (["nope"], "dss: argument VERB: invalid choice: 'nope'"),
+        ([], "dss: the following arguments are required: VERB; see dss --help"),
+    ],
+)
+def test_options_that_cannot_be_read_are_one_line_and_status_2(args, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["eval", "x", "--nope"])
+        cli.main(args)
+    printed = capsys.readouterr().err
+    assert printed.startswith(message)
+    assert printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -192,3 +192,43 @@ def test_importing_a_checkpoint_takes_little_besides_it(tmp_path):
         for what in ("read", "save")
     ]
     assert all(row["besides"] < 5 * row["largest"] + 100e6 for row in rows)
+
+
+def test_a_step_takes_the_memory_that_was_planned(tmp_path):
+    """Within 10%, where programs and threads weigh little: small has 77M parameters."""
+    rows = ["16 examples", "2x1 devices, fsdp, Adafactor, 2 microbatches, 16"]
+    done = run("plan.py", "--rows", *rows, "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["row"] for row in figures] == rows
+    assert all(abs(row["off"]) <= 0.1 and row["measured"] > 5e8 for row in figures)
+
+
+def test_points_of_scaling_are_plans_and_go_to_more_chips(tmp_path):
+    """That all are there and agree; the figures are for larger students."""
+    done = run(
+        *("scaling.py", "--students=tiny", "--devices=1,2", "--json", tmp_path / "figures.json")
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    points = {(p["layout"], p["data"], p["model"]): p for p in figures["points"]}
+    assert list(points) == [
+        ("data_parallel", 8, 1),
+        ("fsdp", 8, 1),
+        ("tensor_parallel", 2, 4),
+        ("two_d", 2, 4),
+        ("fsdp", 1, 1),
+        ("fsdp", 2, 1),
+    ]
+    sent = {key: sum(e["sent"] for e in p["exchanges"]) for key, p in points.items()}
+    assert sent["fsdp", 1, 1] == 0
+    assert sent["fsdp", 2, 1] / (1 / 2) == pytest.approx(sent["fsdp", 8, 1] / (7 / 8), rel=0.02)
+    # Where a point is planned for is among the chips of the second table.
+    (eight,) = (
+        row
+        for row in figures["computed"]
+        if (row["layout"], row["accelerator"], row["chips"]) == ("two_d", "h100", 8)
+    )
+    point = points["two_d", 2, 4]
+    for what in ("computing_seconds", "sending_seconds"):
+        assert eight[what] == pytest.approx(point[what])
