@@ -105,11 +105,13 @@ class Plan:
       work: of a step, on all devices.
       mfu: share of the peak that useful operations are assumed to reach.
       computing_seconds: of a step at that share.
-      exchanges: what a device sends in a step; None if the compiler refused it.
-      sending_seconds: of a step, one exchange after the other; None likewise.
+      exchanges: what a device sends in a step.
+      exchanges_compiler: whose program they were read off; not `compiler` where a TPU's refused the
+        step or gave no text.
+      sending_seconds: of a step, one exchange after the other.
       step_seconds: from computing and sending at the same time, the longer of both, to one after
-        the other, their sum; None likewise.
-      run_seconds: the run's steps, from and to; None likewise.
+        the other, their sum.
+      run_seconds: the run's steps, from and to.
       largest_batch: the largest that fits, compiled to be sure; None if none does or none was
         looked for.
       largest_bytes: a device's total with it.
@@ -129,10 +131,11 @@ class Plan:
     work: Work
     mfu: float
     computing_seconds: float
-    exchanges: tuple[Exchange, ...] | None
-    sending_seconds: float | None
-    step_seconds: tuple[float, float] | None
-    run_seconds: tuple[float, float] | None
+    exchanges: tuple[Exchange, ...]
+    exchanges_compiler: str
+    sending_seconds: float
+    step_seconds: tuple[float, float]
+    run_seconds: tuple[float, float]
     largest_batch: int | None
     largest_bytes: int | None
     advice: tuple[str, ...]
@@ -236,7 +239,7 @@ class Planner:
     def compile(self, batch_size: int) -> tuple[Memory, tuple[Exchange, ...] | None, float]:
         """Returns what a device needs and sends, and how long compiling took, in seconds.
 
-        What it sends is None if the compiler refused.
+        What it sends is None if the compiler refused, or gives no text of its program.
         """
         batch = abstract_batch(self.batches(batch_size), self.mesh)
         began = time.perf_counter()
@@ -260,7 +263,11 @@ class Planner:
         other += max(found.argument_size_in_bytes - sum(parts.values()), 0)
         memory = Memory(**parts, temporary=found.temp_size_in_bytes, other=other)
         seconds = time.perf_counter() - began
-        return memory, exchanges(compiled.as_text(), self.mesh.size), seconds
+        try:
+            text = compiled.as_text()
+        except JaxRuntimeError:  # seen for XXL on 8 v5p: "async-update instruction should have ..."
+            return memory, None, seconds
+        return memory, exchanges(text, self.mesh.size), seconds
 
     def work(self, batch_size: int) -> Work:
         """Returns what a step does, from the first STEPS."""
@@ -423,8 +430,14 @@ def plan(
     work = planner.work(experiment.batch_size)
     share = mfu or chip.mfu
     computing = work.useful / (len(devices) * chip.flops[config.dtype] * share)
-    sending = None if sent is None else sending_seconds(sent, chip)
-    step = None if sending is None else (max(computing, sending), computing + sending)
+    reader = compiler
+    if sent is None:
+        cpus, reader = planned_devices(dataclasses.replace(chip, tpu=None), len(devices))
+        report(f"compiling a batch of {experiment.batch_size} with {reader}, to see what is sent")
+        sent = Planner(experiment, config, store, cpus, num_steps).compile(experiment.batch_size)[1]
+        assert sent is not None
+    sending = sending_seconds(sent, chip)
+    step = (max(computing, sending), computing + sending)
     fits = memory.total <= chip.usable
     return Plan(
         student=config,
@@ -441,9 +454,10 @@ def plan(
         mfu=share,
         computing_seconds=computing,
         exchanges=sent,
+        exchanges_compiler=reader,
         sending_seconds=sending,
         step_seconds=step,
-        run_seconds=None if step is None else (step[0] * steps, step[1] * steps),
+        run_seconds=(step[0] * steps, step[1] * steps),
         largest_batch=best,
         largest_bytes=None if best is None else known[best].total,
         advice=() if fits else _advice(experiment, config, planner, chip.usable),

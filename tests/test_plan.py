@@ -8,6 +8,7 @@ import sys
 
 import jax
 import pytest
+from jax.errors import JaxRuntimeError
 
 from dss import accelerators
 from dss.accelerators import Accelerator, find_accelerator, planned_devices
@@ -276,6 +277,39 @@ def test_a_step_takes_from_the_longer_of_computing_and_sending_to_their_sum(chip
     alone = plan(tiny(batch_size=8, mesh=MeshConfig(data=1)), "toy", largest=False)
     assert alone.exchanges == ()
     assert alone.step_seconds == (alone.computing_seconds, alone.computing_seconds)
+
+
+def test_a_program_that_cannot_be_read_is_compiled_for_the_cpu_to_see_what_is_sent(
+    monkeypatch, chip
+):
+    chip(1e9)
+    seen = plan(tiny(batch_size=8), "toy", largest=False)
+    lower, hidden = Planner.lower, []
+
+    def unreadable_at_first(self, batch):
+        lowered = lower(self, batch)
+        if hidden:
+            return lowered
+
+        class Unreadable:
+            def compile(self, **options):
+                return self
+
+            def memory_analysis(self):
+                return lowered.compile().memory_analysis()
+
+            def as_text(self):
+                hidden.append(True)
+                raise JaxRuntimeError("INTERNAL: async-update instruction")
+
+        return Unreadable()
+
+    monkeypatch.setattr(Planner, "lower", unreadable_at_first)
+    lines = []
+    found = plan(tiny(batch_size=8), "toy", largest=False, report=lines.append)
+    assert hidden
+    assert found.exchanges == seen.exchanges
+    assert lines[-1].endswith("to see what is sent")
 
 
 def test_shards_without_examples_are_told(capsys):

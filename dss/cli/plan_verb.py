@@ -149,8 +149,6 @@ def _print(found: "Plan", experiment) -> None:
     print(f"compiled by {found.compiler}, {found.compile_seconds:.0f} s")
     if chip.tpu is None and chip.name != "cpu":
         print("  a GPU's compiler was not asked: its temporary memory differs, more in bfloat16")
-    if config.dtype == "bfloat16" and "CPU's" in found.compiler:
-        print("  the CPU's compiler sends float32 for bfloat16: up to twice what would be sent")
     rows = (
         ("parameters", memory.parameters),
         ("optimizer", memory.optimizer),
@@ -183,10 +181,11 @@ def _print(found: "Plan", experiment) -> None:
         f"  computing: {found.computing_seconds:.3g} s at an assumed {found.mfu:.0%} of "
         f"{devices} x {peak / 1e12:.4g} TFLOP/s"
     )
-    if found.exchanges is None or found.step_seconds is None or found.run_seconds is None:
-        print("  sending: not known, as the compiler refused the step, and so is its time")
-        return
     if found.exchanges:
+        if found.exchanges_compiler != found.compiler:
+            print("  the TPU's program cannot be read: the CPU's compiler says what is sent")
+        if config.dtype == "bfloat16" and "CPU's" in found.exchanges_compiler:
+            print("  the CPU's compiler sends float32 for bfloat16: up to twice what would be sent")
         print(
             f"  sending: {found.sending_seconds:.3g} s for {_sent(found.exchanges, chip)}\n"
             f"  {_range(found.step_seconds)}: from both at the same time to one after the other"
