@@ -85,7 +85,7 @@ def test_every_student_compiles_on_eight_devices(student):
 
 
 def plan_without_libtpu(file, *options):
-    """Plans in a process of its own, which may have more devices; a TPU's compiler takes minutes."""
+    """Plans in a process of its own, which may have more devices; a TPU's compiler is slow."""
     code = (
         "import sys, importlib.util as util\n"
         "from dss.cli.main import main\n"
@@ -107,6 +107,7 @@ LARGEST = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "accelerator", "data", "model"),
     [("xxl", "v4", 4, 4), ("xxl", "v5p", 4, 2), ("xxl", "h100", 4, 2), ("base", "h100", 8, 4)],
