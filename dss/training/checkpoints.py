@@ -170,22 +170,35 @@ class Checkpoints:
         """Returns the state of a step, placed as the abstract state's shardings say.
 
         Raises:
-          UserError: the checkpoint is of a student of another size, or of another optimizer.
+          UserError: the checkpoint is of a student of another size, or of another optimizer, or an
+            array is not what was saved.
         """
-        params = self.restore_params(step, abstract.params)
+        state, saved = self._read_state(step, abstract)
+        self._check(step, state, saved)
+        return state
+
+    def _read_state(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the state of a step and the checksums that it was saved with, an item each."""
+        params, of_params = self._read_params(step, abstract.params)
         args = ocp.args.PyTreeRestore(
             abstract.opt_state,
             restore_args=ocp.checkpoint_utils.construct_restore_args(abstract.opt_state),
         )
         try:
-            opt_state = self._read(step, "opt_state", ocp.PyTreeCheckpointHandler(), args)
+            read = self._read(step, "opt_state", ocp.PyTreeCheckpointHandler(), args)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.folder / str(step)}: its optimizer state does not fit; was the run started "
                 f"with another optimizer? ({_first_line(error)})"
             ) from error
         step_array = place(np.array(step, abstract.step.dtype), abstract.step.sharding)
-        return TrainState(step_array, params, opt_state)
+        saved = {"params": of_params, "opt_state": read[1]}
+        return TrainState(step_array, params, read[0]), saved
+
+    def _check(self, step: int, state: Any, saved: dict[str, Any]) -> None:
+        """Raises UserError if an array is not what was saved. Every process must call it."""
+        for item, sums in saved.items():
+            check_sums(self.folder / str(step) / item, checksums(getattr(state, item)), sums)
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, dict[int, str]]:
         """Returns the state of the newest checkpoint that can be read.
@@ -203,13 +216,18 @@ class Checkpoints:
         damaged: dict[int, Exception] = {}
         for step in reversed(self.steps):
             try:
-                state = self.restore(step, abstract)
+                state, saved = self._read_state(step, abstract)
             except Exception as error:  # whatever a broken file makes Orbax raise
                 if _is_passing(error):
                     raise
                 damaged[step] = error
             if not all_agree(step not in damaged):
                 damaged.setdefault(step, UserError("another process cannot read it"))
+                continue
+            try:
+                self._check(step, state, saved)
+            except UserError as error:  # in every process
+                damaged[step] = error
                 continue
             if is_leader():
                 for bad in damaged:
@@ -227,8 +245,14 @@ class Checkpoints:
         """Returns the parameters of a step, placed as the abstract tree's shardings say.
 
         Raises:
-          UserError: the checkpoint is of a student of another size.
+          UserError: the checkpoint is of a student of another size, or an array is not what was
+            saved.
         """
+        params, saved = self._read_params(step, abstract)
+        check_sums(self.folder / str(step) / "params", checksums(params), saved)
+        return params
+
+    def _read_params(self, step: int, abstract: Any) -> tuple[Any, Any]:
         self.check_shapes(step, abstract)
         args = ocp.args.StandardRestore(abstract)
         return self._read(step, "params", ocp.StandardCheckpointHandler(), args)
@@ -237,15 +261,16 @@ class Checkpoints:
         """Returns the arrays of a step's "params" or "opt_state", to be read one at a time."""
         return Leaves(self.folder / str(step) / item)
 
-    def _read(self, step: int, item: str, handler: ocp.CheckpointHandler, args: Any) -> Any:
-        """Returns an item. Not through the manager, in which a process would wait for the others:
-        one that cannot read its part must be able to tell them.
+    def _read(
+        self, step: int, item: str, handler: ocp.CheckpointHandler, args: Any
+    ) -> tuple[Any, Any]:
+        """Returns an item and the checksums that it was saved with. Not through the manager, in
+        which a process would wait for the others: one that cannot read its part must be able to
+        tell them. So nothing is checked here, for which all must have read theirs.
         """
         where = self.folder / str(step) / item
-        tree = handler.restore(where, args=args)
-        saved = ocp.PyTreeCheckpointHandler().metadata(where).custom_metadata
-        check_sums(where, checksums(tree), saved)
-        return tree
+        saved: Any = ocp.PyTreeCheckpointHandler().metadata(where)
+        return handler.restore(where, args=args), saved.custom_metadata
 
     def check_shapes(self, step: int, abstract: Any) -> None:
         """Raises the user's error where a step's parameters are not of the abstract's shapes."""

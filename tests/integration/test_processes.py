@@ -121,17 +121,20 @@ def test_a_preempted_process_stops_all_at_one_saved_step(train_together, both, t
     assert_same_training(run, both)
 
 
-def test_what_one_process_cannot_read_is_set_aside_by_all(train_together, both, tmp_path):
+@pytest.mark.parametrize("rules", ["", "('embed', 'data'),"], ids=["data_parallel", "fsdp"])
+def test_what_one_process_cannot_read_is_set_aside_by_all(train_together, both, tmp_path, rules):
     run = tmp_path / "damaged"
     shutil.copytree(both, run)
     parts = list((run / "checkpoints" / "60").rglob("ocdbt.process_1/d/*"))
     assert parts
     for file in parts:
         os.truncate(file, 0)
-    leader, other = [finish(process) for process in train_together(run)]
+    processes = train_together(run, f"--gin.MeshConfig.rules=({rules})")
+    leader, other = [finish(process) for process in processes]
     assert "set aside as 60.damaged, and step 50 taken" in leader
     assert "damaged" not in other
-    assert_same_training(run, both)
+    if not rules:
+        assert_same_training(run, both)
 
 
 def test_several_processes_evaluate_and_predict_as_one(both, tmp_path):

@@ -163,7 +163,7 @@ def test_what_may_pass_is_not_damage(saved, state, error, monkeypatch):
         raise error
 
     checkpoints = Checkpoints(saved)
-    monkeypatch.setattr(checkpoints, "restore_params", fail)
+    monkeypatch.setattr(checkpoints, "_read", fail)
     with pytest.raises(type(error)):
         checkpoints.restore_newest(abstract(state))
     assert checkpoints.steps == [1, 2]
