@@ -107,7 +107,9 @@ def read(form: str, devices: int, folder: Path, pipe: Connection) -> None:
     params, peak = peak_of(load)
     seconds = time.monotonic() - start
     size = sum(x.nbytes for leaf in jax.tree.leaves(params) for x in _parts(leaf))
-    checkpoints = Checkpoints(folder / f"saved-{form}-{devices}", largest=largest_part(params))
+    checkpoints = Checkpoints(
+        folder / f"saved-{form}-{devices}", largest=largest_part(params), frozen=True
+    )
     gc.collect()
 
     def save() -> None:

@@ -18,7 +18,6 @@ from dss.errors import UserError
 __all__ = [
     "ACCELERATORS",
     "Accelerator",
-    "copy_rate",
     "find_accelerator",
     "has_tpu",
     "matmul_peak",
@@ -153,7 +152,7 @@ def matmul_peak(dtype: str) -> float:
     return 2 * side**3 / min(times)
 
 
-def copy_rate() -> float:
+def _copy_rate() -> float:
     """Returns the bytes a second of a copy in this machine's memory, the best of five."""
     source = np.ones(COPIED, np.uint8)
     target = np.empty_like(source)
@@ -175,7 +174,7 @@ def _this_machine(devices: int) -> Accelerator:
         reserve="a tenth is left to the system",
         flops={dtype: matmul_peak(dtype) / devices for dtype in ("bfloat16", "float32")},
         mfu=0.45,  # measured, docs/performance.md
-        links=copy_rate() / devices,
+        links=_copy_rate() / devices,
     )
 
 

@@ -453,7 +453,7 @@ def import_checkpoint(experiment: Experiment) -> Run:
     if not all_agree(not folder.exists() or not any(folder.iterdir())):  # before one writes
         raise UserError(f"{folder}: not empty; import into a new folder")
     run, params = create_run(experiment)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, largest=largest_part(params))
+    checkpoints = Checkpoints(folder / CHECKPOINTS, largest=largest_part(params), frozen=True)
     checkpoints.save(init_state(params, optax.identity()))
     checkpoints.close()
     return run

@@ -61,7 +61,7 @@ __all__ = [
 Batch = dict[str, np.ndarray]
 
 SAMPLE_STEPS = 32  # batches looked at to choose the width of rows
-CHUNK = 2**20  # items of batches that are laid out together, to see what they need
+CHUNK_STEPS, CHUNK_ITEMS = 1024, 2**20  # of batches laid out together, to see what they need
 
 
 class Sequences(NamedTuple):
@@ -237,7 +237,7 @@ class Batches:
             return
         sample = self._dealt(range(min(num_steps, SAMPLE_STEPS)))[0]
         self.widths = choose_widths(sample, longest)
-        steps = min(1024, max(1, CHUNK // self._most))
+        steps = min(CHUNK_STEPS, max(1, CHUNK_ITEMS // self._most))
         needed = [
             self._needed(self._dealt(range(start, min(start + steps, num_steps)))[0])
             for start in range(0, num_steps, steps)

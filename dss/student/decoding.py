@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dss.student.config import T5Config
-from dss.student.network import T5, Attention, Layer, bind, weigh
+from dss.student.network import T5, Attention, Layer, attend, bind
 
 __all__ = ["Beams", "Cache", "Source", "best_continuations", "generate", "score_candidates"]
 
@@ -114,7 +114,7 @@ def _step(
 
     def look(attention: Attention, y: jax.Array, cache: Cache, bias, mask) -> jax.Array:
         query = _heads(attention, y, attention.query)
-        found = weigh(_scores(query, cache.keys), cache.values, bias, mask)
+        found = attend(_scores(query, cache.keys), cache.values, bias, mask)
         return attention.combine(found.swapaxes(1, 2))
 
     x, out = model.embed(tokens), []

@@ -50,7 +50,6 @@ __all__ = [
     "logical_axes",
     "num_parameters",
     "relative_buckets",
-    "weigh",
 ]
 
 Params = dict[str, Any]
@@ -119,19 +118,17 @@ def relative_buckets(
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
+    scores: jax.Array,
     value: jax.Array,
     bias: jax.Array | None,
     mask: jax.Array,
     dropout_rate: float = 0.0,
     dropout_seed: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns softmax(query key^T + bias) value; T5 does not scale the scores.
+    """Returns softmax(scores + bias) value; T5 does not scale the scores.
 
     Args:
-      query: [..., H, T, K].
-      key: [..., H, S, K].
+      scores: query key^T, [..., H, T, S].
       value: [..., H, S, K].
       bias: [H, T, S] float32, or None.
       mask: [..., 1, T, S] bool, what may be attended to.
@@ -141,19 +138,6 @@ def attend(
     Returns:
       [..., H, T, K].
     """
-    scores = jnp.einsum("...tk,...sk->...ts", query, key)
-    return weigh(scores, value, bias, mask, dropout_rate, dropout_seed)
-
-
-def weigh(
-    scores: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array,
-    dropout_rate: float = 0.0,
-    dropout_seed: jax.Array | None = None,
-) -> jax.Array:
-    """Returns softmax(scores + bias) value, given scores [..., H, T, S]; see `attend`."""
     dtype, scores = scores.dtype, scores.astype(jnp.float32)
     if bias is not None:
         scores += bias
@@ -197,7 +181,8 @@ class Attention(nnx.Module):
         query = to_rows(self.project(x, self.query), rows)
         key = to_rows(self.project(encoded, self.key), encoded_rows)
         value = to_rows(self.project(encoded, self.value), encoded_rows)
-        y = attend(query, key, value, bias, mask, self.config.dropout_rate, seed)
+        scores = jnp.einsum("...tk,...sk->...ts", query, key)
+        y = attend(scores, value, bias, mask, self.config.dropout_rate, seed)
         return self.combine(from_rows(y, rows))
 
 

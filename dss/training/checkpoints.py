@@ -53,6 +53,26 @@ class _Manager(ocp.CheckpointManager):
             return None
 
 
+def _writer(largest: int | None, frozen: bool) -> ocp.BasePyTreeCheckpointHandler:
+    """Returns what writes an item; see `Checkpoints`."""
+    limits: dict[str, Any] = {}
+    if largest is not None:
+        limits["save_concurrent_bytes"] = largest + 1  # Orbax waits for fewer bytes than the limit
+    if frozen:
+        # As the docstring of SerializationStatusCallback says; there is no public name.
+        from orbax.checkpoint._src.serialization import types
+
+        class WhenDue(types.DefaultSerializationStatusCallback):
+            def key_priority(self, _: Any) -> types.TransferPriority:
+                return types.TransferPriority.ASYNCHRONOUS_DEPRIORITIZED
+
+        handler = ocp.type_handlers.ArrayHandler(callback=WhenDue())
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+        limits["type_handler_registry"] = registry
+        limits["save_device_host_concurrent_bytes"] = 1  # and at least one array at a time
+    return ocp.BasePyTreeCheckpointHandler(**limits)
+
+
 class Checkpoints:
     """The folder `<run>/checkpoints`.
 
@@ -64,24 +84,27 @@ class Checkpoints:
       folder: where the checkpoints are.
       largest: bytes of the largest part of an array to be saved, see `largest_part`; no more are
         on their way to the disk at once. None: all are.
+      frozen: what is saved does not change before `wait`, so that an array is copied from its
+        devices to the host when it is due. Else all are at once, before `save` returns.
       read_only: for evaluation; nothing is created or removed.
     """
 
     def __init__(
-        self, folder: epath.PathLike, *, largest: int | None = None, read_only: bool = False
+        self,
+        folder: epath.PathLike,
+        *,
+        largest: int | None = None,
+        frozen: bool = False,
+        read_only: bool = False,
     ):
         self.folder = absolute(folder)
         if read_only and not self.folder.is_dir():
             raise UserError(f"{folder}: no checkpoints; is it a run directory of `dss train`?")
         self._saved: int | None = None  # the step being written; disk does not show it yet
-        # Orbax waits for fewer bytes than the limit.
-        limit = None if largest is None else largest + 1
         self._manager = _Manager(
             self.folder,
             item_handlers={
-                name: ocp.PyTreeCheckpointHandler(
-                    handler_impl=ocp.BasePyTreeCheckpointHandler(save_concurrent_bytes=limit)
-                )
+                name: ocp.PyTreeCheckpointHandler(handler_impl=_writer(largest, frozen))
                 for name in ("params", "opt_state")
             },
             options=ocp.CheckpointManagerOptions(

@@ -105,7 +105,7 @@ def train(
     waited = spent = 0.0  # seconds of all steps but the first, which compiles
     pending: list[dict[str, jax.Array]] = []  # of the last steps, not looked at yet
 
-    def look() -> None:
+    def check_finite() -> None:
         """Raises if the parameters of any step so far may hold what is no number."""
         for i, values in enumerate(pending, start=step - len(pending)):
             for what, name in (("loss", "loss"), ("gradient's norm", "grad_norm")):
@@ -123,7 +123,7 @@ def train(
         pending.append(values)
         last = step == config.train_steps
         if step % config.log_period == 0 or last:
-            look()
+            check_finite()
             numbers = _numbers(values, task_names)
             rate = (step - clock_step) * examples_per_step / (time.monotonic() - clock)
             metrics.write(step, numbers)
@@ -133,7 +133,7 @@ def train(
         if step > start + 1:
             waited, spent = waited + waiting, spent + time.monotonic() - began
         if step % config.eval_period == 0 or last:
-            look()
+            check_finite()
             numbers = evaluate(state)
             if not np.isfinite(numbers["valid/loss"]):
                 said = f"step {step}: the validation loss is {numbers['valid/loss']}"
@@ -145,7 +145,7 @@ def train(
             clock, clock_step = time.monotonic(), step
     if spent:
         progress.finished(waited / spent)
-    look()
+    check_finite()
     metrics.sync()
     checkpoints.save(state)
     checkpoints.wait()

@@ -181,8 +181,8 @@ def test_what_a_user_waits_for_is_timed(tmp_path):
 
 
 def test_importing_a_checkpoint_takes_little_besides_it(tmp_path):
-    """What it takes is for a size where programs and threads weigh little; here all is counted."""
-    done = run("import_checkpoint.py", "--student=tiny", "--json", tmp_path / "figures.json")
+    """All parameters are 4.7 times the largest tensor."""
+    done = run("import_checkpoint.py", "--student=small", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [(row["format"], row["devices"], row["what"]) for row in rows] == [
@@ -191,7 +191,8 @@ def test_importing_a_checkpoint_takes_little_besides_it(tmp_path):
         for devices in (1, 8)
         for what in ("read", "save")
     ]
-    assert all(row["besides"] < 5 * row["largest"] + 100e6 for row in rows)
+    assert all(row["parameters"] > 4.5 * row["largest"] for row in rows)
+    assert all(row["besides"] < 2.5 * row["largest"] for row in rows)
 
 
 def test_a_step_takes_the_memory_that_was_planned(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
+from orbax.checkpoint._src.serialization import replica_slices
 
 from dss.errors import UserError
 from dss.student.network import abstract_params, init_params
@@ -93,6 +94,28 @@ def test_no_more_bytes_than_the_largest_part_are_on_their_way_at_once(tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, found.opt_state, state.opt_state)
     checkpoints.close()
     assert set(limits) == {largest + 1}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_frozen_state_is_copied_from_its_devices_array_by_array(
+    tmp_path, state, monkeypatch, frozen
+):
+    counts, transfer = [], replica_slices.transfer_arrays_to_host
+
+    def spy(arrays, *args, **kwargs):
+        counts.append(len(arrays))
+        return transfer(arrays, *args, **kwargs)
+
+    monkeypatch.setattr(replica_slices, "transfer_arrays_to_host", spy)
+    checkpoints = Checkpoints(tmp_path, largest=largest_part(state), frozen=frozen)
+    checkpoints.save(TrainState(state.step, state.params, ()))
+    checkpoints.close()
+    arrays = len(jax.tree.leaves(state.params))
+    assert counts == ([1] * arrays if frozen else [arrays])
+    reader = Checkpoints(tmp_path, read_only=True)
+    found = reader.restore_params(0, abstract(state.params))
+    jax.tree.map(np.testing.assert_array_equal, found, state.params)
+    reader.close()
 
 
 def test_a_state_is_restored_bitwise_and_onto_another_mesh(tmp_path, state):
