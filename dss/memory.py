@@ -5,7 +5,7 @@ import sys
 
 __all__ = ["keep_freed_memory", "return_freed_memory"]
 
-TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # of glibc's mallopt(3)
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -3, -4, -8  # of glibc's mallopt(3)
 
 
 def keep_freed_memory() -> None:
@@ -22,10 +22,11 @@ def keep_freed_memory() -> None:
 def return_freed_memory() -> None:
     """Has the C library give back what is freed, whichever thread had it.
 
-    For what reads and writes parameters, once: each thread would else keep what it has freed. Call
-    it as `keep_freed_memory`.
+    For what reads and writes parameters, once. Each thread would else keep what it has freed, and
+    glibc, which maps less and less once something large was freed, up to 64 MiB of it. Call it as
+    `keep_freed_memory`.
     """
-    _mallopt({ARENA_MAX: 1})
+    _mallopt({MMAP_THRESHOLD: 128 << 10, ARENA_MAX: 1})
 
 
 def _mallopt(values: dict[int, int]) -> None:

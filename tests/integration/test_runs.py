@@ -313,7 +313,8 @@ def test_the_quickstart_trains_compares_and_draws(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "The data are synthetic" in done.stdout
-    assert "[6/6] 120 examples, seed 0, step by step, 4 steps" in done.stdout
+    assert re.search(r"^\[\d/6\] 120 examples, seed 0, step by step, 4 steps: ", done.stdout, re.M)
+    assert re.findall(r"^\[(\d)/6\] ", done.stdout, re.M) == list("123456")
     results = json.loads((tmp_path / "q" / "results.json").read_text())
     assert len(results) == 6
     assert (tmp_path / "q" / "accuracy.png").stat().st_size > 5000
