@@ -22,8 +22,8 @@ from pathlib import Path
 from dss.accelerators import find_accelerator, simulate_devices
 from dss.cli.options import quiet_tpu
 from dss.config import parse_gin
-from dss.exchanges import Exchange, sending_seconds
 from dss.plan import Plan, plan
+from dss.program import Exchange, sending_seconds
 
 EXAMPLES = 8  # of a device
 LAYOUTS = ("data_parallel", "fsdp", "tensor_parallel", "two_d")

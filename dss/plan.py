@@ -23,8 +23,8 @@ from dss.data.batches import Batches
 from dss.data.store import TokenStore
 from dss.data.typical import INPUTS_MEAN, TARGETS_MEAN, typical_store
 from dss.errors import UserError
-from dss.exchanges import Exchange, exchanges, sending_seconds
 from dss.experiment import Experiment
+from dss.program import Exchange, exchanges, product_bytes, sending_seconds
 from dss.student.config import T5Config
 from dss.student.flops import computed_flops, useful_flops
 from dss.student.network import num_parameters
@@ -51,7 +51,8 @@ class Memory:
       optimizer: its moments.
       batch: the tokens.
       temporary: gradients and activations, and copies in the compute dtype.
-      other: outputs that take no argument's place, and on a TPU the program.
+      other: outputs that take no argument's place; on a TPU the program, on a CPU what its products
+        of matrices copy.
     """
 
     parameters: int
@@ -186,6 +187,7 @@ class Planner:
       store: the tokens.
       devices: of the mesh, real, simulated or of a topology.
       num_steps: how many are laid out to see what batches need.
+      cpu: whether it is CPUs that will take the step, not what they only compile for.
     """
 
     def __init__(
@@ -195,9 +197,11 @@ class Planner:
         store: TokenStore,
         devices: list[Any],
         num_steps: int,
+        *,
+        cpu: bool = False,
     ):
         self.experiment, self.config, self.store = experiment, config, store
-        self.num_steps = num_steps
+        self.num_steps, self.cpu = num_steps, cpu
         together = experiment.data.one_encoder_pass and len(store.tasks) > 1
         self.starts = (0,) * len(store.tasks) if together else None  # any ids would do
         self.mesh = make_mesh(experiment.mesh, devices)
@@ -261,13 +265,18 @@ class Planner:
             other += found.generated_code_size_in_bytes
         # A TPU pads arrays to tiles.
         other += max(found.argument_size_in_bytes - sum(parts.values()), 0)
-        memory = Memory(**parts, temporary=found.temp_size_in_bytes, other=other)
         seconds = time.perf_counter() - began
+        sent = None
         try:
             text = compiled.as_text()
-        except JaxRuntimeError:  # seen for XXL on 8 v5p: "async-update instruction should have ..."
-            return memory, None, seconds
-        return memory, exchanges(text, self.mesh.size), seconds
+        except JaxRuntimeError:
+            pass  # seen for XXL on 8 v5p: "async-update instruction should have ..."
+        else:
+            sent = exchanges(text, self.mesh.size)
+            if self.cpu:
+                other += product_bytes(text)
+        memory = Memory(**parts, temporary=found.temp_size_in_bytes, other=other)
+        return memory, sent, seconds
 
     def work(self, batch_size: int) -> Work:
         """Returns what a step does, from the first STEPS."""
@@ -421,7 +430,8 @@ def plan(
     store, lengths, real = _open_data(experiment, config, tokens)
     steps = experiment.trainer.train_steps
     num_steps = steps if real else min(steps, STEPS)
-    planner = Planner(experiment, config, store, devices, num_steps)
+    cpu = chip.name == "cpu"
+    planner = Planner(experiment, config, store, devices, num_steps, cpu=cpu)
 
     report(f"compiling a batch of {experiment.batch_size} with {compiler}")
     memory, sent, seconds = planner.compile(experiment.batch_size)

@@ -18,6 +18,43 @@ for _ in range(3):
 print(faults[2] - faults[1])
 """
 
+STEPS = """
+import pathlib
+from dss.memory import keep_freed_memory
+
+keep_freed_memory()
+import jax
+import jax.numpy as jnp
+
+def pages():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
+x, w = jnp.ones((8192, 32)), jnp.ones((32, 8192))
+step = jax.jit(lambda x: jnp.tanh(x @ w) @ w.T, donate_argnums=0).lower(x).compile()
+assert step.memory_analysis().temp_size_in_bytes >= 256 << 20
+before = pages()
+for _ in range(8):
+    x = step(x)
+jax.block_until_ready(x)
+print(pages() - before)
+"""
+
+TRIMMED = """
+import pathlib
+import numpy as np
+from dss.memory import keep_freed_memory, trim_freed_memory
+
+def pages():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
+keep_freed_memory()
+before = pages()
+np.ones(64 << 20, np.uint8)  # and freed
+assert pages() - before > 16000
+trim_freed_memory()
+print(pages() - before)
+"""
+
 KEPT = """
 import pathlib
 import threading
@@ -52,6 +89,15 @@ def printed(program: str) -> int:
 
 def test_freed_memory_is_used_again_without_a_page_fault():
     assert printed(FAULTS) < 100  # of 16,384 pages
+
+
+def test_steps_share_their_memory():
+    """Were they sent off without waiting, each would ask before the last one has freed."""
+    assert printed(STEPS) < 1.5 * 65536
+
+
+def test_what_is_kept_can_be_given_back():
+    assert printed(TRIMMED) < 1024
 
 
 def test_freed_memory_of_any_thread_is_given_back():

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dss.accelerators import Accelerator
-    from dss.exchanges import Exchange
     from dss.plan import Plan
+    from dss.program import Exchange
 
 __all__ = ["add_arguments", "run"]
 
@@ -154,7 +154,7 @@ def _print(found: "Plan", experiment) -> None:
         ("optimizer", memory.optimizer),
         ("batch", memory.batch),
         ("gradients and activations", memory.temporary),
-        ("program, padding, outputs", memory.other),
+        ("program, padding, outputs" if chip.tpu else "outputs, copies", memory.other),
         ("total", memory.total),
         ("usable", chip.usable),
     )

@@ -11,6 +11,7 @@ from jax.errors import JaxRuntimeError
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dss.errors import UserError
+from dss.memory import trim_freed_memory
 from dss.paths import absolute
 from dss.training.checksums import check_sums, checksums, path_names
 from dss.training.leaves import Leaves
@@ -187,6 +188,7 @@ class Checkpoints:
         }
         metrics = None if score is None else {SCORE: score, "step": step}
         self._saved = step
+        trim_freed_memory()  # the state's copy on the host is written while the next steps go on
         self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dss.accelerators import find_accelerator
-from dss.exchanges import Exchange, exchanges, sending_seconds
+from dss.program import Exchange, exchanges, product_bytes, sending_seconds
 from dss.training.mesh import MeshConfig, make_mesh
 
 PROGRAM = """HloModule step
@@ -96,3 +96,23 @@ def test_what_leaves_a_machine_is_sent_at_the_networks_speed():
     assert sending_seconds([near, far], find_accelerator("h100", 16)) == pytest.approx(0.1 + 0.9)
     assert sending_seconds([near, far], find_accelerator("v4", 16)) == pytest.approx(2 * 0.15)
     assert np.isfinite(find_accelerator("cpu", 2).links)
+
+
+def test_a_cpus_products_copy_their_right_side_but_in_fusions():
+    product = """  %right = f32[{rows},100]{{1,0}} add(%x, %y)
+  {root}%dot.2 = f32[5,100]{{1,0}} dot(%left, %right), lhs_contracting_dims={{1}}
+"""
+    outside, inside = product.format(rows=30, root=""), product.format(rows=90, root="ROOT ")
+    fused = f"%fused_dot (p: f32[100]) -> f32[5,100] {{\n{inside}}}\n\n"
+    call = "%f = f32[5,100]{1,0} fusion(%x), kind=kCustom, calls=%fused_dot\n"
+    text = PROGRAM.format(line=call + outside, known="").replace(
+        "%body.1 (", fused + "%body.1 (", 1
+    )
+    assert product_bytes(text) == 30 * 100 * 4
+    assert product_bytes(PROGRAM.format(line="", known="")) == 0
+
+
+def test_what_a_compiled_product_copies_is_found():
+    a, b = (jax.ShapeDtypeStruct((1000, width), jnp.float32) for width in (64, 3000))
+    compiled = jax.jit(lambda a, b: a.T @ b).lower(a, b).compile()
+    assert product_bytes(compiled.as_text()) == 1000 * 3000 * 4

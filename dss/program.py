@@ -1,4 +1,6 @@
-"""What devices send each other in a step, read off its compiled program, and how long it takes."""
+"""What a step's compiled program says: what devices send each other, and how long that takes; what
+a CPU's products of matrices take besides.
+"""
 
 import dataclasses
 import functools
@@ -10,7 +12,7 @@ import numpy as np
 
 from dss.accelerators import Accelerator
 
-__all__ = ["Exchange", "exchanges", "sending_seconds"]
+__all__ = ["Exchange", "exchanges", "product_bytes", "sending_seconds"]
 
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 EXCHANGE = re.compile(
@@ -18,6 +20,7 @@ EXCHANGE = re.compile(
 )
 LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 CALL = re.compile(r" (?:call|fusion|async-start)\(.*(?:to_apply|calls)=%?([\w.-]+)")
+PRODUCT = re.compile(r" dot\(%[\w.-]+, %([\w.-]+)\)")
 # A TPU's computation of this name has an all-reduce of which a device keeps its part alone.
 SCATTERED = "all-reduce-scatter"
 # Groups are written out, {{0,2},{1,3}}, or count through an array, [2,2]<=[2,2]T(1,0), or are along
@@ -93,12 +96,36 @@ def sending_seconds(sent: Iterable[Exchange], chip: Accelerator) -> float:
     return sum(exchange.sent / chip.speed(exchange.group) for exchange in sent)
 
 
-def _sent(kind: str, result: str, starts: bool, n: int) -> float:
-    """Returns the bytes that one of n devices sends for an operation with some result."""
-    sizes = [
+def product_bytes(text: str) -> int:
+    """Returns the bytes of the largest matrix that a CPU's products copy to multiply by it.
+
+    The compiler's own plan leaves them out. A product outside of a fusion is Eigen's, which orders
+    all of its right side anew; those within are a library's that goes piece by piece.
+
+    Args:
+      text: the compiled program of one device.
+    """
+    fused = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", text))
+    largest = 0
+    for _, name, body in COMPUTATION.findall(text):
+        if name not in fused:
+            results = dict(re.findall(r"%([\w.-]+) = (\w+\[[\d,]*\])", body))
+            for right in PRODUCT.findall(body):
+                largest = max(largest, *_array_bytes(results[right]))
+    return largest
+
+
+def _array_bytes(result: str) -> list[int]:
+    """Returns the bytes of each of the arrays of a result."""
+    return [
         _width(number) * math.prod(int(size) for size in shape.split(",") if size)
         for number, shape in re.findall(r"(\w+)\[([\d,]*)\]", result)
     ]
+
+
+def _sent(kind: str, result: str, starts: bool, n: int) -> float:
+    """Returns the bytes that one of n devices sends for an operation with some result."""
+    sizes = _array_bytes(result)
     if starts and kind != "all-reduce":  # the operands, too, are among its results
         sizes = sizes[:1] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
     parts = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
