@@ -112,7 +112,8 @@ def test_a_cpus_products_copy_their_right_side_but_in_fusions():
     assert product_bytes(PROGRAM.format(line="", known="")) == 0
 
 
-def test_what_a_compiled_product_copies_is_found():
-    a, b = (jax.ShapeDtypeStruct((1000, width), jnp.float32) for width in (64, 3000))
+def test_a_products_right_side_is_found_in_a_compiled_program():
+    """Of whole numbers, which no library takes over."""
+    a, b = (jax.ShapeDtypeStruct((1000, width), jnp.int32) for width in (64, 3000))
     compiled = jax.jit(lambda a, b: a.T @ b).lower(a, b).compile()
     assert product_bytes(compiled.as_text()) == 1000 * 3000 * 4

@@ -205,6 +205,18 @@ def test_a_step_takes_the_memory_that_was_planned(tmp_path):
     assert all(abs(row["off"]) <= 0.1 and row["measured"] > 5e8 for row in figures)
 
 
+def test_a_step_is_timed_on_every_mesh(tmp_path):
+    file = tmp_path / "figures.json"
+    sizes = ("--student=tiny", "--batch=16", "--devices=2", "--repeats=1")
+    done = run("mesh_step.py", *sizes, "--json", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(file.read_text())
+    meshes = [("data_parallel", "1x1"), ("data_parallel", "2x1"), ("fsdp", "2x1")]
+    assert [(row["layout"], row["mesh"]) for row in rows] == meshes
+    assert all(row["seconds"] > 0 for row in rows)
+    assert [row["mesh"] for row in rows if row["sent"] == 0] == ["1x1"]
+
+
 def test_points_of_scaling_are_plans_and_go_to_more_chips(tmp_path):
     """That all are there and agree; the figures are for larger students."""
     done = run(

@@ -1,0 +1,127 @@
+"""Times a step on meshes of simulated devices, in turn, beside what the plan says it exchanges.
+
+    python benchmarks/mesh_step.py [--student small] [--batch 32] [--devices 8] [--json FILE]
+
+The devices of all meshes share this machine, and every mesh takes the same batch: with nothing
+exchanged and nothing done twice a step would take as long on eight devices as on one. What a mesh
+adds is what its layout costs: products of narrower matrices, an update that every data shard makes
+again, and exchanges, copies within the machine here. The last column is the time of one device and
+that of the exchanges at the speed of a copy, as `dss plan --accelerator=cpu` has it. Tokens have
+lengths like CQA's; Adafactor, layers computed again backward, float32.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dss.accelerators import find_accelerator, simulate_devices
+from dss.cli.options import quiet_tpu
+from dss.config import parse_gin
+from dss.memory import keep_freed_memory
+from dss.program import exchanges, sending_seconds
+
+MOST = 8
+# Layout, data, model.
+MESHES = (
+    ("data_parallel", 1, 1),
+    ("data_parallel", 2, 1),
+    ("data_parallel", 4, 1),
+    ("data_parallel", 8, 1),
+    ("fsdp", 2, 1),
+    ("fsdp", 4, 1),
+    ("fsdp", 8, 1),
+    ("tensor_parallel", 4, 2),
+    ("two_d", 4, 2),
+)
+
+
+def prepare(student: str, batch_size: int, layout: str, data: int, model: int) -> tuple:
+    """Returns a function that takes a step and returns its seconds, and what a device sends."""
+    import jax
+
+    from dss.data.typical import typical_store
+    from dss.plan import STEPS, Planner, abstract_batch
+    from dss.student.network import init_params
+    from dss.training.mesh import put_batch
+    from dss.training.step import place_state
+
+    files = [f"students/{student}.gin", f"layouts/{layout}.gin", "runs/adafactor.gin"]
+    sizes = [f"MeshConfig.data={data}", f"MeshConfig.model={model}"]
+    experiment = parse_gin(files, ["Experiment.remat=full", f"BATCH_SIZE={batch_size}", *sizes])
+    config = experiment.settle(experiment.student)
+    store = typical_store(config.vocab_size)
+    planner = Planner(experiment, config, store, jax.devices()[: data * model], STEPS)
+    batches = planner.batches(batch_size)
+    wanted = abstract_batch(batches, planner.mesh)
+    program = planner.lower(wanted).compile()
+    shapes = {name: array.shape for name, array in wanted.items()}
+    batch = next(
+        batch
+        for batch in (batches[step] for step in range(STEPS))
+        if {name: array.shape for name, array in batch.items()} == shapes
+    )
+    params = init_params(config, 0, planner.shardings.params)
+    state = place_state(params, planner.optimizer, planner.shardings)
+    placed = put_batch(planner.mesh, batch)
+
+    def step() -> float:
+        nonlocal state
+        began = time.perf_counter()
+        state, metrics = program(state, placed)
+        jax.block_until_ready((state, metrics))
+        return time.perf_counter() - began
+
+    return step, exchanges(program.as_text(), data * model)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--student", default="small", help="a file of gin/students")
+    parser.add_argument("--batch", type=int, default=32, help="examples a step, of all devices")
+    parser.add_argument("--devices", type=int, default=MOST, help="leave out meshes of more")
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps of a mesh")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    args = parser.parse_args()
+    quiet_tpu()
+    simulate_devices(MOST)
+    keep_freed_memory()  # as the command line does
+
+    steps: list[Callable[[], float]] = []
+    rows: list[dict[str, Any]] = []
+    for layout, data, model in MESHES:
+        if data * model > args.devices:
+            continue
+        step, sent = prepare(args.student, args.batch, layout, data, model)
+        steps.append(step)
+        chip = find_accelerator("cpu", data * model)
+        rows.append(
+            {
+                "layout": layout,
+                "mesh": f"{data}x{model}",
+                "sent": data * model * sum(exchange.sent for exchange in sent),
+                "sending_seconds": sending_seconds(sent, chip),
+            }
+        )
+    seconds = [[step() for step in steps] for _ in range(1 + args.repeats)][1:]
+    for row, taken in zip(rows, zip(*seconds, strict=True), strict=True):
+        row |= {"seconds": statistics.median(taken), "all": taken}
+    alone = rows[0]["seconds"]
+    print("| layout | mesh | sent, GB | a step, s | of one device's | computed, s |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['layout']} | {row['mesh']} | {row['sent'] / 1e9:.2f} | {row['seconds']:.2f} "
+            f"| {row['seconds'] / alone:.2f} | {alone + row['sending_seconds']:.2f} |"
+        )
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
