@@ -430,8 +430,7 @@ def plan(
     store, lengths, real = _open_data(experiment, config, tokens)
     steps = experiment.trainer.train_steps
     num_steps = steps if real else min(steps, STEPS)
-    cpu = chip.name == "cpu"
-    planner = Planner(experiment, config, store, devices, num_steps, cpu=cpu)
+    planner = Planner(experiment, config, store, devices, num_steps, cpu=chip.name == "cpu")
 
     report(f"compiling a batch of {experiment.batch_size} with {compiler}")
     memory, sent, seconds = planner.compile(experiment.batch_size)

@@ -123,7 +123,7 @@ def test_a_preempted_process_stops_all_at_one_saved_step(train_together, both, t
 
 @pytest.mark.parametrize("rules", ["", "('embed', 'data'),"], ids=["data_parallel", "fsdp"])
 def test_what_one_process_cannot_read_is_set_aside_by_all(train_together, both, tmp_path, rules):
-    run = tmp_path / "damaged"
+    run = tmp_path / "run"  # not a word that is looked for
     shutil.copytree(both, run)
     parts = list((run / "checkpoints" / "60").rglob("ocdbt.process_1/d/*"))
     assert parts
@@ -132,7 +132,7 @@ def test_what_one_process_cannot_read_is_set_aside_by_all(train_together, both, 
     processes = train_together(run, f"--gin.MeshConfig.rules=({rules})")
     leader, other = [finish(process) for process in processes]
     assert "set aside as 60.damaged, and step 50 taken" in leader
-    assert "set aside" not in other
+    assert "damaged" not in other
     if not rules:
         assert_same_training(run, both)
 
