@@ -14,12 +14,15 @@ def keep_freed_memory() -> None:
     On a CPU a training step asks for all its intermediate results at once, gigabytes, and frees
     them at its end. Given back, every page of them must be taken and cleared anew by the next
     step. Programs run one after the other then, on the thread that calls them: a step that asked
-    before the last one has freed would have memory of its own, which is kept too. Call it before
-    JAX has made its devices; for the C library it does nothing where that is not glibc.
+    before the last one has freed would have memory of its own, which is kept too. And so would
+    each thread, where one device has them all; several simulated devices work at once, and find
+    no room between each other's memory. Call it when JAX knows its devices and has not made them;
+    for the C library it does nothing where that is not glibc.
     """
     import jax
 
-    _mallopt({MMAP_MAX: 0, TRIM_THRESHOLD: -1})
+    arenas = {ARENA_MAX: 1} if jax.config.jax_num_cpu_devices <= 1 else {}
+    _mallopt({MMAP_MAX: 0, TRIM_THRESHOLD: -1} | arenas)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 

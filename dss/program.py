@@ -20,7 +20,9 @@ EXCHANGE = re.compile(
 )
 LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
 CALL = re.compile(r" (?:call|fusion|async-start)\(.*(?:to_apply|calls)=%?([\w.-]+)")
-PRODUCT = re.compile(r" dot\(%[\w.-]+, %([\w.-]+)\)")
+PRODUCT = re.compile(
+    r" dot\(%[\w.-]+, %([\w.-]+)\), lhs_contracting_dims=\{(\d)\}, rhs_contracting_dims=\{(\d)\}"
+)
 # A TPU's computation of this name has an all-reduce of which a device keeps its part alone.
 SCATTERED = "all-reduce-scatter"
 # Groups are written out, {{0,2},{1,3}}, or count through an array, [2,2]<=[2,2]T(1,0), or are along
@@ -99,18 +101,17 @@ def sending_seconds(sent: Iterable[Exchange], chip: Accelerator) -> float:
 def product_bytes(text: str) -> int:
     """Returns the bytes of the largest matrix that a CPU's products copy to multiply by it.
 
-    The compiler's own plan leaves them out. A product outside of a fusion is Eigen's, which orders
-    all of its right side anew; those within are a library's that goes piece by piece.
+    The compiler's own plan leaves them out. The libraries that multiply order the right side anew
+    where either side is transposed; plain ones they take piece by piece.
 
     Args:
       text: the compiled program of one device.
     """
-    fused = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", text))
     largest = 0
-    for _, name, body in COMPUTATION.findall(text):
-        if name not in fused:
-            results = dict(re.findall(r"%([\w.-]+) = (\w+\[[\d,]*\])", body))
-            for right in PRODUCT.findall(body):
+    for _, _, body in COMPUTATION.findall(text):
+        results = dict(re.findall(r"%([\w.-]+) = (\w+\[[\d,]*\])", body))
+        for right, *contracted in PRODUCT.findall(body):
+            if contracted != ["1", "0"]:
                 largest = max(largest, *_array_bytes(results[right]))
     return largest
 

@@ -98,18 +98,16 @@ def test_what_leaves_a_machine_is_sent_at_the_networks_speed():
     assert np.isfinite(find_accelerator("cpu", 2).links)
 
 
-def test_a_cpus_products_copy_their_right_side_but_in_fusions():
-    product = """  %right = f32[{rows},100]{{1,0}} add(%x, %y)
-  {root}%dot.2 = f32[5,100]{{1,0}} dot(%left, %right), lhs_contracting_dims={{1}}
-"""
-    outside, inside = product.format(rows=30, root=""), product.format(rows=90, root="ROOT ")
-    fused = f"%fused_dot (p: f32[100]) -> f32[5,100] {{\n{inside}}}\n\n"
-    call = "%f = f32[5,100]{1,0} fusion(%x), kind=kCustom, calls=%fused_dot\n"
-    text = PROGRAM.format(line=call + outside, known="").replace(
-        "%body.1 (", fused + "%body.1 (", 1
+def test_a_cpus_products_copy_their_right_side_where_one_is_transposed():
+    product = """  %right.{rows} = f32[{rows},100]{{1,0}} add(%x, %y)
+  %dot = f32[5,100]{{1,0}} dot(%x, %right.{rows}), lhs_contracting_dims={{{l}}}, rhs_contracting_dims={{{r}}}
+"""  # noqa: E501
+    plain, left, right = (
+        product.format(rows=rows, l=l, r=r) for rows, l, r in ((90, 1, 0), (30, 0, 0), (40, 1, 1))
     )
-    assert product_bytes(text) == 30 * 100 * 4
-    assert product_bytes(PROGRAM.format(line="", known="")) == 0
+    assert product_bytes(PROGRAM.format(line=plain, known="")) == 0
+    assert product_bytes(PROGRAM.format(line=plain + left, known="")) == 30 * 100 * 4
+    assert product_bytes(PROGRAM.format(line=plain + left + right, known="")) == 40 * 100 * 4
 
 
 def test_a_products_right_side_is_found_in_a_compiled_program():

@@ -39,7 +39,7 @@ class DecodingConfig:
     num_beams: int = 1  # 1 is greedy
     closed: bool = True  # choose among the possible labels, where a task says what they are
     batch_size: int = 64  # inputs decoded together
-    length_multiple: int = 32  # inputs are padded to a multiple of this, for few compiled shapes
+    length_multiple: int = 16  # inputs are padded to a multiple of this, for few compiled shapes
 
     def __post_init__(self):
         check_types(self)

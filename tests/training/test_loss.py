@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dss.program import product_bytes
 from dss.training import loss as loss_module
 from dss.training.loss import (
     LossConfig,
@@ -142,3 +143,14 @@ def test_the_heads_gradient_crosses_the_mesh_once_not_in_every_chunk(
         ):
             exchanged[name in bodies] += len(re.findall(rf"\[{D},{V // model}\]", shapes))
     assert exchanged == {False: 1, True: 0}
+
+
+def test_a_cpu_copies_no_logits_for_the_heads_gradient():
+    """But the kernel, which is transposed for the gradient of the hidden states."""
+    config, mesh = LossConfig(num_tasks=2, rates=(0.5, 0.5)), make_mesh(MeshConfig())
+    shapes = [((8, 1024, 64), jnp.float32), ((64, 512), jnp.float32), ((2,), jnp.float32)]
+    shapes += [((8, 1024), jnp.int32)] * 2
+    gradient = jax.grad(lambda *args: head_loss(config, mesh, *args), (0, 1), has_aux=True)
+    args = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    text = jax.jit(gradient).lower(*args).compile().as_text()
+    assert product_bytes(text) == 64 * 512 * 4
