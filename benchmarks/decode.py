@@ -458,7 +458,7 @@ def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:
         pool.submit(write_weights, root, student, "ctranslate2" in args.sides).result()
     inputs, cores = random_inputs(args, student.vocab_size), usable_cores()[: args.threads]
     with ProcessPoolExecutor(1, context) as pool:
-        peak = pool.submit(measure_peak, cores).result()
+        before = pool.submit(measure_peak, cores).result()
     pipes, processes = {}, []
     for side in args.sides:
         pipes[side], theirs = context.Pipe()
@@ -467,10 +467,6 @@ def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:
         processes[-1].start()
         theirs.close()  # so that the end of the process ends the pipe
     result = compare(pipes, root, args, student, inputs)
-    for row in result["decoding"]:
-        if "operations_per_second" in row:
-            row["share_of_peak"] = row.pop("operations_per_second") / peak
-    result["peak_gflops"] = peak / 1e9
     if "dss" in pipes:
         result["scoring"] = compare_scoring(pipes["dss"], root, args)
     result["sides"] = {}
@@ -479,6 +475,12 @@ def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:
         result["sides"][side] = pipe.recv()
     for process in processes:
         process.join()
+    with ProcessPoolExecutor(1, context) as pool:  # twice: a machine has its slow moments
+        peak = max(before, pool.submit(measure_peak, cores).result())
+    for row in result["decoding"]:
+        if "operations_per_second" in row:
+            row["share_of_peak"] = row.pop("operations_per_second") / peak
+    result["peak_gflops"] = peak / 1e9
     return result
 
 

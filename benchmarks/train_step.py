@@ -4,14 +4,14 @@
         --vocab FILE [--steps 5] [--json FILE]
     python benchmarks/train_step.py --student small --random
 
-Sides: dss packed, the same with both views of an example read in one pass of the encoder
-(gin/variants/one_encoder_pass.gin), dss unpacked, and the step of the reference (transformers' T5,
-each view padded to its longest sequence, AdamW) in float32 and under bfloat16 autocast. Every side
-is a process of its own that keeps its model; they take their steps one after another, on the same
-examples, and the medians are of the steps after the first two. Useful operations are those of the
-tokens that are there, forward and backward; the peak is that of a matrix product in --dtype on the
-same device. On an accelerator, --sides "dss packed" --dtype bfloat16 (PyTorch's sides stay on the
-CPU); memory is then the device's.
+Sides: dss packed, dss unpacked, and the step of the reference (transformers' T5, each view padded
+to its longest sequence, AdamW) in float32 and under bfloat16 autocast; with --sides also dss one
+pass, where the encoder reads both views of an example at once (gin/variants/one_encoder_pass.gin).
+Every side is a process of its own that keeps its model and its memory (small, 36 examples: 20 GB in
+all); they take their steps one after another, on the same examples, and the medians are of the
+steps after the first two. Useful operations are those of the tokens that are there, forward and
+backward; the peak is that of a matrix product in --dtype on the same device. On an accelerator:
+--sides "dss packed" --dtype bfloat16 (PyTorch's sides stay on the CPU); memory is the device's.
 """
 
 import argparse
@@ -45,8 +45,8 @@ from dss.student.flops import useful_flops
 ALPHA, DROPOUT, LEARNING_RATE = 0.5, 0.1, 5e-5
 WARM = 2  # steps before those that count
 PACKED, ONE_PASS, UNPACKED = DSS_SIDES = ("dss packed", "dss one pass", "dss unpacked")
-SIDES = (*DSS_SIDES, "PyTorch f32", "PyTorch bf16")
 REFERENCE = "PyTorch f32"
+SIDES = (PACKED, UNPACKED, REFERENCE, "PyTorch bf16")
 IGNORED = -100  # the target that PyTorch's loss leaves out
 
 
@@ -224,6 +224,42 @@ def student(args: argparse.Namespace) -> T5Config:
     return experiment.settle(experiment.student)
 
 
+def take_steps(args: argparse.Namespace, config: T5Config) -> dict[str, dict]:
+    """Returns the figures of sides that take their steps in turn."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for side in args.sides:
+        pipes[side], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(side, args, theirs), daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that the end of the process ends the pipe
+        pipes[side].recv()
+    seconds: dict[str, list[float]] = {side: [] for side in args.sides}
+    for number in range(WARM + args.steps):
+        for side, pipe in pipes.items():
+            pipe.send(number)
+            seconds[side].append(pipe.recv())
+    sides = {}
+    for side, pipe in pipes.items():
+        pipe.send(None)
+        batches = open_batches(args, config.vocab_size, side, packed=False)
+        tokens, operations = [], []
+        for number in range(WARM, WARM + args.steps):
+            inputs, targets, reads = batches.lengths(number)
+            tokens.append(int(inputs.sum() + targets.sum()))
+            operations.append(useful_flops(config, inputs, targets, reads))
+        taken = statistics.median(seconds[side][WARM:])
+        sides[side] = {
+            "seconds": round(taken, 3),
+            "examples_per_second": round(args.batch / taken, 2),
+            "tokens_per_second": round(statistics.mean(tokens) / taken, 1),
+            "operations_per_second": statistics.mean(operations) / taken,
+        } | pipe.recv()
+    for process in processes:
+        process.join()
+    return sides
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", default="small", help="a file of gin/students")
@@ -237,7 +273,9 @@ def main() -> int:
         "--dtype", default="float32", choices=("float32", "bfloat16"), help="of dss"
     )
     parser.add_argument("--random", action="store_true", help="random tokens, no data")
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    parser.add_argument(
+        "--sides", nargs="+", default=list(SIDES), choices=(*SIDES, ONE_PASS), metavar="SIDE"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
     quiet_tpu()
@@ -249,36 +287,11 @@ def main() -> int:
     except UserError as error:
         print(f"train_step: {error}", file=sys.stderr)
         return 2
-    context = multiprocessing.get_context("spawn")
-    pipes, processes = {}, []
-    for side in args.sides:
-        pipes[side], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(side, args, theirs), daemon=True))
-        processes[-1].start()
-        pipes[side].recv()
-    seconds: dict[str, list[float]] = {side: [] for side in args.sides}
-    for number in range(WARM + args.steps):
-        for side, pipe in pipes.items():
-            pipe.send(number)
-            seconds[side].append(pipe.recv())
-    result: dict = {"sides": {}}
-    for side, pipe in pipes.items():
-        pipe.send(None)
-        batches = open_batches(args, config.vocab_size, side, packed=False)
-        tokens, operations = [], []
-        for number in range(WARM, WARM + args.steps):
-            inputs, targets, reads = batches.lengths(number)
-            tokens.append(int(inputs.sum() + targets.sum()))
-            operations.append(useful_flops(config, inputs, targets, reads))
-        taken = statistics.median(seconds[side][WARM:])
-        result["sides"][side] = {
-            "seconds": round(taken, 3),
-            "examples_per_second": round(args.batch / taken, 2),
-            "tokens_per_second": round(statistics.mean(tokens) / taken, 1),
-            "operations_per_second": statistics.mean(operations) / taken,
-        } | pipe.recv()
-    for process in processes:
-        process.join()
+    try:
+        result = {"sides": take_steps(args, config)}
+    except EOFError:
+        print("train_step: a side has ended; what it said is above", file=sys.stderr)
+        return 1
     peak = matmul_peak(args.dtype)
     for row in result["sides"].values():
         row["share_of_peak"] = round(row.pop("operations_per_second") / peak, 3)

@@ -21,7 +21,8 @@ def keep_freed_memory() -> None:
     """
     import jax
 
-    arenas = {ARENA_MAX: 1} if jax.config.jax_num_cpu_devices <= 1 else {}
+    simulated = jax.config.values["jax_num_cpu_devices"]  # -1 where nothing was said
+    arenas = {ARENA_MAX: 1} if simulated <= 1 else {}
     _mallopt({MMAP_MAX: 0, TRIM_THRESHOLD: -1} | arenas)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 

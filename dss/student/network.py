@@ -28,6 +28,7 @@ from dss.student.config import T5Config
 from dss.student.ops import (
     PRODUCT,
     Rows,
+    add_bias,
     dropout,
     dropout_seeds,
     from_rows,
@@ -138,11 +139,15 @@ def attend(
     Returns:
       [..., H, T, K].
     """
-    dtype, scores = scores.dtype, scores.astype(jnp.float32)
+    dtype, shape = value.dtype, (*scores.shape[:-1], value.shape[-1])
+    # One axis before the heads, see `rms_norm`.
+    scores, value, mask = (x.reshape(-1, *x.shape[-3:]) for x in (scores, value, mask))
+    scores = scores.astype(jnp.float32)
     if bias is not None:
-        scores += bias
+        scores = add_bias(scores, bias.astype(jnp.float32))
     weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(dtype)
-    return jnp.einsum("...ts,...sk->...tk", dropout(weights, dropout_rate, dropout_seed), value)
+    weights = dropout(weights, dropout_rate, dropout_seed)
+    return jnp.einsum("bhts,bhsk->bhtk", weights, value).reshape(shape)
 
 
 class Attention(nnx.Module):

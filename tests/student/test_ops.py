@@ -7,6 +7,7 @@ import pytest
 
 from dss.student.ops import (
     Rows,
+    add_bias,
     dropout,
     dropout_seeds,
     from_rows,
@@ -36,12 +37,13 @@ def heads(y, kernel):
     ("ours", "plain", "args"),
     [
         (lambda x, s: rms_norm(x, s, 1e-6), plain_norm, [(2, 5, 8), (8,)]),
+        (add_bias, jnp.add, [(4, 2, 3, 5), (2, 3, 5)]),
         (linear, dense, [(2, 5, 8), (8, 3)]),
         (linear, dense, [(2, 5, 3), (3, 8)]),
         (lambda x, k: linear(x, k, 2), heads, [(2, 5, 3, 4), (3, 4, 6)]),
         (lambda x, k: linear(x, k, 2), heads, [(2, 5, 3, 4), (3, 4, 20)]),
     ],
-    ids=["norm", "narrowing", "widening", "of heads", "of heads, wider"],
+    ids=["norm", "bias", "narrowing", "widening", "of heads", "of heads, wider"],
 )
 def test_values_and_gradients_are_those_of_the_plain_form(ours, plain, args):
     arrays = [normal(i, *shape) for i, shape in enumerate(args)]
