@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from dss.student.ops import transposed
+
 __all__ = [
     "LossConfig",
     "cross_entropy",
@@ -150,19 +152,6 @@ def _logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.dot(hidden, kernel, preferred_element_type=jnp.float32)
 
 
-def _transposed(hidden: jax.Array) -> jax.Array:
-    """Returns hidden states [C, D] as [D, C], to be multiplied from the left.
-
-    A product takes a transposed operand as it lies, but a CPU's then copies all of the other one,
-    which are a chunk's logits here: it gets this one written out anew.
-    """
-
-    def written(x: jax.Array) -> jax.Array:
-        return jax.lax.optimization_barrier(x.T)
-
-    return jax.lax.platform_dependent(hidden, cpu=written, default=lambda x: x.T)
-
-
 def _token_losses(config: LossConfig, targets: jax.Array, logits: jax.Array) -> jax.Array:
     return cross_entropy(
         logits, targets, label_smoothing=config.label_smoothing, z_loss=config.z_loss
@@ -270,7 +259,7 @@ def _head_forward(config, mesh, hidden, kernel, weights, targets, task_ids):
             (d_logits,) = back(jnp.concatenate([jnp.zeros(1), weights])[task_ids])
             d_logits = d_logits.astype(dtype)
             d_hidden = jnp.dot(d_logits, kernel.T)
-            d_kernel = jnp.dot(_transposed(hidden), d_logits, preferred_element_type=jnp.float32)
+            d_kernel = jnp.dot(transposed(hidden, 1), d_logits, preferred_element_type=jnp.float32)
             return jax.tree.map(jnp.add, total, (sums, d_kernel)), d_hidden
 
         zeros = jnp.zeros(config.num_tasks), jnp.zeros(kernel.shape, jnp.float32)
