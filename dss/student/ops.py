@@ -109,9 +109,9 @@ add_bias.defvjp(lambda scores, bias: (scores + bias, None), _add_bias_backward)
 def transposed(x: jax.Array, dims: int) -> jax.Array:
     """Returns x [*N, *I] as [*I, *N], where I are `dims` dimensions, to multiply from the left.
 
-    A CPU's product needs that operand written out. Without it all of the other one may be copied;
-    and written out in one loop with what makes x, it takes four to eight times as long, so that
-    here it is a call which XLA keeps as it is.
+    A CPU's product reads it only so. Left to itself XLA writes it out in one loop with what makes
+    x, which takes four to eight times as long, or has the product copy all of its other operand; a
+    call it keeps as it is.
     """
 
     def swap(x: jax.Array) -> jax.Array:
@@ -127,9 +127,8 @@ def transposed(x: jax.Array, dims: int) -> jax.Array:
 def linear(x: jax.Array, kernel: jax.Array, dims: int = 1) -> jax.Array:
     """Returns x [..., *I] times kernel [*I, *O], [..., *O], where I are `dims` dimensions.
 
-    The kernel's gradient is written out so that the narrower of x and its gradient g is the one
-    that a CPU has to transpose. Policies of `jax.checkpoint` do not look into a written gradient;
-    they know the result by its name, `PRODUCT`.
+    The kernel's gradient is written out for the sake of `transposed`. Policies of `jax.checkpoint`
+    do not look into a written gradient; they know the result by its name, `PRODUCT`.
     """
     return checkpoint_name(_linear(x, kernel, dims), PRODUCT)
 
@@ -146,10 +145,7 @@ def _linear_backward(dims, saved, g):
     ours, theirs = tuple(range(g.ndim - outputs, g.ndim)), tuple(range(dims, kernel.ndim))
     rows = tuple(range(x.ndim - dims))
     dx = jax.lax.dot_general(g, kernel, ((ours, theirs), ((), ())))
-    if np.prod(kernel.shape[:dims]) <= np.prod(kernel.shape[dims:]):
-        return dx, jnp.tensordot(transposed(x, dims), g, len(rows))
-    order = [*range(outputs, kernel.ndim), *range(outputs)]
-    return dx, jnp.tensordot(transposed(g, outputs), x, len(rows)).transpose(order)
+    return dx, jnp.tensordot(transposed(x, dims), g, len(rows))
 
 
 _linear.defvjp(lambda x, kernel, dims: (_linear(x, kernel, dims), (x, kernel)), _linear_backward)
