@@ -43,12 +43,10 @@ MESHES = (
 def prepare(student: str, batch_size: int, layout: str, data: int, model: int) -> tuple:
     """Returns a function that takes a step and returns its seconds, and what a device sends."""
     import jax
+    from largest import compile_largest, place
 
     from dss.data.typical import typical_store
-    from dss.plan import STEPS, Planner, abstract_batch
-    from dss.student.network import init_params
-    from dss.training.mesh import put_batch
-    from dss.training.step import place_state
+    from dss.plan import STEPS, Planner
 
     files = [f"students/{student}.gin", f"layouts/{layout}.gin", "runs/adafactor.gin"]
     sizes = [f"MeshConfig.data={data}", f"MeshConfig.model={model}"]
@@ -56,18 +54,8 @@ def prepare(student: str, batch_size: int, layout: str, data: int, model: int) -
     config = experiment.settle(experiment.student)
     store = typical_store(config.vocab_size)
     planner = Planner(experiment, config, store, jax.devices()[: data * model], STEPS)
-    batches = planner.batches(batch_size)
-    wanted = abstract_batch(batches, planner.mesh)
-    program = planner.lower(wanted).compile()
-    shapes = {name: array.shape for name, array in wanted.items()}
-    batch = next(
-        batch
-        for batch in (batches[step] for step in range(STEPS))
-        if {name: array.shape for name, array in batch.items()} == shapes
-    )
-    params = init_params(config, 0, planner.shardings.params)
-    state = place_state(params, planner.optimizer, planner.shardings)
-    placed = put_batch(planner.mesh, batch)
+    program, batch = compile_largest(planner, batch_size)
+    state, placed = place(planner, batch)
 
     def step() -> float:
         nonlocal state

@@ -75,13 +75,11 @@ def measure(student: str, row: str, pipe: Connection) -> None:
     quiet_tpu()
     simulate_devices(data * model)
     import jax
+    from largest import compile_largest, place
 
     from dss.data.typical import typical_store
     from dss.memory import keep_freed_memory
-    from dss.plan import STEPS, Planner, abstract_batch
-    from dss.student.network import init_params
-    from dss.training.mesh import put_batch
-    from dss.training.step import place_state
+    from dss.plan import STEPS, Planner
 
     keep_freed_memory()  # as the command line does
     sizes = [f"BATCH_SIZE={batch_size}", f"MeshConfig.data={data}", f"MeshConfig.model={model}"]
@@ -92,20 +90,10 @@ def measure(student: str, row: str, pipe: Connection) -> None:
     )
     planned, _, _ = planner.compile(batch_size)
 
-    batches = planner.batches(batch_size)
-    wanted = abstract_batch(batches, planner.mesh)
-    compiled = planner.lower(wanted).compile()
-    shape = {name: array.shape for name, array in wanted.items()}
-    number = next(
-        i for i in range(STEPS) if {name: a.shape for name, a in batches[i].items()} == shape
-    )
+    compiled, batch = compile_largest(planner, batch_size)
     settle_memory()
     before = resident("VmRSS")
-    params = init_params(config, 0, planner.shardings.params)
-    state = place_state(params, planner.optimizer, planner.shardings)
-    batch = put_batch(planner.mesh, batches[number])
-    jax.block_until_ready((state, batch))
-    del params
+    state, batch = place(planner, batch)
     settle_memory()
     for _ in range(TIMES):
         state, metrics = compiled(state, batch)

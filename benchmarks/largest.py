@@ -1,0 +1,29 @@
+"""The step that `dss plan` plans, that of the largest batch, to be taken by two benchmarks."""
+
+from typing import Any
+
+import jax
+
+from dss.plan import Planner, abstract_batch
+from dss.student.network import init_params
+from dss.training.mesh import put_batch
+from dss.training.step import place_state
+
+
+def compile_largest(planner: Planner, batch_size: int) -> tuple[Any, dict]:
+    """Returns the compiled step and a batch of the largest shape that the planned steps have."""
+    batches = planner.batches(batch_size)
+    wanted = abstract_batch(batches, planner.mesh)
+    shapes = {name: array.shape for name, array in wanted.items()}
+    found = (batches[step] for step in range(planner.num_steps))
+    batch = next(b for b in found if {name: a.shape for name, a in b.items()} == shapes)
+    return planner.lower(wanted).compile(), batch
+
+
+def place(planner: Planner, batch: dict) -> tuple[Any, Any]:
+    """Returns the state before the first step and the batch, on the mesh."""
+    params = init_params(planner.config, 0, planner.shardings.params)
+    state = place_state(params, planner.optimizer, planner.shardings)
+    placed = put_batch(planner.mesh, batch)
+    jax.block_until_ready((state, placed))
+    return state, placed
