@@ -137,3 +137,16 @@ def test_without_rows_a_group_is_a_row():
     y = to_rows(x, None)
     assert y.shape == (3, 1, 2, 5, 4)
     np.testing.assert_array_equal(from_rows(y, None), x)
+
+
+def test_a_cpu_turns_a_kernels_inputs_around_apart_from_what_makes_them():
+    def loss(kernel, x, seed):
+        return linear(dropout(x, 0.1, seed), kernel).sum()
+
+    args = (normal(0, 32, 48), normal(1, 64, 32), jnp.zeros(2, jnp.uint32))
+    program = jax.jit(jax.grad(loss)).lower(*args).compile().as_text()
+    computations = program.split("\n\n")
+    (hashed,) = (c for c in computations if " xor(" in c)
+    (copied,) = (c for c in computations if " copy(" in c and "ENTRY" not in c)
+    assert hashed is not copied
+    assert "-> f32[32,64] {" in copied
