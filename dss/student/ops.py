@@ -110,7 +110,7 @@ def transposed(x: jax.Array, dims: int) -> jax.Array:
     """Returns x [*N, *I] as [*I, *N], where I are `dims` dimensions, to multiply from the left.
 
     A CPU's product reads it only so. Left to itself XLA writes it out in one loop with what makes
-    x, which takes four to eight times as long, or has the product copy all of its other operand; a
+    x, which takes four to seven times as long, or has the product copy all of its other operand; a
     call it keeps as it is.
     """
 
