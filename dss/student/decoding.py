@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dss.student.config import T5Config
-from dss.student.network import T5, Attention, Layer, attend, bind
+from dss.student.network import T5, Attention, Layer, bind
+from dss.student.ops import additive_mask, attend
 
 __all__ = ["Beams", "Cache", "Source", "best_continuations", "generate", "score_candidates"]
 
@@ -62,17 +63,7 @@ class Source(NamedTuple):
 
     layers: list[Layer]
     crossed: list[Cache]  # of the encoder's output, a layer each
-    mask: jax.Array  # [B, 1, 1, S], the inputs that are no padding
-
-
-def _scores(query: jax.Array, keys: jax.Array) -> jax.Array:
-    """Returns query [B, H, N, K] keys^T [B, H, P, K], [B, H, N, P].
-
-    The keys come first: a CPU's product copies its second operand into blocks, and few queries are
-    less to copy. The barrier keeps XLA from turning the product around again.
-    """
-    scores = jnp.einsum("bhpk,bhnk->bhpn", keys, query)
-    return jax.lax.optimization_barrier(scores).swapaxes(2, 3)
+    mask: jax.Array  # [B, 1, 1, S], see `additive_mask`: the inputs that are no padding
 
 
 def _step(
@@ -104,7 +95,7 @@ def _step(
     positions = jnp.arange(P)
     bias = jnp.repeat(decoder.bias(t[None], positions), N, axis=-1)
     own = ancestors[..., None] == jnp.arange(N)  # [B, N, P, N]
-    past = (own & (positions <= t)[:, None]).reshape(B, 1, N, P * N)
+    past = additive_mask((own & (positions <= t)[:, None]).reshape(B, 1, N, P * N))
 
     def cached(layer: Layer, y: jax.Array, cache: Cache) -> Cache:
         kernels = (layer.attention.key, layer.attention.value)
@@ -114,7 +105,7 @@ def _step(
 
     def look(attention: Attention, y: jax.Array, cache: Cache, bias, mask) -> jax.Array:
         query = _heads(attention, y, attention.query)
-        found = attend(_scores(query, cache.keys), cache.values, bias, mask)
+        found = attend(query, cache.keys, cache.values, bias, mask)
         return attention.combine(found.swapaxes(1, 2))
 
     x, out = model.embed(tokens), []
@@ -160,7 +151,7 @@ def generate(
     segments = _input_segments(inputs)
     encoded, layers = model.encode(inputs, segments), _layers(model)
     crossed = [_cross_cache(layer, encoded) for layer in layers]
-    source = Source(layers, crossed, (segments > 0)[:, None, None])
+    source = Source(layers, crossed, additive_mask((segments > 0)[:, None, None]))
     if num_beams == 1:
         return _greedy(model, source, max_length, start, stop)
     return _beam_search(model, source, max_length, num_beams, start, stop)

@@ -91,9 +91,10 @@ def computed_flops(
     """
     (R, S), (Q, T) = encoder_rows, decoder_rows
     forward = forward_flops(config, *slots, R * S * S, Q * T * T, Q * T * cross_width)
+    scores = forward.attention / 2
     again = {
-        "none": 0.0,
-        "dots": forward.attention,
-        "full": forward.attention + forward.layers,
+        "none": scores,
+        "dots": scores + forward.attention,
+        "full": scores + forward.attention + forward.layers,
     }[config.remat]
     return 3 * (forward.layers + forward.attention + forward.head) + again

@@ -28,7 +28,8 @@ from dss.student.config import T5Config
 from dss.student.ops import (
     PRODUCT,
     Rows,
-    add_bias,
+    additive_mask,
+    attend,
     dropout,
     dropout_seeds,
     from_rows,
@@ -45,7 +46,6 @@ __all__ = [
     "Mlp",
     "Stack",
     "abstract_params",
-    "attend",
     "bind",
     "init_params",
     "logical_axes",
@@ -54,7 +54,6 @@ __all__ = [
 ]
 
 Params = dict[str, Any]
-MASKED = -1e10  # the scores that must not count; T5X's value
 
 AXES = {  # logical axes of each parameter; a layer's have "layers" before them
     "embedding": ("vocab", "embed"),
@@ -118,38 +117,6 @@ def relative_buckets(
     return offset + xp.where(distance < exact, distance, far)
 
 
-def attend(
-    scores: jax.Array,
-    value: jax.Array,
-    bias: jax.Array | None,
-    mask: jax.Array,
-    dropout_rate: float = 0.0,
-    dropout_seed: jax.Array | None = None,
-) -> jax.Array:
-    """Returns softmax(scores + bias) value; T5 does not scale the scores.
-
-    Args:
-      scores: query key^T, [..., H, T, S].
-      value: [..., H, S, K].
-      bias: [H, T, S] float32, or None.
-      mask: [..., 1, T, S] bool, what may be attended to.
-      dropout_rate: of the weights.
-      dropout_seed: [2], or None for no dropout.
-
-    Returns:
-      [..., H, T, K].
-    """
-    dtype, shape = value.dtype, (*scores.shape[:-1], value.shape[-1])
-    # One axis before the heads, see `rms_norm`.
-    scores, value, mask = (x.reshape(-1, *x.shape[-3:]) for x in (scores, value, mask))
-    scores = scores.astype(jnp.float32)
-    if bias is not None:
-        scores = add_bias(scores, bias.astype(jnp.float32))
-    weights = jax.nn.softmax(jnp.where(mask, scores, MASKED), axis=-1).astype(dtype)
-    weights = dropout(weights, dropout_rate, dropout_seed)
-    return jnp.einsum("bhts,bhsk->bhtk", weights, value).reshape(shape)
-
-
 class Attention(nnx.Module):
     """Multi-head attention without biases or scaling."""
 
@@ -180,14 +147,13 @@ class Attention(nnx.Module):
           encoded: what is looked at: x, or the encoder's output.
           encoded_rows: its `Rows`, or None.
           bias: see `attend`.
-          mask: [G, R, 1, T, S] bool.
+          mask: [G, R, 1, T, S], see `additive_mask`.
           seed: [2] of dropout, or None.
         """
         query = to_rows(self.project(x, self.query), rows)
         key = to_rows(self.project(encoded, self.key), encoded_rows)
         value = to_rows(self.project(encoded, self.value), encoded_rows)
-        scores = jnp.einsum("...tk,...sk->...ts", query, key)
-        y = attend(scores, value, bias, mask, self.config.dropout_rate, seed)
+        y = attend(query, key, value, bias, mask, self.config.dropout_rate, seed)
         return self.combine(from_rows(y, rows))
 
 
@@ -207,14 +173,14 @@ class Mlp(nnx.Module):
         kernels = [self.wi_0, self.wi_1] if self.config.gated else [self.wi_0]
         inner = [linear(x, kernel[...].astype(x.dtype)) for kernel in kernels]
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)  # cheaper than reading what it made
-        def activate(inner: list[jax.Array], seed: jax.Array | None) -> jax.Array:
+        @functools.partial(jax.checkpoint, prevent_cse=False)  # of all this keeps `inner` alone
+        def finish(inner: list[jax.Array], wo: jax.Array, seed: jax.Array | None) -> jax.Array:
             hidden = ACTIVATIONS[self.config.activation](inner[0])
             for gate in inner[1:]:
                 hidden *= gate
-            return dropout(hidden, self.config.dropout_rate, seed)
+            return linear(dropout(hidden, self.config.dropout_rate, seed), wo)
 
-        return linear(activate(inner, seed), self.wo[...].astype(x.dtype))
+        return finish(inner, self.wo[...].astype(x.dtype), seed)
 
 
 class Layer(nnx.Module):
@@ -241,7 +207,7 @@ class Layer(nnx.Module):
           x: the residual stream.
           rows: `Rows` of x, or None.
           bias: [H, S, S] of its positions.
-          mask: [G, R, 1, S, S] bool.
+          mask: [G, R, 1, S, S], see `additive_mask`.
           cross: in a decoder: the encoder's output, its `Rows` or None, and the mask.
           seeds: [6, 2] of dropout, or None.
         """
@@ -366,7 +332,7 @@ class T5(nnx.Module):
         """
         rows = None if row_slots is None else Rows.of(row_slots, inputs.shape[1])
         segments = _in_rows(segment_ids, rows)
-        mask = _same_segment(segments, segments)
+        mask = additive_mask(_same_segment(segments, segments))
         return self.encoder(self.embed(inputs), rows, mask, dropout_key=dropout_key)
 
     def decode(
@@ -405,8 +371,8 @@ class T5(nnx.Module):
         return self.decoder(
             self.embed(inputs),
             rows,
-            _same_segment(segments, segments) & causal,
-            (encoded, encoded_rows, cross_mask),
+            additive_mask(_same_segment(segments, segments) & causal),
+            (encoded, encoded_rows, additive_mask(cross_mask)),
             dropout_key,
         )
 

@@ -15,7 +15,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 __all__ = [
     "PRODUCT",
     "Rows",
-    "add_bias",
+    "additive_mask",
+    "attend",
     "dropout",
     "dropout_seeds",
     "from_rows",
@@ -25,6 +26,7 @@ __all__ = [
     "transposed",
 ]
 
+MASKED = -1e10  # added to scores that must not count; T5X's value
 PRODUCT = "product"  # the name of what `linear` returns, for `jax.checkpoint_policies`
 
 
@@ -33,7 +35,8 @@ def _keep(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
 
     Each element's place is hashed with the seed (two rounds of a 32-bit mixer, Wellons' lowbias32):
     less work than a cryptographic generator, and so cheap that the backward pass draws the same
-    mask again instead of keeping it.
+    mask again instead of keeping it. The seed comes first: a scan takes out of its loop, and keeps
+    as an array of that shape, what does not depend on it.
 
     Args:
       seed: [2] uint32.
@@ -41,11 +44,8 @@ def _keep(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
       rate: in [0, 1).
     """
     strides = np.cumprod((1, *shape[:0:-1]), dtype=np.uint64)[::-1].astype(np.uint32)
-    place = functools.reduce(
-        jnp.add,
-        (jax.lax.broadcasted_iota(jnp.uint32, shape, d) * n for d, n in enumerate(strides)),
-    )
-    x = place + seed[0]
+    steps = (np.arange(n, dtype=np.uint32) * by for n, by in zip(shape, strides, strict=True))
+    x = functools.reduce(jnp.add, np.ix_(*steps), seed[0])
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B) + seed[1]
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
@@ -55,7 +55,7 @@ def _keep(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _drop(x: jax.Array, rate: float, seed: jax.Array) -> jax.Array:
-    return jnp.where(_keep(seed, x.shape, rate), x * (1 / (1 - rate)), 0)
+    return x * (_keep(seed, x.shape, rate).astype(x.dtype) * (1 / (1 - rate)))
 
 
 # Dropout is linear: its gradient is the same dropout of the gradient.
@@ -88,22 +88,86 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return ((wide * inverse).astype(x.dtype) * scale.astype(x.dtype)).reshape(x.shape)
 
 
-@jax.custom_vjp
-def add_bias(scores: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns scores [B, H, T, S] plus a bias [H, T, S] of all B.
+def additive_mask(seen: jax.Array) -> jax.Array:
+    """Returns what `attend` adds to scores, float32, for bools: what may be attended to."""
+    return jnp.where(seen, 0.0, MASKED)
 
-    The bias's gradient, a sum over B, is a product with ones, which takes a CPU a small part of the
-    time. It is as precise as the sum on what would multiply float32 in fewer bits.
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    mask: jax.Array,
+    rate: float = 0.0,
+    seed: jax.Array | None = None,
+) -> jax.Array:
+    """Returns softmax(query key^T + bias + mask) value; T5 does not scale the scores.
+
+    Nothing of T x S is kept for the backward pass, which computes the weights again (Dao et al.,
+    2022, FlashAttention, section 3.1).
+
+    Args:
+      query: [..., H, T, K].
+      key: [..., H, S, K].
+      value: [..., H, S, K].
+      bias: [H, T, S], or None.
+      mask: [..., 1, T, S], see `additive_mask`.
+      rate: of dropout of the weights.
+      seed: [2], or None for no dropout.
+
+    Returns:
+      [..., H, T, K].
     """
-    return scores + bias
+    shape = query.shape
+    # One axis before the heads, see `rms_norm`.
+    query, key, value, mask = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value, mask))
+    bias = None if bias is None else bias.astype(jnp.float32)
+    return _attend(query, key, value, bias, mask, rate, seed).reshape(shape)
 
 
-def _add_bias_backward(_, g):
-    ones = jnp.ones(len(g), g.dtype)
-    return g, jnp.tensordot(ones, g, 1, precision=jax.lax.Precision.HIGHEST)
+def _scores(query, key, bias, mask) -> jax.Array:
+    scores = jnp.einsum("bhtk,bhsk->bhts", query, key).astype(jnp.float32) + mask
+    return scores if bias is None else scores + bias
 
 
-add_bias.defvjp(lambda scores, bias: (scores + bias, None), _add_bias_backward)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(query, key, value, bias, mask, rate, seed) -> jax.Array:
+    # Divided by the sum at the end: less to divide, and a CPU does all of it in one loop.
+    scores = _scores(query, key, bias, mask)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = dropout(weights, rate, seed).astype(value.dtype)
+    found = jnp.einsum("bhts,bhsk->bhtk", weights, value, preferred_element_type=jnp.float32)
+    return (found / total).astype(value.dtype)
+
+
+def _attend_forward(query, key, value, bias, mask, rate, seed):
+    saved = query, key, value, bias, mask, seed
+    return _attend(query, key, value, bias, mask, rate, seed), saved
+
+
+def _attend_backward(rate, saved, g):
+    query, key, value, bias, mask, seed = saved
+    weights = jax.nn.softmax(_scores(query, key, bias, mask), axis=-1)
+    dropped = dropout(weights, rate, seed).astype(g.dtype)
+    dvalue = jnp.einsum("bhts,bhtk->bhsk", dropped, g)
+    dweights = jnp.einsum("bhtk,bhsk->bhts", g, value).astype(jnp.float32)
+    dweights = dropout(dweights, rate, seed)
+    wide = weights * (dweights - (dweights * weights).sum(axis=-1, keepdims=True))
+    dscores = wide.astype(g.dtype)
+    dquery = jnp.einsum("bhts,bhsk->bhtk", dscores, key)
+    dkey = jnp.einsum("bhts,bhtk->bhsk", dscores, query)
+    if bias is None:
+        return dquery, dkey, dvalue, None, None, None
+    # The sum over B is a product with ones, which takes a CPU a small part of the time. It is as
+    # precise as the sum on what would multiply float32 in fewer bits.
+    ones = jnp.ones(len(wide), wide.dtype)
+    dbias = jnp.tensordot(ones, wide, 1, precision=jax.lax.Precision.HIGHEST)
+    return dquery, dkey, dvalue, dbias, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def transposed(x: jax.Array, dims: int) -> jax.Array:

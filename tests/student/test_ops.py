@@ -7,7 +7,8 @@ import pytest
 
 from dss.student.ops import (
     Rows,
-    add_bias,
+    additive_mask,
+    attend,
     dropout,
     dropout_seeds,
     from_rows,
@@ -37,13 +38,12 @@ def heads(y, kernel):
     ("ours", "plain", "args"),
     [
         (lambda x, s: rms_norm(x, s, 1e-6), plain_norm, [(2, 5, 8), (8,)]),
-        (add_bias, jnp.add, [(4, 2, 3, 5), (2, 3, 5)]),
         (linear, dense, [(2, 5, 8), (8, 3)]),
         (linear, dense, [(2, 5, 3), (3, 8)]),
         (lambda x, k: linear(x, k, 2), heads, [(2, 5, 3, 4), (3, 4, 6)]),
         (lambda x, k: linear(x, k, 2), heads, [(2, 5, 3, 4), (3, 4, 20)]),
     ],
-    ids=["norm", "bias", "narrowing", "widening", "of heads", "of heads, wider"],
+    ids=["norm", "narrowing", "widening", "of heads", "of heads, wider"],
 )
 def test_values_and_gradients_are_those_of_the_plain_form(ours, plain, args):
     arrays = [normal(i, *shape) for i, shape in enumerate(args)]
@@ -53,6 +53,50 @@ def test_values_and_gradients_are_those_of_the_plain_form(ours, plain, args):
     g = normal(9, *wanted.shape)
     for a, b in zip(back(g), plain_back(g), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def plain_attend(query, key, value, bias, seen, rate, seed):
+    scores = jnp.einsum("grhtk,grhsk->grhts", query, key) + (0 if bias is None else bias)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -1e10))
+    return jnp.einsum("grhts,grhsk->grhtk", dropout(weights, rate, seed), value)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("biased", [True, False])
+def test_attention_and_its_gradients_are_those_of_the_plain_form(biased, rate):
+    seed = dropout_seeds(jax.random.key(7))
+    seen = normal(6, 2, 3, 1, 5, 6) > 0
+    seen = seen.at[0, 0, 0, 0].set(False)  # a row of padding sees nothing
+    query, key, value = (normal(i, 2, 3, 4, n, 8) for i, n in enumerate((5, 6, 6)))
+    bias = normal(4, 4, 5, 6) if biased else None
+    g = normal(5, *query.shape).at[0, 0, :, 0].set(0)
+    arrays = (query, key, value, bias)
+    found, back = jax.vjp(lambda *xs: attend(*xs, additive_mask(seen), rate, seed), *arrays)
+    plain_seed = seed  # of [G * R, H, T, S] and of [G, R, H, T, S] the same places
+    wanted, plain_back = jax.vjp(lambda *xs: plain_attend(*xs, seen, rate, plain_seed), *arrays)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    for ours, plain in zip(back(g), plain_back(g), strict=True):
+        assert (ours is None) == (plain is None)
+        if ours is not None:
+            np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_and_dropout_keep_no_scores_masks_or_constants_for_the_backward_pass():
+    S, seeds = 31, dropout_seeds(jax.random.key(0), 2)
+    seen = jnp.ones((1, 1, S, S), bool)
+
+    def loss(x, seeds):
+        def layer(x, seed):
+            x = attend(x, x, x, None, additive_mask(seen), 0.1, seed)
+            return dropout(x, 0.1, seed), None
+
+        return jax.lax.scan(layer, x, seeds)[0].sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(normal(0, 3, 5, S, 8), seeds)
+    outside = [v.aval for eqn in program.eqns for v in eqn.outvars]  # of the loops' bodies
+    assert any(a.shape == (2, 3, 5, S, 8) for a in outside)  # what is kept of the two layers
+    assert not [a for a in outside if a.shape[-2:] == (S, S) and a.size > S * S]
+    assert not [a for a in outside if a.shape[-2:] == (S, 8) and a.dtype == jnp.uint32]
 
 
 def test_norm_keeps_the_dtype_and_float32_statistics():

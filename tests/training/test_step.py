@@ -184,7 +184,9 @@ def temporary_bytes(mesh, microbatches=1, **student):
 
 def test_memory_falls_with_what_is_recomputed_and_with_microbatches(one_device):
     none, dots, full = (temporary_bytes(one_device, remat=r) for r in ("none", "dots", "full"))
-    assert none > 1.3 * dots > 1.3 * 1.3 * full
+    assert none > 1.15 * dots > 1.15 * 1.3 * full
+    # Before attention and the mlp kept less, it was 88 MB without recomputation.
+    assert none < 64e6
     parts = [temporary_bytes(one_device, microbatches=n) for n in (1, 2, 4)]
     assert parts[0] > 1.3 * parts[1] > 1.3 * 1.3 * parts[2]
 
