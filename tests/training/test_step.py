@@ -159,9 +159,7 @@ def test_bfloat16_gradients_of_a_float32_student_are_an_error(run):
 
 def temporary_bytes(mesh, microbatches=1, **student):
     """Returns the temporary memory of a compiled step on 64 sequences of 32 + 16 tokens."""
-    config = tiny_config(
-        d_model=64, d_ff=256, num_encoder_layers=4, num_decoder_layers=4, **student
-    )
+    config = tiny_config(d_model=64, d_ff=64, num_encoder_layers=8, num_decoder_layers=8, **student)
     update = make_optimizer(OptimizerConfig(), 10)
     shardings = state_shardings(config, update, mesh, MeshConfig())
     state = jax.eval_shape(lambda p: init_state(p, update), abstract_params(config))
@@ -184,9 +182,7 @@ def temporary_bytes(mesh, microbatches=1, **student):
 
 def test_memory_falls_with_what_is_recomputed_and_with_microbatches(one_device):
     none, dots, full = (temporary_bytes(one_device, remat=r) for r in ("none", "dots", "full"))
-    assert none > 1.15 * dots > 1.15 * 1.3 * full
-    # Before attention and the mlp kept less, it was 88 MB without recomputation.
-    assert none < 64e6
+    assert none > 1.3 * dots > 1.3 * 1.3 * full
     parts = [temporary_bytes(one_device, microbatches=n) for n in (1, 2, 4)]
     assert parts[0] > 1.3 * parts[1] > 1.3 * 1.3 * parts[2]
 
