@@ -1,7 +1,8 @@
 """Decoding with a key-value cache: greedy, beam search, and the likelihood of given labels.
 
-The encoder and the keys and values of the cross-attention are computed once. The loop over target
-positions ends as soon as every row has ended.
+The encoder and the keys and values of the cross-attention are computed once. Target positions are
+decoded in stages, each a loop in a program of its own that ends as soon as every row has ended: a
+cache is no longer than its stage needs, and the next stage leaves out rows that have ended.
 """
 
 import functools
@@ -15,11 +16,21 @@ from dss.student.config import T5Config
 from dss.student.network import T5, Attention, Layer, bind
 from dss.student.ops import additive_mask, attend
 
-__all__ = ["Beams", "Cache", "Source", "best_continuations", "generate", "score_candidates"]
+__all__ = [
+    "Beams",
+    "Cache",
+    "Greedy",
+    "Source",
+    "best_continuations",
+    "generate",
+    "score_candidates",
+]
 
 START, EOS = 0, 1
 NEVER = -1e9  # the score of a hypothesis that must not win
 CHUNK = 128  # ids whose best one is looked at first; T5 vocabularies are multiples of it
+STAGE = 32  # positions of the first stage, in which most labels end; each one doubles them
+LEAST = 16  # rows; fewer take as long, most of which reading the weights takes
 
 
 class Cache(NamedTuple):
@@ -53,21 +64,22 @@ def _cross_cache(layer: Layer, encoded: jax.Array) -> Cache:
     return Cache(_heads(cross, encoded, cross.key), _heads(cross, encoded, cross.value))
 
 
-def _empty_cache(config: T5Config, batch: int, positions: int) -> Cache:
+def _empty_caches(config: T5Config, batch: int, positions: int) -> list[Cache]:
     shape = (batch, config.num_heads, positions, config.d_kv)
-    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+    empty = functools.partial(jnp.zeros, shape, config.dtype)
+    return [Cache(empty(), empty()) for _ in range(config.num_decoder_layers)]
 
 
 class Source(NamedTuple):
     """What decoding reads at every step."""
 
-    layers: list[Layer]
     crossed: list[Cache]  # of the encoder's output, a layer each
     mask: jax.Array  # [B, 1, 1, S], see `additive_mask`: the inputs that are no padding
 
 
 def _step(
     model: T5,
+    layers: list[Layer],
     source: Source,
     tokens: jax.Array,
     t: jax.Array,
@@ -82,19 +94,22 @@ def _step(
 
     Args:
       model: the student.
-      source: its layers and the inputs.
+      layers: of its decoder.
+      source: the inputs.
       tokens: [B, N], the ids at position t.
       t: the position, [].
       caches: a layer each, of the positions before t: P * N, N neighbours for a position.
-      ancestors: [B, N, P], the hypothesis that wrote each position of a hypothesis's past.
+      ancestors: [B, N, T], the hypothesis that wrote each position of a hypothesis's past; T is at
+        least P.
 
     Returns:
       Logits [B, N, V] of the next token and the caches with position t.
     """
-    decoder, (B, N, P) = model.decoder, ancestors.shape
+    decoder, (B, N, _) = model.decoder, ancestors.shape
+    P = caches[0].keys.shape[2] // N
     positions = jnp.arange(P)
     bias = jnp.repeat(decoder.bias(t[None], positions), N, axis=-1)
-    own = ancestors[..., None] == jnp.arange(N)  # [B, N, P, N]
+    own = ancestors[:, :, :P, None] == jnp.arange(N)  # [B, N, P, N]
     past = additive_mask((own & (positions <= t)[:, None]).reshape(B, 1, N, P * N))
 
     def cached(layer: Layer, y: jax.Array, cache: Cache) -> Cache:
@@ -109,7 +124,7 @@ def _step(
         return attention.combine(found.swapaxes(1, 2))
 
     x, out = model.embed(tokens), []
-    for layer, cache, crossed in zip(source.layers, caches, source.crossed, strict=True):
+    for layer, cache, crossed in zip(layers, caches, source.crossed, strict=True):
         y = layer.norm(x, layer.attention_norm)
         out.append(cached(layer, y, cache))
         x += look(layer.attention, y, out[-1], bias, past)
@@ -118,7 +133,46 @@ def _step(
     return model.logits(decoder.final_norm(x)), out
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_length", "num_beams", "stop"))
+class Greedy(NamedTuple):
+    """The state of greedy decoding."""
+
+    t: jax.Array  # [], tokens decoded
+    row: jax.Array  # [B], which of the inputs this is
+    tokens: jax.Array  # [B, 1, T]
+    scores: jax.Array  # [B], their summed log-probability
+    open: jax.Array  # [B], whether the output goes on
+    caches: list[Cache]
+
+    @property
+    def best(self) -> tuple[jax.Array, jax.Array]:
+        """The outputs [B, T] and their scores [B]."""
+        return self.tokens[:, 0], self.scores
+
+
+class Beams(NamedTuple):
+    """The state of a beam search, N beams a row."""
+
+    t: jax.Array  # [], tokens decoded
+    row: jax.Array  # [B], which of the inputs this is
+    tokens: jax.Array  # [B, N, T], running hypotheses
+    scores: jax.Array  # [B, N], their summed log-probability
+    ancestors: jax.Array  # [B, N, T], see `_step`
+    done_tokens: jax.Array  # [B, N, T], finished hypotheses
+    done_scores: jax.Array  # [B, N], their mean log-probability a token; NEVER where there is none
+    open: jax.Array  # [B], whether a running hypothesis may still beat a finished one
+    caches: list[Cache]
+
+    @property
+    def best(self) -> tuple[jax.Array, jax.Array]:
+        """The best finished hypotheses [B, T] and their scores [B]."""
+        return self.done_tokens[:, 0], self.done_scores[:, 0]
+
+
+def _positions(state: Greedy | Beams) -> int:
+    """Returns how many positions the caches have room for."""
+    return state.caches[0].keys.shape[2] // state.tokens.shape[1]
+
+
 def generate(
     config: T5Config,
     params: Any,
@@ -147,14 +201,82 @@ def generate(
       Tokens [B, max_length] int32, EOS included and 0 after it, and their scores [B] float32: the
       sum of log-probabilities (greedy) or the mean a token (beams).
     """
+    inputs = jnp.asarray(inputs)
+    size, positions = len(inputs), min(STAGE, max_length)
+    alone = len(inputs.devices()) == 1  # of rows on several, each device keeps its share
+    source, state, found = _begin(
+        config, params, inputs, max_length=max_length, num_beams=num_beams, positions=positions
+    )
+    while True:
+        state, found, left = _decode(config, params, source, state, found, start, stop)
+        if positions == max_length or (running := int(left)) == 0:
+            return found
+        positions = min(2 * positions, max_length)
+        while alone and size // 2 >= max(running, LEAST):
+            size //= 2
+        source, state = _refit(source, state, size=size, positions=positions)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_length", "num_beams", "positions"))
+def _begin(
+    config: T5Config,
+    params: Any,
+    inputs: jax.Array,
+    *,
+    max_length: int,
+    num_beams: int,
+    positions: int,
+) -> tuple[Source, Greedy | Beams, tuple[jax.Array, jax.Array]]:
+    """Returns the encoded inputs, a state with room for some positions, and outputs to fill in."""
     model = bind(config, params)
     segments = _input_segments(inputs)
-    encoded, layers = model.encode(inputs, segments), _layers(model)
-    crossed = [_cross_cache(layer, encoded) for layer in layers]
-    source = Source(layers, crossed, additive_mask((segments > 0)[:, None, None]))
-    if num_beams == 1:
-        return _greedy(model, source, max_length, start, stop)
-    return _beam_search(model, source, max_length, num_beams, start, stop)
+    encoded = model.encode(inputs, segments)
+    crossed = [_cross_cache(layer, encoded) for layer in _layers(model)]
+    source = Source(crossed, additive_mask((segments > 0)[:, None, None]))
+    B, N, T = len(inputs), num_beams, max_length
+    t, row, opened = jnp.zeros((), jnp.int32), jnp.arange(B), jnp.ones(B, bool)
+    tokens, caches = jnp.zeros((B, N, T), jnp.int32), _empty_caches(config, B, N * positions)
+    found = tokens[:, 0], jnp.zeros(B, jnp.float32)
+    if N == 1:
+        return source, Greedy(t, row, tokens, found[1], opened, caches), found
+    first = jnp.where(jnp.arange(N) == 0, 0.0, NEVER)  # the beams start equal: keep one
+    scores, done_scores = jnp.broadcast_to(first, (B, N)), jnp.full((B, N), NEVER)
+    state = Beams(t, row, tokens, scores, tokens, tokens, done_scores, opened, caches)
+    return source, state, found
+
+
+@functools.partial(jax.jit, static_argnames=("config", "stop"), donate_argnames=("state", "found"))
+def _decode(
+    config: T5Config,
+    params: Any,
+    source: Source,
+    state: Greedy | Beams,
+    found: tuple[jax.Array, jax.Array],
+    start: jax.Array | int,
+    stop: bool,
+) -> tuple[Greedy | Beams, tuple[jax.Array, jax.Array], jax.Array]:
+    """Returns a stage's last state, the outputs with what it found, and how many rows are open."""
+    model = bind(config, params)
+    step = _greedy_step if isinstance(state, Greedy) else _beam_step
+    step = functools.partial(step, model, _layers(model), source, start, stop)
+    positions = _positions(state)
+    state = jax.lax.while_loop(lambda s: (s.t < positions) & s.open.any(), step, state)
+    tokens, scores = (x.at[state.row].set(y) for x, y in zip(found, state.best, strict=True))
+    return state, (tokens, scores), state.open.sum()
+
+
+@functools.partial(jax.jit, static_argnames=("size", "positions"))
+def _refit(
+    source: Source, state: Greedy | Beams, *, size: int, positions: int
+) -> tuple[Source, Greedy | Beams]:
+    """Returns `size` of the rows, those that are open among them, with room for positions."""
+    if size < len(state.row):
+        rows = jnp.argsort(~state.open)[:size]
+        source, state = jax.tree.map(lambda x: x[rows] if x.ndim else x, (source, state))
+    more = (positions - _positions(state)) * state.tokens.shape[1]
+    widths = ((0, 0), (0, 0), (0, more), (0, 0))
+    caches = jax.tree.map(lambda x: jnp.pad(x, widths), state.caches)
+    return source, state._replace(caches=caches)
 
 
 def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -166,50 +288,27 @@ def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return best, jnp.where(x == best[..., None], places, x.shape[-1] - 1).min(axis=-1)
 
 
-def _greedy(
-    model: T5, source: Source, max_length: int, start: jax.Array | int, stop: bool
-) -> tuple[jax.Array, jax.Array]:
-    B = source.mask.shape[0]
-    ancestors = jnp.zeros((B, 1, max_length), jnp.int32)
-
-    def running(state) -> jax.Array:
-        t, _, _, ended, _, _ = state
-        return (t < max_length) & ~(stop & ended.all())
-
-    def step(state):
-        t, tokens, last, ended, scores, caches = state
-        logits, caches = _step(model, source, last[:, None], t, caches, ancestors)
-        logits = logits[:, 0]
-        chosen, best = _argmax(logits)
-        chosen -= jax.nn.logsumexp(logits, axis=-1)
-        best, chosen = jnp.where(ended, 0, best), jnp.where(ended, 0.0, chosen)
-        tokens = tokens.at[:, t].set(best)
-        ended |= stop & (best == EOS)
-        return t + 1, tokens, best, ended, scores + chosen, caches
-
-    state = (
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((B, max_length), jnp.int32),
-        jnp.full(B, start, jnp.int32),
-        jnp.zeros(B, bool),
-        jnp.zeros(B, jnp.float32),
-        [_empty_cache(model.config, B, max_length) for _ in source.layers],
+def _greedy_step(
+    model: T5,
+    layers: list[Layer],
+    source: Source,
+    start: jax.Array | int,
+    stop: bool,
+    s: Greedy,
+) -> Greedy:
+    last = jnp.where(s.t > 0, s.tokens[:, :, jnp.maximum(s.t - 1, 0)], start)
+    logits, caches = _step(model, layers, source, last, s.t, s.caches, jnp.zeros_like(s.tokens))
+    logits = logits[:, 0]
+    chosen, best = _argmax(logits)
+    chosen -= jax.nn.logsumexp(logits, axis=-1)
+    best, chosen = jnp.where(s.open, best, 0), jnp.where(s.open, chosen, 0.0)
+    return s._replace(
+        t=s.t + 1,
+        tokens=s.tokens.at[:, 0, s.t].set(best),
+        scores=s.scores + chosen,
+        open=s.open & ~(stop & (best == EOS)),
+        caches=caches,
     )
-    _, tokens, _, _, scores, _ = jax.lax.while_loop(running, step, state)
-    return tokens, scores
-
-
-class Beams(NamedTuple):
-    """The state of a beam search, N beams a row."""
-
-    t: jax.Array  # [], tokens decoded
-    tokens: jax.Array  # [B, N, T], running hypotheses
-    scores: jax.Array  # [B, N], their summed log-probability
-    ancestors: jax.Array  # [B, N, T], see `_step`
-    caches: list[Cache]
-    done_tokens: jax.Array  # [B, N, T], finished hypotheses
-    done_scores: jax.Array  # [B, N], their mean log-probability a token; NEVER where there is none
-    open: jax.Array  # [B], whether a running hypothesis may still beat a finished one
 
 
 def _take(array: jax.Array, beams: jax.Array) -> jax.Array:
@@ -246,66 +345,42 @@ def best_continuations(
     return best, flat // V, (flat % V).astype(jnp.int32)
 
 
-def _beam_search(
+def _beam_step(
     model: T5,
+    layers: list[Layer],
     source: Source,
-    max_length: int,
-    num_beams: int,
     start: jax.Array | int,
     stop: bool,
-) -> tuple[jax.Array, jax.Array]:
-    N, B = num_beams, source.mask.shape[0]
+    s: Beams,
+) -> Beams:
+    _, N, T = s.tokens.shape
+    last = jnp.where(s.t > 0, s.tokens[:, :, jnp.maximum(s.t - 1, 0)], start)
+    ancestors = s.ancestors.at[:, :, s.t].set(jnp.arange(N))
+    logits, caches = _step(model, layers, source, last, s.t, s.caches, ancestors)
+    # 2 N continuations hold at least N that do not end here.
+    scores, parents, ids = best_continuations(logits, s.scores, 2 * N)
+    tokens = _take(s.tokens, parents).at[:, :, s.t].set(ids)
+    ends = (stop & (ids == EOS)) | (s.t == T - 1)
 
-    def running(s: Beams) -> jax.Array:
-        return (s.t < max_length) & s.open.any()
+    kept_scores, kept = jax.lax.top_k(jnp.where(ends, scores + NEVER, scores), N)
 
-    def step(s: Beams) -> Beams:
-        last = jnp.where(s.t > 0, s.tokens[:, :, jnp.maximum(s.t - 1, 0)], start)
-        ancestors = s.ancestors.at[:, :, s.t].set(jnp.arange(N))
-        logits, caches = _step(model, source, last, s.t, s.caches, ancestors)
-        # 2 N continuations hold at least N that do not end here.
-        scores, parents, ids = best_continuations(logits, s.scores, 2 * N)
-        tokens = _take(s.tokens, parents).at[:, :, s.t].set(ids)
-        ends = (stop & (ids == EOS)) | (s.t == max_length - 1)
-
-        kept_scores, kept = jax.lax.top_k(jnp.where(ends, scores + NEVER, scores), N)
-
-        # Only an end among the N best counts; the others stand by to continue.
-        counts = ends & (jnp.arange(2 * N) < N) & s.open[:, None]
-        finished = jnp.where(counts, scores / (s.t + 1), NEVER)
-        all_scores = jnp.concatenate([s.done_scores, finished], axis=1)
-        done_scores, best = jax.lax.top_k(all_scores, N)
-        done_tokens = _take(jnp.concatenate([s.done_tokens, tokens], axis=1), best)
-        worst = done_scores.min(axis=1)
-        still = s.open & (kept_scores[:, 0] / (s.t + 1) > worst)
-        return Beams(
-            t=s.t + 1,
-            tokens=_take(tokens, kept),
-            scores=kept_scores,
-            ancestors=_take(ancestors, _take(parents, kept)),
-            caches=caches,
-            done_tokens=done_tokens,
-            done_scores=done_scores,
-            open=still,
-        )
-
-    zeros = jnp.zeros((B, N, max_length), jnp.int32)
-    first = jnp.where(jnp.arange(N) == 0, 0.0, NEVER)  # the beams start equal: keep one
-    end = jax.lax.while_loop(
-        running,
-        step,
-        Beams(
-            t=jnp.zeros((), jnp.int32),
-            tokens=zeros,
-            scores=jnp.broadcast_to(first, (B, N)),
-            ancestors=zeros,
-            caches=[_empty_cache(model.config, B, N * max_length) for _ in source.layers],
-            done_tokens=zeros,
-            done_scores=jnp.full((B, N), NEVER),
-            open=jnp.ones(B, bool),
-        ),
+    # Only an end among the N best counts; the others stand by to continue.
+    counts = ends & (jnp.arange(2 * N) < N) & s.open[:, None]
+    finished = jnp.where(counts, scores / (s.t + 1), NEVER)
+    all_scores = jnp.concatenate([s.done_scores, finished], axis=1)
+    done_scores, best = jax.lax.top_k(all_scores, N)
+    done_tokens = _take(jnp.concatenate([s.done_tokens, tokens], axis=1), best)
+    worst = done_scores.min(axis=1)
+    return s._replace(
+        t=s.t + 1,
+        tokens=_take(tokens, kept),
+        scores=kept_scores,
+        ancestors=_take(ancestors, _take(parents, kept)),
+        done_tokens=done_tokens,
+        done_scores=done_scores,
+        open=s.open & (kept_scores[:, 0] / (s.t + 1) > worst),
+        caches=caches,
     )
-    return end.done_tokens[:, 0], end.done_scores[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames="config")

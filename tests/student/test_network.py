@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from dss.interop import huggingface
+from dss.student import decoding
 from dss.student.config import T5Config
 from dss.student.decoding import best_continuations, generate, score_candidates
 from dss.student.network import bind, init_params, logical_axes, num_parameters
+from dss.training.mesh import MeshConfig, make_mesh, put_batch
 from tests.conftest import tiny_config
 
 TOLERANCE = 1e-4  # relative to the largest logit
@@ -198,6 +200,34 @@ def test_greedy_is_the_argmax_of_the_whole_network(tiny):
         best = np.asarray(logits_of(config, params, inputs, given))[:, -1].argmax(-1)
         np.testing.assert_array_equal(np.asarray(tokens)[:, t], best)
         given = np.concatenate([given, best[:, None]], axis=1)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_stages_and_rows_left_out_change_no_output(tiny, monkeypatch, num_beams, devices):
+    config, params = tiny
+    params = params | {"head": params["head"].at[:, 1].multiply(8)}  # outputs end here and there
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    inputs = np.random.default_rng(0).integers(3, 300, (16, 6)).astype(np.int32)
+    inputs = put_batch(mesh, {"inputs": inputs})["inputs"]
+    options = {"max_length": 30, "num_beams": num_beams}
+    wanted, scores = generate(config, params, inputs, **options)
+    assert len(set((np.asarray(wanted) != 0).sum(axis=1).tolist())) > 3
+    stages, refit = [], decoding._refit
+
+    def spy(*args, size, positions):
+        stages.append((size, positions))
+        return refit(*args, size=size, positions=positions)
+
+    monkeypatch.setattr(decoding, "_refit", spy)
+    monkeypatch.setattr(decoding, "STAGE", 4)
+    monkeypatch.setattr(decoding, "LEAST", 2)
+    tokens, staged_scores = generate(config, params, inputs, **options)
+    np.testing.assert_array_equal(tokens, wanted)
+    np.testing.assert_allclose(staged_scores, scores, rtol=1e-5)
+    sizes, positions = zip(*stages, strict=True)
+    assert positions == (8, 16, 30)[: len(positions)]
+    assert sizes[-1] < 16 if devices == 1 else set(sizes) == {16}
 
 
 def test_after_the_end_there_is_padding(tiny):
