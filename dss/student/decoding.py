@@ -265,18 +265,30 @@ def _decode(
     return state, (tokens, scores), state.open.sum()
 
 
-@functools.partial(jax.jit, static_argnames=("size", "positions"))
 def _refit(
     source: Source, state: Greedy | Beams, *, size: int, positions: int
 ) -> tuple[Source, Greedy | Beams]:
-    """Returns `size` of the rows, those that are open among them, with room for positions."""
-    if size < len(state.row):
-        rows = jnp.argsort(~state.open)[:size]
-        source, state = jax.tree.map(lambda x: x[rows] if x.ndim else x, (source, state))
+    """Returns `size` of the rows, those that are open among them, with room for positions.
+
+    The state's caches are taken from it, one layer after another: few are there twice.
+    """
     more = (positions - _positions(state)) * state.tokens.shape[1]
-    widths = ((0, 0), (0, 0), (0, more), (0, 0))
-    caches = jax.tree.map(lambda x: jnp.pad(x, widths), state.caches)
+    rows = None if size == len(state.row) else jnp.argsort(~state.open)[:size]
+    old, state = state.caches, state._replace(caches=[])
+    caches = [_taken(old.pop(0), rows, more) for _ in range(len(old))]
+    source, state = _taken((source, state), rows)
     return source, state._replace(caches=caches)
+
+
+@functools.partial(jax.jit, static_argnames="more")
+def _taken(tree: Any, rows: jax.Array | None, more: int = 0) -> Any:
+    """Returns some rows of a tree of arrays, or all, with `more` positions where it is a cache."""
+
+    def taken(x: jax.Array) -> jax.Array:
+        x = x if rows is None or x.ndim == 0 else x[rows]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) if more else x
+
+    return jax.tree.map(taken, tree)
 
 
 def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
