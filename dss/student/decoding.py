@@ -204,65 +204,98 @@ def generate(
     inputs = jnp.asarray(inputs)
     size, positions = len(inputs), min(STAGE, max_length)
     alone = len(inputs.devices()) == 1  # of rows on several, each device keeps its share
-    source, state, found = _begin(
-        config, params, inputs, max_length=max_length, num_beams=num_beams, positions=positions
+    source, (state, found, left) = _first_stage(
+        config,
+        params,
+        inputs,
+        start,
+        max_length=max_length,
+        num_beams=num_beams,
+        positions=positions,
+        stop=stop,
     )
-    while True:
-        state, found, left = _decode(config, params, source, state, found, start, stop)
-        if positions == max_length or (running := int(left)) == 0:
-            return found
+    while positions < max_length and (running := int(left)) > 0:
         positions = min(2 * positions, max_length)
         while alone and size // 2 >= max(running, LEAST):
             size //= 2
         source, state = _refit(source, state, size=size, positions=positions)
+        state, found, left = _next_stage(config, params, source, state, found, stop=stop)
+    return found
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_length", "num_beams", "positions"))
-def _begin(
-    config: T5Config,
-    params: Any,
-    inputs: jax.Array,
-    *,
-    max_length: int,
-    num_beams: int,
-    positions: int,
-) -> tuple[Source, Greedy | Beams, tuple[jax.Array, jax.Array]]:
-    """Returns the encoded inputs, a state with room for some positions, and outputs to fill in."""
-    model = bind(config, params)
-    segments = _input_segments(inputs)
-    encoded = model.encode(inputs, segments)
-    crossed = [_cross_cache(layer, encoded) for layer in _layers(model)]
-    source = Source(crossed, additive_mask((segments > 0)[:, None, None]))
-    B, N, T = len(inputs), num_beams, max_length
-    t, row, opened = jnp.zeros((), jnp.int32), jnp.arange(B), jnp.ones(B, bool)
-    tokens, caches = jnp.zeros((B, N, T), jnp.int32), _empty_caches(config, B, N * positions)
-    found = tokens[:, 0], jnp.zeros(B, jnp.float32)
-    if N == 1:
-        return source, Greedy(t, row, tokens, found[1], opened, caches), found
-    first = jnp.where(jnp.arange(N) == 0, 0.0, NEVER)  # the beams start equal: keep one
-    scores, done_scores = jnp.broadcast_to(first, (B, N)), jnp.full((B, N), NEVER)
-    state = Beams(t, row, tokens, scores, tokens, tokens, done_scores, opened, caches)
-    return source, state, found
+class Stage(NamedTuple):
+    """What a stage ends with."""
+
+    state: Greedy | Beams
+    found: tuple[jax.Array, jax.Array]  # outputs so far and their scores, of all inputs
+    left: jax.Array  # [], how many rows are open
 
 
-@functools.partial(jax.jit, static_argnames=("config", "stop"), donate_argnames=("state", "found"))
 def _decode(
-    config: T5Config,
-    params: Any,
+    model: T5,
+    layers: list[Layer],
     source: Source,
     state: Greedy | Beams,
     found: tuple[jax.Array, jax.Array],
     start: jax.Array | int,
     stop: bool,
-) -> tuple[Greedy | Beams, tuple[jax.Array, jax.Array], jax.Array]:
-    """Returns a stage's last state, the outputs with what it found, and how many rows are open."""
-    model = bind(config, params)
+) -> Stage:
+    """Decodes until the caches are full or no row is open; `found` is of all inputs."""
     step = _greedy_step if isinstance(state, Greedy) else _beam_step
-    step = functools.partial(step, model, _layers(model), source, start, stop)
+    step = functools.partial(step, model, layers, source, start, stop)
     positions = _positions(state)
     state = jax.lax.while_loop(lambda s: (s.t < positions) & s.open.any(), step, state)
     tokens, scores = (x.at[state.row].set(y) for x, y in zip(found, state.best, strict=True))
-    return state, (tokens, scores), state.open.sum()
+    return Stage(state, (tokens, scores), state.open.sum())
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "max_length", "num_beams", "positions", "stop")
+)
+def _first_stage(
+    config: T5Config,
+    params: Any,
+    inputs: jax.Array,
+    start: jax.Array | int,
+    *,
+    max_length: int,
+    num_beams: int,
+    positions: int,
+    stop: bool,
+) -> tuple[Source, Stage]:
+    """Returns the encoded inputs and what is decoded at the first positions."""
+    model = bind(config, params)
+    layers, segments = _layers(model), _input_segments(inputs)
+    encoded = model.encode(inputs, segments)
+    crossed = [_cross_cache(layer, encoded) for layer in layers]
+    source = Source(crossed, additive_mask((segments > 0)[:, None, None]))
+    B, N, T = len(inputs), num_beams, max_length
+    t, row, opened = jnp.zeros((), jnp.int32), jnp.arange(B), jnp.ones(B, bool)
+    tokens, caches = jnp.zeros((B, N, T), jnp.int32), _empty_caches(config, B, N * positions)
+    found = tokens[:, 0], jnp.zeros(B, jnp.float32)
+    state: Greedy | Beams
+    if N == 1:
+        state = Greedy(t, row, tokens, found[1], opened, caches)
+    else:
+        first = jnp.where(jnp.arange(N) == 0, 0.0, NEVER)  # the beams start equal: keep one
+        scores, done_scores = jnp.broadcast_to(first, (B, N)), jnp.full((B, N), NEVER)
+        state = Beams(t, row, tokens, scores, tokens, tokens, done_scores, opened, caches)
+    return source, _decode(model, layers, source, state, found, start, stop)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "stop"), donate_argnames=("state", "found"))
+def _next_stage(
+    config: T5Config,
+    params: Any,
+    source: Source,
+    state: Greedy | Beams,
+    found: tuple[jax.Array, jax.Array],
+    *,
+    stop: bool,
+) -> Stage:
+    """Returns what is decoded up to the positions that a state has room for."""
+    model = bind(config, params)
+    return _decode(model, _layers(model), source, state, found, START, stop)
 
 
 def _refit(

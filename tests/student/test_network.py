@@ -215,9 +215,10 @@ def test_stages_and_rows_left_out_change_no_output(tiny, monkeypatch, num_beams,
     assert len(set((np.asarray(wanted) != 0).sum(axis=1).tolist())) > 3
     stages, refit = [], decoding._refit
 
-    def spy(*args, size, positions):
+    def spy(source, state, *, size, positions):
         stages.append((size, positions))
-        return refit(*args, size=size, positions=positions)
+        assert devices == 1 or state.caches[0].keys.sharding.spec[0] == "data"
+        return refit(source, state, size=size, positions=positions)
 
     monkeypatch.setattr(decoding, "_refit", spy)
     monkeypatch.setattr(decoding, "STAGE", 4)
