@@ -21,6 +21,7 @@ __all__ = [
     "Cache",
     "Greedy",
     "Source",
+    "Stage",
     "best_continuations",
     "generate",
     "score_candidates",
