@@ -10,8 +10,9 @@ pass, where the encoder reads both views of an example at once (gin/variants/one
 Every side is a process of its own that keeps its model and its memory (small, 36 examples: 20 GB in
 all); they take their steps one after another, on the same examples, and the medians are of the
 steps after the first two. Useful operations are those of the tokens that are there, forward and
-backward; the peak is that of a matrix product in --dtype on the same device. On an accelerator:
---sides "dss packed" --dtype bfloat16 (PyTorch's sides stay on the CPU); memory is the device's.
+backward; the peak is that of a matrix product in --dtype on the same device, in turn with the
+steps. On an accelerator: --sides "dss packed" --dtype bfloat16 (PyTorch's sides stay on the CPU);
+memory is the device's.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,6 +48,7 @@ ALPHA, DROPOUT, LEARNING_RATE = 0.5, 0.1, 5e-5
 WARM = 2  # steps before those that count
 PACKED, ONE_PASS, UNPACKED = DSS_SIDES = ("dss packed", "dss one pass", "dss unpacked")
 REFERENCE = "PyTorch f32"
+PEAK = "peak"  # asks a side for it, where it is told the number of a step otherwise
 SIDES = (PACKED, UNPACKED, REFERENCE, "PyTorch bf16")
 IGNORED = -100  # the target that PyTorch's loss leaves out
 
@@ -212,8 +215,8 @@ def serve(side: str, args: argparse.Namespace, pipe: Connection) -> None:
     else:
         taken = PyTorchSide(config, args, side == "PyTorch bf16")
     pipe.send("ready")
-    while (number := pipe.recv()) is not None:
-        pipe.send(taken.step(number))
+    while (told := pipe.recv()) is not None:
+        pipe.send(matmul_peak(args.dtype) if told == PEAK else taken.step(told))
     pipe.send(taken.facts())
 
 
@@ -224,8 +227,11 @@ def student(args: argparse.Namespace) -> T5Config:
     return experiment.settle(experiment.student)
 
 
-def take_steps(args: argparse.Namespace, config: T5Config) -> dict[str, dict]:
-    """Returns the figures of sides that take their steps in turn."""
+def take_steps(args: argparse.Namespace, config: T5Config) -> tuple[dict[str, dict], float]:
+    """Returns the figures of sides that take their steps in turn, and the peak meanwhile.
+
+    A dss side measures the peak after each round: what a machine does varies from minute to minute.
+    """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for side in args.sides:
@@ -235,10 +241,15 @@ def take_steps(args: argparse.Namespace, config: T5Config) -> dict[str, dict]:
         theirs.close()  # so that the end of the process ends the pipe
         pipes[side].recv()
     seconds: dict[str, list[float]] = {side: [] for side in args.sides}
+    peaks = []
+    measuring = next((pipes[side] for side in args.sides if side in DSS_SIDES), None)
     for number in range(WARM + args.steps):
         for side, pipe in pipes.items():
             pipe.send(number)
             seconds[side].append(pipe.recv())
+        if measuring:
+            measuring.send(PEAK)
+            peaks.append(measuring.recv())
     sides = {}
     for side, pipe in pipes.items():
         pipe.send(None)
@@ -257,7 +268,10 @@ def take_steps(args: argparse.Namespace, config: T5Config) -> dict[str, dict]:
         } | pipe.recv()
     for process in processes:
         process.join()
-    return sides
+    peak = statistics.median(peaks[WARM:] or [matmul_peak(args.dtype)])
+    for row in sides.values():
+        row["share_of_peak"] = round(row.pop("operations_per_second") / peak, 3)
+    return sides, peak
 
 
 def main() -> int:
@@ -288,14 +302,12 @@ def main() -> int:
         print(f"train_step: {error}", file=sys.stderr)
         return 2
     try:
-        result = {"sides": take_steps(args, config)}
+        sides, peak = take_steps(args, config)
     except EOFError:
         print("train_step: a side has ended; what it said is above", file=sys.stderr)
         return 1
-    peak = matmul_peak(args.dtype)
-    for row in result["sides"].values():
-        row["share_of_peak"] = round(row.pop("operations_per_second") / peak, 3)
-    speed = {side: row["examples_per_second"] for side, row in result["sides"].items()}
+    result: dict[str, Any] = {"sides": sides}
+    speed = {side: row["examples_per_second"] for side, row in sides.items()}
     if PACKED in speed and REFERENCE in speed:
         result["ratio_vs_pytorch_f32"] = round(speed[PACKED] / speed[REFERENCE], 3)
     if PACKED in speed and ONE_PASS in speed:
@@ -314,7 +326,7 @@ def main() -> int:
         end="",
     )
     print(f"{'GB':>6} {'compile':>8}")
-    for side, row in result["sides"].items():
+    for side, row in sides.items():
         filled = " ".join(f"{part:.0%}" for part in row["fill"])
         print(
             f"{side:<14} {row['seconds']:>7.2f} {row['examples_per_second']:>6.2f} "
