@@ -96,9 +96,9 @@ def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradi
 
 
 def _clip(limit: float) -> optax.GradientTransformation:
-    """Returns clipping by global norm as one factor, which costs no pass over the gradients.
+    """Returns clipping by global norm as one factor of the gradients.
 
-    optax's divides them: XLA writes that out once, because the update reads it twice.
+    optax's divides them: that XLA writes out first, because AdamW reads it twice.
     """
 
     def clip(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
