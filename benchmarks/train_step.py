@@ -46,6 +46,7 @@ from dss.student.flops import useful_flops
 
 ALPHA, DROPOUT, LEARNING_RATE = 0.5, 0.1, 5e-5
 WARM = 2  # steps before those that count
+RUN = 2000  # steps of the run whose first are taken: its length decides about the shapes
 PACKED, ONE_PASS, UNPACKED = DSS_SIDES = ("dss packed", "dss one pass", "dss unpacked")
 REFERENCE = "PyTorch f32"
 PEAK = "peak"  # asks a side for it, where it is told the number of a step otherwise
@@ -70,7 +71,7 @@ def open_data(
 def open_batches(args: argparse.Namespace, vocab_size: int, side: str, *, packed: bool) -> Batches:
     store, starts = open_data(args, vocab_size, side)
     order = paired_order(store, args.batch, seed=0)
-    return Batches(store, order, num_steps=WARM + args.steps, packed=packed, starts=starts)
+    return Batches(store, order, num_steps=RUN, packed=packed, starts=starts)
 
 
 def process_peak_gb() -> float:
@@ -102,7 +103,7 @@ class DssSide:
         step = make_train_step(config, optimizer, loss, mesh=mesh, shardings=shardings)
         self.jax, self.put, self.mesh = jax, put_batch, mesh
         self.compile_seconds, self.programs = 0.0, {}
-        self.step_function, self.state = step, state
+        self.step_function, self.state, self.steps = step, state, WARM + args.steps
 
     def step(self, number: int) -> float:
         batch = self.put(self.mesh, self.batches[number])
@@ -121,7 +122,7 @@ class DssSide:
         return round(stats["peak_bytes_in_use"] / 1e9, 2) if stats else process_peak_gb()
 
     def facts(self) -> dict:
-        fills = [fill(self.batches[number]) for number in range(len(self.batches))]
+        fills = [fill(self.batches[number]) for number in range(self.steps)]
         encoder, decoder = np.mean(fills, axis=0)
         return {
             "compile_seconds": round(self.compile_seconds, 1),

@@ -25,7 +25,8 @@ SLOT_MULTIPLE = 16  # numbers of slots are multiples of this
 WIDTH_MULTIPLE = 8  # and widths of rows of this
 WIDTH_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of the longest sequence, tried
 QUANTILES = np.arange(0.1, 1.0, 0.1)  # of what steps need, tried as the smaller shapes
-WORTH_A_SHAPE = 0.01  # of all slots must be saved by one more compiled shape
+WORTH_A_SHAPE = 5  # steps, whose time one more shape must save, for it has to be compiled;
+FILLED = 0.92  # or what steps need is less than this of the slots of encoder or decoder
 MOST_SHAPES = 3
 WITH_CARE = 32  # groups among which sequences are dealt one by one
 
@@ -204,7 +205,7 @@ def choose_shapes(needed: np.ndarray) -> tuple[PackedShape, ...]:
     """Returns at most three shapes, ascending, such that every step fits one and slots are filled.
 
     The largest is what the largest step needs; smaller ones are tried at quantiles of what steps
-    need, and taken where they save enough.
+    need, and taken where they save enough of the run or fill what is not full.
 
     Args:
       needed: [steps, 4] of each step: slots of encoder and decoder, rows of encoder and decoder.
@@ -216,14 +217,20 @@ def choose_shapes(needed: np.ndarray) -> tuple[PackedShape, ...]:
     size = (ladder / ladder[-1]).mean(axis=1)
     top = len(ladder) - 1
 
-    def cost(rungs: tuple[int, ...]) -> float:
-        first = fits[:, rungs].argmax(axis=1)
-        return float(size[list(rungs)][first].mean())
+    def taken(rungs: tuple[int, ...]) -> np.ndarray:
+        return np.array(rungs)[fits[:, rungs].argmax(axis=1)]
+
+    def cost(rungs: tuple[int, ...]) -> float:  # in steps of the largest shape
+        return float(size[taken(rungs)].sum())
+
+    def filled(rungs: tuple[int, ...]) -> float:
+        return float((slots.sum(axis=0) / ladder[taken(rungs)].sum(axis=0)).min())
 
     chosen: tuple[int, ...] = (top,)
     while len(chosen) < MOST_SHAPES:
         better = min((tuple(sorted({r, *chosen})) for r in range(top)), key=cost)
-        if cost(better) > cost(chosen) * (1 - WORTH_A_SHAPE):
+        saved = cost(chosen) - cost(better)
+        if saved == 0 or (saved < WORTH_A_SHAPE and filled(chosen) >= FILLED):
             break
         chosen = better
     return tuple(

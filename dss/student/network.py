@@ -83,8 +83,9 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
     return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * stddev)
 
 
-def _keys(key: jax.Array | None, n: int) -> list[jax.Array | None]:
-    return [None] * n if key is None else list(jax.random.split(key, n))
+def _seeds(seed: jax.Array | None, n: int) -> list[jax.Array | None]:
+    seeds = dropout_seeds(seed, n)
+    return [None] * n if seeds is None else list(seeds)
 
 
 def relative_buckets(
@@ -262,10 +263,10 @@ class Stack(nnx.Module):
         """Returns the definition of one layer and the parameters of all, for a scan."""
         return nnx.split(self.layers)
 
-    def __call__(self, x, rows, mask, cross=None, dropout_key=None) -> jax.Array:
+    def __call__(self, x, rows, mask, cross=None, dropout_seed=None) -> jax.Array:
         """Returns x [G, N, D] after the stack, [G, N, D]; see `Layer`."""
         rate = self.config.dropout_rate
-        first, scanned, last = _keys(dropout_key, 3)
+        first, scanned, last = _seeds(dropout_seed, 3)
         positions = np.arange(mask.shape[-1])
         bias = self.bias(positions, positions)
         definition, params = self.split_layers()
@@ -276,9 +277,9 @@ class Stack(nnx.Module):
 
         layer = _remat(layer, self.config.remat)
         depth = jax.tree.leaves(params)[0].shape[0]
-        x = dropout(x, rate, dropout_seeds(first))
+        x = dropout(x, rate, first)
         x, _ = jax.lax.scan(layer, x, (params, dropout_seeds(scanned, depth, 6)))
-        return dropout(self.final_norm(x), rate, dropout_seeds(last))
+        return dropout(self.final_norm(x), rate, last)
 
 
 def _remat(layer: Callable, policy: str) -> Callable:
@@ -317,7 +318,7 @@ class T5(nnx.Module):
         inputs: jax.Array,
         segment_ids: jax.Array,
         row_slots: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_seed: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the encoded inputs.
 
@@ -325,7 +326,7 @@ class T5(nnx.Module):
           inputs: [G, N] ids.
           segment_ids: [G, N], 0 for padding; a token sees its own segment only.
           row_slots: [G, R, S], where attention's rows read; see `Rows`. None: a group is a row.
-          dropout_key: None for no dropout.
+          dropout_seed: [2] uint32; None for no dropout.
 
         Returns:
           [G, N, D].
@@ -333,7 +334,7 @@ class T5(nnx.Module):
         rows = None if row_slots is None else Rows.of(row_slots, inputs.shape[1])
         segments = _in_rows(segment_ids, rows)
         mask = additive_mask(_same_segment(segments, segments))
-        return self.encoder(self.embed(inputs), rows, mask, dropout_key=dropout_key)
+        return self.encoder(self.embed(inputs), rows, mask, dropout_seed=dropout_seed)
 
     def decode(
         self,
@@ -343,7 +344,7 @@ class T5(nnx.Module):
         encoder_segment_ids: jax.Array,
         row_slots: jax.Array | None = None,
         cross_slots: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_seed: jax.Array | None = None,
         reads: jax.Array | None = None,
     ) -> jax.Array:
         """Returns the decoder's last hidden states, teacher-forced.
@@ -355,7 +356,7 @@ class T5(nnx.Module):
           encoder_segment_ids: [G, N].
           row_slots: [G, Q, T], where the rows of self-attention read.
           cross_slots: [G, Q, C], the encoder's slots that each of these rows attends to.
-          dropout_key: None for no dropout.
+          dropout_seed: [2] uint32; None for no dropout.
           reads: [G, M], the encoder's segment that each token attends to; None: the one of its
             own segment's number.
 
@@ -373,7 +374,7 @@ class T5(nnx.Module):
             rows,
             additive_mask(_same_segment(segments, segments) & causal),
             (encoded, encoded_rows, additive_mask(cross_mask)),
-            dropout_key,
+            dropout_seed,
         )
 
     def head_inputs(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -396,7 +397,7 @@ class T5(nnx.Module):
         decoder_inputs: jax.Array,
         encoder_segment_ids: jax.Array | None = None,
         decoder_segment_ids: jax.Array | None = None,
-        dropout_key: jax.Array | None = None,
+        dropout_seed: jax.Array | None = None,
         row_slots: tuple[jax.Array | None, ...] = (None, None, None),
         reads: jax.Array | None = None,
     ) -> jax.Array:
@@ -410,9 +411,9 @@ class T5(nnx.Module):
             encoder_segment_ids = (encoder_inputs != 0).astype(jnp.int32)
         if decoder_segment_ids is None:
             decoder_segment_ids = jnp.ones_like(decoder_inputs)
-        encoder_key, decoder_key = _keys(dropout_key, 2)
+        encoder_seed, decoder_seed = _seeds(dropout_seed, 2)
         encoder_slots, decoder_slots, cross_slots = row_slots
-        encoded = self.encode(encoder_inputs, encoder_segment_ids, encoder_slots, encoder_key)
+        encoded = self.encode(encoder_inputs, encoder_segment_ids, encoder_slots, encoder_seed)
         return self.decode(
             encoded,
             decoder_inputs,
@@ -420,7 +421,7 @@ class T5(nnx.Module):
             encoder_segment_ids,
             decoder_slots,
             cross_slots,
-            decoder_key,
+            decoder_seed,
             reads,
         )
 

@@ -30,18 +30,13 @@ MASKED = -1e10  # added to scores that must not count; T5X's value
 PRODUCT = "product"  # the name of what `linear` returns, for `jax.checkpoint_policies`
 
 
-def _keep(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
-    """Returns bools of some shape, each False with probability `rate`; a function of the seed.
+def _bits(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns random bits of some shape, uint32; a function of the seed, [2] uint32.
 
     Each element's place is hashed with the seed (two rounds of a 32-bit mixer, Wellons' lowbias32):
-    less work than a cryptographic generator, and so cheap that the backward pass draws the same
-    mask again instead of keeping it. The seed comes first: a scan takes out of its loop, and keeps
-    as an array of that shape, what does not depend on it.
-
-    Args:
-      seed: [2] uint32.
-      shape: of the mask.
-      rate: in [0, 1).
+    less work than a cryptographic generator, to run and to compile, and so cheap that the backward
+    pass draws dropout's mask again instead of keeping it. The seed comes first: a scan takes out of
+    its loop, and keeps as an array of that shape, what does not depend on it.
     """
     strides = np.cumprod((1, *shape[:0:-1]), dtype=np.uint64)[::-1].astype(np.uint32)
     steps = (np.arange(n, dtype=np.uint32) * by for n, by in zip(shape, strides, strict=True))
@@ -50,12 +45,13 @@ def _keep(seed: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B) + seed[1]
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return (x ^ (x >> 16)) >= np.uint32(round(rate * 2**32))
+    return x ^ (x >> 16)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _drop(x: jax.Array, rate: float, seed: jax.Array) -> jax.Array:
-    return x * (_keep(seed, x.shape, rate).astype(x.dtype) * (1 / (1 - rate)))
+    keep = _bits(seed, x.shape) >= np.uint32(round(rate * 2**32))
+    return x * (keep.astype(x.dtype) * (1 / (1 - rate)))
 
 
 # Dropout is linear: its gradient is the same dropout of the gradient.
@@ -70,9 +66,9 @@ def dropout(x: jax.Array, rate: float, seed: jax.Array | None) -> jax.Array:
     return x if seed is None or rate == 0 else _drop(x, rate, seed)
 
 
-def dropout_seeds(key: jax.Array | None, *shape: int) -> jax.Array | None:
-    """Returns [*shape, 2] seeds of dropout; none without a key."""
-    return None if key is None else jax.random.bits(key, (*shape, 2), jnp.uint32)
+def dropout_seeds(seed: jax.Array | None, *shape: int) -> jax.Array | None:
+    """Returns [*shape, 2] seeds of dropout drawn from one, [2] uint32; none from none."""
+    return None if seed is None else _bits(seed, (*shape, 2))
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # keeps x alone

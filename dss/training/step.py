@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from dss.errors import UserError
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, bind, logical_axes
+from dss.student.ops import dropout_seeds
 from dss.training.loss import (
     LossConfig,
     head_loss,
@@ -97,8 +99,14 @@ def state_shardings(
     )
 
 
+def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """Returns what XLA is told: a CPU's third level compiles for longer, to run no faster."""
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": 2} if cpu else None
+
+
 def _head_inputs(
-    config: T5Config, params: Params, batch: DeviceBatch, key: jax.Array | None
+    config: T5Config, params: Params, batch: DeviceBatch, seed: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns what the head multiplies, [G, M, D], and the head, [D, V]."""
     network = bind(config, params)
@@ -107,7 +115,7 @@ def _head_inputs(
         batch["decoder_input_tokens"],
         batch["encoder_segment_ids"],
         batch["decoder_segment_ids"],
-        key,
+        seed,
         tuple(batch.get(name) for name in ("encoder_rows", "decoder_rows", "cross_rows")),
         batch.get("decoder_reads"),
     )
@@ -131,7 +139,7 @@ def _gradients(
     params: Params,
     batch: DeviceBatch,
     rates: jax.Array | None,
-    key: jax.Array,
+    seed: jax.Array | None,
 ) -> tuple[Params, jax.Array]:
     """Returns the gradient of the loss and each task's summed cross entropy, [K].
 
@@ -141,24 +149,23 @@ def _gradients(
     """
     weights = token_weights(token_counts(batch["decoder_task_ids"], loss.num_tasks), rates)
 
-    def weighted(params: Params, batch: DeviceBatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden, kernel = _head_inputs(config, params, batch, key)
+    def weighted(
+        params: Params, batch: DeviceBatch, seed: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        hidden, kernel = _head_inputs(config, params, batch, seed)
         targets, ids = batch["decoder_target_tokens"], batch["decoder_task_ids"]
         return head_loss(loss, mesh, hidden, kernel, weights, targets, ids)
 
     gradient = jax.grad(weighted, has_aux=True)
-    dropout = config.dropout_rate > 0
     if microbatches == 1:
-        return gradient(params, batch, key if dropout else None)
+        return gradient(params, batch, seed)
 
     def add(total, microbatch):
-        part, index = microbatch
-        part_key = jax.random.fold_in(key, index) if dropout else None
-        return jax.tree.map(jnp.add, total, gradient(params, part, part_key)), None
+        return jax.tree.map(jnp.add, total, gradient(params, *microbatch)), None
 
     zeros = jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), params)
     zeros = (zeros, jnp.zeros(loss.num_tasks))
-    parts = (_split(batch, microbatches), jnp.arange(microbatches))
+    parts = (_split(batch, microbatches), dropout_seeds(seed, microbatches))
     return jax.lax.scan(add, zeros, parts)[0]
 
 
@@ -201,11 +208,13 @@ def make_train_step(
             "Experiment.dtype to 'bfloat16' too"
         )
 
+    root = np.random.SeedSequence(seed).generate_state(2)  # [2] uint32
+
     def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        step_seed = root + jnp.uint32([0, state.step]) if config.dropout_rate > 0 else None
         params = optax.tree.cast(state.params, grad_dtype)
         rates = loss.rates_at(state.step)
-        grads, sums = _gradients(config, loss, mesh, microbatches, params, batch, rates, key)
+        grads, sums = _gradients(config, loss, mesh, microbatches, params, batch, rates, step_seed)
         grads = optax.tree.cast(grads, jnp.float32)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         counts = token_counts(batch["decoder_task_ids"], loss.num_tasks)
@@ -225,6 +234,7 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=_compiler_options(mesh),
     )
 
 
@@ -243,6 +253,7 @@ def make_eval_step(
         jax.jit,
         in_shardings=(shardings.params, batch_sharding(mesh)),
         out_shardings=replicated(mesh),
+        compiler_options=_compiler_options(mesh),
     )
     def eval_step(params: Params, batch: DeviceBatch) -> dict[str, jax.Array]:
         hidden, kernel = _head_inputs(config, params, batch, None)

@@ -63,6 +63,13 @@ def test_at_most_three_shapes_fit_every_step_and_waste_little():
     assert (needed[:, :2].sum(axis=0) / taken[:, :2].sum(axis=0) > 0.9).all()
 
 
+@pytest.mark.parametrize(("steps", "spread", "shapes"), [(20, 1, 1), (2000, 1, 3), (20, 4, 3)])
+def test_a_shape_is_worth_compiling_in_a_long_run_or_for_what_is_not_full(steps, spread, shapes):
+    slots = np.random.default_rng(0).normal([3000, 1200], [90 * spread, 36 * spread], (steps, 2))
+    needed = np.concatenate([slots, slots / 60], axis=1).astype(int)
+    assert len(choose_shapes(needed)) == shapes
+
+
 def test_equal_steps_need_one_shape():
     needed = np.tile([100, 50, 3, 2], (20, 1))
     (shape,) = choose_shapes(needed)
