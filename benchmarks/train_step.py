@@ -71,7 +71,9 @@ def open_data(
 def open_batches(args: argparse.Namespace, vocab_size: int, side: str, *, packed: bool) -> Batches:
     store, starts = open_data(args, vocab_size, side)
     order = paired_order(store, args.batch, seed=0)
-    return Batches(store, order, num_steps=RUN, packed=packed, starts=starts)
+    return Batches(
+        store, order, num_steps=max(RUN, WARM + args.steps), packed=packed, starts=starts
+    )
 
 
 def process_peak_gb() -> float:
