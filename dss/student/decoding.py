@@ -30,8 +30,9 @@ __all__ = [
 START, EOS = 0, 1
 NEVER = -1e9  # the score of a hypothesis that must not win
 CHUNK = 128  # ids whose best one is looked at first; T5 vocabularies are multiples of it
-STAGE = 32  # positions of the first stage, in which most labels end; each one doubles them
+STAGE = 16  # positions of the first stage, in which most labels end; each one doubles them
 LEAST = 16  # rows; fewer take as long, most of which reading the weights takes
+PARTS = 8  # of a batch; rows are left out by them, so that programs are of few sizes
 
 
 class Cache(NamedTuple):
@@ -204,6 +205,7 @@ def generate(
     """
     inputs = jnp.asarray(inputs)
     size, positions = len(inputs), min(STAGE, max_length)
+    part = max(size // PARTS, LEAST // 2)
     alone = len(inputs.devices()) == 1  # of rows on several, each device keeps its share
     source, (state, found, left) = _first_stage(
         config,
@@ -217,8 +219,8 @@ def generate(
     )
     while positions < max_length and (running := int(left)) > 0:
         positions = min(2 * positions, max_length)
-        while alone and size // 2 >= max(running, LEAST):
-            size //= 2
+        if alone:
+            size = min(size, max(-(-running // part) * part, LEAST))
         source, state = _refit(source, state, size=size, positions=positions)
         state, found, left = _next_stage(config, params, source, state, found, stop=stop)
     return found
