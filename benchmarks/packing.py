@@ -66,11 +66,9 @@ def measure(store: TokenStore, args: argparse.Namespace) -> dict:
     tokens = sum(int(np.count_nonzero(batch[side])) for batch in made for side in sides)
     encoder, decoder = np.mean([fill(batch) for batch in made], axis=0)
     exact = all(sequences(made[s]) == wanted(store, batches, s) for s in range(args.steps))
-    assert batches.widths is not None
     return {
         "fill": [round(float(encoder), 4), round(float(decoder), 4)],
         "shapes": [dataclasses.asdict(shape) for shape in batches.shapes],
-        "widths": dataclasses.asdict(batches.widths),
         "choosing_seconds": round(chosen - began, 3),
         "tokens_per_second": round(tokens / (packed - chosen)),
         "exact": exact,

@@ -157,11 +157,12 @@ def device_bytes(arrays: Any) -> int:
 
 def abstract_batch(batches: Batches, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of the largest batch, and how they lie on a mesh."""
-    shape, widths, G = batches.shapes[-1], batches.widths, batches.groups
+    shape, G = batches.shapes[-1], batches.groups
     shapes: dict[str, tuple[int, ...]] = {}
-    if widths is None:
+    if not batches.packed:
         G = shape.input_rows
     else:
+        widths = shape.widths
         shapes["encoder_rows"] = (G, shape.input_rows, widths.inputs)
         shapes["decoder_rows"] = (G, shape.target_rows, widths.targets)
         shapes["cross_rows"] = (G, shape.target_rows, widths.cross)
@@ -288,15 +289,17 @@ class Planner:
             per_step.append((inputs.sum(), targets.sum(), flops))
         mean = np.mean(per_step, axis=0)
         filled = batches[0]["encoder_segment_ids"].reshape(self.unit, -1).any(axis=1)
-        shape, widths, groups = batches.shapes[-1], batches.widths, batches.groups
-        slots = shape.inputs, shape.targets
-        if widths is None:
-            groups = shape.input_rows
-            encoder_rows, decoder_rows, cross = (1, slots[0]), (1, slots[1]), slots[0]
-        else:
-            encoder_rows = shape.input_rows, widths.inputs
-            decoder_rows, cross = (shape.target_rows, widths.targets), widths.cross
-        flops = computed_flops(self.config, slots, encoder_rows, decoder_rows, cross)
+        shape = batches.shapes[-1]
+        groups, R, Q = batches.groups, shape.input_rows, shape.target_rows
+        if not batches.packed:  # each row is a group
+            groups, R, Q = R, 1, 1
+        flops = computed_flops(
+            self.config,
+            (shape.inputs, shape.targets),
+            (R, shape.widths.inputs),
+            (Q, shape.widths.targets),
+            shape.widths.cross,
+        )
         return Work(
             input_tokens=float(mean[0]),
             target_tokens=float(mean[1]),

@@ -211,11 +211,11 @@ def _print_batches(
         *("shape", "side", "slots", "rows of attention"),
     )
     for number, shape in enumerate(batches.shapes, start=1):
-        if batches.widths is None:
+        if not batches.packed:
             encoder = decoder = str(shape.input_rows)
             groups = shape.input_rows
         else:
-            widths, groups = batches.widths, batches.groups
+            widths, groups = shape.widths, batches.groups
             encoder = f"{groups * shape.input_rows} of {widths.inputs}"
             decoder = f"{groups * shape.target_rows} of {widths.targets}, over {widths.cross}"
         table.add_row(str(number), "encoder", str(groups * shape.inputs), encoder)

@@ -61,6 +61,7 @@ __all__ = [
 Batch = dict[str, np.ndarray]
 
 SAMPLE_STEPS = 32  # batches looked at to choose the width of rows
+NARROWER = (0.2, 0.4, 0.6, 0.8, 0.9)  # quantiles of their longest sequences, tried as widths too
 CHUNK_STEPS, CHUNK_ITEMS = 1024, 2**20  # of batches laid out together, to see what they need
 
 
@@ -195,6 +196,12 @@ def _slots(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
+def _rows(lengths: np.ndarray, widths: RowWidths) -> tuple[np.ndarray, np.ndarray]:
+    """Returns each item's row of the encoder and of the decoder, [X, n] each."""
+    encoder = next_fit(lengths[..., :1], (widths.inputs,))
+    return encoder, next_fit(lengths, (widths.cross, widths.targets))
+
+
 class Batches:
     """The batches of an order, by step: `batches[step]`.
 
@@ -210,8 +217,7 @@ class Batches:
     What is packed, an item below, is a sequence or, where views have one input, an example.
 
     Attributes:
-      widths: of attention's rows; None if unpacked.
-      shapes: the shapes that batches have, ascending; at most three, so a training step is
+      shapes: the shapes that batches have, by their work; at most three, so a training step is
         compiled at most three times. Every step is looked at, so every step fits one.
     """
 
@@ -230,19 +236,22 @@ class Batches:
         self._lengths = [(task.inputs.lengths, task.targets.lengths) for task in store.tasks]
         self._most = order.most if starts is None else -(-order.most // len(store.tasks))
         longest = store.longest if starts is None else store.longest_together
-        self.widths: RowWidths | None = None
         if not packed:
-            rows = -(-self._most // groups) * groups
-            self.shapes: tuple[PackedShape, ...] = (PackedShape(*longest, rows, rows),)
+            own = -(-self._most // groups) * groups
+            alone = RowWidths(longest[0], longest[1], longest[0])
+            self.shapes: tuple[PackedShape, ...] = (PackedShape(*longest, own, own, alone),)
             return
         sample = self._dealt(range(min(num_steps, SAMPLE_STEPS)))[0]
-        self.widths = choose_widths(sample, longest)
+        narrower = np.quantile(self._needed(sample)[:, 2:], NARROWER, axis=0).clip(min=1)
+        bounds = [*map(tuple, narrower.astype(int).tolist()), longest]
+        widths = list(dict.fromkeys(choose_widths(sample, bound) for bound in bounds))
         steps = min(CHUNK_STEPS, max(1, CHUNK_ITEMS // self._most))
-        needed = [
-            self._needed(self._dealt(range(start, min(start + steps, num_steps)))[0])
-            for start in range(0, num_steps, steps)
-        ]
-        self.shapes = choose_shapes(np.concatenate(needed))
+        needed, rows = [], []
+        for start in range(0, num_steps, steps):
+            dealt = self._dealt(range(start, min(start + steps, num_steps)))[0]
+            needed.append(self._needed(dealt))
+            rows.append(np.stack([self._rows_needed(dealt, w) for w in widths], axis=1))
+        self.shapes = choose_shapes(np.concatenate(needed), np.concatenate(rows), widths)
 
     def __len__(self) -> int:
         return self.num_steps
@@ -287,22 +296,20 @@ class Batches:
         there = there.reshape(-1, n) & (dealt[:, :, 0] > 0)
         return np.where(there[:, :, None], dealt, 0), np.where(there, which, -1)
 
-    def _rows(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Returns each item's row of the encoder and of the decoder, [X, n] each."""
-        widths = self.widths
-        assert widths is not None
-        encoder = next_fit(lengths[..., :1], (widths.inputs,))
-        return encoder, next_fit(lengths, (widths.cross, widths.targets))
-
     def _needed(self, dealt: np.ndarray) -> np.ndarray:
-        """Returns the slots and rows that the fullest group of each step needs, [steps, 4].
+        """Returns the slots that the fullest group of each step needs, and the longest input and
+        target of the step, [steps, 4].
 
         Args:
           dealt: the lengths of the items, see `_dealt`.
         """
-        rows = [found.max(axis=1) + 1 for found in self._rows(dealt)]
-        needed = np.concatenate([dealt.sum(axis=1), np.stack(rows, axis=1)], axis=1)
-        return needed.reshape(-1, self.groups, 4).max(axis=1)
+        found = np.concatenate([dealt.sum(axis=1), dealt.max(axis=1)], axis=1)
+        return found.reshape(-1, self.groups, 4).max(axis=1)
+
+    def _rows_needed(self, dealt: np.ndarray, widths: RowWidths) -> np.ndarray:
+        """Returns the rows of encoder and decoder that the fullest group needs, [steps, 2]."""
+        rows = [row.max(axis=1) + 1 for row in _rows(dealt, widths)]
+        return np.stack(rows, axis=1).reshape(-1, self.groups, 2).max(axis=1)
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.num_steps:
@@ -314,7 +321,7 @@ class Batches:
             return self._tokens(step, shape, G, group, segment, starts)
         dealt, which = self._dealt(range(step, step + 1))
         need = self._needed(dealt)[0]
-        shape = next(s for s in self.shapes if (need <= dataclasses.astuple(s)).all())
+        shape = next(shape for shape in self.shapes if shape.holds(need))
         # Back from the groups [G, n] to the step's own order [n].
         at = which >= 0
         group, segment = np.empty((2, n), np.int64)
@@ -324,9 +331,8 @@ class Batches:
         starts[which[at]] = before[at]
         batch = self._tokens(step, shape, self.groups, group, segment + 1, starts)
 
-        encoder, decoder = self._rows(dealt)
-        widths = self.widths
-        assert widths is not None
+        widths = shape.widths
+        encoder, decoder = _rows(dealt, widths)
         layouts = (
             ("encoder_rows", encoder, 0, shape.input_rows, widths.inputs),
             ("decoder_rows", decoder, 1, shape.target_rows, widths.targets),

@@ -24,7 +24,8 @@ __all__ = [
 SLOT_MULTIPLE = 16  # numbers of slots are multiples of this
 WIDTH_MULTIPLE = 8  # and widths of rows of this
 WIDTH_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of the longest sequence, tried
-QUANTILES = np.arange(0.1, 1.0, 0.1)  # of what steps need, tried as the smaller shapes
+QUANTILES = np.arange(0.1, 1.0, 0.1)  # of what steps need, tried as smaller numbers of slots
+TARGET_SLOT, SCORES = 2, 800  # input slots, and scores of attention to one (measured at small)
 WORTH_A_SHAPE = 5  # steps, whose time one more shape must save, for it has to be compiled;
 FILLED = 0.92  # or what steps need is less than this of the slots of encoder or decoder
 MOST_SHAPES = 3
@@ -48,6 +49,24 @@ class PackedShape:
     targets: int  # M
     input_rows: int  # R
     target_rows: int  # Q
+    widths: RowWidths
+
+    @property
+    def work(self) -> float:
+        """How long a step takes, in that of one input slot without attention."""
+        S, T, C = dataclasses.astuple(self.widths)
+        scores = self.input_rows * S * S + self.target_rows * T * (T + C)
+        return self.inputs + TARGET_SLOT * self.targets + scores / SCORES
+
+    def holds(self, needed: np.ndarray) -> np.ndarray:
+        """Returns which steps fit, [...] bool, for rows as many as they take.
+
+        Args:
+          needed: [..., 4] of each step: slots of encoder and decoder, longest input and target.
+        """
+        longest = min(self.widths.inputs, self.widths.cross), self.widths.targets
+        bounds = np.array([self.inputs, self.targets, *longest])
+        return np.all(needed <= bounds, axis=-1)
 
 
 def _up(x: float, multiple: int) -> int:
@@ -173,8 +192,10 @@ def choose_widths(lengths: np.ndarray, longest: tuple[int, int]) -> RowWidths:
 
     Args:
       lengths: [X, n, 2] input and target lengths of X sample lists; 0 where a list has fewer.
-      longest: the longest input and target of all the data, in tokens.
+      longest: the longest input and target that rows must hold, in tokens; of longer sequences in
+        the lists only so much is looked at.
     """
+    lengths = np.minimum(lengths, longest)
 
     def candidates(longest: float) -> list[int]:
         return sorted({_up(longest * f, WIDTH_MULTIPLE) for f in WIDTH_FACTORS})
@@ -201,39 +222,46 @@ def choose_widths(lengths: np.ndarray, longest: tuple[int, int]) -> RowWidths:
     return RowWidths(S, T, C)
 
 
-def choose_shapes(needed: np.ndarray) -> tuple[PackedShape, ...]:
-    """Returns at most three shapes, ascending, such that every step fits one and slots are filled.
+def choose_shapes(
+    needed: np.ndarray, rows: np.ndarray, widths: Sequence[RowWidths]
+) -> tuple[PackedShape, ...]:
+    """Returns at most three shapes, by their work, such that every step fits one.
 
-    The largest is what the largest step needs; smaller ones are tried at quantiles of what steps
-    need, and taken where they save enough of the run or fill what is not full.
+    The largest fits every step. Smaller ones have as many slots as some quantile of the steps
+    needs, or rows only as wide as many steps' longest sequences; they are taken where they save
+    enough of the run or fill what is not full.
 
     Args:
-      needed: [steps, 4] of each step: slots of encoder and decoder, rows of encoder and decoder.
+      needed: [steps, 4] of each step: slots of encoder and decoder, longest input and target.
+      rows: [steps, W, 2] that encoder and decoder need with each of the widths.
+      widths: W, some of which hold every sequence.
     """
-    slots, rows = needed[:, :2], needed[:, 2:]
+    slots = needed[:, :2]
     ladder = np.quantile(slots, [*QUANTILES, 1.0], axis=0)
     ladder = np.maximum(np.ceil(ladder / SLOT_MULTIPLE), 1).astype(int) * SLOT_MULTIPLE
-    fits = (slots[:, None] <= ladder).all(axis=2)  # [steps, rungs]
-    size = (ladder / ladder[-1]).mean(axis=1)
-    top = len(ladder) - 1
+    shapes, fits = [], []
+    for N, M in ladder.tolist():
+        for w, width in enumerate(widths):
+            held = PackedShape(N, M, 0, 0, width).holds(needed)
+            R, Q = rows[held, w].max(axis=0, initial=0).tolist()
+            shapes.append(PackedShape(N, M, R, Q, width))
+            fits.append(held)
+    work = np.array([shape.work for shape in shapes])
+    costs = np.where(np.stack(fits, axis=1), work, np.inf)  # [steps, candidates]
+    top = int(costs.sum(axis=0).argmin())
 
-    def taken(rungs: tuple[int, ...]) -> np.ndarray:
-        return np.array(rungs)[fits[:, rungs].argmax(axis=1)]
+    def filled(chosen: list[int]) -> float:
+        taken = np.array(chosen)[costs[:, chosen].argmin(axis=1)]
+        held = np.array([(shapes[c].inputs, shapes[c].targets) for c in taken])
+        return float((slots.sum(axis=0) / held.sum(axis=0)).min())
 
-    def cost(rungs: tuple[int, ...]) -> float:  # in steps of the largest shape
-        return float(size[taken(rungs)].sum())
-
-    def filled(rungs: tuple[int, ...]) -> float:
-        return float((slots.sum(axis=0) / ladder[taken(rungs)].sum(axis=0)).min())
-
-    chosen: tuple[int, ...] = (top,)
+    chosen = [top]
     while len(chosen) < MOST_SHAPES:
-        better = min((tuple(sorted({r, *chosen})) for r in range(top)), key=cost)
-        saved = cost(chosen) - cost(better)
-        if saved == 0 or (saved < WORTH_A_SHAPE and filled(chosen) >= FILLED):
+        cost = costs[:, chosen].min(axis=1)
+        with_one_more = np.minimum(cost[:, None], costs).sum(axis=0)
+        best = int(with_one_more.argmin())
+        saved = (cost.sum() - with_one_more[best]) / work[top]
+        if saved <= 0 or (saved < WORTH_A_SHAPE and filled(chosen) >= FILLED):
             break
-        chosen = better
-    return tuple(
-        PackedShape(*map(int, ladder[rung]), *(int(n) for n in rows[fits[:, rung]].max(axis=0)))
-        for rung in chosen
-    )
+        chosen.append(best)
+    return tuple(shapes[c] for c in sorted(chosen, key=lambda c: work[c]))

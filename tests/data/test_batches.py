@@ -38,8 +38,7 @@ def store() -> TokenStore:
 
 def test_a_packed_batch_in_full(store):
     batches = Batches(store, sequential_order(store, 2), num_steps=1)
-    batches.widths = RowWidths(inputs=6, targets=5, cross=9)
-    batches.shapes = (PackedShape(inputs=11, targets=8, input_rows=2, target_rows=2),)
+    batches.shapes = (PackedShape(11, 8, input_rows=2, target_rows=2, widths=RowWidths(6, 5, 9)),)
     batch = {name: array[0].tolist() for name, array in batches[0].items()}
     assert batch == {
         "encoder_input_tokens": [18, 3, 1, 7, 3, 1, 18, 4, 1, 0, 0],
@@ -60,8 +59,7 @@ def test_a_packed_batch_of_examples_with_one_input_in_full():
     rationales = [TextRow("1", "pa", "zz"), TextRow("3", "pc", "v")]
     store = tokenize([labels, rationales], Letters(), inputs_length=8, targets_length=8)
     batches = Batches(store, sequential_order(store, 3), num_steps=1, starts=(0, 29))
-    batches.widths = RowWidths(inputs=6, targets=7, cross=9)
-    batches.shapes = (PackedShape(inputs=10, targets=13, input_rows=2, target_rows=2),)
+    batches.shapes = (PackedShape(10, 13, input_rows=2, target_rows=2, widths=RowWidths(6, 7, 9)),)
     batch = {name: array[0].tolist() for name, array in batches[0].items()}
     assert batch == {
         "encoder_input_tokens": [18, 3, 1, 18, 4, 1, 18, 5, 1, 0],

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dss.data.packing import choose_shapes, choose_widths, deal, members, next_fit
+from dss.data.packing import (
+    PackedShape,
+    RowWidths,
+    choose_shapes,
+    choose_widths,
+    deal,
+    members,
+    next_fit,
+)
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 10)), min_size=1, max_size=60)
 
@@ -50,30 +58,62 @@ def test_rows_are_wide_enough_for_the_longest_and_balanced_for_cross_attention()
     assert rows * widths.inputs**2 < 64 * 72**2
 
 
-def test_at_most_three_shapes_fit_every_step_and_waste_little():
+WIDE, NARROW = RowWidths(100, 60, 200), RowWidths(60, 40, 100)
+
+
+def steps_of(
+    num_steps: int, spread: float = 1.0, narrow: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what steps need, and the rows of it, where part of them have no long sequence."""
     rng = np.random.default_rng(0)
-    slots = np.stack([rng.normal(3000, 150, 500), rng.normal(1200, 100, 500)], axis=1)
-    needed = np.concatenate([slots, slots / 60], axis=1).astype(int)
-    shapes = np.array([dataclasses.astuple(s) for s in choose_shapes(needed)])
+    slots = rng.normal([3000, 1200], [90 * spread, 36 * spread], (num_steps, 2)).astype(int)
+    short = (np.arange(num_steps) % 10 < 10 * narrow)[:, None]
+    rows = np.stack([slots // (50, 30), slots // (90, 50)], axis=1)
+    return np.concatenate([slots, np.where(short, (55, 40), (95, 60))], axis=1), rows
+
+
+@pytest.mark.parametrize("narrow", [0.0, 0.6])
+def test_at_most_three_shapes_fit_every_step_and_waste_little(narrow):
+    needed, rows = steps_of(500, spread=2, narrow=narrow)
+    widths = [NARROW, WIDE]
+    shapes = choose_shapes(needed, rows, widths)
     assert 1 < len(shapes) <= 3
-    assert (np.diff(shapes, axis=0) >= 0).all()
-    fits = (needed[:, None] <= shapes).all(axis=2)
+    work = [shape.work for shape in shapes]
+    assert work == sorted(work)
+    fits = np.stack([shape.holds(needed) for shape in shapes], axis=1)
     assert fits[:, -1].all()
-    taken = shapes[fits.argmax(axis=1)]
-    assert (needed[:, :2].sum(axis=0) / taken[:, :2].sum(axis=0) > 0.9).all()
+    taken = [shapes[s] for s in fits.argmax(axis=1)]
+    for shape, needs, has in zip(taken, needed, rows, strict=True):
+        assert (has[widths.index(shape.widths)] <= (shape.input_rows, shape.target_rows)).all()
+        assert shape.widths == WIDE or tuple(needs[2:]) == (55, 40)
+    held = np.array([(shape.inputs, shape.targets) for shape in taken])
+    assert (needed[:, :2].sum(axis=0) / held.sum(axis=0) > 0.9).all()
 
 
 @pytest.mark.parametrize(("steps", "spread", "shapes"), [(20, 1, 1), (2000, 1, 3), (20, 4, 3)])
 def test_a_shape_is_worth_compiling_in_a_long_run_or_for_what_is_not_full(steps, spread, shapes):
-    slots = np.random.default_rng(0).normal([3000, 1200], [90 * spread, 36 * spread], (steps, 2))
-    needed = np.concatenate([slots, slots / 60], axis=1).astype(int)
-    assert len(choose_shapes(needed)) == shapes
+    assert len(choose_shapes(*steps_of(steps, spread), [NARROW, WIDE])) == shapes
+
+
+@pytest.mark.parametrize(("narrow", "shapes"), [(0.0, 1), (0.8, 2)])
+def test_rows_are_narrower_where_few_steps_have_a_long_sequence(narrow, shapes):
+    needed, rows = steps_of(500, spread=0, narrow=narrow)
+    chosen = choose_shapes(needed, rows, [NARROW, WIDE])
+    assert [shape.widths for shape in chosen] == [NARROW, WIDE][-shapes:]
+    assert len({(shape.inputs, shape.targets) for shape in chosen}) == 1
 
 
 def test_equal_steps_need_one_shape():
-    needed = np.tile([100, 50, 3, 2], (20, 1))
-    (shape,) = choose_shapes(needed)
-    assert dataclasses.astuple(shape) == (112, 64, 3, 2)
+    needed, rows = np.tile([100, 50, 60, 30], (20, 1)), np.tile([[[3, 2]]], (20, 1, 1))
+    assert choose_shapes(needed, rows, [WIDE]) == (PackedShape(112, 64, 3, 2, WIDE),)
+
+
+def test_what_a_shape_holds_and_its_work():
+    shape = PackedShape(inputs=100, targets=50, input_rows=2, target_rows=1, widths=NARROW)
+    fits = [(100, 50, 60, 40), (101, 50, 60, 40), (100, 50, 61, 40), (100, 51, 60, 41)]
+    assert shape.holds(np.array(fits)).tolist() == [True, False, False, False]
+    wider = dataclasses.replace(shape, widths=WIDE)
+    assert wider.work - shape.work == (2 * (100**2 - 60**2) + 60 * 260 - 40 * 140) / 800
 
 
 @pytest.mark.parametrize("groups", [8, 64, 96, 127])
