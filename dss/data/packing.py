@@ -25,7 +25,8 @@ SLOT_MULTIPLE = 16  # numbers of slots are multiples of this
 WIDTH_MULTIPLE = 8  # and widths of rows of this
 WIDTH_FACTORS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)  # of the longest sequence, tried
 QUANTILES = np.arange(0.1, 1.0, 0.1)  # of what steps need, tried as smaller numbers of slots
-TARGET_SLOT, SCORES = 2, 800  # input slots, and scores of attention to one (measured at small)
+TARGET_SLOT = 2  # input slots that take as long as a target slot, which meets the head too
+SCORES = 800  # of attention that take as long as an input slot: measured at small, on two cores
 WORTH_A_SHAPE = 5  # steps, whose time one more shape must save, for it has to be compiled;
 FILLED = 0.92  # or what steps need is less than this of the slots of encoder or decoder
 MOST_SHAPES = 3
@@ -250,10 +251,11 @@ def choose_shapes(
     costs = np.where(np.stack(fits, axis=1), work, np.inf)  # [steps, candidates]
     top = int(costs.sum(axis=0).argmin())
 
+    sizes = np.array([(shape.inputs, shape.targets) for shape in shapes])
+
     def filled(chosen: list[int]) -> float:
         taken = np.array(chosen)[costs[:, chosen].argmin(axis=1)]
-        held = np.array([(shapes[c].inputs, shapes[c].targets) for c in taken])
-        return float((slots.sum(axis=0) / held.sum(axis=0)).min())
+        return float((slots.sum(axis=0) / sizes[taken].sum(axis=0)).min())
 
     chosen = [top]
     while len(chosen) < MOST_SHAPES:
