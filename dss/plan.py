@@ -267,15 +267,16 @@ class Planner:
         # A TPU pads arrays to tiles.
         other += max(found.argument_size_in_bytes - sum(parts.values()), 0)
         seconds = time.perf_counter() - began
-        sent = None
-        try:
-            text = compiled.as_text()
-        except JaxRuntimeError:
-            pass  # seen for XXL on 8 v5p: "async-update instruction should have ..."
-        else:
-            sent = exchanges(text, self.mesh.size)
-            if self.cpu:
-                other += product_bytes(text)
+        sent: tuple[Exchange, ...] | None = ()
+        if self.mesh.size > 1 or self.cpu:  # else nothing is sent, and all is known
+            try:
+                text = compiled.as_text()
+            except JaxRuntimeError:
+                sent = None  # seen for XXL on 8 v5p: "async-update instruction should have ..."
+            else:
+                sent = exchanges(text, self.mesh.size)
+                if self.cpu:
+                    other += product_bytes(text)
         memory = Memory(**parts, temporary=found.temp_size_in_bytes, other=other)
         return memory, sent, seconds
 

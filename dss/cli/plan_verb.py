@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         one = dataclasses.replace(experiment.mesh, data=1)
         experiment = dataclasses.replace(experiment, mesh=one)
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what XLA logs as an error it raises too
     quiet_tpu()
     from dss.accelerators import simulate_devices
     from dss.plan import plan
