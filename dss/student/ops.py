@@ -147,13 +147,13 @@ def _attend_backward(rate, saved, g):
     query, key, value, bias, mask, seed = saved
     weights = jax.nn.softmax(_scores(query, key, bias, mask), axis=-1)
     dropped = dropout(weights, rate, seed).astype(g.dtype)
-    dvalue = jnp.einsum("bhts,bhtk->bhsk", dropped, g)
+    dvalue = transposed(dropped, 1, batch=2) @ g
     dweights = jnp.einsum("bhtk,bhsk->bhts", g, value).astype(jnp.float32)
     dweights = dropout(dweights, rate, seed)
     wide = weights * (dweights - (dweights * weights).sum(axis=-1, keepdims=True))
     dscores = wide.astype(g.dtype)
     dquery = jnp.einsum("bhts,bhsk->bhtk", dscores, key)
-    dkey = jnp.einsum("bhts,bhtk->bhsk", dscores, query)
+    dkey = transposed(dscores, 1, batch=2) @ query
     if bias is None:
         return dquery, dkey, dvalue, None, None, None
     # The sum over B is a product with ones, which takes a CPU a small part of the time. It is as
@@ -166,16 +166,18 @@ def _attend_backward(rate, saved, g):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def transposed(x: jax.Array, dims: int) -> jax.Array:
-    """Returns x [*N, *I] as [*I, *N], where I are `dims` dimensions, to multiply from the left.
+def transposed(x: jax.Array, dims: int, batch: int = 0) -> jax.Array:
+    """Returns x [*B, *N, *I] as [*B, *I, *N], where I are `dims` dimensions and B are `batch`, to
+    multiply from the left.
 
     A CPU's product reads it only so. Left to itself XLA writes it out in one loop with what makes
-    x, which takes four to seven times as long, or has the product copy all of its other operand; a
-    call it keeps as it is.
+    x, which takes four to seven times as long, has the product copy all of its other operand, or
+    takes a product three times as slow; a call it keeps as it is.
     """
 
     def swap(x: jax.Array) -> jax.Array:
-        return x.transpose(*range(x.ndim - dims, x.ndim), *range(x.ndim - dims))
+        axes = list(range(x.ndim))
+        return x.transpose(axes[:batch] + axes[x.ndim - dims :] + axes[batch : x.ndim - dims])
 
     def written(x: jax.Array) -> jax.Array:
         with set_xla_metadata(inlineable="false"):
