@@ -170,9 +170,9 @@ def transposed(x: jax.Array, dims: int, batch: int = 0) -> jax.Array:
     """Returns x [*B, *N, *I] as [*B, *I, *N], where I are `dims` dimensions and B are `batch`, to
     multiply from the left.
 
-    A CPU's product reads it only so. Left to itself XLA writes it out in one loop with what makes
-    x, which takes four to seven times as long, has the product copy all of its other operand, or
-    takes a product three times as slow; a call it keeps as it is.
+    A CPU's fast products read it only so. Left to itself XLA takes a slower one, has the product
+    copy all of its other operand, or writes x out in one loop with what makes it, which takes four
+    to seven times as long; a call it keeps as it is.
     """
 
     def swap(x: jax.Array) -> jax.Array:
