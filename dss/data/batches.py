@@ -40,6 +40,7 @@ from dss.data.packing import (
     choose_shapes,
     choose_widths,
     deal,
+    exchange,
     members,
     next_fit,
 )
@@ -60,6 +61,7 @@ __all__ = [
 
 Batch = dict[str, np.ndarray]
 
+EXCHANGING = 32  # steps among which examples are exchanged; fewer where an epoch has fewer
 SAMPLE_STEPS = 32  # batches looked at to choose the width of rows
 NARROWER = (0.2, 0.4, 0.6, 0.8, 0.9)  # quantiles of their longest sequences, tried as widths too
 CHUNK_STEPS, CHUNK_ITEMS = 1024, 2**20  # of batches laid out together, to see what they need
@@ -133,11 +135,30 @@ def views(
 
 
 def paired_order(store: TokenStore, batch_size: int, seed: int) -> Order:
-    """Returns the reference's order: `batch_size` examples a step, each in all its views."""
+    """Returns the reference's order: `batch_size` examples a step, each in all its views.
+
+    Steps that follow each other exchange examples, so that each has nearly as many tokens: shapes
+    are then filled by all of them. An epoch still has each example once, and who meets in a step is
+    drawn anew in each.
+    """
+    steps = min(EXCHANGING, max(1, len(store) // batch_size))
+
+    @functools.lru_cache(maxsize=2)
+    def drawn(turn: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the examples of `steps` steps [steps, batch_size], and the epochs of these."""
+        positions = np.arange(turn * steps * batch_size, (turn + 1) * steps * batch_size)
+        examples, epochs = _shuffled(len(store), positions, seed)
+        tasks, rows, which = views(store, examples, epochs)
+        lengths = np.zeros((len(examples), 2), np.int64)
+        np.add.at(lengths, which, store.lengths(tasks, rows))
+        taken = exchange(lengths.reshape(steps, batch_size, 2))
+        at = taken * batch_size + np.arange(batch_size)
+        return examples[at], epochs[at]
 
     def order(step: int) -> Sequences:
-        positions = step * batch_size + np.arange(batch_size)
-        return views(store, *_shuffled(len(store), positions, seed))
+        turn, at = divmod(step, steps)
+        examples, epochs = drawn(turn)
+        return views(store, examples[at], epochs[at])
 
     return Order(order, batch_size * len(store.tasks))
 
@@ -233,7 +254,6 @@ class Batches:
     ):
         self.store, self.order, self.num_steps, self.packed = store, order, num_steps, packed
         self.groups, self.starts = groups, starts
-        self._lengths = [(task.inputs.lengths, task.targets.lengths) for task in store.tasks]
         self._most = order.most if starts is None else -(-order.most // len(store.tasks))
         longest = store.longest if starts is None else store.longest_together
         if not packed:
@@ -270,10 +290,7 @@ class Batches:
     def _sequences(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Returns the tasks, rows, lengths [n, 2] and items of a step's n sequences."""
         tasks, rows, examples = self.order(step)
-        lengths = np.empty((len(tasks), 2), np.int64)
-        for k, (inputs, targets) in enumerate(self._lengths):
-            here = tasks == k
-            lengths[here] = np.stack([inputs[rows[here]], targets[rows[here]]], axis=1)
+        lengths = self.store.lengths(tasks, rows)
         return tasks, rows, lengths, np.arange(len(tasks)) if self.starts is None else examples
 
     def _dealt(self, steps: range) -> tuple[np.ndarray, np.ndarray]:

@@ -106,6 +106,16 @@ class TokenStore:
             [int(t.targets.lengths.max(initial=1)) for t in self.tasks],
         )
 
+    def lengths(self, tasks: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Returns the lengths of the inputs and targets of some sequences, in tokens, [n, 2]."""
+        out = np.empty((len(tasks), 2), np.int64)
+        for k, task in enumerate(self.tasks):
+            here = np.flatnonzero(tasks == k)
+            for side, ragged in enumerate((task.inputs, task.targets)):
+                first = ragged.offsets[rows[here]]
+                out[here, side] = ragged.offsets[rows[here] + 1] - first
+        return out
+
     def ids_of(self, tasks: np.ndarray, rows: np.ndarray) -> list[str]:
         """Returns the ids of the examples of some sequences, each once."""
         pairs = zip(tasks, rows, strict=True)

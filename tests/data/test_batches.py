@@ -159,6 +159,25 @@ def test_a_batch_is_a_function_of_seed_and_step(toy_store):
         batches[12]
 
 
+def test_steps_of_an_epoch_exchange_examples_and_have_nearly_as_many_tokens_each():
+    rng = np.random.default_rng(0)
+    rows = [
+        [TextRow(str(i), "p" * rng.integers(20, 90), "x" * rng.integers(1, 40)) for i in range(320)]
+        for _ in range(2)
+    ]
+    store = tokenize(rows, Letters(), inputs_length=100, targets_length=100)
+    order = paired_order(store, 10, seed=0)
+    steps = [order(step) for step in range(64)]  # two epochs
+    examples = [step.rows[step.tasks == 0] for step in steps]
+    for epoch in (examples[:32], examples[32:]):
+        assert np.sort(np.stack(epoch), axis=None).tolist() == list(range(320))
+    assert len({tuple(sorted(step)) for step in examples}) == 64  # others meet in the second
+    tokens = np.stack([store.lengths(*step[:2]).sum(axis=0) for step in steps])
+    assert (tokens.std(axis=0) < 0.03 * tokens.mean(axis=0)).all()
+    resumed = paired_order(store, 10, seed=0)(37)
+    np.testing.assert_array_equal(resumed.rows, steps[37].rows)
+
+
 def test_sampling_follows_the_rates(toy_store):
     order = sampled_order(toy_store, 10, seed=0, rates=(0.3, 0.7))
     counts = np.zeros(2)

@@ -11,6 +11,7 @@ from dss.data.packing import (
     choose_shapes,
     choose_widths,
     deal,
+    exchange,
     members,
     next_fit,
 )
@@ -44,6 +45,26 @@ def test_groups_get_nearly_equal_shares_of_both_sides():
     for one, group in zip(lengths, groups, strict=True):
         loads = np.stack([one[group == g].sum(axis=0) for g in range(4)])
         assert (loads.max(axis=0) <= 1.03 * loads.mean(axis=0)).all()
+
+
+def test_steps_exchange_items_until_they_are_nearly_equal_on_both_sides():
+    rng = np.random.default_rng(0)
+    lengths = np.stack([rng.integers(20, 90, (16, 36)), rng.integers(2, 40, (16, 36))], axis=-1)
+    taken = exchange(lengths)
+    assert np.sort(taken, axis=0).tolist() == [[step] * 36 for step in range(16)]
+    before = lengths.sum(axis=1).std(axis=0)
+    after = np.take_along_axis(lengths, taken[..., None], axis=0).sum(axis=1).std(axis=0)
+    assert (after < before / 4).all()
+
+
+def test_items_that_are_all_alike_stay_where_they_are():
+    taken = exchange(np.full((5, 3, 2), 7))
+    assert taken.tolist() == [[step] * 3 for step in range(5)]
+
+
+def test_steps_without_targets_exchange_by_their_inputs():
+    lengths = np.array([[[9, 0], [8, 0]], [[2, 0], [1, 0]]])
+    assert exchange(lengths).tolist() == [[0, 1], [1, 0]]
 
 
 def test_rows_are_wide_enough_for_the_longest_and_balanced_for_cross_attention():
