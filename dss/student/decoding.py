@@ -188,7 +188,8 @@ def generate(
     """Returns the best output of each input.
 
     Beam search scores a finished hypothesis by its mean log-probability a token, EOS counted, and
-    ends for a row when no running hypothesis can beat its worst finished one at today's length.
+    ends for a row when no running hypothesis can beat its worst finished one at today's length, or
+    its best one at any length.
 
     Args:
       config: the student's shape.
@@ -418,7 +419,7 @@ def _beam_step(
     all_scores = jnp.concatenate([s.done_scores, finished], axis=1)
     done_scores, best = jax.lax.top_k(all_scores, N)
     done_tokens = _take(jnp.concatenate([s.done_tokens, tokens], axis=1), best)
-    worst = done_scores.min(axis=1)
+    best_running = kept_scores[:, 0]
     return s._replace(
         t=s.t + 1,
         tokens=_take(tokens, kept),
@@ -426,7 +427,9 @@ def _beam_step(
         ancestors=_take(ancestors, _take(parents, kept)),
         done_tokens=done_tokens,
         done_scores=done_scores,
-        open=s.open & (kept_scores[:, 0] / (s.t + 1) > worst),
+        open=s.open
+        & (best_running / (s.t + 1) > done_scores[:, -1])
+        & (best_running / T > done_scores[:, 0]),
         caches=caches,
     )
 
