@@ -15,7 +15,7 @@ from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
 from dss.fields import check_at_least, check_types
 from dss.student.config import T5Config
-from dss.student.decoding import generate, score_candidates
+from dss.student.decoding import candidate_slots, generate, score_candidates
 from dss.training.mesh import fetch, put_batch
 
 __all__ = [
@@ -199,6 +199,7 @@ class Predictor:
         encoded = [[[*self.vocabulary.encode(c), EOS] for c in cs] for cs in candidates]
         most = max((len(cs) for cs in encoded), default=1)
         longest = max((len(c) for cs in encoded for c in cs), default=1)
+        slots = candidate_slots(encoded)
         table = np.zeros((len(inputs), most, longest), np.int32)
         for i, cs in enumerate(encoded):
             for j, c in enumerate(cs):
@@ -207,9 +208,8 @@ class Predictor:
         for rows, tokens in self._batches(inputs):
             padded_rows = np.resize(rows, len(tokens))
             padded_rows[len(rows) :] = rows[-1]
-            scores = score_candidates(
-                self.config, self.params, self._put(tokens), self._put(table[padded_rows])
-            )
+            offered = self._put(table[padded_rows])
+            scores = score_candidates(self.config, self.params, self._put(tokens), offered, slots)
             for row, of_row in zip(rows, fetch(scores), strict=False):
                 own = of_row[: len(candidates[row])].astype(np.float64)
                 shares = np.exp(own - own.max())

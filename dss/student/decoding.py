@@ -6,6 +6,7 @@ cache is no longer than its stage needs, and the next stage leaves out rows that
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ __all__ = [
     "Source",
     "Stage",
     "best_continuations",
+    "candidate_slots",
     "generate",
     "score_candidates",
 ]
@@ -32,6 +34,7 @@ NEVER = -1e9  # the score of a hypothesis that must not win
 CHUNK = 128  # ids whose best one is looked at first; T5 vocabularies are multiples of it
 STAGE = 16  # positions of the first stage, in which most labels end; each one doubles them
 LEAST = 16  # rows; fewer take as long, most of which reading the weights takes
+SLOTS = 4  # labels take multiples of this, so that programs are of few sizes
 PARTS = 8  # of a batch; rows are left out by them, so that programs are of few sizes
 
 
@@ -434,33 +437,57 @@ def _beam_step(
     )
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "num_slots"))
 def score_candidates(
-    config: T5Config, params: Any, inputs: jax.Array, candidates: jax.Array
+    config: T5Config,
+    params: Any,
+    inputs: jax.Array,
+    candidates: jax.Array,
+    num_slots: int | None = None,
 ) -> jax.Array:
-    """Returns the log-probability of each candidate output; each input is encoded once.
+    """Returns the log-probability of each candidate output.
+
+    Each input is encoded once. Its candidates lie one after another in the decoder's slots, a row
+    of self-attention each; the start token, from which all go on, is there once.
 
     Args:
       config: the student's shape.
       params: its parameters.
       inputs: [B, S] ids, EOS included, then 0.
       candidates: [B, C, T] ids, EOS included, then 0; a row of zeros is no candidate.
+      num_slots: of the decoder, see `candidate_slots`; None for room for C candidates of T tokens.
 
     Returns:
       [B, C] float32; minus infinity where there is no candidate.
     """
     B, C, T = candidates.shape
+    M = 1 + C * (T - 1) if num_slots is None else num_slots
     model = bind(config, params)
     segments = _input_segments(inputs)
     encoded = model.encode(inputs, segments)
-    # All candidates of an input are one row of the decoder, that sees the input's one segment.
-    targets = candidates.reshape(B, C * T)
-    shifted = jnp.pad(candidates, ((0, 0), (0, 0), (1, 0)))[:, :, :-1].reshape(B, C * T)
-    own = jnp.broadcast_to(jnp.repeat(jnp.arange(1, C + 1), T), targets.shape)
-    hidden = model.decode(encoded, shifted, own, segments, reads=jnp.ones_like(targets))
-    logits = model.logits(hidden)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    chosen -= jax.nn.logsumexp(logits, axis=-1)
-    real = (candidates != 0).any(axis=-1)
-    scores = jnp.where(targets != 0, chosen, 0).reshape(B, C, T).sum(axis=-1)
-    return jnp.where(real, scores, -jnp.inf)
+    # The slot in which each token is predicted: a row of attention for each candidate.
+    sizes = (candidates != 0).sum(axis=-1)[..., None]
+    ends = 1 + jnp.cumsum((sizes - 1).clip(min=0), axis=1)
+    t = jnp.arange(T)
+    slots = jnp.where(t < sizes, jnp.where(t > 0, ends - sizes + t, 0), M)
+    before = jnp.pad(candidates, ((0, 0), (0, 0), (1, 0)), constant_values=START)[:, :, :-1]
+    row = jnp.arange(B)[:, None, None]
+    tokens = jnp.zeros((B, M), candidates.dtype).at[row, slots].set(before, mode="drop")
+    used = jnp.zeros((B, M), jnp.int32).at[row, slots].set(1, mode="drop")
+    logits = model.logits(model.decode(encoded, tokens, used, segments, slots))
+    chosen = logits[row, slots, candidates] - jax.nn.logsumexp(logits, axis=-1)[row, slots]
+    scores = jnp.where(candidates != 0, chosen, 0).sum(axis=-1)
+    return jnp.where(sizes[..., 0] > 0, scores, -jnp.inf)
+
+
+def candidate_slots(candidates: Sequence[Sequence[Sequence[int]]]) -> int:
+    """Returns how many slots of the decoder `score_candidates` needs for the candidates of inputs.
+
+    Those of an input share the first one, and no EOS is read, so that a label of n tokens takes
+    n - 1 more.
+
+    Args:
+      candidates: of each input, their ids, EOS included.
+    """
+    most = max((1 + sum(len(ids) - 1 for ids in offered) for offered in candidates), default=1)
+    return -(-most // SLOTS) * SLOTS

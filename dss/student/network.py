@@ -209,7 +209,8 @@ class Layer(nnx.Module):
           rows: `Rows` of x, or None.
           bias: [H, S, S] of its positions.
           mask: [G, R, 1, S, S], see `additive_mask`.
-          cross: in a decoder: the encoder's output, its `Rows` or None, and the mask.
+          cross: in a decoder: `Rows` of x, the encoder's output and its `Rows`, or None for both
+            rows, and the mask.
           seeds: [6, 2] of dropout, or None.
         """
         seed = iter([None] * 6 if seeds is None else seeds)
@@ -220,9 +221,9 @@ class Layer(nnx.Module):
         y = self.norm(x, self.attention_norm)
         x = residual(self.attention(y, rows, y, rows, bias, mask, next(seed)))
         if cross is not None:
-            encoded, encoded_rows, cross_mask = cross
+            looking, encoded, encoded_rows, cross_mask = cross
             y = self.norm(x, self.cross_norm)
-            y = self.cross(y, rows, encoded, encoded_rows, None, cross_mask, next(seed))
+            y = self.cross(y, looking, encoded, encoded_rows, None, cross_mask, next(seed))
             x = residual(y)
         return residual(self.mlp(self.norm(x, self.mlp_norm), next(seed)))
 
@@ -355,7 +356,8 @@ class T5(nnx.Module):
           segment_ids: [G, M].
           encoder_segment_ids: [G, N].
           row_slots: [G, Q, T], where the rows of self-attention read.
-          cross_slots: [G, Q, C], the encoder's slots that each of these rows attends to.
+          cross_slots: [G, Q, C], the encoder's slots that each of these rows attends to; None: a
+            group is one row of cross-attention.
           dropout_seed: [2] uint32; None for no dropout.
           reads: [G, M], the encoder's segment that each token attends to; None: the one of its
             own segment's number.
@@ -364,16 +366,18 @@ class T5(nnx.Module):
           [G, M, D].
         """
         rows = None if row_slots is None else Rows.of(row_slots, inputs.shape[1])
-        encoded_rows = None if cross_slots is None else Rows.of(cross_slots, encoded.shape[1])
+        looking, encoded_rows = None, None
+        if cross_slots is not None:
+            looking, encoded_rows = rows, Rows.of(cross_slots, encoded.shape[1])
         segments = _in_rows(segment_ids, rows)
         causal = np.tri(segments.shape[-1], dtype=bool)
-        reading = segments if reads is None else _in_rows(reads, rows)
+        reading = _in_rows(segment_ids if reads is None else reads, looking)
         cross_mask = _same_segment(reading, _in_rows(encoder_segment_ids, encoded_rows))
         return self.decoder(
             self.embed(inputs),
             rows,
             additive_mask(_same_segment(segments, segments) & causal),
-            (encoded, encoded_rows, additive_mask(cross_mask)),
+            (looking, encoded, encoded_rows, additive_mask(cross_mask)),
             dropout_seed,
         )
 

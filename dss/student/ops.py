@@ -231,7 +231,10 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, slots: jax.Array, num_slots: int) -> "Rows":
-        """Returns the rows that read some slots, each at most once, out of `num_slots`."""
+        """Returns the rows that read some slots out of `num_slots`.
+
+        Each is read at most once, or from places that hold the same, and then has no gradient.
+        """
         _, R, S = slots.shape
 
         def invert(slots: jax.Array) -> jax.Array:

@@ -9,7 +9,12 @@ import pytest
 from dss.interop import huggingface
 from dss.student import decoding
 from dss.student.config import T5Config
-from dss.student.decoding import best_continuations, generate, score_candidates
+from dss.student.decoding import (
+    best_continuations,
+    candidate_slots,
+    generate,
+    score_candidates,
+)
 from dss.student.network import bind, init_params, logical_axes, num_parameters
 from dss.training.mesh import MeshConfig, make_mesh, put_batch
 from tests.conftest import tiny_config
@@ -259,18 +264,48 @@ def test_the_best_continuations_are_those_of_a_full_search(vocabulary):
     np.testing.assert_array_equal(ids, best % vocabulary)
 
 
-def test_a_candidates_score_is_the_sum_of_its_log_probabilities(tiny):
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_candidates_score_is_the_sum_of_its_log_probabilities(tiny, packed):
     config, params = tiny
-    inputs = np.array([[5, 6, 7, 1]])
-    candidates = np.array([[[8, 9, 1], [10, 1, 0], [0, 0, 0]]])
-    scores = np.asarray(score_candidates(config, params, inputs, candidates))[0]
-    for c, ids in enumerate(([8, 9, 1], [10, 1])):
-        log_probs = jax.nn.log_softmax(
-            logits_of(config, params, inputs, np.array([[0, *ids[:-1]]]))
-        )
-        wanted = sum(float(log_probs[0, t, i]) for t, i in enumerate(ids))
-        assert scores[c] == pytest.approx(wanted, abs=1e-4)
-    assert scores[2] == -np.inf
+    inputs = np.array([[5, 6, 7, 1], [7, 5, 1, 0]])
+    offered = [[[8, 9, 1], [10, 1], [1]], [[11, 1], [8, 9, 12, 13, 1]]]
+    candidates = np.zeros((2, 3, 5), int)
+    for b, one in enumerate(offered):
+        for c, ids in enumerate(one):
+            candidates[b, c, : len(ids)] = ids
+    slots = candidate_slots(offered) if packed else None
+    scores = np.asarray(score_candidates(config, params, inputs, candidates, slots))
+    for b, one in enumerate(offered):
+        for c, ids in enumerate(one):
+            read = np.array([[0, *ids[:-1]]])
+            log_probs = jax.nn.log_softmax(logits_of(config, params, inputs[b : b + 1], read))
+            wanted = sum(float(log_probs[0, t, i]) for t, i in enumerate(ids))
+            assert scores[b, c] == pytest.approx(wanted, abs=1e-4)
+    assert scores[1, 2] == -np.inf
+
+
+def test_candidates_share_the_first_slot_and_do_not_read_their_end():
+    assert candidate_slots([[[5, 6, 1], [7, 1]], [[1]]]) == 4
+    assert candidate_slots([[[5, 6, 7, 1], [7, 8, 1]]]) == 8  # of 6, a multiple of 4
+    assert candidate_slots([]) == 4
+
+
+@pytest.mark.parametrize(("longest", "opened"), [(8, False), (1000, True)])
+def test_a_search_ends_when_no_length_lets_a_running_hypothesis_win(monkeypatch, longest, opened):
+    # What ends now has a log-probability of -0.0068; what goes on, one of -5, is worth at most
+    # -0.62 a token in eight tokens and -0.005 in a thousand.
+    chances = np.float32([1e-9, 1 - np.exp(-5.0), np.exp(-5.0), 1e-9])
+    logits = jnp.broadcast_to(jnp.log(chances), (1, 2, 4))
+    monkeypatch.setattr(decoding, "_step", lambda *args: (logits, []))
+    tokens, scores = jnp.zeros((1, 2, longest), jnp.int32), jnp.float32([[0.0, decoding.NEVER]])
+    done = jnp.full((1, 2), decoding.NEVER)
+    row, is_open = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
+    state = decoding.Beams(
+        jnp.int32(0), row, tokens, scores, tokens, tokens, done, is_open, caches=[]
+    )
+    state = decoding._beam_step(None, [], None, 0, True, state)
+    assert np.exp(state.done_scores[0, 0]) == pytest.approx(chances[decoding.EOS])
+    assert bool(state.open[0]) == opened
 
 
 def test_student_and_training_need_no_tensorflow():
