@@ -135,18 +135,18 @@ def views(
 
 
 def paired_order(store: TokenStore, batch_size: int, seed: int) -> Order:
-    """Returns the reference's order: `batch_size` examples a step, each in all its views.
+    """Returns the order of training on pairs: `batch_size` examples a step, each in all its views.
 
-    Steps that follow each other exchange examples, so that each has nearly as many tokens: shapes
-    are then filled by all of them. An epoch still has each example once, and who meets in a step is
-    drawn anew in each.
+    Examples are drawn as the reference draws them: each once in an epoch, in a new order. Then
+    steps that follow each other exchange them, so that each has nearly as many tokens, and few
+    shapes are filled by all.
     """
     steps = min(EXCHANGING, max(1, len(store) // batch_size))
 
     @functools.lru_cache(maxsize=2)
-    def drawn(turn: int) -> tuple[np.ndarray, np.ndarray]:
+    def drawn(part: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the examples of `steps` steps [steps, batch_size], and the epochs of these."""
-        positions = np.arange(turn * steps * batch_size, (turn + 1) * steps * batch_size)
+        positions = np.arange(part * steps * batch_size, (part + 1) * steps * batch_size)
         examples, epochs = _shuffled(len(store), positions, seed)
         tasks, rows, which = views(store, examples, epochs)
         lengths = np.zeros((len(examples), 2), np.int64)
@@ -156,8 +156,8 @@ def paired_order(store: TokenStore, batch_size: int, seed: int) -> Order:
         return examples[at], epochs[at]
 
     def order(step: int) -> Sequences:
-        turn, at = divmod(step, steps)
-        examples, epochs = drawn(turn)
+        part, at = divmod(step, steps)
+        examples, epochs = drawn(part)
         return views(store, examples[at], epochs[at])
 
     return Order(order, batch_size * len(store.tasks))
