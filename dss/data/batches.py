@@ -138,8 +138,8 @@ def paired_order(store: TokenStore, batch_size: int, seed: int) -> Order:
     """Returns the order of training on pairs: `batch_size` examples a step, each in all its views.
 
     Examples are drawn as the reference draws them: each once in an epoch, in a new order. Then
-    steps that follow each other exchange them, so that each has nearly as many tokens, and few
-    shapes are filled by all.
+    steps that follow each other exchange some of the same epoch, so that each has nearly as many
+    tokens, and few shapes are filled by all.
     """
     steps = min(EXCHANGING, max(1, len(store) // batch_size))
 
@@ -151,7 +151,8 @@ def paired_order(store: TokenStore, batch_size: int, seed: int) -> Order:
         tasks, rows, which = views(store, examples, epochs)
         lengths = np.zeros((len(examples), 2), np.int64)
         np.add.at(lengths, which, store.lengths(tasks, rows))
-        taken = exchange(lengths.reshape(steps, batch_size, 2))
+        shape = steps, batch_size
+        taken = exchange(lengths.reshape(*shape, 2), epochs.reshape(shape))
         at = taken * batch_size + np.arange(batch_size)
         return examples[at], epochs[at]
 

@@ -166,7 +166,7 @@ def _deal_in_rounds(size: np.ndarray, groups: int) -> np.ndarray:
     return out
 
 
-def exchange(lengths: np.ndarray) -> np.ndarray:
+def exchange(lengths: np.ndarray, epochs: np.ndarray) -> np.ndarray:
     """Returns whose items steps take so that they are nearly equal on both sides.
 
     The first items of all steps are assigned to them, then the second ones and so on, each time so
@@ -175,6 +175,7 @@ def exchange(lengths: np.ndarray) -> np.ndarray:
 
     Args:
       lengths: [S, n, 2] input and target lengths of n items of each of S steps.
+      epochs: [S, n] that they are drawn in; items take each other's places within one.
 
     Returns:
       [S, n] int64, from 0: the step that each step's item i is the i-th of.
@@ -186,7 +187,10 @@ def exchange(lengths: np.ndarray) -> np.ndarray:
     load, taken = np.zeros_like(size[:, 0]), np.empty(lengths.shape[:2], np.int64)
     for i in range(lengths.shape[1]):
         # of the sum of |load + size|^2, what depends on the assignment
-        _, taken[:, i] = linear_sum_assignment(load @ size[:, i].T)
+        cost = load @ size[:, i].T
+        never = len(size) * cost.max() + 1
+        cost += never * (epochs[:, None, i] != epochs[:, i])
+        _, taken[:, i] = linear_sum_assignment(cost)
         load += size[taken[:, i], i]
     return taken
 

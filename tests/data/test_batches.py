@@ -178,6 +178,13 @@ def test_steps_of_an_epoch_exchange_examples_and_have_nearly_as_many_tokens_each
     np.testing.assert_array_equal(resumed.rows, steps[37].rows)
 
 
+def test_exchanged_or_not_an_epoch_ends_where_its_examples_do(toy_store):
+    order = paired_order(toy_store, 7, seed=1)  # of 40 examples: epochs end within steps
+    rows = np.concatenate([s.rows[s.tasks == 0] for s in map(order, range(40))])
+    for epoch in rows.reshape(7, 40):
+        assert np.sort(epoch).tolist() == list(range(40))
+
+
 def test_sampling_follows_the_rates(toy_store):
     order = sampled_order(toy_store, 10, seed=0, rates=(0.3, 0.7))
     counts = np.zeros(2)

@@ -50,7 +50,7 @@ def test_groups_get_nearly_equal_shares_of_both_sides():
 def test_steps_exchange_items_until_they_are_nearly_equal_on_both_sides():
     rng = np.random.default_rng(0)
     lengths = np.stack([rng.integers(20, 90, (16, 36)), rng.integers(2, 40, (16, 36))], axis=-1)
-    taken = exchange(lengths)
+    taken = exchange(lengths, np.zeros((16, 36), int))
     assert np.sort(taken, axis=0).tolist() == [[step] * 36 for step in range(16)]
     before = lengths.sum(axis=1).std(axis=0)
     after = np.take_along_axis(lengths, taken[..., None], axis=0).sum(axis=1).std(axis=0)
@@ -58,13 +58,21 @@ def test_steps_exchange_items_until_they_are_nearly_equal_on_both_sides():
 
 
 def test_items_that_are_all_alike_stay_where_they_are():
-    taken = exchange(np.full((5, 3, 2), 7))
+    taken = exchange(np.full((5, 3, 2), 7), np.zeros((5, 3), int))
     assert taken.tolist() == [[step] * 3 for step in range(5)]
 
 
 def test_steps_without_targets_exchange_by_their_inputs():
     lengths = np.array([[[9, 0], [8, 0]], [[2, 0], [1, 0]]])
-    assert exchange(lengths).tolist() == [[0, 1], [1, 0]]
+    assert exchange(lengths, np.zeros((2, 2), int)).tolist() == [[0, 1], [1, 0]]
+
+
+def test_items_of_different_epochs_are_not_exchanged():
+    lengths = np.random.default_rng(0).integers(1, 90, (8, 12, 2))
+    epochs = np.arange(8 * 12).reshape(8, 12) // 37
+    taken = exchange(lengths, epochs)
+    assert (np.take_along_axis(epochs, taken, axis=0) == epochs).all()
+    assert (taken != np.arange(8)[:, None]).any()
 
 
 def test_rows_are_wide_enough_for_the_longest_and_balanced_for_cross_attention():
