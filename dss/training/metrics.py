@@ -4,10 +4,13 @@
 `speed.jsonl` holds what the clock said, which no restart can repeat.
 """
 
+import contextlib
 import json
 import os
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
@@ -39,6 +42,22 @@ def _cut(path: Path, step: int) -> None:
     os.replace(temporary, path)
 
 
+@contextlib.contextmanager
+def _without(*modules: str) -> Iterator[None]:
+    """Makes optional modules look uninstalled while a library that tries to import them is loaded.
+
+    tensorboardX imports PyTorch and Google's storage client where they are installed: 3 s at the
+    start of every run, for features that a run directory does not use.
+    """
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
 class _Board:
     """Event files of TensorBoard, written at once.
 
@@ -51,9 +70,10 @@ class _Board:
     """
 
     def __init__(self, folder: Path, step: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
+        with _without("torch", "google.cloud.storage"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
 
         folder.mkdir(parents=True, exist_ok=True)
         self._event, self._scalar = Event, scalar
