@@ -66,6 +66,7 @@ setup(
             "build>=1.6",
             "hypothesis>=6.170",
             "pytest>=9.2",
+            "pytest-xdist>=3.8",
             "ruff>=0.15",
             "mypy>=2.4",
             "selenium>=4.51",  # drives the browser that the report is tested in

@@ -19,6 +19,9 @@ from dss.student.config import T5Config
 from dss.training.mesh import MeshConfig, make_mesh
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Programs of tests run for milliseconds and compile for seconds; train and eval steps are compiled
+# with options of their own.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["DSS_CACHE"] = tempfile.mkdtemp(prefix="dss-test-cache-")
 quiet_tpu()
 jax.config.update("jax_platforms", "cpu")
@@ -32,9 +35,20 @@ QUESTIONS = ("sum", "difference")
 
 
 def pytest_collection_modifyitems(items):
+    """Marks integration tests slow, and deals tests to the processes of pytest-xdist.
+
+    Integration tests come first, so that no long one begins while the other process has nothing
+    left. They are dealt function by function, all others file by file, which keeps fixtures of a
+    module in one process; a module whose fixtures are dear names its own `xdist_group`.
+    """
     for item in items:
         if "integration" in item.path.parts:
             item.add_marker(pytest.mark.slow)
+        if not item.get_closest_marker("xdist_group"):
+            function, file = item.nodeid.partition("[")[0], item.nodeid.partition("::")[0]
+            group = function if "integration" in item.path.parts else file
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: "integration" not in item.path.parts)
 
 
 @pytest.fixture(scope="session")

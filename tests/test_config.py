@@ -11,12 +11,13 @@ from dss.data.tasks import get_mixture
 from dss.errors import UserError
 from dss.runs import load_run
 from dss.student.network import num_parameters
-from dss.train import run_experiment
+from dss.train import run_experiment, settle_data, training_batches, training_store
 from tests.conftest import tiny_config, write_jsonl
 
 STUDENTS = sorted(p.stem for p in (gin_root() / "students").glob("*.gin"))
 VARIANTS = sorted(p.stem for p in (gin_root() / "variants").glob("*.gin"))
 RECIPES = sorted(p.stem for p in (gin_root() / "recipes").glob("*.gin"))
+ONE_OF_EACH_KIND = {"svamp_step_by_step", "cqa_single_target", "esnli_finetune"}
 MILLIONS = {
     "tiny": 9,
     "small": 77,
@@ -56,12 +57,37 @@ def opening(path):
     return [line.split(":")[0] for line in lines if re.match(r"# [A-Z]\w+: ", line)]
 
 
+def some(names, always):
+    """Returns test cases of which all but some run only with the exhaustive tests."""
+    return [
+        pytest.param(name, marks=() if name in always else pytest.mark.exhaustive) for name in names
+    ]
+
+
+def assert_makes_batches(experiment):
+    """Checks that a step of an experiment has examples of each of its tasks."""
+    experiment = settle_data(experiment)
+    mixture = get_mixture(experiment.mixture, one_input=experiment.data.one_encoder_pass)
+    batches = training_batches(experiment, mixture, training_store(experiment), groups=1)
+    assert set(batches.order(0)[0].tolist()) == set(range(len(mixture.tasks)))
+    assert batches[0]["decoder_target_tokens"].any()
+
+
+def parse_recipe(name, root):
+    return parse_gin([f"recipes/{name}.gin"], [f"DATA_ROOT={root}", "VOCABULARY=bytes"])
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_opens_with_its_purpose_and_trains_a_step(name, small_root, tmp_path):
+def test_every_recipe_opens_with_its_purpose_and_makes_batches(name, small_root, tmp_path):
     assert opening(f"recipes/{name}.gin") == ["# Purpose", "# Score", "# Cost", "# Command"]
-    experiment = parse_gin([f"recipes/{name}.gin"], [f"DATA_ROOT={small_root}", "VOCABULARY=bytes"])
+    experiment = parse_recipe(name, small_root)
     assert get_mixture(experiment.mixture).name.startswith(name.split("_")[0])
-    result = run_experiment(small(experiment, tmp_path))
+    assert_makes_batches(small(experiment, tmp_path))
+
+
+@pytest.mark.parametrize("name", some(RECIPES, ONE_OF_EACH_KIND))
+def test_every_recipe_trains_a_step(name, small_root, tmp_path):
+    result = run_experiment(small(parse_recipe(name, small_root), tmp_path))
     assert (result.step, result.best_step) == (1, 1)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
 
@@ -99,19 +125,28 @@ def get_examples(root, name):
     return examples
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    ["cqa_step_by_step", pytest.param("svamp_step_by_step", marks=pytest.mark.slow)],
-)
+def parse_variant(name, recipe, root):
+    """Returns the experiment of a recipe with a variant, and without it."""
+    macros = [f"DATA_ROOT={root}", "VOCABULARY=bytes", "TEACHER=thrice"]
+    files = [f"recipes/{recipe}.gin"]
+    return parse_gin([*files, f"variants/{name}.gin"], macros), parse_gin(files, macros)
+
+
+@pytest.mark.parametrize("recipe", ["cqa_step_by_step", "svamp_step_by_step"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_stacks_on_recipes_and_trains_a_step(name, recipe, sampled_root, tmp_path):
+def test_every_variant_stacks_on_recipes_and_makes_batches(name, recipe, sampled_root, tmp_path):
     assert opening(f"variants/{name}.gin") == ["# Purpose", "# Source", "# Measured", "# Command"]
-    macros = [f"DATA_ROOT={sampled_root}", "VOCABULARY=bytes", "TEACHER=thrice"]
-    plain, experiment = (
-        parse_gin([f"recipes/{recipe}.gin", *files], macros)
-        for files in ([], [f"variants/{name}.gin"])
-    )
+    experiment, plain = parse_variant(name, recipe, sampled_root)
     assert experiment != plain
+    assert_makes_batches(small(experiment, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "recipe", some(["cqa_step_by_step", "svamp_step_by_step"], ["cqa_step_by_step"])
+)
+@pytest.mark.parametrize("name", some(VARIANTS, ["alpha_schedule", "several_rationales"]))
+def test_every_variant_trains_a_step(name, recipe, sampled_root, tmp_path):
+    experiment, plain = parse_variant(name, recipe, sampled_root)
     experiment = small(experiment, tmp_path)
     result = run_experiment(experiment)
     assert (result.step, result.best_step) == (1, 1)

@@ -17,8 +17,10 @@ from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 
 MAIN = """
-import logging
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it would like credentials
+# gcsfs asks Google, with credentials and minutes of retries, which type each bucket is of.
+from gcsfs.extended_gcsfs import BucketType, ExtendedGcsFileSystem
+async def bucket_type(self, bucket): return BucketType.NON_HIERARCHICAL
+ExtendedGcsFileSystem._get_bucket_type = bucket_type
 from etils.epath import gpath
 gpath._is_tf_installed = lambda: False  # TensorFlow's reader knows the real GCS only
 from dss.cli.main import main; raise SystemExit(main())

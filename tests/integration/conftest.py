@@ -27,13 +27,13 @@ TASK_FEATURE_LENGTHS = {'inputs': 48, 'targets': 24}
 
 
 @pytest.fixture(scope="session")
-def train(toy_folder, tmp_path_factory):
-    """Starts `dss train` on the toy data."""
+def train_command(toy_folder, tmp_path_factory):
+    """Returns the arguments of `dss train` on the toy data."""
     gin = tmp_path_factory.mktemp("gin") / "student.gin"
     gin.write_text(STUDENT)
 
-    def train(run: Path | str, *flags: str, **kwargs) -> subprocess.Popen:
-        return start(
+    def command(run: Path | str, *flags: str) -> list[str]:
+        return [
             "train",
             f"--gin_file={gin}",
             f"--gin.MODEL_DIR={run}",
@@ -41,8 +41,17 @@ def train(toy_folder, tmp_path_factory):
             "--gin.DATASET_LABELS=('yes', 'no')",
             "--gin.MIXTURE_OR_TASK_NAME=toy_step_by_step_rules",
             *flags,
-            **kwargs,
-        )
+        ]
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def train(train_command):
+    """Starts `dss train` on the toy data in a process of its own."""
+
+    def train(run: Path | str, *flags: str, **kwargs) -> subprocess.Popen:
+        return start(*train_command(run, *flags), **kwargs)
 
     return train
 

@@ -1,5 +1,7 @@
-"""Whole processes of `dss`, and what two runs have in common."""
+"""Whole processes of `dss`, commands within this one, and what two runs have in common."""
 
+import contextlib
+import io
 import os
 import socket
 import subprocess
@@ -10,16 +12,24 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
+from dss.cli.main import main
 from dss.runs import load_run
 
 MAIN = "from dss.cli.main import main; raise SystemExit(main())"
-SLOW_MAIN = f"""
+# Of several processes, those that survive another end after 30 s without a sign of it; here 10.
+ONE_OF_SEVERAL_MAIN = f"""
+import dss.training.processes
+dss.training.processes.HEARTBEAT = 10
+{MAIN}
+"""
+SLOW = """
 import time, dss.train
 put = dss.train.put_batch
 dss.train.put_batch = lambda *args: (time.sleep(0.1), put(*args))[1]
-{MAIN}
 """
+SLOW_MAIN = SLOW + ONE_OF_SEVERAL_MAIN
 JUMPING_CLOCK_MAIN = f"""
 import time
 now, monotonic = time.time, time.monotonic
@@ -44,6 +54,23 @@ def finish(process: subprocess.Popen, status: int = 0, stdin: str | None = None)
     out, err = process.communicate(stdin, timeout=900)
     assert process.returncode == status, out + err
     return out + err
+
+
+def call(*args, status: int = 0, stdin: bytes = b"") -> str:
+    """Runs a `dss` command in this process, checks its status and returns what it printed.
+
+    It takes a fraction of a process's time, for what needs none of its own: no signal, no other
+    number of devices.
+    """
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        assert main([str(arg) for arg in args]) == status, printed.getvalue()
+    return printed.getvalue()
 
 
 def finish_together(processes: list[subprocess.Popen], status: int = 0) -> str:

@@ -316,6 +316,7 @@ def served(tmp_path):
         process.wait()
 
 
+@pytest.mark.exhaustive
 def test_a_real_server_answers_500_questions_of_cqa(served, data_root, tmp_path):
     model, url = served
     examples = itertools.islice(get_dataset("cqa").source.examples("train"), 500)

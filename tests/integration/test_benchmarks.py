@@ -39,10 +39,15 @@ def test_the_network_is_t5xs(shared):
     "options",
     [
         ["--packed"],
-        ["--unpacked"],
-        ["--packed", "--devices=8"],
         ["--packed", "--devices=8", "--microbatches=2"],
-        ["--unpacked", "--microbatches=2"],
+        *(
+            pytest.param(options, marks=pytest.mark.exhaustive)
+            for options in (
+                ["--unpacked"],
+                ["--packed", "--devices=8"],
+                ["--unpacked", "--microbatches=2"],
+            )
+        ),
     ],
     ids=" ".join,
 )
@@ -58,6 +63,7 @@ def test_every_step_is_the_references(shared, vocab_path, options):
     assert "greedy outputs equal 4 of 4" in done.stdout
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("dataset", "split", "kind", "label_type", "alpha"),
     [
@@ -104,6 +110,7 @@ def test_annotating_asks_once_and_writes_every_line(tmp_path):
     assert figures["peak_mb"] < 300
 
 
+@pytest.mark.exhaustive
 def test_the_training_step_is_timed_against_pytorchs(tmp_path):
     """That every side runs and is counted; the figures are for a quiet machine."""
     names = ["dss packed", "dss one pass", "dss unpacked", "PyTorch f32", "PyTorch bf16"]
@@ -121,6 +128,7 @@ def test_the_training_step_is_timed_against_pytorchs(tmp_path):
     assert figures["ratio_vs_pytorch_f32"] == pytest.approx(speeds[0] / speeds[1], abs=0.01)
 
 
+@pytest.mark.exhaustive
 def test_variants_are_held_against_the_baseline_seed_by_seed_and_not_done_twice(tmp_path):
     """That they run and are counted; the figures are for many more steps."""
     command = (
@@ -167,6 +175,7 @@ def test_packing_fills_both_sides_of_all_four_datasets(
         assert len(row["shapes"]) <= 3
 
 
+@pytest.mark.exhaustive
 def test_what_a_user_waits_for_is_timed(tmp_path):
     done = run("start_up.py", "--repeats=1", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -175,6 +184,7 @@ def test_what_a_user_waits_for_is_timed(tmp_path):
     assert set(figures["compile_seconds"]) == {"small", "xxl"}
 
 
+@pytest.mark.exhaustive
 def test_importing_a_checkpoint_takes_little_besides_it(tmp_path):
     """All parameters are 4.7 times the largest tensor."""
     done = run("import_checkpoint.py", "--student=small", "--json", tmp_path / "figures.json")
@@ -190,6 +200,7 @@ def test_importing_a_checkpoint_takes_little_besides_it(tmp_path):
     assert all(row["besides"] < 2.5 * row["largest"] for row in rows)
 
 
+@pytest.mark.exhaustive
 def test_a_step_takes_the_memory_that_was_planned(tmp_path):
     """Within 10%, where programs and threads weigh little: small has 77M parameters."""
     rows = ["16 examples", "2x1 devices, fsdp, Adafactor, 2 microbatches, 16"]
@@ -200,6 +211,7 @@ def test_a_step_takes_the_memory_that_was_planned(tmp_path):
     assert all(abs(row["off"]) <= 0.1 and row["measured"] > 5e8 for row in figures)
 
 
+@pytest.mark.exhaustive
 def test_a_step_is_timed_on_every_mesh(tmp_path):
     file = tmp_path / "figures.json"
     sizes = ("--student=tiny", "--batch=16", "--devices=2", "--repeats=1")
@@ -212,6 +224,7 @@ def test_a_step_is_timed_on_every_mesh(tmp_path):
     assert [row["mesh"] for row in rows if row["sent"] == 0] == ["1x1"]
 
 
+@pytest.mark.exhaustive
 def test_points_of_scaling_are_plans_and_go_to_more_chips(tmp_path):
     """That all are there and agree; the figures are for larger students."""
     done = run(

@@ -9,24 +9,26 @@ import pytest
 
 from dss.runs import load_run
 from tests.integration.bucket import MAIN, download, local_bucket, upload
-from tests.integration.runs import finish, start
+from tests.integration.runs import SLOW, call, finish, start
 
 
-def test_a_run_in_a_bucket_goes_on_where_it_was_stopped(train, undisturbed, toy_folder):
+def test_a_run_in_a_bucket_goes_on_where_it_was_stopped(train, toy_folder, tmp_path):
+    few_saves = ("--gin.TRAIN_STEPS=30", "--gin.EVAL_PERIOD=15")  # each takes many requests
+    finish(train(tmp_path / "disk", *few_saves))
     with local_bucket() as (url, variables):
         for file in toy_folder.iterdir():
             upload(url, f"toy/{file.name}", file.read_bytes())
         options = {"env": os.environ | variables, "code": MAIN}
-        run, data = "gs://bucket/runs/toy", "--gin.DATASET_PATH=gs://bucket/toy"
-        process = train(run, data, **options)
+        run, flags = "gs://bucket/runs/toy", ("--gin.DATASET_PATH=gs://bucket/toy", *few_saves)
+        process = train(run, *flags, env=options["env"], code=SLOW + MAIN)
         for line in process.stdout:
-            if line.startswith("step 20/60"):
+            if line.startswith("step 20/30"):
                 process.send_signal(signal.SIGTERM)
                 break
         assert "SIGTERM: saved at step" in finish(process, 128 + signal.SIGTERM)
-        assert "step 60 done" in finish(train(run, data, "--resume=must", **options))
+        assert "step 30 done" in finish(train(run, *flags, "--resume=must", **options))
         metrics = download(url, "runs/toy/metrics.jsonl").decode()
-        assert metrics == (undisturbed / "metrics.jsonl").read_text()
+        assert metrics == (tmp_path / "disk" / "metrics.jsonl").read_text()
         said = finish(start("eval", run, **options))
         assert "predictions: gs://bucket/runs/toy/predictions/" in said
 
@@ -52,6 +54,6 @@ def test_a_checkpoint_is_imported_from_a_bucket(form, shared, tmp_path):
             status=2,
         )
         assert f"gs://bucket/other: no {'T5X ' * (kind == 't5x')}checkpoint" in nothing
-    finish(start("import", f"{kind}:{folder}", tmp_path / "disk", vocabulary))
+    call("import", f"{kind}:{folder}", tmp_path / "disk", vocabulary)
     params = [load_run(tmp_path / run).predictor()[0].params for run in ("bucket", "disk")]
     jax.tree.map(np.testing.assert_array_equal, *params)

@@ -1,6 +1,7 @@
 """The same training on one device, on meshes of eight, and on several real processes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,18 @@ import numpy as np
 import pytest
 
 from dss.student.network import init_params
-from tests.integration.layout_worker import OPTIMIZERS, STUDENT, flat
+from tests.conftest import SHARED
+from tests.integration.layout_worker import (
+    ONE,
+    OPTIMIZERS,
+    STUDENT,
+    flat,
+    is_restored,
+    is_trained,
+)
 from tests.integration.runs import finish, finish_together, start_together
 
+pytestmark = pytest.mark.xdist_group("layouts")
 TOLERANCE = 1e-5
 MOVEMENT = 1e-4  # of what training moved a parameter by; AdamW's sums of noise differ by 2e-5
 SIMULATED = ("8x1:8:1", "4x2:4:2", "2x4:2:4", "1x8:1:8", "fsdp:4:2:fsdp")
@@ -19,35 +29,65 @@ PROCESSES = {2: ("two:2:1", "two_fsdp:2:1:fsdp"), 4: ("four:2:2",)}
 LAYOUTS = [text.split(":")[0] for text in (*SIMULATED, *PROCESSES[2], *PROCESSES[4])]
 
 
-@pytest.fixture(scope="module")
-def trained(shared, tmp_path_factory) -> Path:
-    """What every layout ended with; each restored the checkpoints of those before it."""
-    out = tmp_path_factory.mktemp("layouts")
+EVERY = {1: (f"{ONE}:1:1", *SIMULATED), **PROCESSES}  # the layouts by the number of processes
+PAIRS = [(layout, optimizer) for layout in LAYOUTS for optimizer in OPTIMIZERS]
+SOME = [(ONE, optimizer) for optimizer in OPTIMIZERS]
+SOME += [pair for pair in PAIRS if is_trained(*pair)]
 
-    def work(devices: int, *layouts: str, env: dict[str, str]) -> subprocess.Popen:
-        worker = [sys.executable, "-m", "tests.integration.layout_worker"]
+
+def train_and_restore(out: Path, selection: str, processes: int) -> int:
+    """Trains on layouts what was not trained, and returns how many checkpoints were restored."""
+    worker = [sys.executable, "-m", "tests.integration.layout_worker", out]
+    devices = "1" if processes > 1 else "8"
+
+    def work(env: dict[str, str]) -> subprocess.Popen:
         return subprocess.Popen(
-            [*worker, out, str(devices), *layouts],
+            [*worker, devices, selection, *EVERY[processes]],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=env | {"DSS_SHARED": str(shared), "JAX_PLATFORMS": "cpu"},
+            env=env | {"DSS_SHARED": str(SHARED), "JAX_PLATFORMS": "cpu"},
         )
 
-    def work_together(count: int) -> str:
-        return finish_together(
-            start_together(count, lambda env: work(1, *PROCESSES[count], env=env))
-        )
+    if processes == 1:
+        said = finish(work(dict(os.environ)))
+    else:
+        said = finish_together(start_together(processes, work))
+    return int(re.search(r"restored (\d+) bit by bit", said)[1])
 
-    for count in PROCESSES:
-        work_together(count)
-    said = finish(work(8, "one:1:1", *SIMULATED, env=dict(os.environ)))
-    checkpoints = len(OPTIMIZERS) * (1 + len(LAYOUTS))
-    assert f"restored {checkpoints * (1 + len(SIMULATED))} bit by bit" in said
-    # Once more for the processes, which now find the checkpoints of all.
-    for count, layouts in PROCESSES.items():
-        assert f"restored {checkpoints * len(layouts)} bit by bit" in work_together(count)
+
+@pytest.fixture(scope="module")
+def trained(shared, tmp_path_factory) -> Path:
+    """What some pairs of a layout and an optimizer ended with, at least one of each."""
+    out = tmp_path_factory.mktemp("layouts")
+    for processes in (*PROCESSES, 1):
+        assert train_and_restore(out, "some", processes) > 0
     return out
+
+
+@pytest.fixture(scope="module")
+def all_trained(trained) -> Path:
+    """What all pairs ended with."""
+    for processes in EVERY:
+        assert train_and_restore(trained, "all", processes) > 0
+    return trained
+
+
+def test_checkpoints_of_one_device_and_of_others_are_restored_onto_processes(trained):
+    """Once more for the processes, which now find the checkpoints of all layouts."""
+    checkpoints = [f"{layout}-{optimizer}" for layout, optimizer in SOME]
+    for processes, layouts in PROCESSES.items():
+        names = [text.partition(":")[0] for text in layouts]
+        pairs = [(c, name) for c in checkpoints for name in names if is_restored(c, name)]
+        assert {(f"{ONE}-{o}", name) for o in OPTIMIZERS for name in names} < set(pairs)
+        assert train_and_restore(trained, "some", processes) == len(pairs)
+
+
+@pytest.mark.exhaustive
+def test_every_checkpoint_is_restored_onto_every_layout(all_trained):
+    for processes, layouts in EVERY.items():
+        checkpoints = len(OPTIMIZERS) * (1 + len(LAYOUTS))
+        assert train_and_restore(all_trained, "all", processes) == checkpoints * len(layouts)
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +96,17 @@ def initial() -> dict[str, np.ndarray]:
     return {f".params{name}": array for name, array in flat(init_params(STUDENT, 0)).items()}
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "optimizer"),
+    [
+        pytest.param(*pair, marks=() if pair in SOME else pytest.mark.exhaustive, id="-".join(pair))
+        for pair in PAIRS
+    ],
+)
 def test_a_layout_changes_no_loss_no_parameter_and_no_statistic(
-    trained, initial, layout, optimizer
+    request, initial, layout, optimizer
 ):
+    trained = request.getfixturevalue("trained" if (layout, optimizer) in SOME else "all_trained")
     wanted = np.load(trained / f"one-{optimizer}.npz")
     got = np.load(trained / f"{layout}-{optimizer}.npz")
     np.testing.assert_allclose(got["losses"], wanted["losses"], rtol=TOLERANCE)

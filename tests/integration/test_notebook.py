@@ -7,8 +7,9 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.conftest import ROOT
-from tests.integration.runs import finish, start
+from tests.integration.runs import call, finish, start
 
+pytestmark = pytest.mark.xdist_group("notebook")
 NOTEBOOK = ROOT / "notebooks" / "evaluation.ipynb"
 
 
@@ -37,8 +38,14 @@ def execute(folder, **settings):
     return text, figures
 
 
-def test_it_runs_on_the_quickstarts_runs(quickstart):
-    text, figures = execute(quickstart)
+@pytest.fixture(scope="module")
+def executed(quickstart):
+    """What the notebook prints and draws of the quickstart's runs."""
+    return execute(quickstart)
+
+
+def test_it_runs_on_the_quickstarts_runs(executed):
+    text, figures = executed
     assert "step-by-step-60-0: 0." in text
     assert len(re.findall(r"accuracy [\d.]+% \(95%", text)) == 2
     assert "teacher rules: 100.0%" in text
@@ -47,10 +54,10 @@ def test_it_runs_on_the_quickstarts_runs(quickstart):
     assert len(figures) == 2
 
 
-def test_it_runs_on_exported_students(quickstart):
+def test_it_runs_on_exported_students(quickstart, executed):
     runs = quickstart / "quickstart" / "runs"
     for name, run in (("ours", "step-by-step-60-0"), ("other", "finetune-60-0")):
-        finish(start("export", runs / run, quickstart / name, "--to=hf"))
+        call("export", runs / run, quickstart / name, "--to=hf")
     flags = [f"DataConfig.dataset_path={quickstart / 'quickstart' / 'timeline'}"]
     exported, _ = execute(
         quickstart,
@@ -58,7 +65,7 @@ def test_it_runs_on_exported_students(quickstart):
         OTHER=f"hf:{quickstart / 'other'}",
         FLAGS=flags,
     )
-    found = re.findall(r"accuracy [\d.]+% \(95%", execute(quickstart)[0])
+    found = re.findall(r"accuracy [\d.]+% \(95%", executed[0])
     assert re.findall(r"accuracy [\d.]+% \(95%", exported) == found
 
 

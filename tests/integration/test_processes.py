@@ -12,6 +12,7 @@ import pytest
 
 from tests.integration.runs import (
     JUMPING_CLOCK_MAIN,
+    ONE_OF_SEVERAL_MAIN,
     SLOW_MAIN,
     assert_same_run,
     assert_same_training,
@@ -31,8 +32,10 @@ TOGETHER = 2
 def train_together(train):
     """Starts a run of several processes."""
 
-    def train_together(run: Path, *flags: str, **kwargs) -> list[subprocess.Popen]:
-        return start_together(TOGETHER, lambda env: train(run, *flags, env=env, **kwargs))
+    def train_together(
+        run: Path, *flags: str, code: str = ONE_OF_SEVERAL_MAIN
+    ) -> list[subprocess.Popen]:
+        return start_together(TOGETHER, lambda env: train(run, *flags, env=env, code=code))
 
     return train_together
 
@@ -74,7 +77,9 @@ def kill_at(moment: Callable[[], bool], processes: list[subprocess.Popen], victi
             process.send_signal(signal.SIGCONT)
 
 
-@pytest.mark.parametrize("victim", [0, 1], ids=["leader", "other"])
+@pytest.mark.parametrize(
+    "victim", [0, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["leader", "other"]
+)
 def test_one_of_several_killed_after_a_checkpoint_ends_all_and_costs_nothing(
     train_together, both, tmp_path, victim
 ):
@@ -107,7 +112,15 @@ def test_one_of_several_killed_after_a_checkpoint_ends_all_and_costs_nothing(
     assert_same_run(run, both)
 
 
-@pytest.mark.parametrize("receivers", [(0,), (1,), (0, 1)], ids=["leader", "other", "all"])
+@pytest.mark.parametrize(
+    "receivers",
+    [
+        pytest.param((0,), marks=pytest.mark.exhaustive),
+        (1,),
+        pytest.param((0, 1), marks=pytest.mark.exhaustive),
+    ],
+    ids=["leader", "other", "all"],
+)
 def test_a_preempted_process_stops_all_at_one_saved_step(train_together, both, tmp_path, receivers):
     run = tmp_path / "preempted"
     processes = train_together(run, code=SLOW_MAIN)
@@ -121,7 +134,11 @@ def test_a_preempted_process_stops_all_at_one_saved_step(train_together, both, t
     assert_same_training(run, both)
 
 
-@pytest.mark.parametrize("rules", ["", "('embed', 'data'),"], ids=["data_parallel", "fsdp"])
+@pytest.mark.parametrize(
+    "rules",
+    ["", pytest.param("('embed', 'data'),", marks=pytest.mark.exhaustive)],
+    ids=["data_parallel", "fsdp"],
+)
 def test_what_one_process_cannot_read_is_set_aside_by_all(train_together, both, tmp_path, rules):
     run = tmp_path / "run"  # not a word that is looked for
     shutil.copytree(both, run)
@@ -205,6 +222,7 @@ def test_a_clock_that_jumps_changes_nothing(train, undisturbed, tmp_path):
     assert_same_run(run, undisturbed)
 
 
+@pytest.mark.exhaustive
 def test_clocks_that_jump_in_several_processes_change_nothing(train_together, both, tmp_path):
     run = tmp_path / "jumping"
     assert "step 60 done" in finish_together(train_together(run, code=JUMPING_CLOCK_MAIN))

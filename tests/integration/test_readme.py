@@ -1,4 +1,4 @@
-"""The README's examples, run as a new user would; trained for fewer steps."""
+"""The README's examples and a page's, run as a new user would; trained for fewer steps."""
 
 import os
 import re
@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.xdist_group("readme")
 SHORTER = {
     "--gin.TRAIN_STEPS=200": "--gin.TRAIN_STEPS=4 --gin.Experiment.eval_examples=16",
     "--gin.EVAL_PERIOD=100": "--gin.EVAL_PERIOD=4",
@@ -38,20 +39,45 @@ def shell(script: str, folder: Path, **env: Path) -> str:
     return done.stdout
 
 
-def test_the_example_on_your_own_data(tmp_path):
-    write, train, annotate = blocks("Your own data")
-    shell(write, tmp_path)
-    out = shell(train, tmp_path)
+@pytest.fixture(scope="module")
+def tickets(tmp_path_factory) -> tuple[Path, str]:
+    """A folder in which the example on your own data was run, and what that printed."""
+    folder = tmp_path_factory.mktemp("tickets")
+    write, train, _ = blocks("Your own data")
+    shell(write, folder)
+    return folder, shell(train, folder)
+
+
+def test_the_example_on_your_own_data(tickets):
+    folder, out = tickets
     assert "step 60 done" in out
     assert "tickets_step_by_step_rules test" in out
     assert '"label": "b' in out
     assert '"rationale": "' in out
-    out = shell(annotate, tmp_path)
+    out = shell(blocks("Your own data")[2], folder)
     assert "Message: The invoice shows the wrong amount" in out
     assert "requests: 6, of which 0 have an answer" in out
 
 
-@pytest.mark.parametrize("dataset", ["cqa", "svamp"])
+def test_the_examples_of_the_page_on_hugging_face_work_and_agree(tickets):
+    """Those of docs/huggingface.md, one after another on the README's run."""
+    folder, _ = tickets
+    page = (ROOT / "docs" / "huggingface.md").read_text()
+    printed = []
+    for language, code in re.findall(
+        r"^```(bash|python)\n(.*?)^```", page, re.DOTALL | re.MULTILINE
+    ):
+        script = code if language == "bash" else f"python - <<'END'\n{code}END\n"
+        printed.append(shell("export HF_HUB_OFFLINE=1\n" + script, folder).strip())
+    exported, transformers, predicted, _, ctranslate2, imported = printed
+    assert exported.endswith("tickets-student: step 20")
+    label = re.search(r'"label": "(.*?)"', predicted)[1]
+    assert transformers.startswith(f"['{label}', '")
+    assert ctranslate2 == f"['{label}']"
+    assert f'"label": "{label}"' in imported
+
+
+@pytest.mark.parametrize("dataset", ["cqa", pytest.param("svamp", marks=pytest.mark.exhaustive)])
 def test_the_example_on_the_released_data(shared, vocab_path, tmp_path, dataset):
     inspect, train = blocks("The released data: CommonsenseQA")
     for before, after in SHORTER.items():

@@ -16,6 +16,7 @@ from tests.conftest import write_jsonl
 from tests.integration.runs import (
     assert_same_run,
     assert_same_training,
+    call,
     finish,
     is_saving,
     metrics_lines,
@@ -113,12 +114,12 @@ def test_a_damaged_newest_checkpoint_is_set_aside(train, undisturbed, tmp_path, 
     assert_same_training(run, undisturbed)
 
 
-def test_resume_says_whether_there_may_be_a_run(train, undisturbed, tmp_path):
-    said = finish(train(undisturbed, "--resume=never"), status=2)
+def test_resume_says_whether_there_may_be_a_run(train_command, undisturbed, tmp_path):
+    said = call(*train_command(undisturbed, "--resume=never"), status=2)
     assert "holds a run with checkpoints" in said
-    said = finish(train(tmp_path / "new", "--resume=must"), status=2)
+    said = call(*train_command(tmp_path / "new", "--resume=must"), status=2)
     assert "no run to resume" in said
-    assert "step 60 done" in finish(train(undisturbed, "--resume=must"))
+    assert "step 60 done" in call(*train_command(undisturbed, "--resume=must"))
 
 
 def test_a_loss_that_is_no_number_names_its_step_and_examples(train, tmp_path, toy_folder):
@@ -181,28 +182,26 @@ def test_a_run_directory_is_whole(undisturbed, tmp_path):
     [("toy_finetune", "learn no rationales"), ("toy_rationale_rules", "it predicts rationales")],
 )
 def test_rationales_are_judged_beside_labels_only(undisturbed, mixture, message):
-    said = finish(start("eval", undisturbed, f"--mixture={mixture}", "--rationales"), status=2)
+    said = call("eval", undisturbed, f"--mixture={mixture}", "--rationales", status=2)
     assert message in said
     assert said.count("\n") == 1
 
 
 def test_predict_reads_standard_input_and_files(undisturbed, toy_folder, tmp_path):
-    lines = 'is 3 good\n\n{"id": "x", "input": "is 4 good"}\n'
+    lines = b'is 3 good\n\n{"id": "x", "input": "is 4 good"}\n'
     alone = tmp_path / "alone"  # without its data
     shutil.copytree(undisturbed, alone)
     config = (alone / "config.gin").read_text()
     assert str(toy_folder) in config
     (alone / "config.gin").write_text(config.replace(str(toy_folder), "/nowhere/toy"))
-    process = start("predict", alone, "--rationale", stdin=subprocess.PIPE)
-    out, err = process.communicate(lines, timeout=200)
-    assert process.returncode == 0, err
+    out = call("predict", alone, "--rationale", stdin=lines)
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["id"] for row in rows] == ["input-0", "x"]
     assert all(row["label"] in ("yes", "no") and "rationale" in row for row in rows)
     (tmp_path / "in.jsonl").write_text('{"input": "is 3 good"}\n')
     output = tmp_path / "out.jsonl"
     options = ("--input", tmp_path / "in.jsonl", "--output", output, "--num_beams=2", "--generate")
-    finish(start("predict", undisturbed, *options))
+    call("predict", undisturbed, *options)
     assert json.loads(output.read_text())["input"] == "is 3 good"
 
 
@@ -211,17 +210,14 @@ def test_predict_writes_over_nothing_that_it_cannot_replace(undisturbed, tmp_pat
     output.write_text("earlier\n")
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
     for source, message in (("bad.jsonl", "'input' is missing"), ("none", "no such file")):
-        err = finish(
-            start("predict", undisturbed, "--input", tmp_path / source, "--output", output), 2
-        )
-        assert message in err.lower()
+        options = ("--input", tmp_path / source, "--output", output)
+        assert message in call("predict", undisturbed, *options, status=2).lower()
     same = ("--input", output, "--output", output)
-    assert "are the same file" in finish(start("predict", undisturbed, *same), 2)
+    assert "are the same file" in call("predict", undisturbed, *same, status=2)
     assert output.read_text() == "earlier\n"
     for asked, message in ((b'{"text": "x"}', "standard input:1: 'input'"), (b"\xe9", "not UTF-8")):
-        process = start("predict", undisturbed, "--output", output, stdin=subprocess.PIPE)
-        process.stdin.buffer.write(asked)
-        assert message in finish(process, 2)
+        said = call("predict", undisturbed, "--output", output, stdin=asked, status=2)
+        assert message in said
 
 
 def test_a_full_disk_is_one_line(undisturbed):
@@ -233,7 +229,14 @@ def test_a_full_disk_is_one_line(undisturbed):
         assert "Traceback" not in err
 
 
-def test_what_does_not_fit_a_run_is_one_line(train, undisturbed, toy_folder, vocab_path, tmp_path):
+def test_what_does_not_fit_a_run_is_one_line(
+    train_command, undisturbed, toy_folder, vocab_path, tmp_path
+):
+    def refused(*args) -> str:
+        said = call(*train_command(*args), status=2)
+        assert said.count("\n") == 1, said
+        return said
+
     wrong = {
         "--gin.T5Config.d_model=32": "a checkpoint of another size than the student: d_model 16",
         "--gin.ALPHA=0.9": "the run of another experiment: alpha was 0.5 and is 0.9",
@@ -241,33 +244,29 @@ def test_what_does_not_fit_a_run_is_one_line(train, undisturbed, toy_folder, voc
         f"--gin.VOCABULARY={vocab_path}": "wrong vocabulary",
     }
     for flag, message in wrong.items():
-        err = finish(train(undisturbed, flag), 2)
-        assert message in err
-        assert "Traceback" not in err
-    fresh = finish(train(tmp_path / "new", f"--gin.VOCABULARY={vocab_path}"), 2)
+        assert message in refused(undisturbed, flag)
+    new, bad = tmp_path / "new", tmp_path / "toy"
+    fresh = refused(new, f"--gin.VOCABULARY={vocab_path}")
     assert "wrong vocabulary: it has 32000 ids and the student 384 embeddings" in fresh
-    bad = tmp_path / "toy"
     shutil.copytree(toy_folder, bad)
     with (bad / "train.jsonl").open("a") as file:
         file.write('{"input": "x", "label": "maybe"}\n')
-    assert "label 'maybe' is none of yes, no" in finish(
-        train(tmp_path / "new", f"--gin.DATASET_PATH={bad}"), 2
-    )
+    assert "label 'maybe' is none of yes, no" in refused(new, f"--gin.DATASET_PATH={bad}")
     (bad / "train.jsonl").write_text("")
-    assert "no examples for the train split" in finish(
-        train(tmp_path / "new", f"--gin.DATASET_PATH={bad}"), 2
-    )
+    assert "no examples for the train split" in refused(new, f"--gin.DATASET_PATH={bad}")
     (bad / "train.rules.jsonl").unlink()
-    assert "no such file" in finish(train(tmp_path / "new", f"--gin.DATASET_PATH={bad}"), 2)
+    assert "no such file" in refused(new, f"--gin.DATASET_PATH={bad}")
 
 
-def test_a_run_that_saved_nothing_can_begin_as_another(train, toy_folder, tmp_path):
+def test_a_run_that_saved_nothing_can_begin_as_another(train_command, toy_folder, tmp_path):
     run, bad = tmp_path / "run", tmp_path / "toy"
     shutil.copytree(toy_folder, bad)
     (bad / "train.jsonl").write_text("")
-    assert "no examples" in finish(train(run, f"--gin.DATASET_PATH={bad}"), 2)
+    said = call(*train_command(run, f"--gin.DATASET_PATH={bad}"), status=2)
+    assert "no examples" in said
     assert load_run(run).experiment.alpha == 0.5
-    finish(train(run, "--gin.ALPHA=0.2", "--gin.TRAIN_STEPS=2", "--gin.EVAL_PERIOD=2"))
+    short = ("--gin.ALPHA=0.2", "--gin.TRAIN_STEPS=2", "--gin.EVAL_PERIOD=2")
+    call(*train_command(run, *short))
     assert load_run(run).experiment.alpha == 0.2
 
 
@@ -276,26 +275,24 @@ def test_a_hugging_face_checkpoint_is_imported_trained_and_asked(
 ):
     model = shared / "fixtures" / "reference_cqa" / "model"
     imported = tmp_path / "imported"
-    missing = finish(start("import", f"hf:{model}", imported), 2)
+    missing = call("import", f"hf:{model}", imported, status=2)
     assert "no vocabulary" in missing
-    out = finish(start("import", f"hf:{model}", imported, "--vocabulary", vocab_path))
+    out = call("import", f"hf:{model}", imported, "--vocabulary", vocab_path)
     assert "2.1M parameters" in out
-    assert "not empty" in finish(start("import", f"hf:{model}", imported), 2)
+    assert "not empty" in call("import", f"hf:{model}", imported, status=2)
     run = tmp_path / "run"
-    finish(
-        start(
-            "train",
-            "--gin_file=recipes/svamp_step_by_step.gin",
-            f"--gin.MODEL_DIR={run}",
-            f"--gin.DATA_ROOT={data_root}",
-            f"--gin.INITIAL_CHECKPOINT_PATH={imported}",
-            *("--gin.TRAIN_STEPS=4", "--gin.BATCH_SIZE=8", "--gin.Experiment.eval_examples=8"),
-        )
+    call(
+        "train",
+        "--gin_file=recipes/svamp_step_by_step.gin",
+        f"--gin.MODEL_DIR={run}",
+        f"--gin.DATA_ROOT={data_root}",
+        f"--gin.INITIAL_CHECKPOINT_PATH={imported}",
+        *("--gin.TRAIN_STEPS=4", "--gin.BATCH_SIZE=8", "--gin.Experiment.eval_examples=8"),
     )
-    assert "svamp_step_by_step_palm test" in finish(start("eval", run))
+    assert "svamp_step_by_step_palm test" in call("eval", run)
     on_cqa = ("--mixture=cqa_finetune", f"--data_root={data_root}", "--split=valid")
-    assert "cqa_finetune valid, step 0: accuracy" in finish(start("eval", imported, *on_cqa))
-    no_mixture = finish(start("eval", imported), 2)
+    assert "cqa_finetune valid, step 0: accuracy" in call("eval", imported, *on_cqa)
+    no_mixture = call("eval", imported, status=2)
     assert "no mixture" in no_mixture
 
 

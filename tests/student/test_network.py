@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dss.data.vocabulary import EOS, PAD
 from dss.interop import huggingface
 from dss.student import decoding
 from dss.student.config import T5Config
@@ -238,15 +239,18 @@ def test_stages_and_rows_left_out_change_no_output(tiny, monkeypatch, num_beams,
     assert not any(size % 2 for size in sizes)  # an eighth of 16
 
 
-def test_after_the_end_there_is_padding(tiny):
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_after_the_end_there_is_padding(tiny, num_beams):
     config, params = tiny
-    inputs = np.array([[5, 6, 7, 1], [9, 1, 0, 0]])
-    # A head that always prefers EOS ends every row at once.
-    params = params | {"head": params["head"].at[:, 1].set(100 * params["decoder"]["norm"])}
-    tokens, _ = generate(config, params, inputs, max_length=5)
-    ended = np.asarray(tokens)
-    rows = ended[(ended == 1).any(axis=1)]
-    assert all((row[row.tolist().index(1) + 1 :] == 0).all() for row in rows)
+    params = params | {"head": params["head"].at[:, EOS].multiply(8)}  # some outputs end early
+    inputs = np.random.default_rng(0).integers(3, 300, (16, 6))
+    tokens, _ = generate(config, params, inputs, max_length=12, num_beams=num_beams)
+    ended = [row for row in np.asarray(tokens).tolist() if EOS in row[:-1]]
+    assert len(ended) >= 4
+    for row in ended:
+        end = row.index(EOS)
+        assert PAD not in row[:end]
+        assert set(row[end + 1 :]) == {PAD}
 
 
 @pytest.mark.parametrize("vocabulary", [512, 100])  # in chunks, and not a multiple of one

@@ -17,7 +17,7 @@ from dss.training.step import TrainState, init_state, state_shardings
 from tests.conftest import tiny_config
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def state():
     optimizer = make_optimizer(OptimizerConfig(), 10)
     return init_state(init_params(tiny_config(), 0), optimizer)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dss.data.batches import Batches, fill, paired_order, sequential_order
+from dss.data.registry import register
 from dss.data.store import open_store
 from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary
@@ -20,24 +21,25 @@ RATES, BATCH, STEPS = (0.3, 0.7), 8, 3
 CONFIG = tiny_config(num_encoder_layers=1, num_decoder_layers=1)
 
 
-@pytest.fixture
-def mixture(toy):
+@pytest.fixture(scope="module")
+def mixture(toy_folder):
+    register("toy", toy_folder, labels=("yes", "no"))
     return get_mixture("toy_step_by_step_rules", RATES[0], one_input=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def starts(mixture):
     return mixture.start_ids(load_vocabulary("bytes"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def store(mixture):
     return open_store(
         mixture, "train", load_vocabulary("bytes"), inputs_length=64, targets_length=32
     )
 
 
-def test_only_the_decoder_tells_the_tasks_apart(mixture, store, starts):
+def test_only_the_decoder_tells_the_tasks_apart(toy, mixture, store, starts):
     assert starts == (0, 259)
     assert get_mixture("toy_step_by_step_rules").start_ids(load_vocabulary("bytes")) is None
     assert [task.prefix for task in mixture.tasks] == ["predict: ", "predict: "]
@@ -88,8 +90,14 @@ def trained(store, starts, *, packed=True, microbatches=1, data=1):
     return np.array(losses), jax.tree.map(np.asarray, state.params)
 
 
-def test_losses_are_those_of_views_computed_alone(store, starts):
-    losses, _ = trained(store, starts)
+@pytest.fixture(scope="module")
+def plain(store, starts):
+    """What `trained` returns for packed rows on one device."""
+    return trained(store, starts)
+
+
+def test_losses_are_those_of_views_computed_alone(store, starts, plain):
+    losses, _ = plain
     np.testing.assert_allclose(
         losses[0], alone(store, init_params(CONFIG, 0), starts, 0), rtol=1e-5
     )
@@ -100,8 +108,8 @@ def test_losses_are_those_of_views_computed_alone(store, starts):
     [{"packed": False}, {"data": 2, "microbatches": 2}, {"data": 4, "packed": False}],
     ids=str,
 )
-def test_layout_changes_no_number(store, starts, options):
-    wanted, found = trained(store, starts), trained(store, starts, **options)
+def test_layout_changes_no_number(store, starts, plain, options):
+    wanted, found = plain, trained(store, starts, **options)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found[1], wanted[1])
 
@@ -140,8 +148,8 @@ def test_the_encoder_has_half_the_slots_and_is_as_full(store, starts):
         assert reads.tolist() == np.repeat(np.arange(BATCH), 2).tolist()
 
 
-def test_a_student_writes_what_the_start_tells_it_to(store, starts):
-    _, params = trained(store, starts)
+def test_a_student_writes_what_the_start_tells_it_to(store, starts, plain):
+    _, params = plain
     inputs = store.tasks[0].inputs[0][None]
     model = bind(CONFIG, params)
     for beams in (1, 2):

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from dss.data.batches import Batches, paired_order
+from dss.data.registry import register
 from dss.data.store import open_store
 from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary
@@ -24,9 +25,10 @@ STEPS = 4
 TOLERANCE = 1e-5
 
 
-@pytest.fixture
-def run(toy):
+@pytest.fixture(scope="module")
+def run(toy_folder):
     """Trains a few steps; returns losses, final parameters and the optimizer's state."""
+    register("toy", toy_folder, labels=("yes", "no"))
     mixture = get_mixture("toy_step_by_step_rules", alpha=0.3)
     store = open_store(
         mixture, "train", load_vocabulary("bytes"), inputs_length=64, targets_length=32
@@ -80,7 +82,7 @@ def run(toy):
     return train
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def plain(run):
     return run(data=1)
 
@@ -119,7 +121,15 @@ def test_loss_falls_and_task_losses_differ(plain):
     assert losses[0, 0] != losses[0, 1]
 
 
-def test_adafactor_with_factored_statistics_on_a_mesh_is_adafactor(run):
+@pytest.mark.parametrize(
+    "rules",
+    [
+        pytest.param({}, marks=pytest.mark.exhaustive),
+        {"rules": (("embed", "data"), ("heads", "model"), ("mlp", "model"))},
+    ],
+    ids=["default", "fsdp"],
+)
+def test_adafactor_with_factored_statistics_on_a_mesh_is_adafactor(run, rules):
     student = {"d_model": 128, "d_kv": 32, "d_ff": 256}
     wanted = run(data=1, optimizer="adafactor", student=student)
     leaves = jax.tree_util.tree_leaves_with_path(wanted[2])
@@ -130,11 +140,10 @@ def test_adafactor_with_factored_statistics_on_a_mesh_is_adafactor(run):
     def compare_movement(got, wanted, initial):
         assert np.linalg.norm(got - wanted) <= 1e-4 * np.linalg.norm(wanted - initial)
 
-    for rules in ({}, {"rules": (("embed", "data"), ("heads", "model"), ("mlp", "model"))}):
-        got = run(data=4, model=2, optimizer="adafactor", student=student, **rules)
-        assert_same(got, wanted)
-        jax.tree.map(compare_movement, got[1], wanted[1], initial)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4), got[2], wanted[2])
+    got = run(data=4, model=2, optimizer="adafactor", student=student, **rules)
+    assert_same(got, wanted)
+    jax.tree.map(compare_movement, got[1], wanted[1], initial)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4), got[2], wanted[2])
 
 
 def test_dropout_repeats_itself(run):
@@ -142,7 +151,14 @@ def test_dropout_repeats_itself(run):
     jax.tree.map(np.testing.assert_array_equal, first[1], second[1])
 
 
-@pytest.mark.parametrize("options", [{}, {"microbatches": 2}, {"model": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"microbatches": 2},
+        *(pytest.param(options, marks=pytest.mark.exhaustive) for options in ({}, {"model": 2})),
+    ],
+    ids=str,
+)
 def test_bfloat16_gradients_are_nearly_those_of_float32(run, options):
     wide, narrow = (
         run(data=2, dtype="bfloat16", grad_dtype=dtype, **options)
