@@ -11,6 +11,7 @@ with contextlib.suppress(ImportError):
 
 import jax
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from dss.cli.options import quiet_tpu
 from dss.data import registry
@@ -35,20 +36,33 @@ QUESTIONS = ("sum", "difference")
 
 
 def pytest_collection_modifyitems(items):
-    """Marks integration tests slow, and deals tests to the processes of pytest-xdist.
+    """Marks integration tests slow, and puts them first.
 
-    Integration tests come first, so that no long one begins while the other process has nothing
-    left. They are dealt function by function, all others file by file, which keeps fixtures of a
-    module in one process; a module whose fixtures are dear names its own `xdist_group`.
+    So no long one begins while the other process of pytest-xdist has nothing left.
     """
     for item in items:
         if "integration" in item.path.parts:
             item.add_marker(pytest.mark.slow)
-        if not item.get_closest_marker("xdist_group"):
-            function, file = item.nodeid.partition("[")[0], item.nodeid.partition("::")[0]
-            group = function if "integration" in item.path.parts else file
-            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
+class _Scheduling(LoadScopeScheduling):
+    """Deals integration tests to processes function by function, all others file by file.
+
+    Files whose fixtures take long stay whole too.
+    """
+
+    WHOLE = ("test_layouts", "test_notebook", "test_readme")
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        if "/integration/" not in file or Path(file).stem in self.WHOLE:
+            return file
+        return nodeid.partition("[")[0]
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return _Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

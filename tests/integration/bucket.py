@@ -17,6 +17,8 @@ from gcp_storage_emulator import server
 from gcp_storage_emulator.exceptions import NotFound
 
 MAIN = """
+import logging
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it tells of each move by copying
 # gcsfs asks Google, with credentials and minutes of retries, which type each bucket is of.
 from gcsfs.extended_gcsfs import BucketType, ExtendedGcsFileSystem
 async def bucket_type(self, bucket): return BucketType.NON_HIERARCHICAL
@@ -42,6 +44,8 @@ class _Handler(server.RequestHandler):
             query = parse_qs(urlsplit(self.path).query)
             if query.get("ifGenerationMatch", [self.generation])[0] != self.generation:
                 self.send_error(HTTPStatus.PRECONDITION_FAILED)
+            elif "/moveTo/" in self.path:  # the emulator cannot; another error would be tried again
+                self.send_error(HTTPStatus.FORBIDDEN)
             elif media and query.get("ifGenerationNotMatch", ["none"])[0] == self.generation:
                 self.send_response(HTTPStatus.NOT_MODIFIED)
                 super().end_headers()

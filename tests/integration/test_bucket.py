@@ -22,7 +22,7 @@ def test_a_run_in_a_bucket_goes_on_where_it_was_stopped(train, toy_folder, tmp_p
         run, flags = "gs://bucket/runs/toy", ("--gin.DATASET_PATH=gs://bucket/toy", *few_saves)
         process = train(run, *flags, env=options["env"], code=SLOW + MAIN)
         for line in process.stdout:
-            if line.startswith("step 20/30"):
+            if line.startswith("step 15/30"):
                 process.send_signal(signal.SIGTERM)
                 break
         assert "SIGTERM: saved at step" in finish(process, 128 + signal.SIGTERM)

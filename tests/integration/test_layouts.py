@@ -21,7 +21,6 @@ from tests.integration.layout_worker import (
 )
 from tests.integration.runs import finish, finish_together, start_together
 
-pytestmark = pytest.mark.xdist_group("layouts")
 TOLERANCE = 1e-5
 MOVEMENT = 1e-4  # of what training moved a parameter by; AdamW's sums of noise differ by 2e-5
 SIMULATED = ("8x1:8:1", "4x2:4:2", "2x4:2:4", "1x8:1:8", "fsdp:4:2:fsdp")

@@ -9,7 +9,6 @@ from nbclient import NotebookClient
 from tests.conftest import ROOT
 from tests.integration.runs import call, finish, start
 
-pytestmark = pytest.mark.xdist_group("notebook")
 NOTEBOOK = ROOT / "notebooks" / "evaluation.ipynb"
 
 

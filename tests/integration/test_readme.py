@@ -10,7 +10,6 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("readme")
 SHORTER = {
     "--gin.TRAIN_STEPS=200": "--gin.TRAIN_STEPS=4 --gin.Experiment.eval_examples=16",
     "--gin.EVAL_PERIOD=100": "--gin.EVAL_PERIOD=4",
