@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import io
 import logging
 import re
 import tokenize
@@ -16,10 +17,12 @@ from dss.data.rationales import RationaleConfig
 from dss.errors import UserError, unknown_name
 from dss.evaluation.evaluator import DecodingConfig
 from dss.experiment import DataConfig, Experiment
+from dss.paths import BYTE_ORDER_MARK
 from dss.student.config import T5Config
 from dss.training.mesh import MeshConfig
 from dss.training.optimizer import OptimizerConfig
 from dss.training.trainer import TrainerConfig
+from gin import config_parser
 
 __all__ = [
     "CONFIG_FILE",
@@ -56,12 +59,28 @@ NESTED = {
     "decoding": DecodingConfig,
 }
 
+# What gin's parser calls the statements that a run's file may not have.
+STATEMENTS = {
+    "ImportStatement": "an import",
+    "IncludeStatement": "an include",
+    "BlockDeclaration": "a block",
+}
+CLASSES = {"Experiment", *(kind.__name__ for kind in NESTED.values())}
+
 _experiment = gin.external_configurable(Experiment, "Experiment")
 for _kind in NESTED.values():
     gin.external_configurable(_kind, _kind.__name__)
-gin.config.register_file_reader(
-    lambda path: epath.Path(path).open(), lambda path: epath.Path(path).is_file()
-)
+
+
+def _open(path: str) -> io.StringIO:
+    """Returns a gin file without a byte order mark, from a bucket too; gin names it in errors."""
+    file = io.StringIO(epath.Path(path).read_text("utf-8").removeprefix(BYTE_ORDER_MARK))
+    file.name = path
+    return file
+
+
+# Before gin's own reader, which knows neither.
+gin.config._FILE_READERS.insert(0, (_open, lambda path: epath.Path(path).is_file()))
 
 
 def gin_root() -> Path:
@@ -88,6 +107,60 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+class _NotAValueError(Exception):
+    """A run's file holds something other than values; gin appends the line."""
+
+
+class _ValuesOnly(config_parser.ParserDelegate):
+    """Refuses references to anything but the classes of an experiment."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+        if scoped_configurable_name not in CLASSES or not evaluate:
+            raise _NotAValueError(f"@{scoped_configurable_name}")
+        return scoped_configurable_name
+
+    def macro(self, macro_name: str) -> None:
+        raise _NotAValueError(f"%{macro_name}")
+
+
+def _check_run_file(path: epath.Path) -> None:
+    """Refuses a run's config.gin that is a program.
+
+    A gin file can import modules and call functions. A user's own may; a run directory may have
+    been downloaded, and nothing of it is executed.
+
+    Args:
+      path: the config.gin of a run directory.
+
+    Raises:
+      UserError: if it imports, includes, or names anything but the fields of an experiment and
+        their values.
+    """
+
+    def refuse(what: str, line: int) -> UserError:
+        return UserError(
+            f"{path}:{line}: {what} in the configuration of a run, which may hold values only; "
+            "nothing was read from it"
+        )
+
+    try:
+        text = path.read_text("utf-8").removeprefix(BYTE_ORDER_MARK)
+        for statement in config_parser.ConfigParser(text, _ValuesOnly()):
+            line = statement.location.line_num
+            if not isinstance(statement, config_parser.BindingStatement):
+                kind = type(statement).__name__
+                raise refuse(STATEMENTS.get(kind, kind), line)
+            if statement.scope or statement.selector not in CLASSES:
+                raise refuse(f"{statement.scope or statement.selector!r}", line)
+    except _NotAValueError as error:
+        where = re.search(r"line (\d+)", str(error))
+        raise refuse(f"{_first_line(error)!r}", int(where[1]) if where else 1) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except (SyntaxError, ValueError, tokenize.TokenError, RecursionError) as error:
+        raise UserError(f"{path}: not a configuration: {_first_line(error)}") from None
+
+
 def _read(
     files: Sequence[str], bindings: Sequence[str], search: Sequence[str], make: Callable[[], T]
 ) -> T:
@@ -97,6 +170,9 @@ def _read(
     for folder in (str(root), *search):
         gin.add_config_file_search_path(folder)
     paths = [_find(file, (*search, str(root))) for file in files]
+    for path in map(epath.Path, paths):
+        if path.name == CONFIG_FILE:
+            _check_run_file(path)
     logging.disable(logging.ERROR)  # gin says at length what it also raises
     try:
         gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)

@@ -4,7 +4,9 @@ import os
 
 from etils import epath
 
-__all__ = ["absolute", "in_bucket"]
+__all__ = ["BYTE_ORDER_MARK", "absolute", "in_bucket"]
+
+BYTE_ORDER_MARK = "\ufeff"  # Excel and Notepad write it at the start of a text file
 
 
 def in_bucket(path: epath.PathLike) -> bool:

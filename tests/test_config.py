@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from dss.cli.main import main
 from dss.config import gin_root, load_config, parse_gin, save_config
 from dss.data.registry import get_dataset, set_data_root
 from dss.data.tasks import get_mixture
@@ -239,3 +240,52 @@ def test_values_out_of_range(flag, message):
 def test_what_only_pairs_can_do_is_refused_of_sampled_sequences(flag):
     with pytest.raises(UserError, match=r"needs DataConfig.batches 'paired'"):
         parse_gin([], ["DataConfig.batches=sampled", flag])
+
+
+HOSTILE = {
+    "an import": "import os\n",
+    "an include": "include '/etc/passwd'\n",
+    "a block": "Experiment:\n  alpha = 0.1\n",
+    "'@os.system'": "Experiment.alpha = @os.system()\n",
+    "'@T5Config'": "Experiment.student = @T5Config\n",
+    "'%ALPHA'": "Experiment.alpha = %ALPHA\n",
+    "'ALPHA'": "ALPHA = 0.1\n",
+    "'os.system'": "os.system.command = 'touch %s'\n",
+    "'scope'": "scope/Experiment.alpha = 0.1\n",
+}
+
+
+@pytest.mark.parametrize("refused", HOSTILE)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_the_configuration_of_a_run_is_read_and_never_executed(refused, first, tmp_path):
+    save_config(parse_gin(["students/tiny.gin"]), tmp_path)
+    file = tmp_path / "config.gin"
+    values, statement = file.read_text(), HOSTILE[refused].replace("%s", str(tmp_path / "ran"))
+    file.write_text(statement + values if first else values + statement)
+    line = 1 if first else values.count("\n") + 1
+    message = re.escape(f"config.gin:{line}: {refused} in the configuration of a run")
+    with pytest.raises(UserError, match=message):
+        load_config(tmp_path)
+    with pytest.raises(UserError, match=message):  # also where it is given as a gin file
+        parse_gin([str(file)])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_command_in_a_runs_configuration_does_not_run(tmp_path):
+    (tmp_path / "config.gin").write_text(
+        "from __gin__ import dynamic_registration\nimport os\nimport dss.experiment\n"
+        "dss.experiment.Experiment.alpha = @os.system()\n"
+        f"os.system.command = 'touch {tmp_path}/ran'\n"
+    )
+    for command in ("eval", "predict"):
+        assert main([command, str(tmp_path)]) == 2
+    assert main(["report", str(tmp_path.parent), "-o", str(tmp_path / "report.html")]) in (0, 2)
+    assert main(["train", "--gin_file", str(tmp_path / "config.gin")]) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("text", ["Experiment.alpha = (", "\0", "=" * 99, "(" * 9999])
+def test_a_runs_configuration_that_is_none_is_an_error(text, tmp_path):
+    (tmp_path / "config.gin").write_text(text)
+    with pytest.raises(UserError, match=r"config\.gin: not a configuration: "):
+        load_config(tmp_path)

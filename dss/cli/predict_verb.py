@@ -35,6 +35,7 @@ def _read(source: str) -> Iterator["Example"]:
     """Yields what is asked for; of standard input as it comes."""
     from dss.data.examples import Example, read_example, read_json, stream_examples
     from dss.errors import UserError
+    from dss.paths import BYTE_ORDER_MARK
 
     if source != "-":
         yield from stream_examples(Path(source), "input")
@@ -45,6 +46,8 @@ def _read(source: str) -> Iterator["Example"]:
             line = content.decode().strip()
         except UnicodeDecodeError:
             raise UserError(f"{where}: not UTF-8") from None
+        if number == 0:
+            line = line.removeprefix(BYTE_ORDER_MARK)
         if line.startswith("{"):
             yield read_example(where, read_json(where, line), id_)
         elif line:

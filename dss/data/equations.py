@@ -1,9 +1,13 @@
 """Arithmetic expressions, read by a parser: nothing in a text is executed.
 
-    answer  = sum {"and" sum}
+    answer  = equal {"and" equal}
+    equal   = sum {"=" sum}                   both sides must have one value
     sum     = product {("+" | "-") product}
     product = factor {("*" | "/") factor}
-    factor  = ("+" | "-") factor | "(" answer ")" | number
+    factor  = ("+" | "-") factor | ("(" answer ")" | number [number "/" number]) ["%"]
+
+Numbers may have separators (1,200), a currency sign before or after them ($18, 7 €) and a fraction
+behind them (3 1/2). The signs × · ÷ − are read as * * / -.
 
 Some released texts answer with two equations, `(29/2) and (30/2)`. The reference's verdict on
 them is Python's: the last value counts, unless one before it is zero. So is ours.
@@ -11,22 +15,35 @@ them is Python's: the last value counts, unless one before it is zero. So is our
 
 import re
 
-__all__ = ["EquationError", "evaluate"]
+__all__ = ["EquationError", "evaluate", "plain_equation"]
 
 MAX_LENGTH = 1000  # characters
 MAX_DEPTH = 50  # nested parentheses and signs
 MAX_DIGITS = 300  # of a number; a longer one is no float
 
-TOKEN = re.compile(r"\s*(?:(\d+\.\d*|\.\d+|\d+)|([-+*/()]|and\b))", re.ASCII)
+SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"} | dict.fromkeys("$€£¥"))
+SEPARATED = re.compile(r"(?<![\d.,])(\d{1,3})((?:,\d{3})+)(?![\d,])", re.ASCII)
+MIXED = re.compile(r"(?<![\d./])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d./])", re.ASCII)
+TOKEN = re.compile(r"\s*(?:(\d+\.\d*|\.\d+|\d+)|([-+*/()=%]|and\b))", re.ASCII)
 
 
 class EquationError(ValueError):
     """The text is not an arithmetic expression, or it has no value."""
 
 
+def plain_equation(text: str) -> str:
+    """Returns a text with the signs + - * / and numbers without separators and currency.
+
+    >>> plain_equation("($1,200 × 3)")
+    '(1200 * 3)'
+    """
+    text = text.translate(SIGNS)
+    return SEPARATED.sub(lambda match: match[1] + match[2].replace(",", ""), text)
+
+
 def _tokens(text: str) -> list[str]:
     out, position = [], 0
-    text = text.rstrip()
+    text = MIXED.sub(r"(\1+\2/\3)", plain_equation(text)).rstrip()
     while position < len(text):
         match = TOKEN.match(text, position)
         if match is None:
@@ -50,11 +67,20 @@ class _Parser:
         return token
 
     def answer(self, depth: int) -> int | float:
-        value = self.sum(depth)
+        value = self.equal(depth)
         while self.next == "and":
             self.take()
-            following = self.sum(depth)
+            following = self.equal(depth)
             value = following if value else value
+        return value
+
+    def equal(self, depth: int) -> int | float:
+        value = self.sum(depth)
+        while self.next == "=":
+            self.take()
+            other = self.sum(depth)
+            if other != value:
+                raise EquationError(f"{value} is not {other}")
         return value
 
     def sum(self, depth: int) -> int | float:
@@ -74,15 +100,22 @@ class _Parser:
     def factor(self, depth: int) -> int | float:
         if depth > MAX_DEPTH:
             raise EquationError("nested too deeply")
+        if self.next in ("+", "-"):
+            return self.factor(depth + 1) if self.take() == "+" else -self.factor(depth + 1)
+        value = self.operand(depth)
+        while self.next == "%":
+            self.take()
+            value = value / 100
+        return value
+
+    def operand(self, depth: int) -> int | float:
         token = self.take()
         if token == "(":
             value = self.answer(depth + 1)
             if self.take() != ")":
                 raise EquationError("a parenthesis is not closed")
             return value
-        if token in ("+", "-"):
-            return self.factor(depth + 1) if token == "+" else -self.factor(depth + 1)
-        if not token or token in ("*", "/", ")", "and"):
+        if not token or token in ("*", "/", ")", "and", "=", "%"):
             raise EquationError(f"expected a number, got {token or 'the end'!r}")
         if len(token) > MAX_DIGITS:
             raise EquationError("a number is too long")
@@ -94,7 +127,7 @@ class _Parser:
 
 
 def evaluate(text: str) -> int | float:
-    """Returns the value of an expression of numbers, + - * /, signs, parentheses and `and`.
+    """Returns the value of an expression of numbers, + - * / % =, signs, parentheses and `and`.
 
     Integers are exact and division gives a float, as in Python.
 
@@ -104,6 +137,8 @@ def evaluate(text: str) -> int | float:
 
     >>> evaluate("( 10.0 - ( 6.0 + 3.0 ) )")
     1.0
+    >>> evaluate("$1,200 × 50% = 600"), evaluate("3 1/2")
+    (600.0, 3.5)
     """
     if len(text) > MAX_LENGTH:
         raise EquationError(f"longer than {MAX_LENGTH} characters")

@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from dss.errors import UserError
+from dss.paths import BYTE_ORDER_MARK
 
 __all__ = [
     "STATUSES",
@@ -68,12 +69,12 @@ class TeacherOutput:
     @property
     def has_rationale(self) -> bool:
         """Whether there is a rationale to learn from."""
-        return self.status in ("ok", "unparsed") and bool(self.rationale.strip())
+        return self.status == "ok" and bool(self.rationale.strip())
 
     @property
     def has_label(self) -> bool:
         """Whether there is a label to learn from."""
-        return self.status in ("ok", "unparsed") and bool((self.label or "").strip())
+        return self.status == "ok" and bool((self.label or "").strip())
 
 
 def parsed_status(rationale: str, label: str | None) -> str:
@@ -111,6 +112,8 @@ def read_json_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
                 if not line.strip():
                     continue
                 where = f"{path}:{number}"
@@ -151,6 +154,8 @@ def read_example(
       UserError: a missing input, something that is no text, or a label outside the closed set.
     """
     label = None if value.get("label") is None else _text(where, value, "label")
+    if label is not None and not label.strip():  # an empty cell of a table
+        label = None
     if labels and label is not None and label not in labels:
         raise UserError(f"{where}: label {label!r} is none of {', '.join(labels)}")
     return Example(_text(where, value, "id", default_id), _text(where, value, "input"), label)
@@ -213,7 +218,9 @@ def read_teacher_outputs(path: epath.Path, teacher: str) -> list[TeacherOutput]:
 def _teacher_output(where: str, value: dict[str, Any], id_: str, teacher: str) -> TeacherOutput:
     rationale = _text(where, value, "rationale", "")
     label = None if value.get("label") is None else _text(where, value, "label")
-    status = _text(where, value, "status", parsed_status(rationale, label))
+    # Parts that were written down as such, not parsed from a text, are whole where one is there.
+    whole = value.get("raw") is None and bool(rationale.strip() or (label or "").strip())
+    status = _text(where, value, "status", "ok" if whole else parsed_status(rationale, label))
     if status not in STATUSES:
         raise UserError(f"{where}: status {status!r} is none of {', '.join(STATUSES)}")
     return TeacherOutput(id_, rationale, label, teacher, _text(where, value, "raw", ""), status)

@@ -8,6 +8,7 @@ __all__ = [
     "METRICS",
     "equation_accuracy",
     "equation_equal",
+    "is_readable",
     "rouge_l",
     "rouge_l_mean",
     "text_accuracy",
@@ -21,17 +22,30 @@ def text_equal(prediction: str, label: str) -> bool:
 
 
 def equation_equal(prediction: str, label: str) -> bool:
-    """Returns whether both texts are arithmetic of the same value; anything else is wrong.
+    """Returns whether both texts are arithmetic of the same value, or the same text.
 
     >>> equation_equal("(45 * 10)", "( 10.0 * 45.0 )")
     True
     >>> equation_equal("__import__('os')", "( 1.0 + 1.0 )")
     False
     """
+    if prediction.strip() and text_equal(prediction, label):
+        return True
     try:
         return evaluate(prediction) == evaluate(label)
     except EquationError:
         return False
+
+
+def is_readable(metric: str, label: str) -> bool:
+    """Returns whether a metric can judge a label: the equation metric reads arithmetic only."""
+    if metric != "equation":
+        return True
+    try:
+        evaluate(label)
+    except EquationError:
+        return False
+    return True
 
 
 METRICS: dict[str, Callable[[str, str], bool]] = {"text": text_equal, "equation": equation_equal}

@@ -198,8 +198,11 @@ class ReleasedSource:
         if teacher is None:
             return [self._examples_file(split)]
         examples = self._examples_file(split)
-        missing = self.root / self.name / "llm" / f"{split}_CoT_0.json"
-        if teacher not in TEACHERS:
+        if teacher == "palm":
+            missing = self.root / self.name / "llm" / f"{split}_CoT_0.json"
+        elif teacher == "gpt_neox":
+            missing = self.root / "gpt-neox" / self.name / f"{split}.json"
+        else:
             missing = examples.with_suffix(f".{teacher}.jsonl")
         return [examples, *(self._teacher_files(split, teacher) or [missing])]
 

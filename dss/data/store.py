@@ -25,7 +25,7 @@ from dss.errors import UserError
 
 __all__ = ["Ragged", "TaskTokens", "TokenStore", "cache_dir", "open_store", "tokenize"]
 
-FORMAT = 4  # part of the key: raise it when the arrays change their meaning
+FORMAT = 5  # part of the key: raise it when the arrays change their meaning
 
 
 @dataclasses.dataclass(frozen=True)

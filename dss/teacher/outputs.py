@@ -90,6 +90,7 @@ def read_sample(prompt: Prompt, example: Example, reply: Reply, *, hinted: bool)
         return Sample(status=status, rationale="", label=None, raw=raw)
     parsed: Parsed = prompt.parse(text, example, hinted=hinted)
     status = "ok" if parsed.rationale and parsed.label else "unparsed"
+    status = "refused" if parsed.is_refusal else status
     return Sample(
         status=status,
         rationale=parsed.rationale,

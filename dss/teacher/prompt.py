@@ -26,14 +26,23 @@ import jinja2
 import jinja2.sandbox
 import yaml
 
+from dss.data.equations import plain_equation
 from dss.data.examples import Example
-from dss.data.metrics import METRICS
+from dss.data.metrics import METRICS, is_readable
 from dss.errors import UserError, unknown_name
+from dss.teacher.answers import (
+    is_refusal,
+    plain,
+    plain_label,
+    read_json_answer,
+    without_thoughts,
+)
 
 __all__ = ["Exemplar", "Form", "Parsed", "Prompt", "load_prompt", "prompt_names", "read_prompt"]
 
 SHIPPED = importlib.resources.files("dss.teacher") / "prompts"
 OURS = ("name", "source")  # fields of a prompt that its file does not give
+REASON = re.compile(r"\s*(?:[(,;:\n]| because | - | – | — )")  # begins what follows a label
 SEPARATOR = "\n\n"  # between the exemplars of a plain completion
 ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -51,10 +60,14 @@ class Exemplar:
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What was found in a text: a blank rationale or a label of None is one that was not."""
+    """What was found in a text: a blank rationale or a label of None is one that was not.
+
+    A text may also decline to answer; then it has neither.
+    """
 
     rationale: str
     label: str | None
+    is_refusal: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,31 +141,66 @@ class Prompt:
         return _render(f"example {example.id!r}", self._form(hinted).question, values)
 
     def parse(self, text: str, example: Example, *, hinted: bool = False) -> Parsed:
-        """Returns what a teacher's text says of an example.
+        """Returns the rationale and the label in a teacher's text about an example.
 
-        The text counts up to the first stop sequence. A label outside the possible ones is none;
+        Thoughts in `<think>` tags are left out, and the text ends at the first stop sequence. An
+        answer in JSON is read as such. In any other, Markdown and LaTeX around the parts are
+        forgiven. A label outside the possible ones, or that the metric cannot read, is none;
         letters of another case are forgiven. In hint mode the label is the one that was shown,
         and a text that concludes another one has no label.
         """
+        text = without_thoughts(text)
         ends = [at for at in map(text.find, self.stop) if at >= 0]
-        match = self._form(hinted).pattern.search(text[: min(ends, default=None)])
-        if match is None:
-            return Parsed("", None)
-        found = match.groupdict()
-        rationale = (found["rationale"] or "").strip()
-        label = self._possible((found.get("label") or "").strip(), example.input)
+        text = text[: min(ends, default=None)]
+        answer = read_json_answer(text)
+        if answer:
+            rationale, label = answer.rationale or "", answer.label
+        else:
+            rationale, label = self._search(plain(text), example, hinted)
+        possible = self._possible(label, example.input) if label else None
         if hinted:
             assert example.label is not None
-            wrong = found.get("label") and not (label and self.is_same(label, example.label))
-            return Parsed(rationale, None if wrong else example.label)
-        return Parsed(rationale, label)
+            wrong = label and not (possible and self.is_same(possible, example.label))
+            possible = None if wrong else example.label
+        if not label and is_refusal(text):
+            return Parsed("", None, is_refusal=True)
+        return Parsed(rationale, possible)
+
+    def _search(self, text: str, example: Example, hinted: bool) -> tuple[str, str | None]:
+        """Returns what the pattern finds; the question's last word, such as `Reasoning:`, may be
+        repeated before the rationale.
+        """
+        match = self._form(hinted).pattern.search(text)
+        if match is None:
+            return "", None
+        found = match.groupdict()
+        rationale = (found["rationale"] or "").strip()
+        cue = self.question(example, hinted=hinted).rpartition("\n")[2].strip()
+        if cue.endswith(":") and rationale.casefold().startswith(cue.casefold()):
+            rationale = rationale[len(cue) :].strip()
+        return rationale, (found.get("label") or "").strip() or None
 
     def _possible(self, label: str, text: str) -> str | None:
+        """Returns the label as the prompt writes it; None where it is not a possible one."""
         choices = self.choices(text)
-        if not choices or label in choices:
-            return label or None
+        if label in choices:
+            return label
+        if not choices:
+            label = plain_label(label)
+            if self.metric == "equation":
+                label = plain_equation(label)
+            return label if label and is_readable(self.metric, label) else None
         folded = {choice.casefold(): choice for choice in choices}
-        return folded.get(label.casefold())
+        for words in (label, label.rstrip(". "), plain_label(label)):
+            if words.casefold() in folded:
+                return folded[words.casefold()]
+        # A reason may follow, but no other choice: "billing (it is about money)".
+        head, _, reason = REASON.sub("\0", label, count=1).partition("\0")
+        choice = folded.get(plain_label(head).casefold())
+        others = (re.escape(other) for other in folded if folded[other] != choice)
+        if choice and not re.search(rf"\b(?:{'|'.join(others)})\b", reason.casefold()):
+            return choice
+        return None
 
     def _form(self, hinted: bool) -> Form:
         if not hinted:
@@ -192,7 +240,7 @@ def load_prompt(source: str) -> Prompt:
     else:
         raise unknown_name("prompt", source, prompt_names())
     try:
-        return read_prompt(where, name, path.read_text(encoding="utf-8"))
+        return read_prompt(where, name, path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:

@@ -5,7 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dss.data.equations import EquationError, evaluate
-from dss.data.metrics import equation_equal, rouge_l, text_accuracy, text_equal
+from dss.data.metrics import (
+    equation_equal,
+    is_readable,
+    rouge_l,
+    text_accuracy,
+    text_equal,
+)
 from dss.data.registry import get_dataset
 
 
@@ -20,6 +26,15 @@ from dss.data.registry import get_dataset
         ("8 / 2 / 2", 2.0),
         ("(29/2) and (30/2)", 15.0),
         ("0 and 3", 0),
+        ("1,200", 1200),
+        ("1,234,567.5", 1234567.5),
+        ("$18", 18),
+        ("18 €", 18),
+        ("50%", 0.5),
+        ("3 1/2", 3.5),
+        ("\N{MINUS SIGN}4 × 2 ÷ 8", -1),
+        ("(84/2) = 42", 42),
+        ("1,200 * 3 1/2", 4200),
     ],
 )
 def test_arithmetic(text, value):
@@ -46,6 +61,12 @@ def test_arithmetic(text, value):
         "9" * 400,
         "android",
         "and 1",
+        "1,20",
+        "(175, 5)",
+        "(84/2) = 41",
+        "= 3",
+        "%",
+        "1 2/3 4",
     ],
 )
 def test_anything_else_has_no_value(text):
@@ -96,3 +117,12 @@ def test_text_metrics():
     assert not text_equal("Yes", "yes")
     assert text_accuracy(["a", "b"], ["a", "c"]) == {"accuracy": 50.0}
     assert rouge_l("the cat sat", "the cat") == pytest.approx(0.8)
+
+
+def test_a_label_that_is_no_arithmetic_is_right_against_itself_alone():
+    assert equation_equal("(some - 8)", " (some - 8)")
+    assert not equation_equal("(some - 8)", "(some - 9)")
+    assert not equation_equal("", "")
+    assert equation_equal("$1,200", "1200.0")
+    assert is_readable("text", "(some - 8)")
+    assert not is_readable("equation", "(some - 8)")

@@ -1,8 +1,12 @@
+import codecs
 import math
+import shutil
 
 import pytest
+from etils import epath
 
-from dss.data.registry import get_dataset, register, set_data_root
+from dss.config import parse_gin
+from dss.data.registry import get_dataset, register, released_dataset, set_data_root
 from dss.data.splits import hold_out, subsample
 from dss.errors import UserError
 from tests.conftest import write_jsonl
@@ -122,3 +126,24 @@ def test_bad_names_and_paths(tmp_path):
         register("mine", tmp_path, metric="equatoin")
     with pytest.raises(UserError, match=r"unknown dataset 'cqaa'; did you mean 'cqa'"):
         get_dataset("cqaa")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    rows = [{"id": "a", "input": "x", "label": "b"}, {"id": "b", "input": "y", "label": "a"}]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    write_jsonl(tmp_path / "valid.jsonl", rows)
+    assert [e.id for e in register("marked", tmp_path).examples("train")] == ["a", "b"]
+    (tmp_path / "x.gin").write_bytes(codecs.BOM_UTF8 + b"# c\nBATCH_SIZE = 3\n")
+    assert parse_gin([str(tmp_path / "x.gin")]).batch_size == 3
+
+
+def test_texts_of_another_teacher_are_not_read_in_place_of_those_that_are_missing(
+    small_root, tmp_path
+):
+    root = shutil.copytree(small_root, tmp_path / "root")
+    shutil.rmtree(root / "gpt-neox" / "anli1")
+    dataset = released_dataset("anli1", epath.Path(root))
+    assert dataset.outputs("train", "palm")
+    with pytest.raises(UserError, match=r"gpt-neox/anli1/train\.json: no such file"):
+        dataset.outputs("train", "gpt_neox")

@@ -36,7 +36,7 @@ def test_single_target_holds_rationale_and_label(toy):
 
 @pytest.fixture
 def gaps(tmp_path):
-    ids = ("ok", "blank", "refused", "nothing", "no label")
+    ids = ("ok", "blank", "refused", "nothing", "no label", "unparsed")
     rows = [{"id": i, "input": "x", "label": "a"} for i in ids]
     write_jsonl(tmp_path / "train.jsonl", rows)
     write_jsonl(tmp_path / "valid.jsonl", rows)
@@ -45,6 +45,11 @@ def gaps(tmp_path):
         {"id": "blank", "rationale": " ", "label": " "},
         {"id": "refused", "rationale": "I cannot", "status": "refused"},
         {"id": "no label", "rationale": "r", "label": " "},
+        {
+            "id": "unparsed",
+            "rationale": "Okay, let me see",
+            "raw": "Okay, let me see",
+        },
     ]
     write_jsonl(tmp_path / "train.t.jsonl", journal)
     return register("gaps", tmp_path)
@@ -55,8 +60,8 @@ def test_what_the_teacher_did_not_give_is_not_trained_on(gaps):
     assert [row.id for row in rationale.rows("train")] == ["ok", "no label"]
     assert [row.id for row in label.rows("train")] == ["ok"]
     kept = rationale.rows("train", keep_unparsed=True)
-    assert [row.id for row in kept] == ["ok", "blank", "refused", "no label"]
-    assert kept[1].targets == " "
+    assert [row.id for row in kept] == ["ok", "blank", "refused", "no label", "unparsed"]
+    assert [kept[1].targets, kept[-1].targets] == [" ", "Okay, let me see"]
 
 
 def test_a_split_without_rationales_keeps_its_labels(gaps):
@@ -88,3 +93,14 @@ def test_the_teacher_of_a_name_can_be_replaced():
     assert name == "cqa_step_by_step_gpt_neox"
     with pytest.raises(UserError, match="has no teacher"):
         with_teacher("cqa_finetune", "palm")
+
+
+def test_a_blank_label_is_no_label(tmp_path):
+    rows = [
+        {"id": str(i), "input": "x", "label": label} for i, label in enumerate(["a", "", " \t"])
+    ]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "valid.jsonl", rows[:1])
+    dataset = register("blank", tmp_path, labels=("a",))
+    assert [e.label for e in dataset.examples("train")] == ["a", None, None]
+    assert [row.id for row in get_mixture("blank_finetune").tasks[0].rows("train")] == ["0"]

@@ -1,5 +1,6 @@
 """Whole runs through the command line, on a small student that reads bytes."""
 
+import codecs
 import json
 import os
 import random
@@ -194,8 +195,9 @@ def test_predict_reads_standard_input_and_files(undisturbed, toy_folder, tmp_pat
     config = (alone / "config.gin").read_text()
     assert str(toy_folder) in config
     (alone / "config.gin").write_text(config.replace(str(toy_folder), "/nowhere/toy"))
-    out = call("predict", alone, "--rationale", stdin=lines)
+    out = call("predict", alone, "--rationale", stdin=codecs.BOM_UTF8 + lines)
     rows = [json.loads(line) for line in out.splitlines()]
+    assert rows[0]["input"] == "is 3 good"
     assert [row["id"] for row in rows] == ["input-0", "x"]
     assert all(row["label"] in ("yes", "no") and "rationale" in row for row in rows)
     (tmp_path / "in.jsonl").write_text('{"input": "is 3 good"}\n')

@@ -1,12 +1,19 @@
 import collections
+import json
 
 import pytest
 
+from dss.data.equations import plain_equation
 from dss.data.examples import Example
+from dss.data.metrics import is_readable
 from dss.data.registry import get_dataset
 from dss.data.released import RELEASED
 from dss.errors import UserError
+from dss.teacher.outputs import read_sample
 from dss.teacher.prompt import Parsed, load_prompt, prompt_names, read_prompt
+from dss.teacher.reply import read_reply
+from dss.testing import chat_reply
+from tests.conftest import SHARED
 
 SPLITS = {
     "cqa": ("train", "test"),
@@ -74,6 +81,10 @@ def test_shipped_prompts_know_the_metric_and_the_labels_of_their_dataset(name):
     assert (prompt.metric, prompt.labels) == (form.metric, form.labels)
 
 
+def plain(label):
+    return label.casefold().strip().removesuffix(".")
+
+
 @pytest.mark.parametrize("name", SPLITS)
 def test_released_texts_parse_as_the_released_code_parses_them(name, data_root):
     """The rationale is the same; so is the label, where it is one that the input allows."""
@@ -86,14 +97,15 @@ def test_released_texts_parse_as_the_released_code_parses_them(name, data_root):
             choices = dataset.choices(example.input)
             label = (output.label or "").strip() or None
             if choices and label not in choices:  # ours may be a choice in other letters
-                folded = [c for c in choices if c.casefold() == (label or "").casefold()]
-                label = folded[0] if folded else None
+                folded = [c for c in choices if plain(c) == plain(label or "")]
+                label = folded[0].strip() if folded else None
+            if dataset.metric == "equation" and label is not None:
+                label = plain_equation(label) if is_readable("equation", label) else None
             different["rationale"] += parsed.rationale != output.rationale.strip()
             different["label"] += parsed.label != label
             different["rows"] += 1
-    # One of 10,962 texts in CQA names a second choice, one of 19,666 in e-SNLI is cut off within
-    # the next `Premise`.
-    allowed = {"cqa": (0, 1), "esnli": (0, 1)}.get(name, (0, 0))
+    # One of 19,666 texts in e-SNLI is cut off within the next `Premise`.
+    allowed = {"esnli": (0, 1)}.get(name, (0, 0))
     assert (different["rationale"], different["label"]) == allowed
     assert different["rows"] > 900
 
@@ -153,25 +165,107 @@ def test_what_is_wrong_in_a_prompt_is_said_in_one_line(old, new, message):
     assert str(caught.value).startswith("p.yaml") or "prompt p: exemplar" in str(caught.value)
 
 
+WILD = [
+    *("\n" * 20_000, " " * 20_000 + "x", "So the answer is (a) a. " * 2000 + "\nx"),
+    *("The answer is (1 " * 2000, "(" * 4000, "Answer: " * 3000, "Label:" * 3000),
+    *("So the answer is x" + " " * 16_000 + "y", "Label: a" + " " * 16_000 + "b", "**" * 9000),
+    *("<think>" * 4000, "{" * 9000, "#" * 9000 + " x", "sorry " * 4000, "```\n" * 4000),
+]
+
+
 @pytest.mark.parametrize("name", prompt_names())
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("\n" * 20_000, " " * 20_000 + "x", "So the answer is (a) a. " * 2000 + "\nx"),
-        *("The answer is (1 " * 2000, "(" * 4000, "Answer: " * 3000, "Label:" * 3000),
-    ],
-    ids=lambda text: repr(text[:8]),
-)
-def test_a_text_gone_wild_is_read_in_no_time(name, text):
+def test_a_text_gone_wild_is_read_in_no_time(name, tmp_path):
     """A pattern that backtracks takes minutes over these."""
     import subprocess
     import sys
 
     code = (
-        "import sys; from dss.data.examples import Example; from dss.teacher.prompt import *;"
-        "load_prompt(sys.argv[1]).parse(sys.argv[2], Example('1', 'a</s>b'))"
+        "import json, sys\n"
+        "from dss.data.examples import Example; from dss.teacher.prompt import *\n"
+        "prompt, example = load_prompt(sys.argv[1]), Example('1', 'a</s>b', '(1)')\n"
+        "for text in json.load(sys.stdin):\n"
+        "    for hinted in (False, True): prompt.parse(text, example, hinted=hinted)"
     )
-    subprocess.run([sys.executable, "-c", code, name, text], check=True, timeout=30)
+    command = [sys.executable, "-c", code, name]
+    subprocess.run(command, input=json.dumps(WILD), text=True, check=True, timeout=60)
+
+
+def handed_texts():
+    """The texts that a classification and a free-form teacher wrote, with what is right."""
+    path = SHARED / "faults" / "teacher_texts.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def test_thoughts_markdown_json_and_refusals_are_read_for_what_they_are(shared):
+    rows = handed_texts()
+    assert len(rows) >= 13
+    for row in rows:
+        prompt = load_prompt("classification" if row["labels"] else "free_form")
+        reply = read_reply(200, chat_reply(row["raw"]).body.decode())
+        sample = read_sample(prompt, Example("1", "x"), reply, hinted=False)
+        found = {name: getattr(sample, name) for name in ("rationale", "label", "status")}
+        assert found == {name: row[name] for name in found}, row["raw"]
+
+
+@pytest.mark.parametrize("name", ["anli1", "esnli", "cqa", "svamp"])
+def test_thoughts_and_markdown_are_read_past_in_every_shipped_prompt(name):
+    prompt = load_prompt(name)
+    shown, (_, answer) = prompt.exemplars[0], prompt.turns()[0]
+    example = Example("1", shown.input)
+    wanted = Parsed(shown.rationale, shown.label)
+    bold = answer.replace(shown.label, f"**{shown.label}**")
+    written = json.dumps({"rationale": shown.rationale, "label": shown.label})
+    for text in (
+        f"<think>Hm. {prompt.turns()[1][1]}</think>{answer}",
+        bold,
+        f"```json\n{written}\n```",
+    ):
+        assert prompt.parse(text, example) == wanted, text
+    assert prompt.parse("<think>" + answer, example) == Parsed("", None)
+    assert prompt.parse("I cannot help with that.", example).is_refusal
+
+
+def test_the_last_conclusion_counts():
+    prompt, example = load_prompt("classification"), Example("1", "It crashes")
+    text = "One might first say\nLabel: question\nbut a crash is a defect.\nLabel: bug"
+    rationale = "One might first say\nLabel: question\nbut a crash is a defect."
+    assert prompt.parse(text, example) == Parsed(rationale, "bug")
+    example = Example("1", "a</s>b")
+    text = "It may be neutral. So the answer is neutral. But no. So the answer is contradiction."
+    assert load_prompt("anli1").parse(text, example).label == "contradiction"
+
+
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [
+        ("bug.", "bug"),
+        ('"Bug"', "bug"),
+        ("bug (it crashes)", "bug"),
+        ("bug, because it crashes", "bug"),
+        ("bug or billing", None),
+        ("bug, or rather billing", None),
+        ("not a bug", None),
+        ("bugs", None),
+    ],
+)
+def test_what_stands_around_a_label_is_forgiven_and_another_label_is_not(written, label):
+    parsed = load_prompt("classification").parse(f"Why.\nLabel: {written}", Example("1", "x"))
+    assert parsed == Parsed("Why.", label)
+
+
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [
+        ("(38 × 27)", "(38 * 27)"),
+        ("(1,000 + 27)", "(1000 + 27)"),
+        ("(thirty-eight plus 27)", None),
+        ("(some - 8)", None),
+    ],
+)
+def test_an_equation_that_the_metric_cannot_read_is_no_label(written, label):
+    parsed = load_prompt("svamp").parse(f"Add. The answer is {written}.", Example("1", "x"))
+    assert parsed == Parsed("Add.", label)
 
 
 def test_choices_are_taken_without_the_white_space_around_them():

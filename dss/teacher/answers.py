@@ -1,0 +1,126 @@
+"""A teacher's text, taken apart before a prompt's pattern reads it.
+
+Models of today think aloud first, decorate with Markdown or LaTeX, answer in JSON unasked, and
+decline in words. None of that may reach a rationale or a label.
+"""
+
+import json
+import re
+from typing import NamedTuple
+
+__all__ = [
+    "JsonAnswer",
+    "is_refusal",
+    "plain",
+    "plain_label",
+    "read_json_answer",
+    "without_thoughts",
+]
+
+THINK = re.compile(r"</?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+FENCE = re.compile(r"\A```[\w-]*[ \t]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
+HEADING = re.compile(r"^#{1,6}[ \t]+([^\n:]*[^\s:])[ \t]*:?[ \t]*#*$", re.MULTILINE)
+BOLD = re.compile(r"\*\*|__(?=\S)|(?<=\S)__")
+BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+QUOTES = tuple(map(tuple, ("``", "''", '""', "$$", "**", "“”", "‘’", "«»")))  # around a label
+RATIONALE_KEYS = ("rationale", "reasoning", "explanation")
+LABEL_KEYS = ("label", "answer")
+DECLINES = re.compile(
+    r"\A\W*(?:(?:i['’]m|i am)\s+(?:\w+\s+){0,2}?sorry\b|sorry\b|i apologi[sz]e\b|"
+    r"(?:i\s+)?(?:can['’]?t|cannot|can not|won['’]t|will not|(?:am|['’]m) (?:unable|not able) to)"
+    r"\s+"
+    r"(?:help|assist|comply|answer|provide|fulfil|fulfill|do|discuss|engage|continue)\b|"
+    r"as an ai\b)",
+    re.IGNORECASE,
+)
+
+
+class JsonAnswer(NamedTuple):
+    """What an answer in JSON holds; None where it lacks the part."""
+
+    rationale: str | None
+    label: str | None
+
+
+def without_thoughts(text: str) -> str:
+    """Returns a text without what stands in `<think>...</think>`.
+
+    Thoughts that are not closed go on to the end; those whose opening tag the server left out begin
+    at the start.
+
+    >>> without_thoughts("<think>Hm. Label: a?</think>It is.\\nLabel: b")
+    'It is.\\nLabel: b'
+    >>> without_thoughts("Hm.</think> Label: b"), without_thoughts("<think>Hm.")
+    (' Label: b', '')
+    """
+    visible, depth, start = "", 0, 0
+    for tag in THINK.finditer(text):
+        if tag[0].startswith("</"):
+            if depth == 0:
+                visible = ""
+            depth, start = max(depth - 1, 0), tag.end()
+        else:
+            if depth == 0:
+                visible += text[start : tag.start()]
+            depth += 1
+    return visible + text[start:] if depth == 0 else visible
+
+
+def read_json_answer(text: str) -> JsonAnswer | None:
+    """Returns the parts of an answer that is a JSON object, in a code fence or not; else None.
+
+    >>> read_json_answer('{"rationale": "It crashes.", "label": "bug"}')
+    JsonAnswer(rationale='It crashes.', label='bug')
+    """
+    text = text.strip()
+    fenced = FENCE.match(text)
+    text = fenced[1].strip() if fenced else text
+    if not text.startswith("{"):
+        return None
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+
+    def part(keys: tuple[str, ...]) -> str | None:
+        for key in keys:
+            found = value.get(key)
+            if isinstance(found, str | int | float) and not isinstance(found, bool):
+                return str(found).strip()
+        return None
+
+    answer = JsonAnswer(part(RATIONALE_KEYS), part(LABEL_KEYS))
+    return None if answer == JsonAnswer(None, None) else answer
+
+
+def plain(text: str) -> str:
+    """Returns a text without Markdown's bold marks; a heading becomes a line that ends in a colon.
+
+    >>> plain("### Reasoning\\nIt **shines**.\\n\\n**Label:** good")
+    'Reasoning:\\nIt shines.\\n\\nLabel: good'
+    """
+    return HEADING.sub(r"\1:", BOLD.sub("", text))
+
+
+def plain_label(label: str) -> str:
+    """Returns a label without quotes, LaTeX, and a full stop around it.
+
+    >>> [plain_label(label) for label in ("$\\\\boxed{72}$.", "`billing`", "3.5.", "U.S.")]
+    ['72', 'billing', '3.5', 'U.S.']
+    """
+    before = None
+    while label != before:
+        before, label = label, label.strip()
+        if label.endswith(".") and re.search(r"\D\.", label[:-1]) is None:
+            label = label[:-1].rstrip()
+        for opening, closing in QUOTES:
+            if len(label) > 2 and label[0] == opening and label[-1] == closing:
+                label = label[1:-1]
+        boxed = BOXED.fullmatch(label)
+        label = boxed[1] if boxed else label
+    return label
+
+
+def is_refusal(text: str) -> bool:
+    """Returns whether a text without an answer declines to give one."""
+    return DECLINES.match(text) is not None
