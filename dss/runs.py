@@ -408,7 +408,10 @@ def evaluate(
     written = None
     if rationales:
         written = explain(predictor, mixture, [e.text for e in examples], inputs_length)
-    return Evaluation.of(mixture, split, step, examples, answers, teachers, written)
+    vocabulary = predictor.vocabulary
+    return Evaluation.of(
+        mixture, split, step, examples, answers, teachers, written, vocabulary=vocabulary
+    )
 
 
 def _rationale_task(mixture: Mixture) -> Task:

@@ -16,6 +16,7 @@ from dss.data.batches import (
     sampled_order,
     sequential_order,
 )
+from dss.data.labels import check_distinct, describe_unwritable
 from dss.data.store import TokenStore, open_store
 from dss.data.tasks import Mixture, get_mixture, with_teacher
 from dss.data.vocabulary import Vocabulary, load_vocabulary
@@ -272,7 +273,12 @@ def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Se
     run, initial = _open_run(experiment, resume)
     experiment, config = run.experiment, run.config
     vocabulary = load_vocabulary(run.vocabulary_source)
+    check_distinct(vocabulary, mixture.dataset.labels)
     store = _open(experiment, mixture, "train", vocabulary)
+    for line in describe_unwritable(
+        mixture, vocabulary, store, fraction=experiment.data.fraction, seed=experiment.seed
+    ):
+        progress.warn(line)
     valid_mixture = mixture.available("valid")
     valid_store = _open(experiment, valid_mixture, "valid", vocabulary)
     starts, valid_starts = (_start_ids(m, vocabulary, config) for m in (mixture, valid_mixture))
@@ -348,7 +354,7 @@ def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Se
             "valid",
         )
         predictions = predictor.predict(mixture, examples, experiment.data.inputs_length)
-        scored = Scored.of(mixture, examples, predictions)
+        scored = Scored.of(mixture, examples, predictions, vocabulary)
         return values | {f"valid/{scored.metric}": scored.value}
 
     # The loop.

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints what the mixture holds."""
     from dss.config import parse_gin
+    from dss.data.labels import check_distinct
     from dss.data.tasks import get_mixture, mixture_names, with_teacher
     from dss.data.vocabulary import load_vocabulary
     from dss.runs import use_data
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         console.print("lengths, packed fill, examples: give --gin.VOCABULARY=FILE to see them")
         return 0
     vocabulary = load_vocabulary(experiment.vocabulary)
+    check_distinct(vocabulary, mixture.dataset.labels)
     _print_lengths(console, mixture, vocabulary, experiment)
     _print_batches(console, mixture, vocabulary, experiment)
     _print_examples(console, mixture, vocabulary, experiment, args.examples)
@@ -199,10 +201,15 @@ def _print_batches(
     import numpy as np
 
     from dss.data.batches import fill
+    from dss.data.labels import describe_unwritable
     from dss.train import training_batches, training_store
 
     experiment = dataclasses.replace(experiment, mixture=mixture.name, teacher=None)
     store = training_store(experiment)
+    for line in describe_unwritable(
+        mixture, vocabulary, store, fraction=experiment.data.fraction, seed=experiment.seed
+    ):
+        console.print(f"  {line}\n", markup=False)
     starts = mixture.start_ids(vocabulary)
     batches = training_batches(experiment, mixture, store, experiment.microbatches, starts)
     kind = "packed" if batches.packed else "unpacked"

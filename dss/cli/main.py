@@ -65,11 +65,14 @@ def _module(verb: str):
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     verb = next((a for a in argv if not a.startswith("-")), None)
     parser = _parser(verb)
-    args, rest = parser.parse_known_args(argv)
-    args.gin = [r.removeprefix("--gin.") for r in rest if r.startswith("--gin.")]
-    unknown = [r for r in rest if not r.startswith("--gin.")]
-    if unknown or (args.gin and not getattr(args, "takes_gin", False)):
-        parser.error(f"unrecognized arguments: {' '.join(unknown or rest)}")
+    # argparse would take one with a blank in it for a positional argument.
+    gin = [a for a in argv if a.startswith("--gin.")]
+    args, unknown = parser.parse_known_args([a for a in argv if a not in gin])
+    if gin and not getattr(args, "takes_gin", False):
+        unknown += gin
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.gin = [a.removeprefix("--gin.") for a in gin]
     return args
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dss.data.labels import round_trip
 from dss.data.metrics import rouge_l
 from dss.data.tasks import Mixture, extract_label
 from dss.data.vocabulary import EOS, Vocabulary, encode_example
@@ -133,13 +134,33 @@ class Scored:
 
     @classmethod
     def of(
-        cls, mixture: Mixture, examples: Sequence[EvaluationExample], predictions: Sequence[str]
+        cls,
+        mixture: Mixture,
+        examples: Sequence[EvaluationExample],
+        predictions: Sequence[str],
+        vocabulary: Vocabulary | None = None,
     ) -> "Scored":
-        """Returns the scores of some predictions by the mixture's metric."""
+        """Returns the scores of some predictions by the mixture's metric.
+
+        Args:
+          mixture: the mixture whose first task predicts.
+          examples: the N examples with their targets.
+          predictions: the N predictions.
+          vocabulary: the student's vocabulary. A label is right too if it is what the vocabulary
+            makes of the target, since the student can write nothing else.
+        """
         metric = metric_name(mixture)
-        judge = mixture.dataset.is_right if metric == "accuracy" else rouge_l
-        pairs = zip(predictions, examples, strict=True)
-        return cls(metric, tuple(float(judge(p, e.target)) for p, e in pairs))
+        pairs = zip(predictions, (e.target for e in examples), strict=True)
+        if metric != "accuracy":
+            return cls(metric, tuple(rouge_l(p, target) for p, target in pairs))
+        is_right = mixture.dataset.is_right
+
+        def judge(prediction: str, target: str) -> bool:
+            if is_right(prediction, target) or vocabulary is None:
+                return is_right(prediction, target)
+            return is_right(prediction, round_trip(vocabulary, target))
+
+        return cls(metric, tuple(float(judge(p, target)) for p, target in pairs))
 
 
 @dataclasses.dataclass(frozen=True)

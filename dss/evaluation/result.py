@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from dss.data.tasks import Mixture
+from dss.data.vocabulary import Vocabulary
 from dss.evaluation.calibration import Calibration
 from dss.evaluation.confusion import Confusion
 from dss.evaluation.evaluator import Answer, EvaluationExample, Scored
@@ -64,6 +65,7 @@ class Evaluation:
         answers: Sequence[Answer],
         teachers: Mapping[str, TeacherOutputs],
         rationales: Sequence[str] | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> "Evaluation":
         """Returns what there is to say about some answers.
 
@@ -75,9 +77,10 @@ class Evaluation:
           answers: the student's, N.
           teachers: what they wrote for the split.
           rationales: the student's, N; the targets are labels.
+          vocabulary: the student's vocabulary; see `Scored.of`.
         """
         dataset, texts = mixture.dataset, [answer.text for answer in answers]
-        scored = Scored.of(mixture, examples, texts)
+        scored = Scored.of(mixture, examples, texts, vocabulary)
         scores = {t: score_teacher(mixture, examples, scored, o) for t, o in teachers.items()}
         confusion = quality = None
         if dataset.labels and scored.metric == "accuracy":

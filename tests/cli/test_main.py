@@ -91,6 +91,7 @@ def test_what_a_user_gets_wrong_is_one_line_and_status_2(
         (["inspect", "--examples=x"], "dss inspect: argument --examples: invalid int value: 'x'"),
         (["nope"], "dss: argument VERB: invalid choice: 'nope'"),
         ([], "dss: the following arguments are required: VERB; see dss --help"),
+        (["report", "x", "--gin.A=('b', 'c')"], "dss: unrecognized arguments: --gin.A=('b', 'c')"),
     ],
 )
 def test_options_that_cannot_be_read_are_one_line_and_status_2(args, message, capsys):

@@ -1,0 +1,80 @@
+"""What a vocabulary makes of labels and inputs: what it cannot write, and cannot tell apart."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from dss.data.store import TokenStore
+from dss.data.tasks import Mixture
+from dss.data.vocabulary import EOS, UNK, Vocabulary
+from dss.errors import UserError
+
+__all__ = ["check_distinct", "describe_unwritable", "round_trip"]
+
+SHOWN = 3  # labels named in a line
+
+
+def round_trip(vocabulary: Vocabulary, text: str) -> str:
+    """Returns the text that a student writes when it writes the tokens of `text`.
+
+    T5's vocabulary has no `{` and no newline, and writes `m²` as `m2`.
+    """
+    return vocabulary.decode([*vocabulary.encode(text), EOS])
+
+
+def check_distinct(vocabulary: Vocabulary, labels: Sequence[str]) -> None:
+    """Checks that a vocabulary tells all labels of a closed set apart.
+
+    Raises:
+      UserError: if two labels are the same tokens, so that no student could choose between them.
+    """
+    seen: dict[tuple[int, ...], str] = {}
+    for label in labels:
+        other = seen.setdefault(tuple(vocabulary.encode(label)), label)
+        if other != label:
+            raise UserError(
+                f"labels {other!r} and {label!r} are the same tokens in this vocabulary, so no "
+                "student can tell them apart; rename one, or use a vocabulary with their "
+                "characters, such as that of mT5 or ByT5"
+            )
+
+
+def describe_unwritable(
+    mixture: Mixture,
+    vocabulary: Vocabulary,
+    store: TokenStore,
+    *,
+    fraction: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Returns lines about the labels and inputs that the vocabulary cannot write; often none.
+
+    Args:
+      mixture: the mixture that is trained on.
+      vocabulary: the student's vocabulary.
+      store: the mixture's training tokens.
+      fraction: the part of the training examples that is used; see `Dataset.examples`.
+      seed: the seed of the subsample.
+    """
+    lines = []
+    examples = []
+    if mixture.tasks[0].kind != "rationale":
+        examples = mixture.dataset.examples("train", fraction=fraction, seed=seed)
+    distinct = sorted({e.label.strip() for e in examples if e.label is not None})
+    changed = [(a, b) for a in distinct if (b := round_trip(vocabulary, a)) != a]
+    if changed:
+        shown = ", ".join(f"{a!r} (written as {b!r})" for a, b in changed[:SHOWN])
+        more = ", ..." if len(changed) > SHOWN else ""
+        lines.append(
+            f"the vocabulary cannot write {len(changed)} of {len(distinct)} different labels: "
+            f"{shown}{more}; predictions are compared with what it writes"
+        )
+    tokens = np.concatenate([task.inputs.tokens for task in store.tasks])
+    unknown = np.count_nonzero(tokens == UNK)
+    if unknown:
+        lines.append(
+            f"the vocabulary has no token for {unknown:,} of {len(tokens):,} input tokens "
+            f"({unknown / len(tokens):.2%}); characters such as {{ < ~ and those of most scripts "
+            "are not in T5's"
+        )
+    return lines

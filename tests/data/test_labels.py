@@ -1,0 +1,69 @@
+import re
+
+import pytest
+
+from dss.cli.main import main
+from dss.data.labels import check_distinct, describe_unwritable, round_trip
+from dss.data.registry import register
+from dss.data.store import open_store
+from dss.data.tasks import get_mixture
+from dss.data.vocabulary import load_vocabulary
+from dss.errors import UserError
+from dss.evaluation.evaluator import EvaluationExample, Scored
+from tests.conftest import write_jsonl
+
+LENGTHS = {"inputs_length": 64, "targets_length": 16}
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [("是", "否"), ("≤", "≥"), ("好评", "差评"), ("x<y", "x{y"), ("m2", "m²"), ("a b", "a  b")],
+)
+def test_labels_that_are_the_same_tokens_are_refused_by_name(pair, vocab_path):
+    message = f"labels {pair[0]!r} and {pair[1]!r} are the same tokens"
+    with pytest.raises(UserError, match=re.escape(message)):
+        check_distinct(load_vocabulary(vocab_path), ("yes", *pair))
+    check_distinct(load_vocabulary("bytes"), ("yes", *pair))
+
+
+def test_two_labels_of_one_row_of_tokens_are_refused_before_training(vocab_path, tmp_path, capsys):
+    rows = [{"id": str(i), "input": f"x{i}", "label": "是否"[i % 2]} for i in range(20)]
+    write_jsonl(tmp_path / "zh" / "train.jsonl", rows)
+    flags = [f"--gin.DATASET_PATH={tmp_path / 'zh'}", "--gin.DATASET_LABELS=('是', '否')"]
+    flags += [f"--gin.VOCABULARY={vocab_path}", f"--gin.MODEL_DIR={tmp_path / 'run'}"]
+    flags += ["--gin.MIXTURE_OR_TASK_NAME=zh_finetune", "--gin_file=students/tiny.gin"]
+    for verb in ("train", "inspect"):
+        assert main([verb, *flags]) == 2
+        assert "labels '是' and '否' are the same tokens" in capsys.readouterr().err
+
+
+@pytest.fixture
+def braces(tmp_path):
+    """A dataset whose labels and inputs have characters that T5's vocabulary lacks."""
+    labels = ["f{x}", "g{y}", "yes"]
+    rows = [{"id": str(i), "input": f"is {i} < 9", "label": labels[i % 3]} for i in range(12)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "valid.jsonl", rows)
+    register("braces", tmp_path)
+    return get_mixture("braces_finetune")
+
+
+def test_what_the_vocabulary_cannot_write_is_said_in_numbers(braces, vocab_path):
+    vocabulary = load_vocabulary(vocab_path)
+    assert round_trip(vocabulary, "f{x}") == "fx"
+    store = open_store(braces, "train", vocabulary, **LENGTHS)
+    labels, inputs = describe_unwritable(braces, vocabulary, store)
+    assert "cannot write 2 of 3 different labels: 'f{x}' (written as 'fx')" in labels
+    total = len(store.tasks[0].inputs.tokens)
+    assert f"no token for 12 of {total} input tokens" in inputs
+    as_bytes = load_vocabulary("bytes")
+    store = open_store(braces, "train", as_bytes, **LENGTHS)
+    assert describe_unwritable(braces, as_bytes, store) == []
+
+
+def test_a_prediction_is_compared_with_what_the_vocabulary_makes_of_the_label(braces, vocab_path):
+    examples = [EvaluationExample(str(i), "x", "f{x}") for i in range(3)]
+    predictions = ["fx", "f{x}", "gy"]
+    vocabulary = load_vocabulary(vocab_path)
+    assert Scored.of(braces, examples, predictions, vocabulary).verdicts == (1.0, 1.0, 0.0)
+    assert Scored.of(braces, examples, predictions).verdicts == (0.0, 1.0, 0.0)
