@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import json
 import math
 import os
 import time
@@ -94,7 +95,11 @@ class Client:
         try:
             async with asyncio.timeout(self._timeout):
                 response = await self._client.post(
-                    self._path, body=dict(body), cast_to=httpx2.Response
+                    self._path,
+                    body=dict(body),
+                    cast_to=httpx2.Response,
+                    # A redirect would be followed by a GET, without the question.
+                    options={"follow_redirects": False},
                 )
         except TimeoutError:
             return self._lost("timeout", f"no whole reply in {self._timeout:g} s"), None
@@ -104,7 +109,11 @@ class Client:
             cause = error.__cause__ or error
             status = "unreachable" if isinstance(cause, httpx2.ConnectError) else "dropped"
             return self._lost(status, f"{type(cause).__name__}: {cause}"), None
-        text = response.content.decode(errors="replace")
+        encoding = json.detect_encoding(response.content)
+        text = response.content.decode(encoding, errors="replace")
+        if 300 <= response.status_code < 400:
+            target = response.headers.get("location", "nowhere")
+            text = f"the endpoint redirects to {target}; give that as --base-url if you trust it"
         wait = retry_after(response.headers, time.time())
         return read_reply(response.status_code, self._hide(text)), wait
 

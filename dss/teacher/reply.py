@@ -20,6 +20,8 @@ import dataclasses
 import json
 from typing import Any
 
+from dss.paths import BYTE_ORDER_MARK
+
 __all__ = ["FINAL", "STOPPING", "Reply", "read_reply"]
 
 FINAL = ("answered", "refused")
@@ -29,6 +31,7 @@ NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_ac
 NO_CREDIT_TEXT = "credit balance is too low"
 WRONG_KEY_TEXT = "API key not valid"  # Gemini says so with 400
 MOST_TOKENS = 2**40  # no answer has more; what a database can hold
+BESIDE_TEXT = ("reasoning_content", "reasoning", "reasoning_details", "tool_calls")
 TRY_AGAIN_CODES = (408, 409, 425)
 SHOWN = 300  # characters of a message
 
@@ -96,21 +99,19 @@ def read_reply(code: int, response: str) -> Reply:
     message = choice.get("message")
     if finish == "content_filter" or (isinstance(message, dict) and message.get("refusal")):
         status = "refused"
-    elif _text(choice).strip() or finish == "length":
-        status = "answered"  # cut off before its first word: the same again would be the same
+    elif _text(choice).strip() or finish == "length" or _has_more_than_text(message):
+        status = "answered"  # without a word too: the same again would be the same
     else:
         status = "empty"
-    usage = value.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    details = usage.get("prompt_tokens_details")
+    prompt, cached, completion = _usage(value.get("usage"))
     return Reply(
         status=status,
         code=code,
         response=response,
         finish_reason=_whole(finish) if isinstance(finish, str) else None,
-        prompt_tokens=_count(usage, "prompt_tokens"),
-        cached_tokens=_count(details, "cached_tokens") if isinstance(details, dict) else None,
-        completion_tokens=_count(usage, "completion_tokens"),
+        prompt_tokens=prompt,
+        cached_tokens=cached,
+        completion_tokens=completion,
     )
 
 
@@ -132,7 +133,7 @@ def _error_status(code: int, error: dict[str, Any]) -> str:
 
 def _decoded(response: str) -> Any:
     try:
-        return json.loads(response)
+        return json.loads(response.removeprefix(BYTE_ORDER_MARK))
     except (ValueError, RecursionError):
         return None
 
@@ -156,12 +157,35 @@ def _choice(value: Any) -> dict[str, Any]:
 def _text(choice: dict[str, Any]) -> str:
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else choice.get("text")
+    if isinstance(text, list):  # parts, of which some may be thoughts
+        parts = [p.get("text") for p in text if isinstance(p, dict) and p.get("type") == "text"]
+        text = "".join(part for part in parts if isinstance(part, str))
     return _whole(text) if isinstance(text, str) else ""
+
+
+def _has_more_than_text(message: Any) -> bool:
+    """Returns whether a message without text has thoughts or calls of tools."""
+    return isinstance(message, dict) and any(message.get(name) for name in BESIDE_TEXT)
 
 
 def _whole(text: str) -> str:
     """Returns a text with a mark in place of half characters, which no file can hold."""
     return text.encode(errors="replace").decode()
+
+
+def _usage(usage: Any) -> tuple[int | None, int | None, int | None]:
+    """Returns the prompt's, the cached and the answer's tokens.
+
+    A reply that lacks one of the first two counts, or has an impossible one, has none: it is then
+    paid for as the longest answer. So is a cache with more tokens than the prompt.
+    """
+    usage = usage if isinstance(usage, dict) else {}
+    details = usage.get("prompt_tokens_details")
+    prompt, completion = _count(usage, "prompt_tokens"), _count(usage, "completion_tokens")
+    cached = _count(details, "cached_tokens") if isinstance(details, dict) else None
+    if prompt is None or completion is None or (cached or 0) > prompt:
+        return None, None, None
+    return prompt, cached, completion
 
 
 def _count(usage: dict[str, Any], name: str) -> int | None:

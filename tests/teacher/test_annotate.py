@@ -295,6 +295,50 @@ def test_attempts_that_brought_no_count_are_in_the_cost_at_their_most(numbers):
     assert state.cost == pytest.approx(2 * 0.105 + 2 * (0.1 + 0.05), rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": 100}, {"prompt_tokens": 1, "completion_tokens": -9}]
+)
+def test_max_cost_is_kept_where_the_endpoint_does_not_count(numbers, usage):
+    def answer(body):
+        value = json.loads(right(body).body) | {"usage": usage}
+        return FakeReply(body=json.dumps(value).encode())
+
+    price = Price(input=1000.0, output=1000.0)
+    with FakeEndpoint(answer) as endpoint:
+        state = numbers.ask(numbers.job(endpoint.url), max_cost=1.0, price=price)
+        most = numbers.job().writer.most_tokens * 1000.0 / 1e6  # an answer's cost alone
+    assert "--max-cost 1 reached" in state.stopped
+    assert 0 < endpoint.count * most <= state.cost <= 1.0
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_and_names_its_target(numbers, code):
+    numbers.count = 2
+    with (
+        FakeEndpoint(right) as other,
+        FakeEndpoint(
+            lambda _: FakeReply(code=code, headers={"Location": other.url + "/chat/completions"})
+        ) as endpoint,
+    ):
+        job = numbers.job(endpoint.url)
+        numbers.ask(job)
+        assert (endpoint.count, other.count) == (2, 0)
+    assert attempts(job) == {"rejected": 2}
+    assert f"the endpoint redirects to {other.url}" in lines_of(job)[0]["raw"]
+
+
+def test_a_reply_in_utf_16_is_read(numbers):
+    numbers.count = 1
+
+    def answer(body):
+        return FakeReply(body=right(body).body.decode().encode("utf-16"))
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job)
+    assert lines_of(job)[0]["status"] == "ok"
+
+
 def test_concurrency_finds_the_limit_of_the_endpoint(numbers):
     """More than ten at once are turned away: the run settles near ten and loses nothing."""
     numbers.count = 400

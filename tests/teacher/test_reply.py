@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,8 +24,6 @@ JSON = st.recursive(
 
 @given(st.integers(100, 599), JSON)
 def test_whatever_comes_is_read_and_kept(code, value):
-    import json
-
     text = json.dumps(value)
     reply = read_reply(code, text)
     assert reply.response == text
@@ -66,6 +66,52 @@ def test_tokens_are_read_with_those_from_the_cache():
     reply = read_reply(200, text)
     assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens) == (9, 4, 2)
     assert (reply.status, reply.text, reply.finish_reason) == ("answered", "a", "stop")
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        {"prompt_tokens": 9},
+        {"completion_tokens": 9},
+        {"prompt_tokens": 9, "completion_tokens": -1},
+        {"prompt_tokens": 9, "completion_tokens": 2**41},
+        {"prompt_tokens": 9, "completion_tokens": True},
+        {
+            "prompt_tokens": 9,
+            "completion_tokens": 2,
+            "prompt_tokens_details": {"cached_tokens": 10},
+        },
+    ],
+    ids=str,
+)
+def test_a_count_that_is_missing_or_impossible_is_none_and_paid_for_at_its_most(usage):
+    choice = {"message": {"content": "a"}, "finish_reason": "stop"}
+    reply = read_reply(200, json.dumps({"choices": [choice], "usage": usage}))
+    assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens) == (None,) * 3
+    assert (reply.text, reply.is_silent) == ("a", True)
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}, "ab"),
+        (
+            {"content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "a"}]},
+            "a",
+        ),
+        ({"content": None, "reasoning_content": "Hm."}, ""),
+        ({"content": "", "reasoning": "Hm."}, ""),
+        ({"content": None, "tool_calls": [{"id": "1"}]}, ""),
+    ],
+    ids=str,
+)
+def test_parts_are_joined_and_thoughts_alone_are_a_final_answer_without_text(message, text):
+    body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]})
+    for mark in ("", "\ufeff"):
+        reply = read_reply(200, mark + body)
+        assert (reply.status, reply.text) == ("answered", text)
+    empty = json.dumps({"choices": [{"message": {"content": None}, "finish_reason": "stop"}]})
+    assert read_reply(200, empty).status == "empty"
 
 
 @pytest.mark.parametrize(
