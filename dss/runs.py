@@ -309,7 +309,8 @@ def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], A
     vocabulary = experiment.vocabulary or beside
     if vocabulary is None:
         raise UserError(
-            "no vocabulary: give --gin.VOCABULARY=FILE (of `dss import`: --vocabulary=FILE), a "
+            "no vocabulary (of a Hugging Face folder spiece.model is read, tokenizer.json is not): "
+            "give --gin.VOCABULARY=FILE (of `dss import`: --vocabulary=FILE), a "
             f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes"
         )
     check_vocabulary(vocabulary, student)

@@ -3,12 +3,14 @@
 import atexit
 import functools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from safetensors import safe_open
@@ -18,13 +20,32 @@ from dss.errors import UserError
 from dss.interop.assemble import assemble
 from dss.paths import in_bucket
 from dss.student.config import T5Config
+from dss.student.network import abstract_params
 
 __all__ = ["find_vocabulary", "load_params", "read_config", "resolve", "tensor_name"]
 
 INDEX = "model.safetensors.index.json"
-FILES = ["config.json", "*.safetensors", INDEX, "spiece.model", "tokenizer_config.json"]
+FILES = [
+    "config.json",
+    "*.safetensors",
+    INDEX,
+    "spiece.model",
+    "tokenizer_config.json",
+    "added_tokens.json",
+]
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # of T5 1.0
+SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+SENTINEL = re.compile(r"<extra_id_\d+>|<pad>|</s>|<unk>")  # which T5's tokenizers list as added
+MERGE = "merge it with peft's merge_and_unload(), then save_pretrained(DIR)"
+UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.", ".ia3_l.", ".modules_to_save.")
+WRAPPED = {
+    "_orig_mod.": "a compiled model; save the one before torch.compile",
+    "module.": "a model within DistributedDataParallel; save its `module`",
+    "base_model.model.": f"a model within peft; {MERGE}",
+}
+SHOWN = 3  # added tokens named in an error
 ROWS = 4096  # of two tensors that are compared, at a time
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
 
@@ -83,9 +104,12 @@ def read_config(folder: Path) -> T5Config:
     """Returns the shape of the T5 in a folder: T5 1.0 or 1.1, Flan-T5, mT5, ByT5.
 
     Raises:
-      UserError: no `config.json`, or not one of a T5.
+      UserError: if there is no `config.json`, it is not a T5's, or the folder holds tensors,
+        special ids or added tokens that would be ignored.
     """
     path = folder / "config.json"
+    if not path.is_file() and (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder}: an adapter without its model; {MERGE}")
     raw = _read_json(path)
     kind = raw.get("model_type")
     if kind not in ("t5", "mt5", "umt5"):
@@ -100,8 +124,15 @@ def read_config(folder: Path) -> T5Config:
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UserError(f"{path}: activation {activation!r} is not supported; known: {known}")
+    given = {name: raw[name] for name in SPECIAL_IDS if raw.get(name) is not None}
+    special = SPECIAL_IDS | given
+    if special != SPECIAL_IDS:
+        found = ", ".join(f"{name} {value}" for name, value in special.items())
+        wanted = ", ".join(map(str, SPECIAL_IDS.values()))
+        raise UserError(f"{path}: {found}; a T5's are {wanted}, and others are not supported")
+    _check_tokenizer(folder)
     try:
-        return T5Config(
+        config = T5Config(
             vocab_size=raw["vocab_size"],
             d_model=raw["d_model"],
             d_kv=raw["d_kv"],
@@ -118,10 +149,69 @@ def read_config(folder: Path) -> T5Config:
             dropout_rate=raw.get("dropout_rate", 0.1),
             layer_norm_epsilon=raw.get("layer_norm_epsilon", 1e-6),
         )
+        _check_tensors(folder, config)
+        return config
     except KeyError as error:
         raise UserError(f"{path}: no {error.args[0]!r}; is it a T5's config?") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}; is it a T5's config?") from None
+
+
+def _expected(config: T5Config) -> set[str]:
+    """Returns the names of all tensors of a T5 of some shape."""
+    names = set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
+        keys = tuple(p.key for p in path)
+        layers = range(leaf.shape[0]) if "layers" in keys else (None,)
+        names |= {tensor_name(keys, layer, gated=config.gated)[0] for layer in layers}
+    return names
+
+
+def _check_tensors(folder: Path, config: T5Config) -> None:
+    """Checks that a folder holds a T5's tensors and no others, by their names.
+
+    Raises:
+      UserError: if a tensor would be ignored, or is named as a library names it before it is merged
+        or unwrapped.
+    """
+    tensors, expected = _Tensors(folder), _expected(config)
+    for prefix, remedy in WRAPPED.items():
+        if any(name.startswith(prefix) for name in tensors.names):
+            raise UserError(f"{folder}: its tensors are named {prefix}NAME: {remedy}")
+    if any(mark in name for name in tensors.names for mark in UNMERGED):
+        raise UserError(f"{folder}: a model with an adapter that is not merged; {MERGE}")
+    if not any(name.startswith("decoder.") for name in tensors.names):
+        raise UserError(f"{folder}: an encoder alone; a student needs a T5 with its decoder")
+    unknown = sorted(tensors.names - expected - {HEAD, UNUSED, *EMBEDDINGS})
+    if unknown:
+        more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        raise UserError(
+            f"{folder}: tensor {unknown[0]!r}{more}, which a T5 does not have; without it the "
+            "model would be another one"
+        )
+    if EMBEDDINGS[0] in tensors.names:
+        for name in EMBEDDINGS[1:]:
+            if name in tensors.names and not tensors.are_equal(EMBEDDINGS[0], name):
+                raise UserError(
+                    f"{folder}: {name} is not {EMBEDDINGS[0]}; a student has one embedding for both"
+                )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Checks that a folder's tokenizer adds no tokens to its SentencePiece model but sentinels.
+
+    Raises:
+      UserError: names the added tokens, which would be unknown to the student.
+    """
+    path = folder / "added_tokens.json"
+    if not path.is_file():
+        return
+    added = [token for token in _read_json(path) if not SENTINEL.fullmatch(token)]
+    if added:
+        shown = ", ".join(map(repr, added[:SHOWN])) + (", ..." if len(added) > SHOWN else "")
+        raise UserError(
+            f"{path}: added tokens {shown}; only the pieces of spiece.model are supported"
+        )
 
 
 def _scaled_logits(raw: dict) -> bool:
@@ -138,15 +228,7 @@ def _tied(folder: Path) -> bool:
         return True
     if not any(name in tensors.names for name in EMBEDDINGS):
         return False
-    shape = tensors.shape(HEAD)
-    if tensors.shape(EMBEDDINGS[0]) != shape:
-        return False
-    starts = range(0, shape[0], ROWS)
-    parts = [(slice(i, min(i + ROWS, shape[0])), slice(None)) for i in starts]
-    return all(
-        np.array_equal(tensors.read(EMBEDDINGS[0], part), tensors.read(HEAD, part))
-        for part in parts
-    )
+    return tensors.are_equal(EMBEDDINGS[0], HEAD)
 
 
 def find_vocabulary(folder: Path) -> str | None:
@@ -170,6 +252,9 @@ class _Tensors:
             shards = _read_json(folder / INDEX).get("weight_map")
             if not isinstance(shards, dict):
                 raise UserError(f"{folder / INDEX}: no 'weight_map' from tensors to files")
+            outside = [s for s in shards.values() if Path(str(s)).name != s]
+            if outside:
+                raise UserError(f"{folder / INDEX}: {outside[0]!r} is no file of this folder")
             self._file = {name: folder / shard for name, shard in shards.items()}
         elif (folder / "model.safetensors").is_file():
             with _open(folder / "model.safetensors") as file:
@@ -204,7 +289,23 @@ class _Tensors:
         """See `dss.interop.assemble.Tensors`."""
         name = self._known(name)
         with _open(self._file[name]) as file:
-            return _slice(file, name, self._file[name])[index]
+            part = _slice(file, name, self._file[name])
+            try:
+                return part[index]
+            except (TypeError, ValueError, AttributeError):  # NumPy has no such type
+                raise UserError(
+                    f"{self._file[name]}: {name} is of {part.get_dtype()}, which is not supported; "
+                    "save the model as float32 or bfloat16"
+                ) from None
+
+    def are_equal(self, name: str, other: str) -> bool:
+        """Returns whether two matrices are the same, reading some rows at a time."""
+        shape = self.shape(name)
+        if self.shape(other) != shape:
+            return False
+        starts = range(0, shape[0], ROWS)
+        parts = [(slice(i, min(i + ROWS, shape[0])), slice(None)) for i in starts]
+        return all(np.array_equal(self.read(name, part), self.read(other, part)) for part in parts)
 
 
 def _open(path: Path):
