@@ -33,7 +33,9 @@ def test_a_run_in_a_bucket_goes_on_where_it_was_stopped(train, toy_folder, tmp_p
         assert "predictions: gs://bucket/runs/toy/predictions/" in said
 
 
-@pytest.mark.parametrize("form", ["t5x legacy", "t5x orbax", "hf"])
+@pytest.mark.parametrize(
+    "form", ["t5x legacy", pytest.param("t5x orbax", marks=pytest.mark.exhaustive), "hf"]
+)
 def test_a_checkpoint_is_imported_from_a_bucket(form, shared, tmp_path):
     kind, _, layout = form.partition(" ")
     if kind == "t5x":
