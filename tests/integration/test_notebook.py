@@ -7,8 +7,9 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.conftest import ROOT
-from tests.integration.runs import call, finish, start
+from tests.integration.runs import MAIN, call, finish, start
 
+SHORT_QUICKSTART = f"import dss.quickstart; dss.quickstart.STEPS = 20\n{MAIN}"
 NOTEBOOK = ROOT / "notebooks" / "evaluation.ipynb"
 
 
@@ -17,7 +18,7 @@ def quickstart(tmp_path_factory):
     """A folder with a small quickstart in it."""
     folder = tmp_path_factory.mktemp("notebook")
     output = f"--output={folder / 'quickstart'}"
-    finish(start("quickstart", output, "--sizes=60", "--seeds=1"))
+    finish(start("quickstart", output, "--sizes=60", "--seeds=1", code=SHORT_QUICKSTART))
     return folder
 
 

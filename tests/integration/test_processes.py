@@ -166,6 +166,7 @@ def test_several_processes_evaluate_and_predict_as_one(both, tmp_path):
         assert said not in other
 
 
+@pytest.mark.exhaustive
 def test_each_process_reads_its_part_of_an_initial_checkpoint(train, shared, tmp_path):
     checkpoint = shared / "fixtures" / "t5x_tiny_v1_1" / "legacy" / "checkpoint_0"
     sizes = {"vocab_size": 1152, "d_model": 32, "d_ff": 48, "num_heads": 4}
@@ -197,6 +198,7 @@ def test_processes_that_cannot_find_each_other_say_what_is_missing(train, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.exhaustive
 def test_slurms_variables_are_enough(train, both, tmp_path):
     """Two tasks of a step on this machine, as `srun --ntasks=2 dss train ...` would start them."""
     step = {
@@ -212,6 +214,7 @@ def test_slurms_variables_are_enough(train, both, tmp_path):
     assert_same_training(run, both)
 
 
+@pytest.mark.exhaustive
 def test_a_clock_that_jumps_changes_nothing(train, undisturbed, tmp_path):
     run = tmp_path / "jumping"
     process = train(run, code=JUMPING_CLOCK_MAIN)
@@ -283,6 +286,7 @@ def test_a_disk_that_fills_while_saving_costs_nothing_once_there_is_room(
     assert_same_training(run, undisturbed)
 
 
+@pytest.mark.exhaustive
 def test_a_full_disk_ends_all_of_several_processes(train_together, both, small_disk):
     mount, remount = small_disk
     run = mount / "run"
