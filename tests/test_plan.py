@@ -60,7 +60,13 @@ def tiny(**values) -> Experiment:
     return Experiment(**values)
 
 
-@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize(
+    "student",
+    [
+        pytest.param(name, marks=() if name in ("small", "xxl") else pytest.mark.exhaustive)
+        for name in STUDENTS
+    ],
+)
 def test_every_student_compiles_on_eight_devices(student):
     flags = [
         "MeshConfig.data=4",

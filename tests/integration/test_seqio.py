@@ -1,5 +1,6 @@
 """What SeqIO's and TFDS's own programs make of the tasks and of the builder."""
 
+import importlib
 import json
 import os
 import shutil
@@ -66,16 +67,14 @@ def assert_cached_as_uncached(name: str, splits: list[str]) -> None:
                 np.testing.assert_array_equal(cached[id_][feature], value)
 
 
-def test_cached_tasks_are_the_tasks_row_for_row(data_root, vocab_path, cache, monkeypatch):
+@pytest.mark.parametrize("dataset", ["svamp", pytest.param("cqa", marks=pytest.mark.exhaustive)])
+def test_cached_tasks_are_the_tasks_row_for_row(dataset, data_root, vocab_path, cache, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", str(vocab_path))
-    import tasks.cqa
-    import tasks.svamp  # noqa: F401
-
-    names = [f"{d}_{kind}" for d in ("cqa", "svamp") for kind in ("label_gold", "rationale_palm")]
+    importlib.import_module(f"tasks.{dataset}")
+    names = [f"{dataset}_{kind}" for kind in ("label_gold", "rationale_palm")]
     run(
         CACHE,
-        "--module_import=tasks.cqa",
-        "--module_import=tasks.svamp",
+        f"--module_import=tasks.{dataset}",
         f"--tasks={','.join(names)}",
         f"--output_cache_dir={cache}",
         "--min_shards=4",
@@ -87,7 +86,7 @@ def test_cached_tasks_are_the_tasks_row_for_row(data_root, vocab_path, cache, mo
         rows = get_mixture(name).tasks[0].rows("train")
         stats = json.loads((cache / name / "stats.train.json").read_text())
         assert stats["examples"] == len(rows)
-    mixture = seqio.get_mixture_or_task("svamp_step_by_step_palm")
+    mixture = seqio.get_mixture_or_task(f"{dataset}_step_by_step_palm")
     drawn = mixture.get_dataset(LENGTHS, "train", use_cached=True, seed=0, num_epochs=1)
     seen = {tuple(row["targets"]) for row in drawn.as_numpy_iterator()}
     for task in mixture.tasks:
