@@ -113,12 +113,17 @@ def _open_run(experiment: Experiment, resume: Resume) -> tuple[Run, Any | None]:
 
 
 def _differences(prefix: str, before: Any, now: Any, may_change: tuple[str, ...]) -> list[str]:
-    values = [
-        (field.name, getattr(before, field.name), getattr(now, field.name))
-        for field in dataclasses.fields(before)
-        if field.name not in may_change
-    ]
-    return [f"{prefix}{name} was {a!r} and is {b!r}" for name, a, b in values if a != b]
+    """Returns a phrase for each field that differs, of nested configurations too."""
+    out = []
+    for field in dataclasses.fields(before):
+        a, b = getattr(before, field.name), getattr(now, field.name)
+        if field.name in may_change or a == b:
+            continue
+        if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
+            out += _differences(f"{prefix}{field.name}.", a, b, ())
+        else:
+            out.append(f"{prefix}{field.name} was {a!r} and is {b!r}")
+    return out
 
 
 def check_same(run: Run, now: Experiment) -> None:

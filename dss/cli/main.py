@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import threading
@@ -116,6 +117,8 @@ def _end_at_once(status: int) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit status."""
     args = _parse(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # so that a log file shows how far it is
+        sys.stdout.reconfigure(line_buffering=True)
     threading.excepthook, sys.unraisablehook = _thread_excepthook, _unraisable_hook
     try:
         return _module(args.verb).run(args)

@@ -102,6 +102,17 @@ def test_options_that_cannot_be_read_are_one_line_and_status_2(args, message, ca
     assert printed.count("\n") == 1
 
 
+def test_lines_are_in_a_log_file_before_the_command_ends(tmp_path):
+    code = (
+        "import os, sys; from dss.cli import main, inspect_verb\n"
+        "inspect_verb.run = lambda args: (print('begun'), os._exit(0))\n"
+        "main.main(['inspect'])"
+    )
+    with (tmp_path / "log").open("w") as log:
+        subprocess.run([sys.executable, "-c", code], stdout=log, check=True)
+    assert (tmp_path / "log").read_text() == "begun\n"
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_full_disk_is_one_line(monkeypatch, capsys, wrapped):
     def run(_):
