@@ -309,9 +309,9 @@ def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], A
     vocabulary = experiment.vocabulary or beside
     if vocabulary is None:
         raise UserError(
-            "no vocabulary (of a Hugging Face folder spiece.model is read, tokenizer.json is not): "
-            "give --gin.VOCABULARY=FILE (of `dss import`: --vocabulary=FILE), a "
-            f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes"
+            "no vocabulary: give --gin.VOCABULARY=FILE (of `dss import`: --vocabulary=FILE), a "
+            f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes; in a Hugging Face "
+            "folder spiece.model is read, tokenizer.json is not"
         )
     check_vocabulary(vocabulary, student)
     return experiment.settle(student), vocabulary, load
