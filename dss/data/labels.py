@@ -69,12 +69,13 @@ def describe_unwritable(
             f"the vocabulary cannot write {len(changed)} of {len(distinct)} different labels: "
             f"{shown}{more}; predictions are compared with what it writes"
         )
-    tokens = np.concatenate([task.inputs.tokens for task in store.tasks])
-    unknown = np.count_nonzero(tokens == UNK)
+    inputs = [task.inputs.tokens for task in store.tasks]
+    total = sum(map(len, inputs))
+    unknown = sum(int(np.count_nonzero(tokens == UNK)) for tokens in inputs)
     if unknown:
         lines.append(
-            f"the vocabulary has no token for {unknown:,} of {len(tokens):,} input tokens "
-            f"({unknown / len(tokens):.2%}); characters such as {{ < ~ and those of most scripts "
+            f"the vocabulary has no token for {unknown:,} of {total:,} input tokens "
+            f"({unknown / total:.2%}); characters such as {{ < ~ and those of most scripts "
             "are not in T5's"
         )
     return lines

@@ -156,9 +156,9 @@ class Scored:
         is_right = mixture.dataset.is_right
 
         def judge(prediction: str, target: str) -> bool:
-            if is_right(prediction, target) or vocabulary is None:
-                return is_right(prediction, target)
-            return is_right(prediction, round_trip(vocabulary, target))
+            if is_right(prediction, target):
+                return True
+            return vocabulary is not None and is_right(prediction, round_trip(vocabulary, target))
 
         return cls(metric, tuple(float(judge(p, target)) for p, target in pairs))
 

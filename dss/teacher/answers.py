@@ -19,7 +19,7 @@ __all__ = [
 
 THINK = re.compile(r"</?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 FENCE = re.compile(r"\A```[\w-]*[ \t]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
-HEADING = re.compile(r"^#{1,6}[ \t]+([^\n:]*[^\s:])[ \t]*:?[ \t]*#*$", re.MULTILINE)
+HEADING = re.compile(r"^#{1,6}[ \t]+([^\n]+)$", re.MULTILINE)
 BOLD = re.compile(r"\*\*|__(?=\S)|(?<=\S)__")
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 QUOTES = tuple(map(tuple, ("``", "''", '""', "$$", "**", "“”", "‘’", "«»")))  # around a label
@@ -99,7 +99,12 @@ def plain(text: str) -> str:
     >>> plain("### Reasoning\\nIt **shines**.\\n\\n**Label:** good")
     'Reasoning:\\nIt shines.\\n\\nLabel: good'
     """
-    return HEADING.sub(r"\1:", BOLD.sub("", text))
+    return HEADING.sub(_heading, BOLD.sub("", text))
+
+
+def _heading(match: re.Match[str]) -> str:
+    title = match[1].rstrip(" \t#").removesuffix(":").rstrip()
+    return match[1] if ":" in title else f"{title}:"
 
 
 def plain_label(label: str) -> str:

@@ -42,7 +42,7 @@ __all__ = ["Exemplar", "Form", "Parsed", "Prompt", "load_prompt", "prompt_names"
 
 SHIPPED = importlib.resources.files("dss.teacher") / "prompts"
 OURS = ("name", "source")  # fields of a prompt that its file does not give
-REASON = re.compile(r"\s*(?:[(,;:\n]| because | - | – | — )")  # begins what follows a label
+REASON = re.compile(r"[(,;:\n]| because | - | – | — ")  # begins what follows a label
 SEPARATOR = "\n\n"  # between the exemplars of a plain completion
 ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True
