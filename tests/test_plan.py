@@ -116,7 +116,12 @@ LARGEST = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "accelerator", "data", "model"),
-    [("xxl", "v4", 4, 4), ("xxl", "v5p", 4, 2), ("xxl", "h100", 4, 2), ("base", "h100", 8, 4)],
+    [
+        pytest.param("xxl", "v4", 4, 4, marks=pytest.mark.exhaustive),
+        pytest.param("xxl", "v5p", 4, 2, marks=pytest.mark.exhaustive),
+        ("xxl", "h100", 4, 2),
+        pytest.param("base", "h100", 8, 4, marks=pytest.mark.exhaustive),
+    ],
     ids=["xxl on a v4-32", "xxl on a v5p-16", "xxl on 8 h100", "base on 32 h100"],
 )
 def test_large_meshes_hold_their_student_by_the_cpus_compiler(

@@ -452,11 +452,12 @@ def _abstract(config: T5Config) -> tuple[nnx.GraphDef, nnx.State]:
 
 def init_params(config: T5Config, seed: int, shardings: Any = None) -> Params:
     """Returns freshly drawn parameters; each device draws the part that the shardings give it."""
+    draw = jax.jit(_draw_params, static_argnums=0, out_shardings=shardings)
+    return draw(config, jax.random.key(seed))
 
-    def create() -> Params:
-        return nnx.to_pure_dict(nnx.state(T5(config, nnx.Rngs(seed))))
 
-    return jax.jit(create, out_shardings=shardings)()
+def _draw_params(config: T5Config, key: jax.Array) -> Params:
+    return nnx.to_pure_dict(nnx.state(T5(config, nnx.Rngs(key))))
 
 
 def abstract_params(config: T5Config) -> Params:

@@ -1,11 +1,14 @@
-"""The notebook, executed top to bottom on the quickstart's runs and on an exported student."""
+"""The quickstart, and the notebook, executed on its runs and on an exported student."""
 
+import json
+import os
 import re
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+import dss.quickstart
 from tests.conftest import ROOT
 from tests.integration.runs import MAIN, call, finish, start
 
@@ -14,12 +17,40 @@ NOTEBOOK = ROOT / "notebooks" / "evaluation.ipynb"
 
 
 @pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """A folder with a small quickstart in it."""
+def shown(tmp_path_factory):
+    """A folder with a small quickstart in it, and what that printed."""
     folder = tmp_path_factory.mktemp("notebook")
-    output = f"--output={folder / 'quickstart'}"
-    finish(start("quickstart", output, "--sizes=60", "--seeds=1", code=SHORT_QUICKSTART))
-    return folder
+    options = (f"--output={folder / 'quickstart'}", "--sizes", "60", "120", "--seeds", "1")
+    env = os.environ | {"COLUMNS": "120"}
+    return folder, finish(start("quickstart", *options, code=SHORT_QUICKSTART, env=env))
+
+
+@pytest.fixture(scope="module")
+def quickstart(shown):
+    return shown[0]
+
+
+def test_the_quickstart_trains_compares_and_draws(shown, tmp_path):
+    output, said = shown[0] / "quickstart", shown[1]
+    assert dss.quickstart.STEPS == 400
+    assert "The data are synthetic" in said
+    assert re.search(r"^\[\d/6\] 120 examples, seed 0, step by step, 20 steps: ", said, re.M)
+    assert re.findall(r"^\[(\d)/6\] ", said, re.M) == list("123456")
+    results = json.loads((output / "results.json").read_text())
+    assert len(results) == 6
+    assert (output / "accuracy.png").stat().st_size > 5000
+    assert (output / "accuracy.svg").exists()
+    page = tmp_path / "report.html"
+    assert f"6 runs: {page}" in call("report", output, "-o", page)
+    assert "finetuning (20 steps)" in page.read_text()
+    train, test = (
+        {json.loads(line)["input"] for line in (output / "timeline" / f).open()}
+        for f in ("train.jsonl", "test.jsonl")
+    )
+    pairs = [
+        {frozenset(text.split()[i] for i in (1, 4)) for text in side} for side in (train, test)
+    ]
+    assert not pairs[0] & pairs[1]
 
 
 def execute(folder, **settings):

@@ -1,5 +1,6 @@
 """Runs of several real processes, and what happens to processes: signals, disks, clocks."""
 
+import itertools
 import json
 import os
 import shutil
@@ -78,10 +79,16 @@ def kill_at(moment: Callable[[], bool], processes: list[subprocess.Popen], victi
 
 
 @pytest.mark.parametrize(
-    "victim", [0, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["leader", "other"]
+    ("victim", "moments"),
+    [
+        (0, ["in a later save"]),
+        pytest.param(0, ["in a step", "in a later save"], marks=pytest.mark.exhaustive),
+        pytest.param(1, ["in a step", "in a later save"], marks=pytest.mark.exhaustive),
+    ],
+    ids=["leader, once", "leader", "other"],
 )
 def test_one_of_several_killed_after_a_checkpoint_ends_all_and_costs_nothing(
-    train_together, both, tmp_path, victim
+    train_together, both, tmp_path, victim, moments
 ):
     run = tmp_path / "killed"
 
@@ -92,9 +99,10 @@ def test_one_of_several_killed_after_a_checkpoint_ends_all_and_costs_nothing(
         return last_saved(run) > began[-1] and is_saving(run)
 
     began = [0]
-    for moment in (in_a_step, in_a_later_save):
+    halt = {"in a step": in_a_step, "in a later save": in_a_later_save}
+    for moment in moments:
         processes = train_together(run, code=SLOW_MAIN)
-        kill_at(moment, processes, victim)
+        kill_at(halt[moment], processes, victim)
         said = [process.communicate(timeout=300)[1] for process in processes]
         began.append(last_saved(run))
         survivor = said[1 - victim]
@@ -107,7 +115,7 @@ def test_one_of_several_killed_after_a_checkpoint_ends_all_and_costs_nothing(
             assert "start all of them again" in survivor
             assert survivor.count("\n") == 1, survivor
     assert "step 60 done" in finish_together(train_together(run))
-    assert 0 < began[1] < began[2]
+    assert all(earlier < later for earlier, later in itertools.pairwise(began))
     assert [session["step"] for session in sessions(run)] == began
     assert_same_run(run, both)
 

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 
@@ -274,7 +273,7 @@ def test_a_run_that_saved_nothing_can_begin_as_another(train_command, toy_folder
 
 
 def test_a_hugging_face_checkpoint_is_imported_trained_and_asked(
-    shared, vocab_path, data_root, tmp_path
+    shared, vocab_path, small_root, tmp_path
 ):
     model = shared / "fixtures" / "reference_cqa" / "model"
     imported = tmp_path / "imported"
@@ -288,46 +287,12 @@ def test_a_hugging_face_checkpoint_is_imported_trained_and_asked(
         "train",
         "--gin_file=recipes/svamp_step_by_step.gin",
         f"--gin.MODEL_DIR={run}",
-        f"--gin.DATA_ROOT={data_root}",
+        f"--gin.DATA_ROOT={small_root}",
         f"--gin.INITIAL_CHECKPOINT_PATH={imported}",
         *("--gin.TRAIN_STEPS=4", "--gin.BATCH_SIZE=8", "--gin.Experiment.eval_examples=8"),
     )
     assert "svamp_step_by_step_palm test" in call("eval", run)
-    on_cqa = ("--mixture=cqa_finetune", f"--data_root={data_root}", "--split=valid")
+    on_cqa = ("--mixture=cqa_finetune", f"--data_root={small_root}", "--split=valid")
     assert "cqa_finetune valid, step 0: accuracy" in call("eval", imported, *on_cqa)
     no_mixture = call("eval", imported, status=2)
     assert "no mixture" in no_mixture
-
-
-def test_the_quickstart_trains_compares_and_draws(tmp_path):
-    env = os.environ | {"COLUMNS": "120"}
-    sizes = ("--sizes", "60", "120", "--seeds", "1")
-    from dss import quickstart
-
-    assert quickstart.STEPS == 400
-    code = (
-        "import sys, dss.quickstart as q; q.STEPS = 4\n"
-        "from dss.cli.main import main; raise SystemExit(main(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "quickstart", "--output", tmp_path / "q", *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "The data are synthetic" in done.stdout
-    assert re.search(r"^\[\d/6\] 120 examples, seed 0, step by step, 4 steps: ", done.stdout, re.M)
-    assert re.findall(r"^\[(\d)/6\] ", done.stdout, re.M) == list("123456")
-    results = json.loads((tmp_path / "q" / "results.json").read_text())
-    assert len(results) == 6
-    assert (tmp_path / "q" / "accuracy.png").stat().st_size > 5000
-    assert (tmp_path / "q" / "accuracy.svg").exists()
-    page = tmp_path / "report.html"
-    out = finish(start("report", tmp_path / "q", "-o", page, env=env))
-    assert f"6 runs: {page}" in out
-    assert "finetuning (4 steps)" in page.read_text()
-    train, test = (
-        {json.loads(line)["input"] for line in (tmp_path / "q" / "timeline" / f).open()}
-        for f in ("train.jsonl", "test.jsonl")
-    )
-    pairs = [
-        {frozenset(text.split()[i] for i in (1, 4)) for text in side} for side in (train, test)
-    ]
-    assert not pairs[0] & pairs[1]

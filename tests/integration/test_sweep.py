@@ -59,12 +59,37 @@ def child_of(process: subprocess.Popen) -> int:
     return int(child)
 
 
-def test_a_sweep_killed_and_stopped_does_what_is_missing_and_ends_as_its_commands_do(
-    sweep, tmp_path
-):
-    first, second = (
-        tmp_path / "sweep" / f"{method}-student-0.5-s1" for method in ("finetune", "step_by_step")
-    )
+@pytest.fixture
+def runs(tmp_path):
+    """The folders of the sweep's two runs."""
+    methods = ("finetune", "step_by_step")
+    return [tmp_path / "sweep" / f"{method}-student-0.5-s1" for method in methods]
+
+
+def kill_alone(process) -> None:
+    """Kills a sweep but not its command, which ends by itself: it saves first."""
+    child = Path(f"/proc/{child_of(process)}")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    while child.exists():
+        time.sleep(0.05)
+
+
+def test_a_sweep_killed_does_what_is_missing(sweep, runs, tmp_path):
+    process = sweep("sweep")
+    wait_for(lambda: metrics_lines(runs[0]) >= 3, process)
+    kill_alone(process)
+    assert not (runs[0] / "predictions").exists()
+    said = finish(sweep("sweep"))
+    assert "[2/2] step_by_step-student-0.5-s1: accuracy " in said
+    lines = [json.loads(line) for line in (tmp_path / "sweep/sweep.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in lines] == ["done", "done"]
+    assert [line["examples"] for line in lines] == [20, 20]
+
+
+@pytest.mark.exhaustive
+def test_a_sweep_killed_and_stopped_ends_as_its_commands_do(sweep, runs, tmp_path):
+    first, second = runs
 
     # Killed while the first run trains, its command too.
     process = sweep("sweep")
@@ -75,14 +100,10 @@ def test_a_sweep_killed_and_stopped_does_what_is_missing_and_ends_as_its_command
     process.communicate()
     assert not (first / "predictions").exists()
 
-    # Killed alone, while the second trains: its command ends by itself.
+    # Killed alone, while the second trains.
     process = sweep("sweep")
     wait_for(lambda: metrics_lines(second) >= 3, process)
-    child = Path(f"/proc/{child_of(process)}")
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    while child.exists():  # it saves first
-        time.sleep(0.05)
+    kill_alone(process)
     evaluated = (first / "predictions" / "test.json").stat().st_mtime_ns
     assert not (second / "predictions").exists()
 
@@ -99,9 +120,6 @@ def test_a_sweep_killed_and_stopped_does_what_is_missing_and_ends_as_its_command
     assert "2 runs, 1 of them done before" in said
     assert "[2/2] step_by_step-student-0.5-s1: accuracy " in said
     assert (first / "predictions" / "test.json").stat().st_mtime_ns == evaluated
-    lines = [json.loads(line) for line in (tmp_path / "sweep/sweep.jsonl").read_text().splitlines()]
-    assert [line["status"] for line in lines] == ["done", "done"]
-    assert [line["examples"] for line in lines] == [20, 20]
 
     # The printed commands do the same.
     commands = finish(sweep("by hand's", "--print-commands"))

@@ -1,7 +1,7 @@
-"""Parses gin/t5x/ with every recipe, and one recipe with every variant, as T5X would; prints what
-each sets, a JSON line for each.
+"""Parses gin/t5x/ with every recipe, and one recipe with every variant, as T5X would, to train, to
+evaluate and to infer; prints what each sets, a JSON line for each.
 
-python -m tests.interop.parse_t5x_gin train|eval|infer DATA_ROOT
+python -m tests.interop.parse_t5x_gin DATA_ROOT
 """
 
 import contextlib
@@ -32,15 +32,20 @@ def configurable(name):
     return gin.configurable(function)
 
 
-def main(mode, data_root):
+def main(data_root):
     from dss.config import gin_root
 
     logging.disable(logging.ERROR)  # gin tells of each folder in which it did not find a file
-    script = configurable(SCRIPTS[mode])
     gin.add_config_file_search_path(str(gin_root()))
+    scripts = {mode: configurable(name) for mode, name in SCRIPTS.items()}
+    for mode, script in scripts.items():
+        parse_all(mode, script, gin_root(), data_root)
+
+
+def parse_all(mode, script, root, data_root):
     data = [f"DATA_ROOT = '{data_root}'", "VOCABULARY = 'bytes'"]
-    recipes = [[path] for path in sorted(gin_root().glob("recipes/*.gin"))]
-    variants = sorted(gin_root().glob("variants/*.gin"))
+    recipes = [[path] for path in sorted(root.glob("recipes/*.gin"))]
+    variants = sorted(root.glob("variants/*.gin"))
     for given_files in (*recipes, *([*recipes[0], path] for path in variants)):
         gin.clear_config()
         files = [f"t5x/{mode}.gin", *map(str, given_files)]
@@ -49,7 +54,7 @@ def main(mode, data_root):
         macros = sorted(set(re.findall(r"%(\w+)", text)))
         bound = {name: gin.query_parameter(f"%{name}") for name in macros}
         given = sorted(script())  # everything that the file hands to T5X can be made
-        row = {"file": given_files[-1].stem, "macros": bound, "given": given}
+        row = {"mode": mode, "file": given_files[-1].stem, "macros": bound, "given": given}
         print(json.dumps(row))
 
 
