@@ -50,7 +50,7 @@ def describe_data(mixture: Mixture, store: TokenStore) -> dict[str, Any]:
             "target_tokens": int(tokens.targets.offsets[-1]),
             "cut_inputs": tokens.inputs.num_cut,
             "cut_targets": tokens.targets.num_cut,
-            "statuses": tokens.statuses,
+            "ledger": tokens.ledger and tokens.ledger.as_json(),
             "usage": _usage(task),
         }
         for task, tokens in zip(mixture.tasks, store.tasks, strict=True)

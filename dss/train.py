@@ -65,6 +65,7 @@ __all__ = [
     "check_same",
     "run_experiment",
     "settle_data",
+    "split_store",
     "training_batches",
     "training_order",
     "training_store",
@@ -151,9 +152,10 @@ def check_same(run: Run, now: Experiment) -> None:
         )
 
 
-def _open(
+def split_store(
     experiment: Experiment, mixture: Mixture, split: str, vocabulary: Vocabulary
 ) -> TokenStore:
+    """Returns the tokens that an experiment reads of a split; see `open_store`."""
     data = experiment.data
     return open_store(
         mixture,
@@ -193,7 +195,7 @@ def training_store(experiment: Experiment) -> TokenStore:
     """Returns the tokens an experiment trains on; its data must be known, see `use_data`."""
     assert experiment.vocabulary is not None
     vocabulary = load_vocabulary(experiment.vocabulary)
-    return _open(experiment, _mixture(experiment), "train", vocabulary)
+    return split_store(experiment, _mixture(experiment), "train", vocabulary)
 
 
 def training_order(experiment: Experiment, store: TokenStore, rates: tuple[float, ...]) -> Order:
@@ -279,13 +281,16 @@ def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Se
     experiment, config = run.experiment, run.config
     vocabulary = load_vocabulary(run.vocabulary_source)
     check_distinct(vocabulary, mixture.dataset.labels)
-    store = _open(experiment, mixture, "train", vocabulary)
+    store = split_store(experiment, mixture, "train", vocabulary)
+    for task, tokens in zip(mixture.tasks, store.tasks, strict=True):
+        if tokens.ledger is not None:
+            progress.say(f"{task.name}: {tokens.ledger.rows:,} rows: {tokens.ledger}")
     for line in describe_unwritable(
         mixture, vocabulary, store, fraction=experiment.data.fraction, seed=experiment.seed
     ):
-        progress.warn(line)
+        progress.say(line)
     valid_mixture = mixture.available("valid")
-    valid_store = _open(experiment, valid_mixture, "valid", vocabulary)
+    valid_store = split_store(experiment, valid_mixture, "valid", vocabulary)
     starts, valid_starts = (_start_ids(m, vocabulary, config) for m in (mixture, valid_mixture))
 
     # Mesh, optimizer and the two compiled steps.
@@ -311,7 +316,7 @@ def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Se
     if checkpoints.latest is not None:
         state, damaged = checkpoints.restore_newest(abstract)
         for step, why in damaged.items():
-            progress.warn(
+            progress.say(
                 f"checkpoint {step} cannot be read ({why}); it is set aside as {step}.damaged, and "
                 f"step {int(state.step)} taken"
             )

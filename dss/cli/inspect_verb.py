@@ -9,7 +9,8 @@ from dss.cli.tables import make_console, make_table
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dss.data.tasks import Mixture, Task, TextRow
+    from dss.data.ledger import Ledger
+    from dss.data.tasks import Mixture, Task, TaskRows
     from dss.data.vocabulary import Vocabulary
     from dss.experiment import Experiment
 
@@ -53,12 +54,14 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"[bold]{mixture.name}[/bold]")
     _print_sources(console, mixture)
     _print_counts(console, mixture, experiment)
-    _print_rationales(console, mixture, experiment)
-    if experiment.vocabulary is None:
+    vocabulary = None
+    if experiment.vocabulary is not None:
+        vocabulary = load_vocabulary(experiment.vocabulary)
+        check_distinct(vocabulary, mixture.dataset.labels)
+    _print_ledgers(console, mixture, experiment, vocabulary)
+    if vocabulary is None:
         console.print("lengths, packed fill, examples: give --gin.VOCABULARY=FILE to see them")
         return 0
-    vocabulary = load_vocabulary(experiment.vocabulary)
-    check_distinct(vocabulary, mixture.dataset.labels)
     _print_lengths(console, mixture, vocabulary, experiment)
     _print_batches(console, mixture, vocabulary, experiment)
     _print_examples(console, mixture, vocabulary, experiment, args.examples)
@@ -123,35 +126,61 @@ def _print_counts(console: "Console", mixture: "Mixture", experiment: "Experimen
     console.print(table)
 
 
-def _print_rationales(console: "Console", mixture: "Mixture", experiment: "Experiment") -> None:
-    """Prints which rationales are trained on, where the experiment says that not all are."""
-    from dss.data.rationales import ALL_RATIONALES
-    from dss.data.statistics import measure_rationales
+def _print_ledgers(
+    console: "Console",
+    mixture: "Mixture",
+    experiment: "Experiment",
+    vocabulary: "Vocabulary | None",
+) -> None:
+    """Prints what becomes of every row of each file."""
+    from dss.data.ledger import LEFT_OUT, USED
 
-    config = experiment.rationales
-    teachers = {task.teacher for task in mixture.tasks if task.kind != "label" and task.teacher}
-    if config == ALL_RATIONALES or not mixture.dataset.has("train"):
-        return
-    for teacher in sorted(t for t in teachers if mixture.dataset.has("train", t)):
-        found = measure_rationales(
-            mixture.dataset,
-            teacher,
-            config,
-            fraction=experiment.data.fraction,
-            seed=experiment.seed,
+    for split in _splits(mixture):
+        ledgers = _ledgers(mixture.available(split), split, experiment, vocabulary)
+        table = make_table(f"{split}: the file's rows", "rows", *(task.name for task, _ in ledgers))
+        for fate in (*USED, *LEFT_OUT):
+            counts = [ledger.fates.get(fate, 0) for _, ledger in ledgers]
+            if any(counts):
+                table.add_row(fate, *(f"{count:,}" for count in counts))
+        table.add_row("in all", *(f"{ledger.rows:,}" for _, ledger in ledgers))
+        console.print(table)
+        for task, ledger in ledgers:
+            if ledger.strays:
+                named = ", ".join(map(repr, ledger.stray_ids))
+                line = f"{task.teacher} has {ledger.strays:,} outputs whose id no row has: {named}"
+                console.print(f"  {line}\n", markup=False)
+
+
+def _ledgers(
+    mixture: "Mixture", split: str, experiment: "Experiment", vocabulary: "Vocabulary | None"
+) -> "list[tuple[Task, Ledger]]":
+    from dss.data.ledger import make_ledger
+    from dss.train import split_store
+
+    if vocabulary is not None:
+        store = split_store(experiment, mixture, split, vocabulary)
+        pairs = zip(mixture.tasks, store.tasks, strict=True)
+        return [(task, tokens.ledger) for task, tokens in pairs if tokens.ledger is not None]
+    fraction = experiment.data.fraction
+    return [
+        (
+            task,
+            make_ledger(
+                task,
+                mixture.dataset,
+                split,
+                _read(task, split, experiment),
+                fraction=fraction,
+            ),
         )
-        left = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
-        console.print(
-            f"  {teacher}: {found.rationales} rationales for {found.examples} training examples; "
-            f"left out: {left or 'none'}\n",
-            markup=False,
-        )
+        for task in mixture.tasks
+    ]
 
 
-def _rows(task: "Task", split: str, experiment: "Experiment") -> "list[TextRow]":
-    """Returns the rows that the experiment would read."""
+def _read(task: "Task", split: str, experiment: "Experiment") -> "TaskRows":
+    """Returns what the experiment would read."""
     data = experiment.data
-    return task.rows(
+    return task.read(
         split,
         fraction=data.fraction,
         seed=experiment.seed,
@@ -174,7 +203,7 @@ def _print_lengths(
         for task in mixture.tasks:
             if not task.has(split):
                 continue
-            rows = _rows(task, split, experiment)
+            rows = _read(task, split, experiment).rows
             if not rows:
                 continue
             both = measure_lengths(
@@ -246,7 +275,7 @@ def _print_examples(
 
     data = experiment.data
     for task in mixture.tasks:
-        for row in _rows(task, "train", experiment)[:count]:
+        for row in _read(task, "train", experiment).rows[:count]:
             console.print(f"{task.name} {row.id}", style="bold", markup=False)
             sides = (
                 ("inputs", row.inputs, data.inputs_length),

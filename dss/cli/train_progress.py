@@ -13,8 +13,8 @@ class TrainProgress(Progress):
         self.display, self.examples_per_step = display, examples_per_step
         self.accuracy: str | None = None
 
-    def warn(self, line: str) -> None:
-        """See `Progress.warn`."""
+    def say(self, line: str) -> None:
+        """See `Progress.say`."""
         self.display.say(line)
 
     def update(self, step: int, values: dict[str, float]) -> None:

@@ -2,10 +2,12 @@
 
 A line of examples is `{"id": ..., "input": ..., "label": ...}`; a line of a teacher's journal is
 `{"id": ..., "rationale": ..., "label": ..., "raw": ..., "status": ...}`, with `vote` and `samples`
-where the teacher was asked several times. Only `input`, and in a journal `id`, must be there.
+where the teacher was asked several times, and `input_hash`, by which outputs for an input that has
+changed since are known. Only `input`, and in a journal `id`, must be there.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +22,7 @@ __all__ = [
     "STATUSES",
     "Example",
     "TeacherOutput",
+    "hash_input",
     "parsed_status",
     "read_example",
     "read_json",
@@ -41,6 +44,11 @@ class Example:
     label: str | None = None
 
 
+def hash_input(text: str) -> str:
+    """Returns the hash of an input that a teacher's output for it keeps, 16 hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 @dataclasses.dataclass(frozen=True)
 class TeacherOutput:
     """What a teacher wrote for an example.
@@ -51,10 +59,12 @@ class TeacherOutput:
       label: the parsed label; blank or None where there is none.
       teacher: the teacher's name.
       raw: the text as the teacher wrote it.
-      status: "ok", "unparsed" (rationale or label is missing), "refused" or "error".
+      status: "ok", "unparsed" (rationale or label is missing), "refused" or "error"; or "stale",
+        if it was written for another input than the one that has its id now.
       agreement: the share of the teacher's samples that have the label, in [0, 1]; None where it
         was asked once.
       samples: all that it wrote where it was asked several times, in that order.
+      input_hash: `hash_input` of what it was written for; None where its line does not say.
     """
 
     id: str
@@ -65,6 +75,13 @@ class TeacherOutput:
     status: str
     agreement: float | None = None
     samples: "tuple[TeacherOutput, ...]" = ()
+    input_hash: str | None = None
+
+    def for_input(self, text: str) -> "TeacherOutput":
+        """Returns the output as one for this input: itself, or "stale" and without its parts."""
+        if self.input_hash is None or self.input_hash == hash_input(text):
+            return self
+        return dataclasses.replace(self, rationale="", label=None, status="stale", samples=())
 
     @property
     def has_rationale(self) -> bool:
@@ -132,6 +149,8 @@ def _text(where: str, value: dict[str, Any], key: str, default: str | None = Non
     if isinstance(text, bool) or not isinstance(text, str | int | float):
         found = "is missing" if text is None else f"is a {type(text).__name__}"
         raise UserError(f"{where}: {key!r} {found}; it should be text")
+    if isinstance(text, float) and text.is_integer() and abs(text) < 2**53:
+        text = int(text)  # a table with an empty cell writes its whole numbers so
     try:
         str(text).encode()
     except UnicodeEncodeError:
@@ -211,6 +230,7 @@ def read_teacher_outputs(path: epath.Path, teacher: str) -> list[TeacherOutput]:
             _teacher_output(where, value, id_, teacher),
             agreement=_share(where, value, "vote"),
             samples=tuple(_teacher_output(where, sample, id_, teacher) for sample in samples),
+            input_hash=_text(where, value, "input_hash", "") or None,
         )
     return list(out.values())
 

@@ -6,20 +6,12 @@ import numpy as np
 
 from dss.data.store import TokenStore
 from dss.data.tasks import Mixture
-from dss.data.vocabulary import EOS, UNK, Vocabulary
+from dss.data.vocabulary import UNK, Vocabulary, round_trip
 from dss.errors import UserError
 
-__all__ = ["check_distinct", "describe_unwritable", "round_trip"]
+__all__ = ["check_distinct", "describe_unwritable"]
 
 SHOWN = 3  # labels named in a line
-
-
-def round_trip(vocabulary: Vocabulary, text: str) -> str:
-    """Returns the text that a student writes when it writes the tokens of `text`.
-
-    T5's vocabulary has no `{` and no newline, and writes `m²` as `m2`.
-    """
-    return vocabulary.decode([*vocabulary.encode(text), EOS])
 
 
 def check_distinct(vocabulary: Vocabulary, labels: Sequence[str]) -> None:

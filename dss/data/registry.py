@@ -56,6 +56,11 @@ class Source(Protocol):
     def outputs(self, split: str, teacher: str) -> list[TeacherOutput]:
         """Returns a teacher's outputs for a split, at most one an example."""
 
+    def groups(self, examples: Sequence[Example]) -> Sequence[str] | None:
+        """Returns what each example must share with others to be in one split with them, where a
+        tenth is held out; None where every example may be alone.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class JsonlSource:
@@ -96,6 +101,10 @@ class JsonlSource:
     def outputs(self, split: str, teacher: str) -> list[TeacherOutput]:
         """See `Source.outputs`."""
         return read_teacher_outputs(self.files(split, teacher)[1], teacher)
+
+    def groups(self, examples: Sequence[Example]) -> Sequence[str]:
+        """Returns the inputs, blanks aside: the answer to one that was trained on is known."""
+        return [" ".join(example.input.split()) for example in examples]
 
     def _file(self, split: str) -> epath.Path:
         if self.path.is_dir():
@@ -168,7 +177,8 @@ class Dataset:
 
         Args:
           split: "train", "valid" or "test". Without a validation file a tenth of train is held
-            out, the same rows as the reference holds out.
+            out, the same rows as the reference holds out; in a user's own data equal inputs stay in
+            one split.
           fraction: the part of the training file to use, (0, 1]; a held-out tenth is of that part.
           seed: of the subsample.
 
@@ -177,24 +187,40 @@ class Dataset:
         """
         where = self.files(split)[0]
         examples = self.source.examples(self.source_split(split))
-        if split == "train" or self.source_split(split) != split:
+        if self._is_drawn(split):
             rows = subsample(len(examples), fraction, seed)
             if not self.source.has("valid"):
-                train, valid = hold_out(rows)
+                train, valid = hold_out(rows, self.source.groups(examples))
                 rows = train if split == "train" else valid
             examples = [examples[i] for i in rows]
         if not examples:
             raise UserError(f"{where}: no examples for the {split} split of {self.name!r}")
         return examples
 
+    def count_drawn(self, split: str, *, fraction: float = 1.0) -> int:
+        """Returns how many rows of the file that holds a split are in the fraction of it."""
+        total = len(self.source.examples(self.source_split(split)))
+        return len(subsample(total, fraction, 0)) if self._is_drawn(split) else total
+
+    def _is_drawn(self, split: str) -> bool:
+        return split == "train" or self.source_split(split) != split
+
     def outputs(self, split: str, teacher: str) -> dict[str, TeacherOutput]:
         """Returns a teacher's outputs by the example's id, of the whole file that holds a split.
+
+        Those for an input that has changed since are "stale"; see `TeacherOutput.for_input`.
 
         Raises:
           UserError: a missing or malformed file.
         """
         self.files(split, teacher)
-        return {o.id: o for o in self.source.outputs(self.source_split(split), teacher)}
+        split = self.source_split(split)
+        outputs = {o.id: o for o in self.source.outputs(split, teacher)}
+        if any(output.input_hash for output in outputs.values()):
+            for example in self.source.examples(split):
+                if example.id in outputs:
+                    outputs[example.id] = outputs[example.id].for_input(example.input)
+        return outputs
 
 
 _registered: dict[str, Dataset] = {}

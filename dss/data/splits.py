@@ -1,6 +1,7 @@
 """The reference's splits: which rows of a file are subsampled, held out or trained on."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,7 +33,23 @@ def subsample(n: int, fraction: float, seed: int) -> np.ndarray:
     return np.arange(n) if fraction == 1 else _train_test(n, 1.0 - fraction, seed)[0]
 
 
-def hold_out(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (train, valid): a tenth of some training rows is held out for validation."""
+def hold_out(
+    rows: np.ndarray, groups: Sequence[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (train, valid): a tenth of some training rows is held out for validation.
+
+    Args:
+      rows: the training rows.
+      groups: the group of each row of the file. A row that would be held out is trained on if
+        another of its group is, so that no group is in both; if that leaves nothing, the first
+        one's group is held out, unless there is no other.
+    """
     train, valid = _train_test(len(rows), VALID_SHARE, HOLD_OUT_SEED)
-    return rows[train], rows[valid]
+    train, valid = rows[train], rows[valid]
+    if groups is not None and len({groups[row] for row in rows}) > 1:
+        held_out = {groups[row] for row in valid} - {groups[row] for row in train}
+        held_out = held_out or {groups[valid[0]]}
+        both = np.concatenate([train, valid])
+        is_valid = np.array([groups[row] in held_out for row in both], bool)
+        train, valid = both[~is_valid], both[is_valid]
+    return train, valid

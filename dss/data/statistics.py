@@ -7,19 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dss.data.examples import STATUSES, Example, TeacherOutput
-from dss.data.rationales import REASONS, RationaleConfig, choose_rationales
 from dss.data.registry import Dataset
 from dss.data.tasks import TextRow
 from dss.data.vocabulary import Vocabulary
 
 __all__ = [
     "Lengths",
-    "RationaleStatistics",
     "SplitStatistics",
     "TeacherStatistics",
     "count_statuses",
     "measure_lengths",
-    "measure_rationales",
     "measure_split",
 ]
 
@@ -32,7 +29,7 @@ class TeacherStatistics:
 
     Attributes:
       statuses: how many outputs have each status, and "missing": examples without an output.
-      judged: examples that have a gold label and an output.
+      judged: examples that have a gold label and an output that is not stale.
       correct: those of them whose label is right.
     """
 
@@ -62,7 +59,7 @@ def count_statuses(
     found = collections.Counter(
         outputs[e.id].status if e.id in outputs else "missing" for e in examples
     )
-    return {status: found[status] for status in (*STATUSES, "missing") if found[status]}
+    return {name: found[name] for name in (*STATUSES, "stale", "missing") if found[name]}
 
 
 def measure_split(
@@ -92,55 +89,11 @@ def measure_split(
         verdicts = [
             dataset.is_right(outputs[e.id].label or "", e.label)
             for e in examples
-            if e.id in outputs and e.label is not None
+            if e.id in outputs and e.label is not None and outputs[e.id].status != "stale"
         ]
         statuses = count_statuses(examples, outputs)
         found[teacher] = TeacherStatistics(statuses, len(verdicts), sum(verdicts))
     return SplitStatistics(len(examples), sum(e.label is not None for e in examples), found)
-
-
-@dataclasses.dataclass(frozen=True)
-class RationaleStatistics:
-    """Which of a teacher's rationales are trained on.
-
-    Attributes:
-      rationales: how many.
-      examples: how many training examples have one or more of them.
-      left_out: how many examples have none, by the reason.
-    """
-
-    rationales: int
-    examples: int
-    left_out: dict[str, int]
-
-
-def measure_rationales(
-    dataset: Dataset,
-    teacher: str,
-    config: RationaleConfig,
-    *,
-    fraction: float = 1.0,
-    seed: int = 0,
-) -> RationaleStatistics:
-    """Returns which rationales of the training split are trained on.
-
-    Args:
-      dataset: which.
-      teacher: who wrote them.
-      config: says which.
-      fraction: of the training examples; see `Dataset.examples`.
-      seed: of the subsample.
-
-    Raises:
-      UserError: see `Dataset.examples` and `choose_rationales`.
-    """
-    examples = dataset.examples("train", fraction=fraction, seed=seed)
-    outputs = dataset.outputs("train", teacher)
-    choices = choose_rationales(config, examples, outputs, dataset.is_right).values()
-    reasons = collections.Counter(choice.reason for choice in choices)
-    kept = [len(choice.rationales) for choice in choices if choice.reason is None]
-    left_out = {reason: reasons[reason] for reason in REASONS if reasons[reason]}
-    return RationaleStatistics(sum(kept), len(kept), left_out)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,22 +10,22 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dss.data.ledger import Ledger, make_ledger
 from dss.data.rationales import ALL_RATIONALES, RationaleConfig
 from dss.data.registry import get_dataset
-from dss.data.statistics import count_statuses
-from dss.data.tasks import Mixture, TextRow
-from dss.data.vocabulary import Vocabulary, cut
+from dss.data.tasks import Mixture, Task, TaskRows, TextRow
+from dss.data.vocabulary import Vocabulary, cut, round_trip
 from dss.errors import UserError
 
 __all__ = ["Ragged", "TaskTokens", "TokenStore", "cache_dir", "open_store", "tokenize"]
 
-FORMAT = 5  # part of the key: raise it when the arrays change their meaning
+FORMAT = 6  # part of the key: raise it when the arrays change their meaning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,7 @@ class TaskTokens:
 
     inputs: Ragged
     targets: Ragged
-    # How many of the examples' teacher's outputs have each status; empty for gold labels.
-    statuses: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    ledger: Ledger | None = None  # what became of the file's rows; None where nobody asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +136,10 @@ class TokenStore:
             np.save(folder / "rows.npy", self.rows)
             np.save(folder / "counts.npy", self.counts)
             (folder / "ids.json").write_text(json.dumps(self.ids), encoding="utf-8")
-            facts = [[t.inputs.num_cut, t.targets.num_cut, dict(t.statuses)] for t in self.tasks]
+            facts = [
+                [t.inputs.num_cut, t.targets.num_cut, t.ledger and t.ledger.as_json()]
+                for t in self.tasks
+            ]
             (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
             try:
                 os.rename(folder, path)
@@ -155,8 +157,12 @@ class TokenStore:
             return Ragged(tokens, np.load(path / f"{name}-offsets.npy"), num_cut)
 
         tasks = tuple(
-            TaskTokens(ragged(f"{k}-inputs", inputs), ragged(f"{k}-targets", targets), statuses)
-            for k, (inputs, targets, statuses) in enumerate(
+            TaskTokens(
+                ragged(f"{k}-inputs", inputs),
+                ragged(f"{k}-targets", targets),
+                ledger and Ledger(**ledger),
+            )
+            for k, (inputs, targets, ledger) in enumerate(
                 json.loads((path / "facts.json").read_text("utf-8"))
             )
         )
@@ -170,7 +176,6 @@ def tokenize(
     *,
     inputs_length: int,
     targets_length: int,
-    statuses: Sequence[Mapping[str, int]] = (),
 ) -> TokenStore:
     """Returns the store of some tasks' text rows, joined over tasks by the rows' ids.
 
@@ -179,7 +184,6 @@ def tokenize(
       vocabulary: how text becomes ids.
       inputs_length: longest input in tokens, EOS counted; longer ones are cut.
       targets_length: the same for targets.
-      statuses: how many of each task's teacher's outputs have each status, to be kept with them.
     """
 
     def ragged(texts: Sequence[str], length: int) -> Ragged:
@@ -203,7 +207,6 @@ def tokenize(
             TaskTokens(
                 ragged([row.inputs for row in rows], inputs_length),
                 ragged([row.targets for row in rows], targets_length),
-                statuses[k] if statuses else {},
             )
         )
     return TokenStore(tuple(tasks), table, counts, tuple(index))
@@ -262,20 +265,58 @@ def open_store(
     key = _key(mixture, split, vocabulary, (inputs_length, targets_length), settings)
     path = cache_dir() / "tokens" / f"{mixture.name}-{split}-{key}"
     if not path.is_dir():
-        rows = [task.rows(split, **options, rationales=rationales) for task in mixture.tasks]
-        for task, task_rows in zip(mixture.tasks, rows, strict=True):
-            # A validation set without rationales still shows the label's loss.
-            if not task_rows and (split == "train" or not any(rows)):
-                raise UserError(f"{task.name}: no {split} rows; see `dss inspect {mixture.name}`")
-        teachers = [task.teacher for task in mixture.tasks]
-        outputs = [mixture.dataset.outputs(split, t) if t else None for t in teachers]
-        examples = mixture.dataset.examples(split, fraction=fraction, seed=seed)
+        reads = [task.read(split, **options, rationales=rationales) for task in mixture.tasks]
         store = tokenize(
-            rows,
+            [read.rows for read in reads],
             vocabulary,
             inputs_length=inputs_length,
             targets_length=targets_length,
-            statuses=[count_statuses(examples, o) if o is not None else {} for o in outputs],
         )
+        limits = inputs_length, targets_length
+        ledgers = [
+            _ledger(task, split, read, tokens, vocabulary, limits, fraction)
+            for task, read, tokens in zip(mixture.tasks, reads, store.tasks, strict=True)
+        ]
+        for task, read, ledger in zip(mixture.tasks, reads, ledgers, strict=True):
+            # A validation set without rationales still shows the label's loss.
+            if not read.rows and (split == "train" or not any(read.rows for read in reads)):
+                raise UserError(f"{task.name}: no {split} rows: of {ledger.rows:,} {ledger}")
+        pairs = zip(store.tasks, ledgers, strict=True)
+        tasks = tuple(dataclasses.replace(tokens, ledger=ledger) for tokens, ledger in pairs)
+        store = dataclasses.replace(store, tasks=tasks)
         store.save(path)
     return TokenStore.load(path)
+
+
+def _ledger(
+    task: Task,
+    split: str,
+    read: TaskRows,
+    tokens: TaskTokens,
+    vocabulary: Vocabulary,
+    limits: tuple[int, int],
+    fraction: float,
+) -> Ledger:
+    """Returns a task's ledger, with what its vocabulary and limits did."""
+    full = (tokens.inputs.lengths >= limits[0]) | (tokens.targets.lengths >= limits[1])
+
+    def is_cut(row: TextRow) -> bool:
+        texts = zip((row.inputs, row.targets), limits, strict=True)
+        return any(len(vocabulary.encode(text)) >= limit for text, limit in texts)
+
+    long = [row for i in np.flatnonzero(full) if is_cut(row := read.rows[i])]
+    written: dict[str, str] = {}
+    if task.kind == "label":
+        labels = {row.targets.strip() for row in read.rows}
+        written = {label: round_trip(vocabulary, label) for label in labels}
+    return make_ledger(
+        task,
+        get_dataset(task.dataset),
+        split,
+        read,
+        fraction=fraction,
+        truncated={row.id for row in long},
+        unwritable={
+            row.id for row in read.rows if (text := row.targets.strip()) != written.get(text, text)
+        },
+    )

@@ -15,10 +15,11 @@ A task's name is also that of the mixture of it alone.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from dss.data.rationales import ALL_RATIONALES, RationaleConfig, choose_rationales
+from dss.data.examples import Example, TeacherOutput
+from dss.data.rationales import ALL_RATIONALES, NONE, Choice, RationaleConfig, choose_rationales
 from dss.data.registry import Dataset, dataset_names, get_dataset
 from dss.data.vocabulary import Vocabulary
 from dss.errors import UserError, unknown_name
@@ -29,6 +30,7 @@ __all__ = [
     "PREDICT",
     "Mixture",
     "Task",
+    "TaskRows",
     "TextRow",
     "extract_label",
     "extract_rationale",
@@ -40,6 +42,9 @@ __all__ = [
 Kind = Literal["label", "rationale", "rationale_then_label"]
 PREDICT, EXPLAIN = "predict: ", "explain: "
 CONCLUSION = "So the answer is"  # stands between a rationale and its label
+# Why an example has no row, beside the statuses of outputs and the reasons of rationales.
+NO_LABEL, OUTSIDE = "no label", "label outside the set"
+EMPTY_INPUT, MISSING = "empty input", "missing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,19 @@ class TextRow:
     id: str
     inputs: str
     targets: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRows:
+    """What a task reads of a split.
+
+    Attributes:
+      rows: the rows that train, or are scored.
+      left_out: why an example has none, by its id: see `dss.data.ledger`.
+    """
+
+    rows: list[TextRow]
+    left_out: dict[str, str]
 
 
 def extract_rationale(text: str) -> str:
@@ -115,7 +133,25 @@ class Task:
         keep_unparsed: bool = False,
         rationales: RationaleConfig = ALL_RATIONALES,
     ) -> list[TextRow]:
-        """Returns the task's rows of a split, in the order of the examples.
+        """Returns the rows of `read`."""
+        return self.read(
+            split,
+            fraction=fraction,
+            seed=seed,
+            keep_unparsed=keep_unparsed,
+            rationales=rationales,
+        ).rows
+
+    def read(
+        self,
+        split: str,
+        *,
+        fraction: float = 1.0,
+        seed: int = 0,
+        keep_unparsed: bool = False,
+        rationales: RationaleConfig = ALL_RATIONALES,
+    ) -> TaskRows:
+        """Returns the task's rows of a split, in the order of the examples, and what is left out.
 
         An example has at most one, but for several rationales, which follow each other.
 
@@ -132,33 +168,67 @@ class Task:
         """
         dataset = get_dataset(self.dataset)
         examples = dataset.examples(split, fraction=fraction, seed=seed)
-        if self.teacher is None:
-            labelled = [(e, e.label) for e in examples if e.label is not None]
-            return [TextRow(e.id, self.prefix + e.input, label) for e, label in labelled]
-        outputs = dataset.outputs(split, self.teacher)
-        config = rationales if split == "train" else ALL_RATIONALES
-        chosen = {}
-        if self.kind != "label":
+        outputs = dataset.outputs(split, self.teacher) if self.teacher else {}
+        chosen: Mapping[str, Choice] = {}
+        if self.teacher and self.kind != "label":
+            config = rationales if split == "train" else ALL_RATIONALES
             chosen = choose_rationales(config, examples, outputs, dataset.is_right)
-        rows = []
+        rows, left_out = [], {}
         for example in examples:
-            output = outputs.get(example.id)
-            if output is None:
+            if not example.input.strip():
+                left_out[example.id] = EMPTY_INPUT
                 continue
-            if self.kind == "label":
-                parsed, target = output.has_label, output.label or ""
-                targets: tuple[str, ...] = (target,) if parsed else ()
+            targets, reason = self._targets(
+                example, outputs.get(example.id), chosen.get(example.id), dataset.labels
+            )
+            if keep_unparsed and reason and example.label is not None:
+                targets = self._kept_unparsed(example.label, outputs.get(example.id)) or targets
+            if targets:
+                text = self.prefix + example.input
+                rows += [TextRow(example.id, text, target) for target in targets]
             else:
-                parsed, target = output.has_rationale, output.rationale
-                targets = chosen[example.id].rationales
-            if keep_unparsed and not parsed and example.label is not None:
-                targets = (target,)
-            if self.kind == "rationale_then_label":
-                known = targets if example.label is not None else ()
-                targets = tuple(f"{target} {CONCLUSION} {example.label}" for target in known)
-            text = self.prefix + example.input
-            rows += [TextRow(example.id, text, target) for target in targets]
-        return rows
+                assert reason is not None
+                left_out[example.id] = reason
+        return TaskRows(rows, left_out)
+
+    def _targets(
+        self,
+        example: Example,
+        output: TeacherOutput | None,
+        choice: Choice | None,
+        labels: Sequence[str],
+    ) -> tuple[tuple[str, ...], str | None]:
+        """Returns what an example is to be answered with and, where with nothing, why."""
+        if self.kind == "rationale_then_label" and example.label is None:
+            return (), NO_LABEL
+        if self.teacher is None:
+            return ((), NO_LABEL) if example.label is None else ((example.label,), None)
+        if output is None:
+            return (), MISSING
+        if self.kind == "label":
+            if not output.has_label:
+                return (), output.status if output.status != "ok" else NO_LABEL
+            assert output.label is not None
+            if labels and output.label not in labels:
+                return (), OUTSIDE
+            return (output.label,), None
+        assert choice is not None
+        if not choice.rationales:
+            unread = choice.reason == NONE and output.status != "ok"
+            return (), output.status if unread else choice.reason
+        return self._with_label(choice.rationales, example.label), None
+
+    def _kept_unparsed(self, gold: str, output: TeacherOutput | None) -> tuple[str, ...]:
+        if output is None or output.status == "stale":
+            return ()
+        if self.kind == "label":
+            return (output.label or "",)
+        return () if output.has_rationale else self._with_label((output.rationale,), gold)
+
+    def _with_label(self, rationales: tuple[str, ...], gold: str | None) -> tuple[str, ...]:
+        if self.kind == "rationale":
+            return rationales
+        return tuple(f"{rationale} {CONCLUSION} {gold}" for rationale in rationales)
 
 
 @dataclasses.dataclass(frozen=True)

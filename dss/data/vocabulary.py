@@ -138,6 +138,14 @@ def load_vocabulary(source: str | epath.Path) -> Vocabulary:
     return SentencePieceVocabulary(epath.Path(source).expanduser())
 
 
+def round_trip(vocabulary: Vocabulary, text: str) -> str:
+    """Returns the text that a student writes when it writes the tokens of `text`.
+
+    T5's vocabulary has no `{` and no newline, and writes `m²` as `m2`.
+    """
+    return vocabulary.decode([*vocabulary.encode(text), EOS])
+
+
 def cut(ids: list[int], length: int) -> list[int]:
     """Returns ids cut to `length - 1`, then EOS."""
     return [*ids[: length - 1], EOS]

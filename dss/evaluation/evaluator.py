@@ -8,10 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dss.data.labels import round_trip
 from dss.data.metrics import rouge_l
 from dss.data.tasks import Mixture, extract_label
-from dss.data.vocabulary import EOS, Vocabulary, encode_example
+from dss.data.vocabulary import EOS, Vocabulary, encode_example, round_trip
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
 from dss.fields import check_at_least, check_types

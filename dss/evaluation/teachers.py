@@ -28,14 +28,21 @@ class TeacherScore:
 
 
 def read_teachers(mixture: Mixture, split: str) -> dict[str, TeacherOutputs]:
-    """Returns what each teacher that has outputs for a split wrote.
+    """Returns what each teacher that has outputs for a split wrote, but for what is stale.
 
     Raises:
       UserError: a malformed file.
     """
     dataset = mixture.dataset
-    teachers = [t for t in dataset.source.teachers if dataset.has(split, t)]
-    return {teacher: dataset.outputs(split, teacher) for teacher in teachers}
+    return {
+        teacher: {
+            id_: output
+            for id_, output in dataset.outputs(split, teacher).items()
+            if output.status != "stale"
+        }
+        for teacher in dataset.source.teachers
+        if dataset.has(split, teacher)
+    }
 
 
 def score_teacher(

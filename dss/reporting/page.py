@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dss import __version__
+from dss.data.ledger import Ledger
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
 from dss.reporting.analysis import RELEASED_TEACHERS, Cell, Group, analyse, compare
@@ -278,6 +279,14 @@ def _teacher_cost(run: RunRecord) -> str:
     return "; ".join(parts) or "none used"
 
 
+def _fates(task: dict[str, Any]) -> str:
+    """Returns what became of a file's rows; of older runs, the teacher's outputs by status."""
+    if task.get("ledger") is not None:
+        return str(Ledger(**task["ledger"]))
+    statuses = task.get("statuses", {})
+    return ", ".join(f"{count:,} {status}" for status, count in statuses.items()) or "not recorded"
+
+
 def _data_rows(group: Group) -> Iterator[tuple[str, ...]]:
     """Yields what runs train on, every different one once."""
     seen = set()
@@ -294,7 +303,7 @@ def _data_rows(group: Group) -> Iterator[tuple[str, ...]]:
                 f"{name}, {'gold' if task['teacher'] is None else task['teacher']}",
                 f"{count:,} of {total:,}",
                 f"{total - count:,} ({(total - count) / max(total, 1):.1%})",
-                ", ".join(f"{n:,} {s}" for s, n in task["statuses"].items()) or "none used",
+                _fates(task),
                 f"{task['input_tokens'] / max(count, 1):,.1f}",
                 f"{task['target_tokens'] / max(count, 1):,.1f}",
                 f"{task['cut_inputs']:,} and {task['cut_targets']:,}",

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dss.data.examples import Example
+from dss.data.examples import Example, hash_input
 from dss.teacher.journal import Attempt, Journal
 from dss.teacher.prompt import Parsed, Prompt
 from dss.teacher.reply import Reply
@@ -73,6 +73,7 @@ class Annotation:
             "status": self.status,
             "teacher": teacher,
             "raw": self.raw,
+            "input_hash": hash_input(self.example.input),
         }
         if len(self.samples) > 1:
             line["vote"] = round(self.vote, 4)

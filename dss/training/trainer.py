@@ -33,8 +33,8 @@ class TrainerConfig:
 class Progress:
     """What the loop tells as it goes; the base class says nothing."""
 
-    def warn(self, line: str) -> None:
-        """Called with what the user should know, such as a checkpoint that cannot be read."""
+    def say(self, line: str) -> None:
+        """Called with what the user should know, such as what became of the file's rows."""
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Called at each logged step, with the metrics and `examples_per_second`."""

@@ -211,6 +211,10 @@ def test_a_store_is_read_back_from_the_cache_and_keyed_by_its_settings(toy, tmp_
     assert len(list((tmp_path / "tokens").iterdir())) == 2
 
 
+def is_cut(vocabulary, row, limit):
+    return any(len(vocabulary.encode(text)) + 1 > limit for text in (row.inputs, row.targets))
+
+
 def test_a_store_keeps_what_was_cut_and_what_could_not_be_parsed(data_root, vocab_path):
     mixture, vocabulary = get_mixture("svamp_step_by_step_palm"), load_vocabulary(vocab_path)
     store = open_store(mixture, "train", vocabulary, inputs_length=40, targets_length=40)
@@ -219,7 +223,13 @@ def test_a_store_keeps_what_was_cut_and_what_could_not_be_parsed(data_root, voca
         for side, ragged in (("inputs", tokens.inputs), ("targets", tokens.targets)):
             lengths = [len(vocabulary.encode(getattr(row, side))) + 1 for row in rows]
             assert ragged.num_cut == sum(length > 40 for length in lengths)
-    assert [t.statuses for t in store.tasks] == [{}, {"ok": 708, "unparsed": 12}]
+    label, rationale = (tokens.ledger for tokens in store.tasks)
+    assert label.rows == rationale.rows == 800
+    assert sum(label.fates.values()) == sum(rationale.fates.values()) == 800
+    assert rationale.fates["unparsed"] == 12
+    assert label.fates["in another split"] == rationale.fates["in another split"] == 80
+    cut = {r.id for r in mixture.tasks[0].rows("train") if is_cut(vocabulary, r, 40)}
+    assert label.fates["truncated"] == len(cut) > 0
 
 
 def test_a_store_knows_whether_a_tenth_was_held_out_and_what_labels_there_are(toy_folder, tmp_path):

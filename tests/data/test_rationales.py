@@ -4,7 +4,6 @@ from dss.data.batches import paired_order, sampled_order
 from dss.data.examples import read_teacher_outputs
 from dss.data.rationales import RationaleConfig
 from dss.data.registry import register
-from dss.data.statistics import measure_rationales
 from dss.data.store import open_store
 from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary
@@ -96,10 +95,11 @@ def test_single_targets_are_filtered_whole(folder):
 
 def test_what_was_left_out_is_counted(folder):
     config = RationaleConfig(right_only=True, max_words=2, several=True)
-    dataset = get_mixture("mine_step_by_step_t").dataset
-    found = measure_rationales(dataset, "t", config)
-    assert (found.rationales, found.examples) == (3, 2)
-    assert found.left_out == {"without a rationale": 1, "too long": 1}
+    rationale = get_mixture("mine_step_by_step_t").tasks[1]
+    read = rationale.read("train", rationales=config)
+    assert [row.id for row in read.rows] == ["agreed", "agreed", "wrong"]
+    left_out = {"asked once": "too long", "refused": "refused", "never asked": "missing"}
+    assert read.left_out == left_out
 
 
 def test_a_teacher_that_was_asked_once_has_no_agreement_and_no_others(toy):

@@ -87,7 +87,12 @@ def write_run(
             "target_tokens": 4 * examples,
             "cut_inputs": 2,
             "cut_targets": 0,
-            "statuses": {"ok": examples - 3, "unparsed": 2, "missing": 1} if k else {},
+            "ledger": {
+                "rows": examples,
+                "fates": {"trained": examples - 3, "unparsed": 2, "missing": 1}
+                if k
+                else {"trained": examples},
+            },
             "usage": k
             and {
                 "outputs": 994,

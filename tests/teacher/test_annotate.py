@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from dss.data.examples import hash_input
 from dss.errors import UserError
 from dss.teacher.annotate import Progress
 from dss.teacher.prices import Price
@@ -62,6 +63,7 @@ def test_every_example_is_asked_once_and_exported_in_order(numbers):
         "status": "ok",
         "teacher": "m",
         "raw": "It is 3.\nLabel: odd",
+        "input_hash": hash_input("3"),
     }
 
 

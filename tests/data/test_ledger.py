@@ -1,0 +1,196 @@
+"""What becomes of every row: each has one fate, and the fates add up to the file."""
+
+import json
+
+import pytest
+
+from dss.data.examples import hash_input, stream_examples
+from dss.data.ledger import LEFT_OUT, USED
+from dss.data.rationales import DISPUTED, LONG, NONE, SHORT, WRONG, RationaleConfig
+from dss.data.registry import register
+from dss.data.store import open_store
+from dss.data.tasks import get_mixture
+from dss.data.vocabulary import load_vocabulary
+from dss.errors import UserError
+from tests.conftest import write_jsonl
+from tests.integration.runs import call
+
+GIVEN = {"rationale": "it is so", "label": "a", "raw": "x"}
+# Each row's label, what the teacher wrote, its fate as a label and its fate as a rationale.
+ROWS = {
+    "plain": ("a", GIVEN, "trained", "trained"),
+    "long " + "x" * 80: ("a", GIVEN, "truncated", "truncated"),
+    "odd": ("f{x}", GIVEN, "unwritable", WRONG),
+    "unlabelled": (None, GIVEN, "no label", WRONG),
+    "blank": (" ", GIVEN, "no label", WRONG),
+    " ": ("a", GIVEN, "empty input", "empty input"),
+    "never asked": ("a", None, "trained", "missing"),
+    "unread": ("a", {"raw": "Okay, let me see"}, "trained", "unparsed"),
+    "declined": ("a", {"status": "refused"}, "trained", "refused"),
+    "failed": ("a", {"status": "error"}, "trained", "error"),
+    "changed": ("a", GIVEN | {"input_hash": hash_input("before")}, "trained", "stale"),
+    "label only": ("a", {"label": "a"}, "trained", NONE),
+    "disputed": ("a", GIVEN | {"vote": 0.2}, "trained", DISPUTED),
+    "wrong": ("a", GIVEN | {"label": "b"}, "trained", WRONG),
+    "short": ("a", GIVEN | {"rationale": "so"}, "trained", SHORT),
+    "wordy": ("a", GIVEN | {"rationale": "it is so " * 3}, "trained", LONG),
+}
+CONFIG = RationaleConfig(min_agreement=0.5, right_only=True, min_words=2, max_words=5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One row of every fate, three of them twice, and outputs for two rows that are not there."""
+    examples = [{"id": k, "input": k, "label": row[0]} for k, row in ROWS.items()]
+    examples.append({"id": "again", "input": "plain ", "label": "a"})
+    examples.append({"id": "against", "input": "plain", "label": "b"})
+    outputs = [{"id": k, "vote": 1.0} | row[1] for k, row in ROWS.items() if row[1]]
+    outputs += [{"id": k, "vote": 1.0} | GIVEN for k in ("again", "against")]
+    outputs += [{"id": "gone"} | GIVEN, {"id": "gone too"} | GIVEN]
+    write_jsonl(tmp_path / "train.jsonl", examples)
+    write_jsonl(tmp_path / "train.t.jsonl", outputs)
+    write_jsonl(tmp_path / "valid.jsonl", [{"input": "v", "label": "a"}])
+    return tmp_path
+
+
+def counted(fates):
+    return {fate: fates.count(fate) for fate in (*USED, *LEFT_OUT) if fate in fates}
+
+
+def test_every_row_has_one_fate(folder, vocab_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("DSS_CACHE", str(tmp_path / "cache"))
+    register("fates", folder)
+    store = open_store(
+        get_mixture("fates_step_by_step_t"),
+        "train",
+        load_vocabulary(vocab_path),
+        inputs_length=32,
+        targets_length=32,
+        rationales=CONFIG,
+    )
+    label, rationale = (tokens.ledger for tokens in store.tasks)
+    first = [row[2] for row in ROWS.values()]
+    second = [row[3] for row in ROWS.values()]
+    assert label.fates == counted([*first, "duplicate", "conflicting duplicate"])
+    assert rationale.fates == counted([*second, "duplicate", WRONG])
+    for ledger in (label, rationale):
+        assert ledger.rows == sum(ledger.fates.values()) == len(ROWS) + 2
+    assert (label.strays, rationale.strays) == (0, 2)
+    assert list(rationale.stray_ids) == ["gone", "gone too"]
+    assert str(rationale).endswith("and 2 outputs for no row ('gone', 'gone too')")
+
+
+def test_held_out_rows_and_those_outside_the_fraction_are_counted(tmp_path):
+    rows = [{"input": f"x {i}", "label": "a"} for i in range(40)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    register("held", tmp_path)
+    mixture = get_mixture("held_finetune")
+    for split, trained in (("train", 18), ("valid", 2)):
+        (tokens,) = open_store(
+            mixture,
+            split,
+            load_vocabulary("bytes"),
+            inputs_length=32,
+            targets_length=32,
+            fraction=0.5,
+        ).tasks
+        fates = {
+            "trained": trained,
+            "in another split": 20 - trained,
+            "not in TRAIN_FRACTION": 20,
+        }
+        assert tokens.ledger.fates == fates
+
+
+def test_a_teachers_label_outside_the_closed_set_is_not_trained_on(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"id": i, "input": f"x {i}"} for i in range(3)])
+    outputs = [{"id": i, "label": label} for i, label in enumerate(("yes", "maybe", "no"))]
+    write_jsonl(tmp_path / "train.t.jsonl", outputs)
+    write_jsonl(tmp_path / "valid.jsonl", [{"input": "v", "label": "yes"}])
+    register("closed", tmp_path, labels=("yes", "no"))
+    (task,) = get_mixture("closed_distill_t").tasks
+    read = task.read("train")
+    assert [row.targets for row in read.rows] == ["yes", "no"]
+    assert read.left_out == {"1": "label outside the set"}
+
+
+def test_inspect_shows_the_ledger_and_the_outputs_for_no_row(folder, vocab_path, capsys):
+    flags = ["--gin.DATASET_PATH", str(folder), "--gin.RationaleConfig.right_only=True"]
+    name = folder.name.replace("-", "_")
+    mixture = f"{name}_step_by_step_t"
+    for vocabulary in ((), (f"--gin.VOCABULARY={vocab_path}",)):
+        said = call("inspect", mixture, *(f"{flags[0]}={flags[1]}", flags[2]), *vocabulary)
+        lines = [line.split() for line in said.splitlines()]
+        assert ["no", "label", "2", "0"] in lines
+        assert ["stale", "0", "1"] in lines
+        assert ["conflicting", "duplicate", "1", "0"] in lines
+        assert ["in", "all", "18", "18"] in lines
+        assert "t has 2 outputs whose id no row has: 'gone', 'gone too'" in " ".join(said.split())
+
+
+def test_outputs_for_inputs_that_moved_are_stale(tmp_path):
+    """Without ids, rows are told apart by their place; see also `no_ids` of the handed data."""
+    inputs = [f"ticket {i}" for i in range(6)]
+    outputs = [
+        {
+            "id": f"train-{i}",
+            "rationale": f"for {text}",
+            "label": "a",
+            "input_hash": hash_input(text),
+        }
+        for i, text in enumerate(inputs)
+    ]
+    write_jsonl(tmp_path / "train.t.jsonl", outputs)
+    for rows, joined in (
+        (inputs, 6),
+        (["new", *inputs], 0),
+        (inputs[::-1], 0),
+        (inputs[1:], 0),
+        ([*inputs[:3], "changed", *inputs[4:]], 5),
+    ):
+        write_jsonl(tmp_path / "train.jsonl", [{"input": text, "label": "a"} for text in rows])
+        write_jsonl(tmp_path / "valid.jsonl", [{"input": "v", "label": "a"}])
+        register("moved", tmp_path)
+        (task,) = get_mixture("moved_rationale_t").tasks
+        read = task.read("train")
+        assert len(read.rows) == joined
+        assert all(
+            row.targets == f"for {row.inputs.removeprefix('explain: ')}" for row in read.rows
+        )
+        stale = [id_ for id_, reason in read.left_out.items() if reason == "stale"]
+        assert len(stale) == min(len(rows), 6) - joined
+
+
+@pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (1.0, "1"), (1.5, "1.5"), (-2.0, "-2")])
+def test_a_whole_number_is_read_as_one(tmp_path, value, text):
+    """As pandas writes a column of whole numbers in which one is missing."""
+    path = tmp_path / "train.jsonl"
+    path.write_text(json.dumps({"id": value, "input": "x", "label": value}) + "\n")
+    (example,) = stream_examples(path, "train")
+    assert (example.id, example.label) == (text, text)
+
+
+def test_ids_that_no_row_has_are_named(shared, tmp_path):
+    folder = shared / "faults" / "data" / "ids_1_and_1.0"
+    register("numbers", folder)
+    whole, padded = (get_mixture(f"numbers_rationale_{t}").tasks[0] for t in ("rules", "pad"))
+    assert len(whole.rows("train")) == 5  # one of six is held out
+    assert not padded.rows("train")
+    with pytest.raises(UserError, match=r"no train rows: of 6 5 missing, .*6 outputs for no row"):
+        open_store(
+            get_mixture("numbers_step_by_step_pad"),
+            "train",
+            load_vocabulary("bytes"),
+            inputs_length=64,
+            targets_length=64,
+        )
+
+
+def test_equal_inputs_are_in_one_split(tmp_path):
+    rows = [{"input": f"x {i % 30}", "label": "a"} for i in range(60)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    dataset = register("twice", tmp_path)
+    train, valid = ({e.input for e in dataset.examples(split)} for split in ("train", "valid"))
+    assert train | valid == {row["input"] for row in rows}
+    assert not train & valid
+    assert valid
