@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--data-root", metavar="DIR", help="where the released datasets are")
     what.add_argument("--input", type=Path, metavar="FILE", help="your own JSON lines instead")
     what.add_argument("--output", type=Path, metavar="DIR", help="default: beside the examples")
+    what.add_argument(
+        "--replace", action="store_true", help="write over outputs though answers would be lost"
+    )
 
     teacher = parser.add_argument_group("the teacher")
     teacher.add_argument("--teacher", metavar="MODEL", help="its name at the endpoint")
@@ -197,7 +200,7 @@ def _run_pipeline(args: argparse.Namespace, job: "Job") -> int:
     except ValueError as error:
         raise UserError(f"--pipeline-options: {error}") from None
     with _journal(job) as journal:
-        job.check(journal)
+        job.check(journal, replace=args.replace)
         missing = run_pipeline(job, journal, limits, args.key_env, options)
         _export(args, job, journal)
     return _said_missing(missing)
@@ -222,7 +225,7 @@ def _ask(args: argparse.Namespace, job: "Job", price: "Price | None") -> int:
     limits, teacher = _limits(args), job.writer.teacher
     client = Client(teacher, api_key(args.key_env, teacher.base_url), limits.timeout)
     with _journal(job) as journal:
-        total = job.check(journal)
+        total = job.check(journal, replace=args.replace, most_requests=limits.max_requests)
         progress = AnnotateProgress(display_for("request", total * teacher.samples), price)
         annotator = Annotator(journal, job.writer, client, limits, price=price, progress=progress)
         try:
@@ -233,17 +236,20 @@ def _ask(args: argparse.Namespace, job: "Job", price: "Price | None") -> int:
             raise
         finally:
             progress.close()
-        _export(args, job, journal)
-    if state.stopped == "interrupted":
-        print("interrupted; the same command goes on")
-        return INTERRUPTED
-    if state.stopped is not None:
-        print(f"{state.stopped}; the same command goes on")
-    return _said_missing(state.no_answer)
+        if state.stopped is not None:
+            print(f"{state.stopped}; the same command goes on")
+        try:
+            _export(args, job, journal)
+        except UserError as error:
+            if state.stopped != "interrupted":
+                raise
+            print(error)
+    status = _said_missing(state.no_answer)
+    return INTERRUPTED if state.stopped == "interrupted" else status
 
 
 def _export(args: argparse.Namespace, job: "Job", journal: "Journal") -> None:
-    counts = job.export(journal, parquet=args.parquet)
+    counts = job.export(journal, parquet=args.parquet, replace=args.replace)
     job.save_usage(journal, _price(args, job))
     if counts is None:
         print(f"{job.file('jsonl')}: nothing new")
@@ -286,7 +292,7 @@ def _batch_export(args: argparse.Namespace, job: "Job") -> int:
     if args.batch_export.resolve() == job.folder.resolve():
         raise UserError(f"--batch-export {args.batch_export}: give a folder of its own")
     with _journal(job) as journal:
-        job.check(journal)
+        job.check(journal, replace=args.replace)
         files = export_batch(journal, job.writer, job.examples(), stem)
     for path, count in files:
         print(f"{path}: {count} requests, {path.stat().st_size:,} bytes")

@@ -205,11 +205,16 @@ def teacher_files(examples: epath.Path) -> dict[str, epath.Path]:
 
     They are named `<name of the file>.<teacher>.jsonl`; the teacher `gpt-4o` is called `gpt_4o`, as
     in the names of tasks and mixtures.
+
+    Raises:
+      UserError: two of them have one name.
     """
-    out = {}
+    out: dict[str, epath.Path] = {}
     for path in sorted(examples.parent.glob(f"{examples.stem}.*.jsonl")):
         name = path.name.removeprefix(f"{examples.stem}.").removesuffix(".jsonl")
-        out[re.sub(r"\W", "_", name, flags=re.ASCII)] = path
+        teacher = re.sub(r"\W", "_", name, flags=re.ASCII)
+        if out.setdefault(teacher, path) != path:
+            raise UserError(f"{out[teacher]}, {path.name}: both are of {teacher!r}; rename one")
     return out
 
 

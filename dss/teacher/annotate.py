@@ -73,7 +73,7 @@ class State:
       done: requests that are settled, earlier answers and failures counted.
       asked: requests that this run has settled.
       sent: attempts that this run has sent.
-      no_answer: requests that this run gave up.
+      no_answer: requests that this run gave up, or stopped asking after they had failed.
       kinds: attempts of this run by their status.
       usage: tokens of everything that was sent to the teacher, in this run and before.
       cost: of that usage and of batches; None where no price is known.
@@ -263,6 +263,7 @@ class Annotator:
             if wait is None:
                 seconds = backoff(max(limited, failures), random.random())
                 await self.pacer.clock.wait(self.pacer.stopped, seconds)
+        self.state.no_answer += failures > 0
 
     def _give_up_if_hopeless(self, reply: Reply) -> None:
         where = self.writer.teacher.base_url

@@ -4,12 +4,15 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from dss import __version__
-from dss.data.examples import Example, stream_examples
+from dss.data.examples import Example, read_teacher_outputs, stream_examples
 from dss.data.registry import SPLITS, get_dataset
 from dss.errors import UserError
 from dss.paths import in_bucket
@@ -68,12 +71,20 @@ class Job:
             split = next(ends, "train")
             yield from stream_examples(self.source, split, self.writer.prompt.labels)
 
-    def check(self, journal: Journal) -> int:
+    def check(
+        self, journal: Journal, *, replace: bool = False, most_requests: int | None = None
+    ) -> int:
         """Returns how many examples there are, when all is fit to be asked about.
 
+        Args:
+          journal: of the folder.
+          replace: files that are there may be written over, whatever is lost.
+          most_requests: how many may be sent; None for any number.
+
         Raises:
-          UserError: no examples, one that is malformed or, in hint mode, has no label; or a file
-            of somebody else where the examples would be written.
+          UserError: no examples, one that is malformed or, in hint mode, has no label; a file of
+            somebody else where something would be written; or more answers in the outputs that
+            would be lost than requests that may be sent.
         """
         count = 0
         for example in self.examples():
@@ -82,12 +93,16 @@ class Job:
                 self.writer.requests(example)  # says so
         if not count:
             raise UserError(f"{self.source}: no examples")
-        copy = self._copy
-        if copy is not None and copy.exists() and journal.export_of(copy) is None:
-            raise UserError(f"{copy}: is there already; name another folder with --output")
+        self._check_own(journal, replace=replace)
+        if not replace and most_requests is not None:
+            lost = self._ok_lines() - {a.example.id for a in self._found(journal) if a.is_ok}
+            if len(lost) > most_requests:
+                raise UserError(self._would_lose(len(lost)))
         return count
 
-    def export(self, journal: Journal, *, parquet: bool = False) -> collections.Counter[str] | None:
+    def export(
+        self, journal: Journal, *, parquet: bool = False, replace: bool = False
+    ) -> collections.Counter[str] | None:
         """Writes what the journal holds as the JSON lines that training reads.
 
         In a folder that is not the source's, the examples are written beside it, so that
@@ -97,35 +112,48 @@ class Job:
         Args:
           journal: open for writing.
           parquet: also write a Parquet file with examples and outputs.
+          replace: write also where answers that are in the file would be lost.
 
         Returns:
           How many lines have each status; None where nothing was written.
+
+        Raises:
+          UserError: a file of somebody else is there, or one with answers that would be lost.
         """
+        self._check_own(journal, replace=replace)
+        copy, table, target = self._copy, self.file("parquet"), self.file("jsonl")
+        has_any = next(self._found(journal), None) is not None
+        if has_any and not replace:
+            lost = self._ok_lines() - {a.example.id for a in self._found(journal) if a.is_ok}
+            if lost:
+                raise UserError(self._would_lose(len(lost)))
         fingerprint = self._fingerprint(journal)
+
+        def claim(path: Path) -> None:
+            """Says whose the file will be, for a process that is killed when it has written it."""
+            if journal.export_of(path) is None:
+                journal.set_export(path, ":".join([*self._owner, ""]))
 
         def is_current(path: Path) -> bool:
             return path.is_file() and journal.export_of(path) == fingerprint
 
         counts: collections.Counter[str] = collections.Counter()
 
-        def found() -> Iterator[Annotation]:
-            return annotations(journal, self.writer, self.examples())
-
         def lines() -> Iterator[dict[str, Any]]:
-            for annotation in found():
+            for annotation in self._found(journal):
                 counts[annotation.status] += 1
                 yield annotation.line(self.name)
 
-        copy, table, target = self._copy, self.file("parquet"), self.file("jsonl")
         if copy is not None and not is_current(copy):
+            claim(copy)
             write_jsonl(copy, (dataclasses.asdict(example) for example in self.examples()))
             journal.set_export(copy, fingerprint)
-        has_any = next(found(), None) is not None
         if parquet and has_any and not is_current(table):
-            write_parquet(table, found(), self.name)
+            write_parquet(table, self._found(journal), self.name)
             journal.set_export(table, fingerprint)
         if is_current(target) or (target.exists() and not has_any):
             return None
+        claim(target)
         write_jsonl(target, lines())
         journal.set_export(target, fingerprint)
         return counts
@@ -156,15 +184,62 @@ class Job:
         is_there = self.source.parent.resolve() == self.folder.resolve()
         return None if is_there else self.folder / f"{self.stem}.jsonl"
 
+    def _found(self, journal: Journal) -> Iterator[Annotation]:
+        return annotations(journal, self.writer, self.examples())
+
+    def _ok_lines(self) -> set[str]:
+        """Returns the ids of the examples whose line in the outputs that are there is "ok"."""
+        path = self.file("jsonl")
+        if not path.is_file():
+            return set()
+        return {o.id for o in read_teacher_outputs(epath.Path(path), self.name) if o.status == "ok"}
+
+    def _would_lose(self, count: int) -> str:
+        return (
+            f"{self.file('jsonl')}: kept as it was: {count} of its ok lines have no answer to what "
+            "is asked now (the prompt, the parameters, the model or the examples have changed); "
+            "ask for all of them, give the teacher another --name, or write over them with "
+            "--replace"
+        )
+
+    def _check_own(self, journal: Journal, *, replace: bool) -> None:
+        """Raises the user's error where a file to be written is another's than this job's."""
+        if replace:
+            return
+        copy, target = self._copy, self.file("jsonl")
+        source, model = self._owner
+        for path, owner in ((copy, (source,)), (target, (source, model))):
+            if path is None or not path.exists():
+                continue
+            exported = journal.export_of(path)
+            if exported is None:
+                why = f"and {self.journal_path.name} beside it did not write it"
+            elif ":" in exported and exported.split(":")[: len(owner)] != [*owner]:
+                why = "from another file of examples or another model"
+            else:
+                continue
+            other = "name another folder with --output" if path == copy else "use another --name"
+            raise UserError(f"{path}: is there already, {why}; {other}, or --replace it")
+
+    @property
+    def _owner(self) -> tuple[str, str]:
+        """Hashes of which examples the outputs are for, and of whose they are."""
+        source = os.path.relpath(self.source.resolve(), self.folder.resolve())
+        return _short_hash(source), _short_hash(self.writer.teacher.model)
+
     def _fingerprint(self, journal: Journal) -> str:
-        """Returns a hash of all that an export is made of."""
+        """Returns a hash of all that an export is made of, after those of its owner."""
         stat = self.source.stat()
         parts = [
             *(self.writer.prompt.source, dataclasses.asdict(self.writer.teacher), __version__),
             *(str(self.source.resolve()), stat.st_size, stat.st_mtime_ns, journal.last_attempt()),
         ]
         content = json.dumps(parts, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        return ":".join([*self._owner, hashlib.sha256(content.encode()).hexdigest()])
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 def file_job(

@@ -64,6 +64,11 @@ class Annotation:
     vote: float
     samples: tuple[Sample, ...]
 
+    @property
+    def is_ok(self) -> bool:
+        """Whether there are a rationale and a label to learn from."""
+        return self.status == "ok"
+
     def line(self, teacher: str) -> dict[str, Any]:
         """Returns the JSON object that is written; `samples` only where there are several."""
         line: dict[str, Any] = {

@@ -177,7 +177,14 @@ def _check_parameters(parameters: Mapping[str, Any], samples: int) -> None:
 def file_name(model: str) -> str:
     """Returns a model's name as a part of a file's name.
 
+    Names that have lost a letter keep a hash of what they were, so that they differ.
+
     >>> file_name("Qwen/Qwen2.5-7B")
     'Qwen_Qwen2.5-7B'
+    >>> file_name("模型")
+    '__-c98e'
     """
-    return re.sub(r"[^\w.-]", "_", model, flags=re.ASCII).strip(".") or "teacher"
+    name = re.sub(r"[^\w.-]", "_", model, flags=re.ASCII).strip(".") or "teacher"
+    if model.isascii():
+        return name
+    return f"{name}-{hashlib.sha256(model.encode()).hexdigest()[:4]}"

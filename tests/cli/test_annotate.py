@@ -3,7 +3,11 @@ import json
 import pytest
 
 from dss.cli import main as cli
+from dss.data.examples import teacher_files
+from dss.errors import UserError
+from dss.teacher.request import file_name
 from dss.testing import FakeEndpoint
+from tests.conftest import write_jsonl
 from tests.teacher.conftest import PROMPT, numbers_file
 from tests.teacher.test_annotate import failure, right
 from tests.teacher.test_batch import result
@@ -91,6 +95,74 @@ def test_outputs_are_not_replaced_by_fewer(given, tmp_path, capsys):
         assert cli.main([*given, f"--base-url={endpoint.url}"]) == 2
     assert cli.main([*given, url, "--max-cost=1"]) == 2
     assert (tmp_path / "numbers.m.jsonl").read_text() == good
+
+
+def test_a_changed_prompt_and_few_requests_keep_the_answers_that_are_there(given, tmp_path, capsys):
+    outputs = tmp_path / "numbers.m.jsonl"
+    with FakeEndpoint(right) as endpoint:
+        url = f"--base-url={endpoint.url}"
+        assert cli.main([*given, url]) == 0
+        good = outputs.read_text()
+        other = [*given, url, "--param=max_tokens=60"]
+        capsys.readouterr()
+        assert cli.main([*other, "--max-requests=5"]) == 2  # said before any is sent
+        assert "kept as it was: 20 of its ok lines" in capsys.readouterr().err
+        assert (endpoint.count, outputs.read_text()) == (20, good)
+        assert cli.main([*other, "--max-requests=5", "--replace"]) == 0
+        assert len(outputs.read_text().splitlines()) == 5
+        assert cli.main(other) == 0
+        assert len(outputs.read_text().splitlines()) == 20
+        assert endpoint.count == 40
+
+
+def test_a_dead_port_keeps_the_answers_that_are_there_and_says_that_none_came(
+    given, tmp_path, capsys
+):
+    outputs = tmp_path / "numbers.m.jsonl"
+    with FakeEndpoint(right) as endpoint:
+        assert cli.main([*given, f"--base-url={endpoint.url}"]) == 0
+    good = outputs.read_text()
+    dead = [*given, "--base-url=http://127.0.0.1:9/v1", "--param=top_p=1", "--attempts=1"]
+    assert cli.main([*dead, "--max-requests=2"]) == 2
+    assert cli.main([*dead, "--concurrency=1"]) == 2
+    assert outputs.read_text() == good
+    outputs.unlink()
+    with FakeEndpoint(lambda _: failure(500)) as endpoint:
+        flags = (f"--base-url={endpoint.url}", "--param=top_p=2", "--max-requests=2")
+        assert cli.main([*given, *flags]) == 1
+    assert "2 requests brought no answer" in capsys.readouterr().out
+
+
+def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
+    rows = [{"id": "n1", "rationale": "by hand", "label": "odd"}]
+    mine = write_jsonl(tmp_path / "numbers.rules.jsonl", rows).read_text()
+    with FakeEndpoint(right) as endpoint:
+        url = f"--base-url={endpoint.url}"
+        assert cli.main([*given, url, "--name=rules"]) == 2
+        assert "journal.sqlite beside it did not write it" in capsys.readouterr().err
+        assert cli.main([*given, url]) == 0
+        # Another model with the same name; another file with the same stem, in one folder.
+        assert cli.main([*given[:-1], "--teacher=n", url, "--name=m"]) == 2
+        assert "from another file of examples or another model" in capsys.readouterr().err
+        made = f"--output={tmp_path / 'made'}"
+        assert cli.main([*given, url, made]) == 0
+        write_jsonl(tmp_path / "b" / "numbers.jsonl", [{"input": "1"}])
+        assert cli.main([*given, f"--input={tmp_path / 'b' / 'numbers.jsonl'}", url, made]) == 2
+        assert "name another folder with --output" in capsys.readouterr().err
+        # A journal that was deleted: what is there was paid for.
+        (tmp_path / "journal.sqlite").unlink()
+        asked = endpoint.count
+        assert cli.main([*given, url]) == 2
+        assert endpoint.count == asked
+    assert (tmp_path / "numbers.rules.jsonl").read_text() == mine
+
+
+def test_names_that_differ_stay_different(tmp_path):
+    assert file_name("模型") != file_name("モデ")
+    for name in ("my-model", "my_model"):
+        write_jsonl(tmp_path / f"train.{name}.jsonl", [])
+    with pytest.raises(UserError, match=r"train.my_model.jsonl: both are of 'my_model'"):
+        teacher_files(tmp_path / "train.jsonl")
 
 
 def test_parquet_follows_the_json_lines(given, tmp_path, capsys):

@@ -88,7 +88,7 @@ class Numbers:
             )
             return asyncio.run(annotator.run(job.examples(), self.count))
         finally:
-            job.export(journal)
+            job.export(journal, replace=True)
             journal.close()
 
 
