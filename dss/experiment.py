@@ -35,6 +35,9 @@ class DataConfig:
     )
 
     def __post_init__(self):
+        if isinstance(self.labels, str):  # as on a command line: billing,bug
+            labels = tuple(label.strip() for label in self.labels.split(","))
+            object.__setattr__(self, "labels", labels)
         check_types(self)
         if not 0 < self.fraction <= 1:
             raise ValueError(f"TRAIN_FRACTION must be in (0, 1], got {self.fraction}")

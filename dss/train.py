@@ -273,6 +273,28 @@ def run_experiment(
     return result
 
 
+MANY_EPOCHS = 50
+
+
+def _describe_length(experiment: Experiment, store: TokenStore) -> str:
+    """Returns how often a run sees its examples, with advice where that is very often."""
+    paired = experiment.data.batches == "paired"
+    count = len(store) if paired else sum(len(task.inputs) for task in store.tasks)
+    steps, size = experiment.trainer.train_steps, experiment.batch_size
+    epochs = steps * size / count
+    line = (
+        f"{steps:,} steps of {size:,} are {epochs:,.1f} epochs of {count:,} "
+        f"{'examples' if paired else 'sequences'}"
+    )
+    if epochs > MANY_EPOCHS and experiment.trainer.patience is None:
+        fewer = max(1, round(MANY_EPOCHS * count / size))
+        line += (
+            f"; that is often: --gin.TRAIN_STEPS={fewer} are {MANY_EPOCHS}, and "
+            "--gin.TrainerConfig.patience=8 ends a run that gets no better"
+        )
+    return line
+
+
 def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Session) -> Result:
     # Data and student.
     experiment = settle_data(experiment)
@@ -289,6 +311,7 @@ def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Se
         mixture, vocabulary, store, fraction=experiment.data.fraction, seed=experiment.seed
     ):
         progress.say(line)
+    progress.say(_describe_length(experiment, store))
     valid_mixture = mixture.available("valid")
     valid_store = split_store(experiment, valid_mixture, "valid", vocabulary)
     starts, valid_starts = (_start_ids(m, vocabulary, config) for m in (mixture, valid_mixture))

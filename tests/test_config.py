@@ -224,7 +224,7 @@ def test_user_gin_files_are_found_in_search_paths(tmp_path):
         ("DROPOUT_RATE=1.5", "Experiment.dropout_rate must be in"),
         ("Experiment.eval_examples=0", "Experiment.eval_examples must be at least 1"),
         ("TRAIN_STEP=5", "unknown macro 'TRAIN_STEP'; did you mean 'TRAIN_STEPS'"),
-        ("DATASET_LABELS=yes", "DataConfig.labels must be of type tuple"),
+        ("DATASET_LABELS=3", "DataConfig.labels must be of type tuple"),
         ("DATASET_LABELS=(0, 1)", "DataConfig.labels must be of type tuple"),
         ("MeshConfig.rules=(('embed',),)", "MeshConfig.rules must be of type tuple"),
         ("T5Config.dtype=bfloat16", "T5Config.dtype is set and nothing reads it"),

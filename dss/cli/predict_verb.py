@@ -1,14 +1,19 @@
 """`dss predict`."""
 
 import argparse
+import codecs
+import contextlib
+import itertools
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dss.cli.options import add_run_options, open_run, prepare_jax
+from dss.errors import UserError
 
 if TYPE_CHECKING:
     from dss.data.examples import Example
@@ -28,37 +33,93 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="JSON lines with an 'input', or - (default) for standard input: JSON or plain lines",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    parser.add_argument("--replace", action="store_true", help="an output that has more lines too")
     parser.add_argument("--rationale", action="store_true", help="write the rationale too")
 
 
-def _read(source: str) -> Iterator["Example"]:
-    """Yields what is asked for; of standard input as it comes."""
-    from dss.data.examples import Example, read_example, read_json, stream_examples
-    from dss.errors import UserError
+def _read(source: str) -> Iterator[tuple["Example", dict[str, Any]]]:
+    """Yields what is asked for and the fields of its row; of standard input as it comes."""
+    from dss.data.examples import read_example, read_json_lines
+
+    rows = _standard_input() if source == "-" else read_json_lines(Path(source))
+    seen = set()
+    for number, (where, row) in enumerate(rows):
+        example = read_example(where, row, f"input-{number}")
+        if example.id in seen:
+            raise UserError(f"{where}: id {example.id!r} came before; ids must differ")
+        seen.add(example.id)
+        yield example, row
+
+
+def _standard_input() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (where it stands, row) of lines that are JSON objects, JSON texts or plain texts."""
+    from dss.data.examples import read_json
     from dss.paths import BYTE_ORDER_MARK
 
-    if source != "-":
-        yield from stream_examples(Path(source), "input")
-        return
-    for number, content in enumerate(sys.stdin.buffer):
-        where, id_ = f"standard input:{number + 1}", f"input-{number}"
+    lines = (line for line in enumerate(sys.stdin.buffer, 1) if line[1].strip())
+    first = list(itertools.islice(lines, 2))
+    if len(first) == 2 and _is_table(*(content for _, content in first)):
+        raise UserError(
+            "standard input:1: the header of a table; give JSON lines with an 'input', or the "
+            "texts alone, one a line"
+        )
+    for number, content in itertools.chain(first, lines):
+        where = f"standard input:{number}"
         try:
-            line = content.decode().strip()
+            line = content.decode().strip().removeprefix(BYTE_ORDER_MARK)
         except UnicodeDecodeError:
             raise UserError(f"{where}: not UTF-8") from None
-        if number == 0:
-            line = line.removeprefix(BYTE_ORDER_MARK)
+        value: Any = line
         if line.startswith("{"):
-            yield read_example(where, read_json(where, line), id_)
-        elif line:
-            yield Example(id_, line)
+            value = read_json(where, line)
+        elif line[0] in '["':
+            with contextlib.suppress(json.JSONDecodeError):  # a text that begins so
+                value = json.loads(line)
+        if isinstance(value, list):
+            raise UserError(f"{where}: a JSON array; give one object with an 'input' a line")
+        yield where, value if isinstance(value, dict) else {"input": value}
+
+
+def _is_table(header: bytes, row: bytes) -> bool:
+    """Returns whether two lines are a header of names and a row with as many separators."""
+    for separator in b",;\t":
+        cells = header.removeprefix(codecs.BOM_UTF8).strip().split(bytes([separator]))
+        if len(cells) > 1 and row.count(separator) >= len(cells) - 1:
+            return all(re.fullmatch(rb'"?[\w-]+"?', cell) for cell in cells)
+    return False
+
+
+@contextlib.contextmanager
+def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> Iterator[TextIO]:
+    """Opens the output; a file is written beside, and replaced by no fewer lines.
+
+    Raises:
+      UserError: the file that is there has more lines.
+    """
+    if path is None:
+        yield sys.stdout
+        return
+    if path.exists() and not path.is_file():  # such as /dev/null
+        with path.open("w", encoding="utf-8") as output:
+            yield output
+        return
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as output:
+        yield output
+    if not replace and path.exists():
+        with path.open("rb") as file:
+            before = sum(1 for _ in file)
+        if before > count():
+            raise UserError(
+                f"{path}: kept, as it has {before:,} lines and these are {count():,}, which are in "
+                f"{partial.name}; give another --output, or --replace"
+            )
+    partial.replace(path)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes one JSON line an input: id, input, label and, if asked for, rationale."""
-    import itertools
-
-    from dss.errors import UserError
+    """Writes one JSON line an input: its id, its row's other fields, label, rationale if asked."""
+    from dss.data.vocabulary import is_cut
     from dss.runs import explain, label, use_data
     from dss.training.processes import is_leader
 
@@ -77,24 +138,38 @@ def run(args: argparse.Namespace) -> int:
     predictor, _ = found.predictor(args.checkpoint)
     length = experiment.data.inputs_length
     examples = _read(args.input)
+    count = cut = 0
 
-    def predictions() -> Iterator[dict[str, str]]:
+    def predictions() -> Iterator[dict[str, Any]]:
+        nonlocal count, cut
         while chunk := list(itertools.islice(examples, CHUNK)):
-            texts = [example.input for example in chunk]
+            texts = [example.input for example, _ in chunk]
             labels = label(predictor, mixture, texts, length)
             rationales = explain(predictor, mixture, texts, length) if args.rationale else None
-            for i, example in enumerate(chunk):
-                line = {"id": example.id, "input": example.input, "label": labels[i]}
-                yield line | ({"rationale": rationales[i]} if rationales is not None else {})
+            for i, (example, row) in enumerate(chunk):
+                line: dict[str, Any] = {"id": example.id, "input": example.input}
+                line |= {name: value for name, value in row.items() if name not in line}
+                if "label" in line:  # the row's own
+                    line["gold"] = line.pop("label")
+                line["label"] = labels[i]
+                if rationales is not None:
+                    line["rationale"] = rationales[i]
+                count += 1
+                if is_cut(predictor.vocabulary, mixture.tasks[0].prefix + example.input, length):
+                    line["truncated"] = True
+                    cut += 1
+                yield line
 
     lines = predictions()
-    first = list(itertools.islice(lines, 1))  # before an earlier output is written over
+    first = list(itertools.islice(lines, 1))  # before anything is opened for writing
     path = args.output if is_leader() else Path(os.devnull)  # all predict, one writes
-    output = path.open("w", encoding="utf-8") if path else sys.stdout
-    try:
+    with _opened(path, replace=args.replace, count=lambda: count) as output:
         for line in itertools.chain(first, lines):
             print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
-    finally:
-        if path:
-            output.close()
+    if cut and is_leader():
+        print(
+            f"{cut:,} of {count:,} inputs ({cut / count:.1%}) are longer than {length} tokens and "
+            "were cut; their rows say truncated",
+            file=sys.stderr,
+        )
     return 0

@@ -22,6 +22,7 @@ __all__ = [
     "STATUSES",
     "Example",
     "TeacherOutput",
+    "check_kind",
     "hash_input",
     "parsed_status",
     "read_example",
@@ -120,12 +121,36 @@ def read_json(where: str, text: str) -> Any:
         raise UserError(f"{where}: not JSON that can be read: {error}") from None
 
 
+OTHER_KINDS = {
+    ".csv": "a table",
+    ".tsv": "a table",
+    ".xlsx": "a spreadsheet",
+    ".xls": "a spreadsheet",
+    ".parquet": "a Parquet file",
+    ".gz": "compressed",
+    ".zip": "compressed",
+    ".zst": "compressed",
+}
+
+
+def check_kind(path: epath.Path) -> None:
+    """Raises the user's error where a file's name says that it holds no JSON lines."""
+    kind = OTHER_KINDS.get(path.suffix.lower())
+    if kind is not None:
+        raise UserError(
+            f"{path}: {kind}, not JSON lines; write it as lines of "
+            '{"id": ..., "input": ..., "label": ...}, such as with pandas: '
+            "table.rename(columns={...}).to_json('train.jsonl', orient='records', lines=True)"
+        )
+
+
 def read_json_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (`file:line`, object) for each line that is not blank.
 
     Raises:
-      UserError: the file is missing, is no UTF-8, or a line is not a JSON object.
+      UserError: the file is missing, of another kind, is no UTF-8, or a line is not a JSON object.
     """
+    check_kind(path)
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -135,6 +160,8 @@ def read_json_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     continue
                 where = f"{path}:{number}"
                 value = read_json(where, line)
+                if isinstance(value, list):
+                    raise UserError(f"{where}: a JSON array, not JSON lines: one object a line")
                 if not isinstance(value, dict):
                     raise UserError(f"{where}: a {type(value).__name__}, not a JSON object")
                 yield where, value

@@ -11,6 +11,7 @@ from etils import epath
 from dss.data.examples import (
     Example,
     TeacherOutput,
+    check_kind,
     read_teacher_outputs,
     stream_examples,
     teacher_files,
@@ -261,6 +262,8 @@ def register(
       UserError: the name cannot be one, there is nothing at the path, or no such metric.
     """
     path = epath.Path(path).expanduser()
+    if must_exist and path.is_file():
+        check_kind(path)
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise UserError(f"dataset name {name!r}: use letters, digits and underscores")
     if name in RELEASED:

@@ -20,7 +20,7 @@ from dss.data.ledger import Ledger, make_ledger
 from dss.data.rationales import ALL_RATIONALES, RationaleConfig
 from dss.data.registry import get_dataset
 from dss.data.tasks import Mixture, Task, TaskRows, TextRow
-from dss.data.vocabulary import Vocabulary, cut, round_trip
+from dss.data.vocabulary import Vocabulary, cut, is_cut, round_trip
 from dss.errors import UserError
 
 __all__ = ["Ragged", "TaskTokens", "TokenStore", "cache_dir", "open_store", "tokenize"]
@@ -300,11 +300,11 @@ def _ledger(
     """Returns a task's ledger, with what its vocabulary and limits did."""
     full = (tokens.inputs.lengths >= limits[0]) | (tokens.targets.lengths >= limits[1])
 
-    def is_cut(row: TextRow) -> bool:
-        texts = zip((row.inputs, row.targets), limits, strict=True)
-        return any(len(vocabulary.encode(text)) >= limit for text, limit in texts)
-
-    long = [row for i in np.flatnonzero(full) if is_cut(row := read.rows[i])]
+    long = [
+        row
+        for row in (read.rows[i] for i in np.flatnonzero(full))
+        if is_cut(vocabulary, row.inputs, limits[0]) or is_cut(vocabulary, row.targets, limits[1])
+    ]
     written: dict[str, str] = {}
     if task.kind == "label":
         labels = {row.targets.strip() for row in read.rows}

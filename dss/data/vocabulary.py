@@ -19,6 +19,7 @@ __all__ = [
     "Vocabulary",
     "cut",
     "encode_example",
+    "is_cut",
     "load_vocabulary",
 ]
 
@@ -149,6 +150,11 @@ def round_trip(vocabulary: Vocabulary, text: str) -> str:
 def cut(ids: list[int], length: int) -> list[int]:
     """Returns ids cut to `length - 1`, then EOS."""
     return [*ids[: length - 1], EOS]
+
+
+def is_cut(vocabulary: Vocabulary, text: str, length: int) -> bool:
+    """Returns whether a text loses tokens to a limit of length, EOS counted."""
+    return len(vocabulary.encode(text)) >= length
 
 
 def encode_example(vocabulary: Vocabulary, text: str, length: int) -> list[int]:

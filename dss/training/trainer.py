@@ -24,10 +24,17 @@ class TrainerConfig:
     train_steps: int = 10_000  # updates in all
     eval_period: int = 250  # steps between evaluations; a checkpoint follows each
     log_period: int = 10  # steps between lines of metrics
+    patience: int | None = None  # evaluations without a better one that end it; None: never
 
     def __post_init__(self):
         check_types(self)
-        check_at_least(self, 1, "train_steps", "eval_period", "log_period")
+        check_at_least(self, 1, "train_steps", "eval_period", "log_period", "patience")
+
+    def has_lost_patience(self, step: int, best: int | None) -> bool:
+        """Returns whether training ends at a step, by the step of the best checkpoint so far."""
+        if self.patience is None or best is None:
+            return False
+        return step - best >= self.patience * self.eval_period
 
 
 class Progress:
@@ -76,7 +83,7 @@ def train(
     stop: StopSignal,
     row_ids: Callable[[int], list[str]],
 ) -> TrainState:
-    """Trains from the state's step to the end, or until a stop signal.
+    """Trains from the state's step to the end, to the end of patience, or until a stop signal.
 
     Args:
       state: where to start; its memory is taken.
@@ -114,7 +121,8 @@ def train(
                     raise _not_finite(said, ", ".join(row_ids(i)), checkpoints)
         pending.clear()
 
-    while step < config.train_steps and not stop.before(step):
+    done = config.has_lost_patience(step, checkpoints.best)
+    while step < config.train_steps and not done and not stop.before(step):
         began = time.monotonic()
         batch = next(batches)
         waiting = time.monotonic() - began
@@ -142,6 +150,7 @@ def train(
             progress.evaluated(step, numbers)
             metrics.sync()
             checkpoints.save(state, numbers[score])
+            done = config.has_lost_patience(step, checkpoints.best)
             clock, clock_step = time.monotonic(), step
     if spent:
         progress.finished(waited / spent)

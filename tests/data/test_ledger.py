@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dss.config import parse_gin
 from dss.data.examples import hash_input, stream_examples
 from dss.data.ledger import LEFT_OUT, USED
 from dss.data.rationales import DISPUTED, LONG, NONE, SHORT, WRONG, RationaleConfig
@@ -194,3 +195,21 @@ def test_equal_inputs_are_in_one_split(tmp_path):
     assert train | valid == {row["input"] for row in rows}
     assert not train & valid
     assert valid
+
+
+@pytest.mark.parametrize("name", ["tickets.csv", "train.jsonl.gz", "train.parquet", "t.xlsx"])
+def test_a_file_of_another_kind_is_refused_by_its_kind(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PAR1")
+    for read in (lambda p: register("other", p), lambda p: list(stream_examples(p, "train"))):
+        with pytest.raises(UserError, match=r"not JSON lines; write it as lines of"):
+            read(tmp_path / name)
+
+
+def test_an_array_is_no_json_lines(tmp_path):
+    (tmp_path / "train.jsonl").write_text('[{"input": "x"}]')
+    with pytest.raises(UserError, match=r"train\.jsonl:1: a JSON array, not JSON lines"):
+        list(stream_examples(tmp_path / "train.jsonl", "train"))
+
+
+def test_labels_may_be_given_with_commas():
+    assert parse_gin([], ["DATASET_LABELS=billing, bug"]).data.labels == ("billing", "bug")

@@ -221,6 +221,45 @@ def test_predict_writes_over_nothing_that_it_cannot_replace(undisturbed, tmp_pat
         assert message in said
 
 
+def test_predict_keeps_a_rows_fields_and_marks_what_was_cut(undisturbed, tmp_path):
+    output = tmp_path / "out.jsonl"
+    rows = [{"input": "is 3 good", "label": "yes", "who": "Ann"}, {"input": "x" * 90}]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    said = call("predict", undisturbed, f"--input={source}", f"--output={output}")
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert found[0].keys() == {"id", "input", "who", "gold", "label"}
+    assert (found[0]["who"], found[0]["gold"]) == ("Ann", "yes")
+    assert [row.get("truncated") for row in found] == [None, True]
+    assert "1 of 2 inputs (50.0%) are longer than 48 tokens and were cut" in said
+    # An output is not replaced by fewer lines.
+    before = output.read_text()
+    shorter = ("predict", undisturbed, f"--output={output}")
+    said = call(*shorter, stdin=b"is 3 good", status=2)
+    assert "kept, as it has 2 lines and these are 1, which are in out.jsonl.partial" in said
+    assert output.read_text() == before
+    call(*shorter, "--replace", stdin=b"is 3 good")
+    assert len(output.read_text().splitlines()) == 1
+    assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (b'[{"input": "x"}]', "standard input:1: a JSON array; give one object"),
+        (b"id,body,label\n1,x,a\n2,y,b\n", "standard input:1: the header of a table"),
+        (b"id\tbody\n1\tx\n", "the header of a table"),
+    ],
+)
+def test_what_is_no_line_of_input_is_refused(undisturbed, given, message):
+    assert message in call("predict", undisturbed, stdin=given, status=2)
+
+
+def test_a_text_on_standard_input_may_look_like_json(undisturbed):
+    out = call("predict", undisturbed, stdin=b'"is 3 \\"good\\""\n[sic], he said\nwell, yes\n')
+    texts = [json.loads(line)["input"] for line in out.splitlines()]
+    assert texts == ['is 3 "good"', "[sic], he said", "well, yes"]
+
+
 def test_a_full_disk_is_one_line(undisturbed):
     for options in (("predict", undisturbed, "--output"), ("eval", undisturbed, "--json")):
         process = start(*options, "/dev/full", stdin=subprocess.PIPE)

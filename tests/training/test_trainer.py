@@ -21,8 +21,10 @@ class StopAt:
         return step >= self.step
 
 
-def run(folder, bad: dict[int, str], stop: int = 100, **periods: int) -> Checkpoints:
-    """Trains 10 steps, of which some have a metric that is no number; returns what was saved."""
+def run(
+    folder, bad: dict[int, str], stop: int = 100, start: int = 0, scores=None, **periods: int
+) -> None:
+    """Trains 10 steps, of which some have a metric that is no number; writes what was saved."""
 
     def train_step(state: TrainState, _):
         step = int(state.step) + 1
@@ -34,16 +36,19 @@ def run(folder, bad: dict[int, str], stop: int = 100, **periods: int) -> Checkpo
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
         train(
-            TrainState(jnp.asarray(0), {"w": jnp.ones(3)}, {}),
+            TrainState(jnp.asarray(start), {"w": jnp.ones(3)}, {}),
             config=TrainerConfig(train_steps=10, **periods),
             train_step=train_step,
             batches=iter([{}] * 10),
             task_names=("label",),
             examples_per_step=2,
-            evaluate=lambda state: {"valid/loss": 1.0, "valid/accuracy": 0.5},
+            evaluate=lambda state: {
+                "valid/loss": 1.0,
+                "valid/accuracy": scores[int(state.step)] if scores else 0.5,
+            },
             score="valid/accuracy",
             checkpoints=checkpoints,
-            metrics=MetricsWriter(folder, 0),
+            metrics=MetricsWriter(folder, start),
             progress=Progress(),
             stop=StopAt(stop),
             row_ids=lambda step: [f"row-{step}-{i}" for i in range(2)],
@@ -61,6 +66,17 @@ def saved(folder) -> str:
 def test_steps_are_saved_at_evaluations_and_at_the_end(tmp_path):
     run(tmp_path, {}, eval_period=4, log_period=10)
     assert saved(tmp_path) == "4 8 10"
+
+
+def test_a_run_that_gets_no_better_ends_with_its_patience(tmp_path):
+    scores = {2: 0.1, 4: 0.5, 6: 0.4, 8: 0.5, 10: 0.9}
+    options = {"scores": scores, "eval_period": 2, "log_period": 10, "patience": 2}
+    run(tmp_path, {}, **options)
+    assert saved(tmp_path) == "4 6 8"  # the best and the latest two
+    run(tmp_path, {}, start=8, **options)  # the same command does not go on
+    assert saved(tmp_path) == "4 6 8"
+    run(tmp_path / "other", {}, **options | {"patience": 3})
+    assert saved(tmp_path / "other").endswith(" 10")
 
 
 @pytest.mark.parametrize(("metric", "name"), [("loss", "loss"), ("grad_norm", "gradient's norm")])
