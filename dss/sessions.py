@@ -6,10 +6,12 @@ second out. Reports are made of it; nothing that trains reads it.
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import platform
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +24,15 @@ from dss.data.store import TokenStore
 from dss.data.tasks import Mixture, Task
 from dss.training.processes import is_leader
 
-__all__ = ["SESSIONS_FILE", "Session", "describe_data", "describe_machine"]
+__all__ = [
+    "SESSIONS_FILE",
+    "Session",
+    "changed_files",
+    "describe_data",
+    "describe_machine",
+    "hash_files",
+    "read_sessions",
+]
 
 SESSIONS_FILE = "sessions.jsonl"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -56,6 +66,44 @@ def describe_data(mixture: Mixture, store: TokenStore) -> dict[str, Any]:
         for task, tokens in zip(mixture.tasks, store.tasks, strict=True)
     ]
     return {"dataset": mixture.dataset.name, "examples": len(store), "tasks": tasks}
+
+
+def hash_files(mixtures: Mapping[str, Mixture]) -> dict[str, str]:
+    """Returns the hash of every file that a run reads, by "<split> <file's name>".
+
+    Args:
+      mixtures: what is read of each split.
+    """
+    out = {}
+    for split, mixture in mixtures.items():
+        for teacher in {task.teacher for task in mixture.tasks}:
+            for file in mixture.dataset.files(split, teacher):
+                out[f"{split} {file.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    return dict(sorted(out.items()))
+
+
+def changed_files(folder: epath.Path, files: Mapping[str, str]) -> list[str]:
+    """Returns the names of the files that are not as the last session of a run read them.
+
+    Args:
+      folder: the run directory.
+      files: what `hash_files` returns now.
+    """
+    before = None
+    for line in read_sessions(folder):
+        before = line.get("data", {}).get("files", before)
+    if before is None:  # a run that began before files were recorded
+        return []
+    return sorted(name for name in before.keys() | files if before.get(name) != files.get(name))
+
+
+def read_sessions(folder: epath.Path) -> list[dict[str, Any]]:
+    """Returns the lines of a run's sessions.jsonl, without one that was cut short."""
+    path = folder / SESSIONS_FILE
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _usage(task: Task) -> dict[str, Any] | None:

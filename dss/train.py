@@ -40,7 +40,13 @@ from dss.runs import (
     save_run,
     use_data,
 )
-from dss.sessions import Session, describe_data, describe_machine
+from dss.sessions import (
+    Session,
+    changed_files,
+    describe_data,
+    describe_machine,
+    hash_files,
+)
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, init_params
 from dss.training.checkpoints import Checkpoints, abstract_like, largest_part
@@ -253,8 +259,27 @@ def _loss_config(experiment: Experiment, mixture: Mixture) -> LossConfig:
     )
 
 
+def _changed_files(run: Run, files: dict[str, str], *, accept: bool) -> list[str]:
+    """Returns the names of the files that have changed since a run began or went on.
+
+    Raises:
+      UserError: some have, and they are not accepted.
+    """
+    changed = changed_files(run.folder, files) if run.has_checkpoint else []
+    if changed and not accept:
+        raise UserError(
+            f"{run.folder}: its data have changed since: {', '.join(changed)}; use a new "
+            "MODEL_DIR, or go on with what is there now with --changed-data=accept"
+        )
+    return changed
+
+
 def run_experiment(
-    experiment: Experiment, progress: Progress | None = None, resume: Resume = "auto"
+    experiment: Experiment,
+    progress: Progress | None = None,
+    resume: Resume = "auto",
+    *,
+    accept_changed_data: bool = False,
 ) -> Result:
     """Trains a student, from the start or from where its run directory got to.
 
@@ -262,12 +287,19 @@ def run_experiment(
       experiment: what to do.
       progress: told of every logged step and evaluation.
       resume: whether the run directory may, must or must never hold a run already.
+      accept_changed_data: goes on though files that the run read have changed; it is recorded.
 
     Raises:
       UserError: see `dss.errors`.
     """
     with Session() as session:
-        result = _run(experiment, progress or Progress(), resume, session)
+        result = _run(
+            experiment,
+            progress or Progress(),
+            resume,
+            session,
+            accept_changed_data=accept_changed_data,
+        )
         if result.stopped_by is not None:
             session.outcome = f"stopped by {result.stopped_by.name} at step {result.step}"
     return result
@@ -295,11 +327,21 @@ def _describe_length(experiment: Experiment, store: TokenStore) -> str:
     return line
 
 
-def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Session) -> Result:
+def _run(
+    experiment: Experiment,
+    progress: Progress,
+    resume: Resume,
+    session: Session,
+    *,
+    accept_changed_data: bool,
+) -> Result:
     # Data and student.
     experiment = settle_data(experiment)
     mixture = _mixture(experiment)
+    valid_mixture = mixture.available("valid")
+    files = hash_files({"train": mixture, "valid": valid_mixture})
     run, initial = _open_run(experiment, resume)
+    changed = _changed_files(run, files, accept=accept_changed_data)
     experiment, config = run.experiment, run.config
     vocabulary = load_vocabulary(run.vocabulary_source)
     check_distinct(vocabulary, mixture.dataset.labels)
@@ -312,7 +354,6 @@ def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Se
     ):
         progress.say(line)
     progress.say(_describe_length(experiment, store))
-    valid_mixture = mixture.available("valid")
     valid_store = split_store(experiment, valid_mixture, "valid", vocabulary)
     starts, valid_starts = (_start_ids(m, vocabulary, config) for m in (mixture, valid_mixture))
 
@@ -352,7 +393,9 @@ def _run(experiment: Experiment, progress: Progress, resume: Resume, session: Se
             params = init_params(config, experiment.seed, shardings.params)
         state = place_state(params, optimizer, shardings)
     start = int(state.step)
-    facts = {**describe_machine(), "data": describe_data(mixture, store)}
+    facts = {**describe_machine(), "data": {**describe_data(mixture, store), "files": files}}
+    if changed:
+        facts["changed_data"] = changed
     session.begin(run.folder, start, facts)
 
     # Batches, and what an evaluation does.

@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="whether MODEL_DIR may (auto, the default), must or must never hold a run already",
     )
+    parser.add_argument(
+        "--changed-data",
+        choices=("refuse", "accept"),
+        default="refuse",
+        help="whether a run may go on (no, the default) after the files that it reads have changed",
+    )
     parser.epilog = (
         "dss train --gin_file=students/tiny.gin --gin_file=recipes/svamp_step_by_step.gin "
         "--gin.MODEL_DIR=runs/svamp --gin.DATA_ROOT=DIR --gin.VOCABULARY=FILE"
@@ -41,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
         display = display_for("step", experiment.trainer.train_steps)
         progress = TrainProgress(display, experiment.batch_size)
     try:
-        result = run_experiment(experiment, progress, args.resume)
+        accept = args.changed_data == "accept"
+        result = run_experiment(experiment, progress, args.resume, accept_changed_data=accept)
     finally:
         progress.close()
     if not is_leader():

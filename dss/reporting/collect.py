@@ -106,8 +106,11 @@ class RunRecord:
 
     @property
     def is_done(self) -> bool:
-        """Whether it was trained to its last step."""
-        at_end = self.step >= self.experiment.trainer.train_steps
+        """Whether it was trained to its last step, or to the end of its patience."""
+        trainer = self.experiment.trainer
+        at_end = self.step >= trainer.train_steps
+        if trainer.patience is not None and self.sessions:
+            at_end = at_end or self.sessions[-1].get("outcome") == "done"
         return at_end and not self.failure and not self.is_imported
 
     @property

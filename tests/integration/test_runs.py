@@ -10,8 +10,11 @@ import signal
 import subprocess
 
 import pytest
+from etils import epath
 
+from dss.reporting.collect import collect
 from dss.runs import load_run
+from dss.sessions import read_sessions
 from tests.conftest import write_jsonl
 from tests.integration.runs import (
     assert_same_run,
@@ -297,6 +300,38 @@ def test_what_does_not_fit_a_run_is_one_line(
     assert "no examples for the train split" in refused(new, f"--gin.DATASET_PATH={bad}")
     (bad / "train.rules.jsonl").unlink()
     assert "no such file" in refused(new, f"--gin.DATASET_PATH={bad}")
+
+
+def test_a_run_whose_data_changed_does_not_go_on_as_if_they_had_not(
+    train_command, undisturbed, toy_folder, tmp_path
+):
+    run, data = tmp_path / "run", tmp_path / "toy"
+    shutil.copytree(undisturbed, run)
+    shutil.copytree(toy_folder, data)
+    command = train_command(run, f"--gin.DATASET_PATH={data}")
+    call(*command)  # the same data in another place
+    lines = [json.loads(line) for line in (data / "valid.jsonl").open()]
+    write_jsonl(data / "valid.jsonl", [{**line, "label": "no"} for line in lines])
+    with (data / "train.rules.jsonl").open("a") as file:
+        file.write('{"id": "train-1", "rationale": "another", "label": "no"}\n')
+    said = call(*command, status=2)
+    assert "its data have changed since: train train.rules.jsonl, valid valid.jsonl; use" in said
+    call(*command, "--changed-data=accept")
+    session = read_sessions(epath.Path(run))[-2]
+    assert session["changed_data"] == ["train train.rules.jsonl", "valid valid.jsonl"]
+    call(*command)  # recorded, so it is what the run reads now
+
+
+def test_patience_ends_a_run_and_it_is_done(train_command, tmp_path):
+    flags = ("--gin.TrainerConfig.patience=1", "--gin.LEARNING_RATE=1e-12", "--gin.TRAIN_STEPS=40")
+    command = train_command(tmp_path / "run", *flags)
+    said = call(*command)
+    assert "40 steps of 8 are 8.0 epochs of 40 examples" in said
+    assert "toy_label_gold: 40 rows: 40 trained" in said
+    assert "step 20 done; best checkpoint: step 10" in said
+    assert "step 20 done" in call(*command)
+    (found,) = collect([str(tmp_path)]).runs
+    assert found.is_done
 
 
 def test_a_run_that_saved_nothing_can_begin_as_another(train_command, toy_folder, tmp_path):
