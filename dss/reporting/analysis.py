@@ -247,9 +247,9 @@ def _cells(
 
 
 def _shared(evaluations: Sequence[EvaluationRecord]) -> list[str]:
-    """Returns the ids of the examples that all were judged on."""
-    others = [e.scores.keys() for e in evaluations[1:]]
-    return [i for i in evaluations[0].scores if all(i in other for other in others)]
+    """Returns the ids of the examples that all were judged on, with one input and target."""
+    first, *others = (e.judged for e in evaluations)
+    return [i for i, judged in first.items() if all(o.get(i) == judged for o in others)]
 
 
 def _teachers(runs: Sequence[RunRecord], split: str, sizes: Mapping[str, float]) -> list[Teacher]:

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from dss.config import CONFIG_FILE, load_config
-from dss.data.examples import read_json_lines
+from dss.data.examples import hash_input, read_json_lines
 from dss.errors import UserError
 from dss.experiment import Experiment
 from dss.runs import CHECKPOINTS, PREDICTIONS
@@ -44,6 +44,7 @@ class EvaluationRecord:
       step: of the checkpoint.
       metric: "accuracy" or "rouge_l".
       scores: of each answer, by the example's id, in [0, 1].
+      judged: a hash of each example's input and target, by its id.
       teachers: what `dss eval` measured of each; empty where it measured none.
       majority: the share of the most frequent label of a closed set; None for others.
       shown: every so many lines, at most `SHOWN_EXAMPLES`, with all their texts.
@@ -54,6 +55,7 @@ class EvaluationRecord:
     step: int
     metric: str
     scores: Mapping[str, float]
+    judged: Mapping[str, str]
     teachers: Mapping[str, Mapping[str, Any]]
     majority: float | None
     shown: Sequence[Mapping[str, Any]]
@@ -258,7 +260,36 @@ def collect(folders: Sequence[str]) -> Collected:
             problems += _not_begun(folder).items()
         except (OSError, ValueError, AttributeError) as error:
             problems.append((str(folder), f"the sweep's status cannot be read: {error}"))
+    for run in [run for run in runs if run.is_imported and not run.evaluations]:
+        runs.remove(run)
+        problems.append((run.name, "an imported checkpoint that was not evaluated; left out"))
+    problems += _judged_otherwise(runs)
     return Collected(runs, problems)
+
+
+def _judged_otherwise(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """Returns the runs whose test examples are not the first such run's though their ids are."""
+    out = []
+    first: dict[tuple[str, str, str], tuple[str, EvaluationRecord]] = {}
+    for run in runs:
+        for evaluation in run.evaluations:
+            key = (run.dataset, evaluation.split, evaluation.metric)
+            name, other = first.setdefault(key, (run.name, evaluation))
+            differ = sum(
+                evaluation.judged[id_] != judged
+                for id_, judged in other.judged.items()
+                if id_ in evaluation.judged
+            )
+            if differ:
+                out.append(
+                    (
+                        run.name,
+                        f"{differ:,} of its {len(evaluation.judged):,} {evaluation.split} examples "
+                        f"have the ids of {name}'s and another input or label: the data changed "
+                        "in between; they are left out of comparisons",
+                    )
+                )
+    return out
 
 
 def _not_begun(folder: epath.Path) -> dict[str, str]:
@@ -327,12 +358,14 @@ def _read_evaluation(path: epath.Path) -> EvaluationRecord:
     with path.open(encoding="utf-8") as file:
         stride = -(-sum(1 for _ in file) // SHOWN_EXAMPLES) or 1
     scores: dict[str, float] = {}
+    judged: dict[str, str] = {}
     shown = []
     for number, (where, line) in enumerate(read_json_lines(path)):
         score = line.get("score")
         if not isinstance(score, int | float) or not math.isfinite(score) or "id" not in line:
             raise UserError(f"{where}: no id and score; `dss eval` writes the file again")
         scores[str(line["id"])] = float(score)
+        judged[str(line["id"])] = hash_input(json.dumps([line.get("input"), line.get("target")]))
         if number % stride == 0:
             shown.append(line)
     if not scores:
@@ -349,6 +382,7 @@ def _read_evaluation(path: epath.Path) -> EvaluationRecord:
         step=int(step),
         metric=metric,
         scores=scores,
+        judged=judged,
         teachers=said.get("teachers") or {},
         majority=max(counts) / sum(counts) if any(counts) else None,
         shown=shown,

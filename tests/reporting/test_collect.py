@@ -3,6 +3,7 @@ import json
 import pytest
 
 from dss.errors import UserError
+from dss.reporting.analysis import analyse
 from dss.reporting.collect import SHOWN_EXAMPLES, collect, find_runs
 from tests.conftest import write_jsonl
 from tests.reporting.fabricate import STEPS, write_predictions, write_run
@@ -31,8 +32,13 @@ def test_how_far_a_run_got_is_said(tmp_path):
         tmp_path, "finetune", None, seed=2, steps=STEPS // 2, outcome="failed: the loss is nan"
     )
     write_run(tmp_path, "finetune", None, seed=3, outcome=None, metrics=False)
-    write_run(tmp_path, "finetune", None, seed=4, mixture=None)
-    runs = collect([str(tmp_path)]).runs
+    write_run(tmp_path, "finetune", 50, seed=4, mixture=None)
+    write_run(tmp_path / "imported", "finetune", None, mixture=None)
+    collected = collect([str(tmp_path)])
+    runs = [run for run in collected.runs if "imported" not in run.name]
+    ((left_out, why),) = collected.problems
+    assert "imported" in left_out
+    assert "that was not evaluated" in why
     assert [run.status for run in runs] == [
         "done",
         "unfinished, step 20 of 40",
@@ -139,3 +145,16 @@ def test_a_runs_own_record_says_its_dataset(tmp_path):
     (found,) = collect([str(tmp_path)]).runs
     assert (found.dataset, found.method, found.teacher) == ("my_finetune_set", "distillation", "x")
     assert json.loads(json.dumps(found.data))["examples"] == 1000
+
+
+def test_examples_that_changed_between_evaluations_are_named_and_not_compared(tmp_path):
+    runs = [write_run(tmp_path, method, 50) for method in ("finetune", "step_by_step_rules")]
+    (path,) = (runs[1] / "predictions").glob("*.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    write_jsonl(path, [line | ({"target": "no"} if i < 3 else {}) for i, line in enumerate(lines)])
+    collected = collect([str(tmp_path)])
+    ((run, why),) = collected.problems
+    assert run == str(runs[1])
+    assert why.startswith(f"3 of its 100 test examples have the ids of {runs[0]}'s and another")
+    (comparison,) = analyse(collected)[0].comparisons
+    assert comparison.examples == 97
