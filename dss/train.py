@@ -16,7 +16,7 @@ from dss.data.batches import (
     sampled_order,
     sequential_order,
 )
-from dss.data.labels import check_distinct, describe_unwritable
+from dss.data.labels import check_distinct, describe_labels
 from dss.data.store import TokenStore, open_store
 from dss.data.tasks import Mixture, get_mixture, with_teacher
 from dss.data.vocabulary import Vocabulary, load_vocabulary
@@ -349,7 +349,7 @@ def _run(
     for task, tokens in zip(mixture.tasks, store.tasks, strict=True):
         if tokens.ledger is not None:
             progress.say(f"{task.name}: {tokens.ledger.rows:,} rows: {tokens.ledger}")
-    for line in describe_unwritable(
+    for line in describe_labels(
         mixture, vocabulary, store, fraction=experiment.data.fraction, seed=experiment.seed
     ):
         progress.say(line)

@@ -230,12 +230,12 @@ def _print_batches(
     import numpy as np
 
     from dss.data.batches import fill
-    from dss.data.labels import describe_unwritable
+    from dss.data.labels import describe_labels
     from dss.train import training_batches, training_store
 
     experiment = dataclasses.replace(experiment, mixture=mixture.name, teacher=None)
     store = training_store(experiment)
-    for line in describe_unwritable(
+    for line in describe_labels(
         mixture, vocabulary, store, fraction=experiment.data.fraction, seed=experiment.seed
     ):
         console.print(f"  {line}\n", markup=False)

@@ -200,10 +200,11 @@ def read_example(
       UserError: a missing input, something that is no text, or a label outside the closed set.
     """
     label = None if value.get("label") is None else _text(where, value, "label")
-    if label is not None and not label.strip():  # an empty cell of a table
-        label = None
+    label = (label or "").strip() or None  # an empty cell of a table is none
     if labels and label is not None and label not in labels:
-        raise UserError(f"{where}: label {label!r} is none of {', '.join(labels)}")
+        near = [known for known in labels if known.casefold() == label.casefold()]
+        hint = f"; {near[0]!r} is one: write it so" if near else ""
+        raise UserError(f"{where}: label {label!r} is none of {', '.join(labels)}{hint}")
     return Example(_text(where, value, "id", default_id), _text(where, value, "input"), label)
 
 
@@ -269,7 +270,7 @@ def read_teacher_outputs(path: epath.Path, teacher: str) -> list[TeacherOutput]:
 
 def _teacher_output(where: str, value: dict[str, Any], id_: str, teacher: str) -> TeacherOutput:
     rationale = _text(where, value, "rationale", "")
-    label = None if value.get("label") is None else _text(where, value, "label")
+    label = None if value.get("label") is None else _text(where, value, "label").strip()
     # Parts that were written down as such, not parsed from a text, are whole where one is there.
     whole = value.get("raw") is None and bool(rationale.strip() or (label or "").strip())
     status = _text(where, value, "status", "ok" if whole else parsed_status(rationale, label))

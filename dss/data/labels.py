@@ -1,6 +1,7 @@
 """What a vocabulary makes of labels and inputs: what it cannot write, and cannot tell apart."""
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from dss.data.tasks import Mixture
 from dss.data.vocabulary import UNK, Vocabulary, round_trip
 from dss.errors import UserError
 
-__all__ = ["check_distinct", "describe_unwritable"]
+__all__ = ["check_distinct", "describe_labels", "describe_look_alikes"]
 
 SHOWN = 3  # labels named in a line
 
@@ -31,7 +32,23 @@ def check_distinct(vocabulary: Vocabulary, labels: Sequence[str]) -> None:
             )
 
 
-def describe_unwritable(
+def describe_look_alikes(labels: Iterable[str]) -> list[str]:
+    """Returns a line for each group of labels that differ by case or blanks alone; often none.
+
+    A student learns them as different labels, and an answer that has the other one's case is wrong.
+    """
+    groups: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for label in labels:
+        groups[" ".join(label.casefold().split())][label] += 1
+    return [
+        "labels that differ by case or blanks alone: "
+        + ", ".join(f"{label!r} ({count:,} rows)" for label, count in group.most_common())
+        for group in groups.values()
+        if len(group) > 1
+    ]
+
+
+def describe_labels(
     mixture: Mixture,
     vocabulary: Vocabulary,
     store: TokenStore,
@@ -39,7 +56,8 @@ def describe_unwritable(
     fraction: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Returns lines about the labels and inputs that the vocabulary cannot write; often none.
+    """Returns lines about labels that look alike, and about what of labels and inputs the
+    vocabulary cannot write; often none.
 
     Args:
       mixture: the mixture that is trained on.
@@ -52,6 +70,7 @@ def describe_unwritable(
     examples = []
     if mixture.tasks[0].kind != "rationale":
         examples = mixture.dataset.examples("train", fraction=fraction, seed=seed)
+    lines += describe_look_alikes(e.label for e in examples if e.label is not None)
     distinct = sorted({e.label.strip() for e in examples if e.label is not None})
     changed = [(a, b) for a in distinct if (b := round_trip(vocabulary, a)) != a]
     if changed:

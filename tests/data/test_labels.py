@@ -3,11 +3,12 @@ import re
 import pytest
 
 from dss.cli.main import main
-from dss.data.labels import check_distinct, describe_unwritable, round_trip
+from dss.data.examples import stream_examples
+from dss.data.labels import check_distinct, describe_labels, describe_look_alikes
 from dss.data.registry import register
 from dss.data.store import open_store
 from dss.data.tasks import get_mixture
-from dss.data.vocabulary import load_vocabulary
+from dss.data.vocabulary import load_vocabulary, round_trip
 from dss.errors import UserError
 from dss.evaluation.evaluator import EvaluationExample, Scored
 from tests.conftest import write_jsonl
@@ -52,13 +53,13 @@ def test_what_the_vocabulary_cannot_write_is_said_in_numbers(braces, vocab_path)
     vocabulary = load_vocabulary(vocab_path)
     assert round_trip(vocabulary, "f{x}") == "fx"
     store = open_store(braces, "train", vocabulary, **LENGTHS)
-    labels, inputs = describe_unwritable(braces, vocabulary, store)
+    labels, inputs = describe_labels(braces, vocabulary, store)
     assert "cannot write 2 of 3 different labels: 'f{x}' (written as 'fx')" in labels
     total = len(store.tasks[0].inputs.tokens)
     assert f"no token for 12 of {total} input tokens" in inputs
     as_bytes = load_vocabulary("bytes")
     store = open_store(braces, "train", as_bytes, **LENGTHS)
-    assert describe_unwritable(braces, as_bytes, store) == []
+    assert describe_labels(braces, as_bytes, store) == []
 
 
 def test_a_prediction_is_compared_with_what_the_vocabulary_makes_of_the_label(braces, vocab_path):
@@ -67,3 +68,17 @@ def test_a_prediction_is_compared_with_what_the_vocabulary_makes_of_the_label(br
     vocabulary = load_vocabulary(vocab_path)
     assert Scored.of(braces, examples, predictions, vocabulary).verdicts == (1.0, 1.0, 0.0)
     assert Scored.of(braces, examples, predictions).verdicts == (0.0, 1.0, 0.0)
+
+
+def test_labels_that_look_alike_are_named():
+    labels = [*["bug"] * 3, "Bug", "billing", "how to", "how  to"]
+    assert describe_look_alikes(labels) == [
+        "labels that differ by case or blanks alone: 'bug' (3 rows), 'Bug' (1 rows)",
+        "labels that differ by case or blanks alone: 'how to' (1 rows), 'how  to' (1 rows)",
+    ]
+
+
+def test_a_label_in_another_case_than_the_sets_is_told_which_one_it_is(tmp_path):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"input": "x", "label": "Bug "}])
+    with pytest.raises(UserError, match=r"label 'Bug' is none of billing, bug; 'bug' is one"):
+        list(stream_examples(path, "train", ("billing", "bug")))
