@@ -56,7 +56,14 @@ setup(
         "importlib_resources>=6.5",  # tensorflow-datasets needs it to load a builder
     ],
     extras_require={
-        "teacher": ["openai>=3.57", "jinja2>=3.1.6", "pyyaml>=6.0.3", "pyarrow>=25.0"],
+        "teacher": [
+            "openai>=3.57",
+            "httpx2>=2.16",
+            "jinja2>=3.1.6",
+            "pyyaml>=6.0.3",
+            "pyarrow>=25.0",
+            "regex>=2026.11",
+        ],
         "beam": BEAM,
         "report": ["matplotlib>=3.11", "jinja2>=3.1.6"],
         "tfds": TFDS,

@@ -344,4 +344,10 @@ def save_figures(figures: Sequence[Figure], folder: Path) -> None:
         with (folder / f"{figure.name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(figure.columns)
-            writer.writerows(figure.rows)
+            writer.writerows([_no_formula(cell) for cell in row] for row in figure.rows)
+
+
+def _no_formula(cell: Any) -> Any:
+    """Returns a cell that a spreadsheet does not compute: a run may be named `=1+1`."""
+    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{cell}" if is_formula else cell

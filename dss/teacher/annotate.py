@@ -418,7 +418,9 @@ class Annotator:
 
     @contextlib.contextmanager
     def _signals(self, tasks: Iterable[asyncio.Task[None]]) -> Iterator[None]:
-        """Ends the run at Ctrl-C or SIGTERM after what is in flight; at the second one at once."""
+        """Ends the run after what is in flight at Ctrl-C, SIGTERM or where the terminal is closed;
+        at the second such signal at once.
+        """
         loop = asyncio.get_running_loop()
 
         def end() -> None:
@@ -433,7 +435,7 @@ class Annotator:
                 task.cancel()
 
         caught = []
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             # Only the main thread may; in other ones nobody presses Ctrl-C.
             with contextlib.suppress(ValueError, RuntimeError):
                 loop.add_signal_handler(number, end)

@@ -128,9 +128,11 @@ def _read_result(where: str, value: dict[str, Any]) -> Attempt:
     key, response, error = value.get("custom_id"), value.get("response"), value.get("error")
     if not isinstance(key, str):
         raise UserError(f"{where}: has no `custom_id`; is it a result of a batch?")
-    if isinstance(response, dict) and isinstance(response.get("status_code"), int):
-        body = json.dumps(response.get("body"))
-        reply = read_reply(response["status_code"], body)
+    key = key.encode(errors="replace").decode()
+    code = response.get("status_code") if isinstance(response, dict) else None
+    if isinstance(code, int) and 100 <= code < 600:
+        assert isinstance(response, dict)
+        reply = read_reply(code, json.dumps(response.get("body")))
     elif isinstance(error, dict):  # it expired, or was cancelled
         content = json.dumps({"error": error})
         reply = Reply(status="failed", code=None, response=content)
@@ -140,4 +142,6 @@ def _read_result(where: str, value: dict[str, Any]) -> Attempt:
     if not isinstance(origin, str):
         content = json.dumps(value, sort_keys=True)
         origin = hashlib.sha256(content.encode()).hexdigest()
-    return Attempt(key=key, reply=reply, latency=None, at=time.time(), origin=f"batch:{origin}")
+    # Its own id is not enough: some servers give one to several results.
+    origin = f"batch:{origin}:{key}".encode(errors="replace").decode()
+    return Attempt(key=key, reply=reply, latency=None, at=time.time(), origin=origin)

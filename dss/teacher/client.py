@@ -1,13 +1,15 @@
 """Sends a request and returns the reply, whatever happens to it on the way."""
 
 import asyncio
+import contextlib
 import email.utils
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx2
 import openai
@@ -22,6 +24,8 @@ HIDDEN = "[API key]"
 NO_KEY = "none"  # what a server that asks for no key is sent
 SHORTEST_KEY = 16  # characters; a shorter one is a word, which a teacher may write
 LONGEST_WAIT = 1e9  # seconds
+MOST_BYTES = 2**24  # of a reply
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPENAI_HOST = "api.openai.com"
 
 
@@ -86,8 +90,17 @@ class Client:
           timeout: seconds for a whole reply.
         """
         self._path, self._key, self._timeout = teacher.path, key, timeout
+        # What is packed small may unpack to gigabytes, and a key is not shown to a proxy on the
+        # way to this machine.
+        hooks = {"response": [_check_size]}
+        own = urlsplit(teacher.base_url).hostname in LOOPBACK
         self._client = openai.AsyncOpenAI(
-            api_key=key, base_url=teacher.base_url, max_retries=0, timeout=None
+            api_key=key,
+            base_url=teacher.base_url,
+            max_retries=0,
+            timeout=None,
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks, trust_env=not own),
         )
 
     async def send(self, body: Mapping[str, Any]) -> tuple[Reply, float | None]:
@@ -125,4 +138,35 @@ class Client:
         return Reply(status=status, code=None, response=self._hide(what))
 
     def _hide(self, text: str) -> str:
-        return text.replace(self._key, HIDDEN) if len(self._key) >= SHORTEST_KEY else text
+        if len(self._key) < SHORTEST_KEY:
+            return text
+        with contextlib.suppress(ValueError, RecursionError):  # JSON may write it in escapes
+            plain = json.dumps(json.loads(text))
+            text = plain if self._key in plain else text
+        return text.replace(self._key, HIDDEN)
+
+
+class _LimitedStream(httpx2.AsyncByteStream):
+    """A reply's body, which ends with an error where it is too long."""
+
+    def __init__(self, stream: httpx2.AsyncByteStream):
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        count = 0
+        async for chunk in self._stream:
+            count += len(chunk)
+            if count > MOST_BYTES:
+                raise httpx2.ReadError(f"a reply of more than {MOST_BYTES:,} bytes")
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _check_size(response: httpx2.Response) -> None:
+    packed = response.headers.get("content-encoding", "identity")
+    if packed != "identity":
+        raise httpx2.ReadError(f"a reply packed with {packed}, which was not asked for")
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    response.stream = _LimitedStream(response.stream)

@@ -1,6 +1,7 @@
 """An annotation put together: which examples, which prompt and teacher, and where it is kept."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,6 +26,7 @@ from dss.teacher.request import Teacher, Writer, file_name
 __all__ = ["Job", "dataset_job", "file_job"]
 
 JOURNAL_FILE = "journal.sqlite"
+LONGEST_NAME = 128  # characters; a file's name may have 255, of which the examples' are some
 PROMPT_OF = {"asdiv": "svamp"}  # of datasets that have none of their own name
 
 
@@ -172,8 +174,10 @@ class Job:
             facts: dict[str, Any] = {"outputs": sum(1 for _ in file)}
         for name in ("prompt", "cached", "completion"):
             facts[f"{name}_tokens"] = getattr(sent, name) + getattr(batch, name)
-        before = json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {}
-        if price is None and facts.items() <= before.items():
+        before = None
+        with contextlib.suppress(OSError, ValueError):  # none, or a broken one
+            before = json.loads(target.read_text(encoding="utf-8"))
+        if price is None and isinstance(before, dict) and facts.items() <= before.items():
             return
         facts |= {"cost": total_cost(price, sent, batch), "currency": price and price.currency}
         write_jsonl(target, [facts])
@@ -304,8 +308,12 @@ def dataset_job(
 
 
 def _name(name: str | None, teacher: Teacher) -> str:
-    if name is None:
-        return file_name(teacher.model)
-    if file_name(name) != name:
+    if name is not None and file_name(name) != name:
         raise UserError(f"--name {name!r}: use letters, digits, '_', '-' and '.'")
+    name = file_name(teacher.model) if name is None else name
+    if len(name) > LONGEST_NAME:
+        raise UserError(
+            f"{name[:20]}...: {len(name)} characters are too many for a file's name; give a "
+            "shorter one with --name"
+        )
     return name

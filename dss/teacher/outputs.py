@@ -40,6 +40,7 @@ class Sample:
     label: str | None
     raw: str
     finish_reason: str | None = None
+    reason: str | None = None  # why a text is unparsed, where that is not the text's own fault
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,8 @@ class Annotation:
             "raw": self.raw,
             "input_hash": hash_input(self.example.input),
         }
+        if reason := next((s.reason for s in self.samples if s.reason), None):
+            line["reason"] = reason
         if len(self.samples) > 1:
             line["vote"] = round(self.vote, 4)
             kept = ("rationale", "label", "status")
@@ -103,6 +106,7 @@ def read_sample(prompt: Prompt, example: Example, reply: Reply, *, hinted: bool)
         label=parsed.label,
         raw=text,
         finish_reason=reply.finish_reason,
+        reason=parsed.reason,
     )
 
 

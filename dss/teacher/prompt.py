@@ -24,6 +24,7 @@ from typing import Any
 
 import jinja2
 import jinja2.sandbox
+import regex
 import yaml
 
 from dss.data.equations import plain_equation
@@ -43,6 +44,7 @@ __all__ = ["Exemplar", "Form", "Parsed", "Prompt", "load_prompt", "prompt_names"
 SHIPPED = importlib.resources.files("dss.teacher") / "prompts"
 OURS = ("name", "source")  # fields of a prompt that its file does not give
 REASON = re.compile(r"[(,;:\n]| because | - | – | — ")  # begins what follows a label
+SEARCH_SECONDS = 5  # for a prompt's own pattern in a text; one that backtracks may take for ever
 SEPARATOR = "\n\n"  # between the exemplars of a plain completion
 ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -68,6 +70,7 @@ class Parsed:
     rationale: str
     label: str | None
     is_refusal: bool = False
+    reason: str | None = None  # why nothing was looked for in the whole text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Form:
 
     question: jinja2.Template
     answer: jinja2.Template
-    pattern: re.Pattern[str]
+    pattern: regex.Pattern[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +97,7 @@ class Prompt:
     form: Form
     hint: Form | None = None
     instruction: str = ""
-    choices_pattern: re.Pattern[str] | None = None
+    choices_pattern: regex.Pattern[str] | None = None
     labels: tuple[str, ...] = ()
     metric: str = "text"
     stop: tuple[str, ...] = ()
@@ -105,7 +108,14 @@ class Prompt:
         """Returns the labels that are possible for an input; none where any text is."""
         if self.choices_pattern is None:
             return self.labels
-        return tuple(choice.strip() for choice in self.choices_pattern.findall(text))
+        try:
+            found = self.choices_pattern.findall(text, timeout=SEARCH_SECONDS)
+        except TimeoutError:
+            raise UserError(
+                f"prompt {self.name}: choices_pattern takes more than {SEARCH_SECONDS} s on an "
+                f"input that begins {text[:40]!r}; make it simpler"
+            ) from None
+        return tuple(choice.strip() for choice in found)
 
     def is_same(self, label: str, other: str) -> bool:
         """Returns whether two labels count as one, by the prompt's metric."""
@@ -156,7 +166,10 @@ class Prompt:
         if answer:
             rationale, label = answer.rationale or "", answer.label
         else:
-            rationale, label = self._search(plain(text), example, hinted)
+            try:
+                rationale, label = self._search(plain(text), example, hinted)
+            except TimeoutError:
+                return Parsed("", None, reason=f"the pattern took more than {SEARCH_SECONDS} s")
         possible = self._possible(label, example.input) if label else None
         if hinted:
             assert example.label is not None
@@ -170,7 +183,7 @@ class Prompt:
         """Returns what the pattern finds; the question's last word, such as `Reasoning:`, may be
         repeated before the rationale.
         """
-        match = self._form(hinted).pattern.search(text)
+        match = self._form(hinted).pattern.search(text, timeout=SEARCH_SECONDS)
         if match is None:
             return "", None
         found = match.groupdict()
@@ -366,8 +379,8 @@ def _texts(where: str, value: Any) -> tuple[str, ...]:
     return tuple(_text(where, item) for item in value)
 
 
-def _pattern(where: str, value: Any) -> re.Pattern[str]:
+def _pattern(where: str, value: Any) -> regex.Pattern[str]:
     try:
-        return re.compile(_text(where, value))
-    except re.error as error:
+        return regex.compile(_text(where, value))
+    except regex.error as error:
         raise UserError(f"{where}: not a regular expression: {error}") from None

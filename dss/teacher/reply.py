@@ -75,6 +75,7 @@ class Reply:
         said = error.get("message") if error else None
         text = said if isinstance(said, str) and said.strip() else self.response
         line = _whole(" ".join(text.split())[:SHOWN])
+        line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
         return f"HTTP {self.code}: {line}" if self.code else line
 
 

@@ -99,7 +99,7 @@ def slow(reply: FakeReply) -> FakeReply:
     return FakeReply(body=reply.body, headers=reply.headers, delay=0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_interrupt_finishes_what_is_in_flight(tmp_path, number):
     numbers_file(tmp_path, 2000)
     with FakeEndpoint(lambda body: slow(right(body))) as endpoint:

@@ -8,7 +8,7 @@ import pytest
 from dss.errors import UserError
 from dss.reporting.analysis import analyse
 from dss.reporting.collect import collect
-from dss.reporting.figures import STYLES, draw_figures, save_figures
+from dss.reporting.figures import STYLES, Figure, draw_figures, save_figures
 from tests.reporting.fabricate import write_run
 
 
@@ -81,3 +81,9 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=re.escape("pip install 'dss[report]'")):
         _draw(tmp_path)
+
+
+def test_a_name_is_no_formula_in_a_spreadsheet(tmp_path):
+    figure = Figure("f", "curves", "t", "", b"", ("name", "value"), (("=1+1", -0.5), ("@x", 2.0)))
+    save_figures([figure], tmp_path)
+    assert (tmp_path / "f.csv").read_text().splitlines()[1:] == ["'=1+1,-0.5", "'@x,2.0"]

@@ -1,6 +1,9 @@
 import collections
+import dataclasses
 import email.utils
+import gzip
 import json
+import re
 import sqlite3
 import time
 
@@ -8,7 +11,10 @@ import pytest
 
 from dss.data.examples import hash_input
 from dss.errors import UserError
+from dss.teacher import prompt
 from dss.teacher.annotate import Progress
+from dss.teacher.job import file_job
+from dss.teacher.journal import Journal
 from dss.teacher.prices import Price
 from dss.testing import FakeEndpoint, FakeReply, chat_reply, completion_reply, last_question
 from tests.teacher.conftest import FastClock, label_of
@@ -462,6 +468,86 @@ def test_the_key_is_nowhere(numbers):
         numbers.ask(
             numbers.job(echo.url, samples=1, parameters={"top_p": 1}), key="sk-a-long-secret-1"
         )
+
+
+@pytest.mark.parametrize("written", ["sk-a-long\\u002dsecret-1", "sk\\u002da-long-secret-1"])
+def test_a_key_that_comes_back_in_escapes_is_hidden_too(numbers, written):
+    def answer(body):
+        body = chat_reply("KEY is 0.\nLabel: even").body.replace(b"KEY", written.encode())
+        return FakeReply(body=body)
+
+    with FakeEndpoint(answer) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job, key="sk-a-long-secret-1", max_requests=1)
+    assert lines_of(job)[0]["rationale"] == "[API key] is 0."
+    for path in job.folder.iterdir():
+        content = path.read_bytes()
+        assert b"long-secret" not in content, path
+        assert b"002dsecret" not in content, path
+
+
+def test_a_packed_reply_and_a_long_one_are_not_read(numbers):
+    bomb = FakeReply(body=gzip.compress(b" " * 10_000_000), headers={"content-encoding": "gzip"})
+    for reply, said in (
+        (bomb, "packed with gzip, which was not asked for"),
+        (FakeReply(body=b" " * (2**24 + 1)), "a reply of more than 16,777,216 bytes"),
+    ):
+        with FakeEndpoint(lambda _, reply=reply: reply) as endpoint:
+            job = numbers.job(endpoint.url)
+            numbers.ask(job, max_requests=1, attempts=1)
+        assert said in lines_of(job)[0]["raw"]
+        assert lines_of(job)[0]["status"] == "error"
+
+
+def test_a_pattern_that_backtracks_for_ever_leaves_the_row_unparsed(numbers, monkeypatch):
+    monkeypatch.setattr(prompt, "SEARCH_SECONDS", 0.2)
+    with FakeEndpoint(lambda body: right(body, text="a" * 60 + "\nLabel:x")) as endpoint:
+        job = numbers.job(endpoint.url)
+        path = job.folder / "slow.yaml"
+        text = (job.folder / "prompt.yaml").read_text()
+        several = "(?:\\w|\\w\\w|\\w\\w\\w|[ .])+"  # ways to read a word
+        slow = f"'\\A\\s*(?P<rationale>{several})(?:\\nLabel: |\\nAnswer: )(?P<label>.*)'"
+        path.write_text(
+            re.sub(r"(?m)^(form:(?:\n.*){2}\n  pattern: ).*$", lambda m: m[1] + slow, text)
+        )
+        job = file_job(job.source, str(path), job.writer.teacher, output=None, name=None)
+        numbers.ask(job, max_requests=1)
+    (line,) = lines_of(job)
+    assert (line["status"], line["rationale"]) == ("unparsed", "")
+    assert line["reason"] == "the pattern took more than 0.2 s"
+
+
+def test_a_broken_record_of_usage_is_written_again(numbers):
+    with FakeEndpoint(right) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job)
+    for broken in ("{", "[]", "3"):
+        job.file("usage.json").write_text(broken)
+        journal = Journal(job.journal_path)
+        job.save_usage(journal, None)
+        journal.close()
+        assert json.loads(job.file("usage.json").read_text())["outputs"] == 20
+
+
+def test_a_name_too_long_for_a_file_is_said_before_asking(numbers):
+    job = numbers.job()
+    teacher = dataclasses.replace(job.writer.teacher, model="m" * 300)
+    with pytest.raises(UserError, match="300 characters are too many for a file's name"):
+        file_job(job.source, str(job.folder / "prompt.yaml"), teacher, output=None, name=None)
+
+
+def test_a_message_cannot_command_a_terminal(numbers):
+    answer = failure(401, message="\x1b[2J\x1b]0;owned\x07 no")
+    with FakeEndpoint(lambda _: answer) as endpoint, pytest.raises(UserError) as caught:
+        numbers.ask(numbers.job(endpoint.url))
+    assert str(caught.value).isprintable()
+
+
+def test_a_proxy_is_not_asked_for_this_machine(numbers, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with FakeEndpoint(right) as endpoint:
+        assert numbers.ask(numbers.job(endpoint.url)).no_answer == 0
 
 
 def test_an_example_that_does_not_fit_ends_the_run_and_keeps_the_answers(numbers):

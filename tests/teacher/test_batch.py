@@ -71,6 +71,18 @@ def test_results_and_errors_come_back_in_any_order_and_twice(exported):
     assert [count for _, count in again] == [2]
 
 
+def test_results_with_one_id_are_told_apart_by_their_requests(exported):
+    job, journal, requests = exported
+    lines = [result(request, i) | {"id": "the same \ud83d"} for i, request in enumerate(requests)]
+    lines[0]["custom_id"] = "half \ud83d"
+    results = write_jsonl(job.folder / "results.jsonl", lines)
+    assert import_batch(journal, [results]) == {"new": 19, "before": 0, "unknown": 1}
+    lines[1]["response"]["status_code"] = 10**30
+    write_jsonl(results, lines[1:2])
+    with pytest.raises(UserError, match=r"results.jsonl:1: has neither a `response` with a status"):
+        import_batch(journal, [results])
+
+
 def test_a_batch_costs_what_the_price_file_says_of_batches(exported):
     job, journal, requests = exported
     results = [result(request, i) for i, request in enumerate(requests)]
