@@ -65,11 +65,12 @@ def _new_folder(path: epath.PathLike) -> Path:
 
 
 def _write_model(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> None:
-    experiment, params = run.experiment, checkpoints.leaves(step, "params")
-    huggingface_export.write_model(folder, run.config, params, experiment.decoding)
-    vocabulary = load_vocabulary(run.vocabulary_source)
+    experiment, vocabulary = run.experiment, load_vocabulary(run.vocabulary_source)
     length = experiment.data.inputs_length
     huggingface_export.write_tokenizer(folder, run.config, vocabulary, length)
+    huggingface_export.check_tokenizer(folder, vocabulary)
+    params = checkpoints.leaves(step, "params")
+    huggingface_export.write_model(folder, run.config, params, experiment.decoding)
 
 
 def _write_about(run: Run, step: int, form: str, folder: Path) -> None:

@@ -92,6 +92,11 @@ class _Source(seqio.FunctionDataSource):
         """The splits that there are; where there is none, all, so that reading says what lacks."""
         return [s for s, ours in SPLITS.items() if self._task.has(ours)] or list(SPLITS)
 
+    def num_input_examples(self, split: str) -> int | None:
+        """Returns how many rows a split has; None where its files are not there."""
+        ours = SPLITS[split]
+        return len(self._task.rows(ours)) if self._task.has(ours) else None
+
     def _rows(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # the rows are few; SeqIO shuffles them later
         rows = self._task.rows(SPLITS[split])
@@ -128,13 +133,17 @@ def _add_task(task: Task, vocabulary: seqio.Vocabulary) -> None:
     )
 
 
-def register_seqio(dataset: str, *, alpha: float = 0.5, vocabulary: str | None = None) -> list[str]:
-    """Registers every task and mixture of a dataset; those that are registered stay.
+def register_seqio(
+    dataset: str, *, alpha: float | None = None, vocabulary: str | None = None
+) -> list[str]:
+    """Registers every task and mixture of a dataset.
+
+    Those that are registered stay, unless another alpha or vocabulary is given than theirs.
 
     Args:
       dataset: a released one, or one given to `dss.data.register`.
-      alpha: rate of the label task in the mixtures of two.
-      vocabulary: of inputs and targets; see `vocabulary_source`.
+      alpha: rate of the label task in the mixtures of two; None: as registered, or 0.5.
+      vocabulary: of inputs and targets; None: as registered, or see `vocabulary_source`.
 
     Returns:
       Their names.
@@ -143,12 +152,20 @@ def register_seqio(dataset: str, *, alpha: float = 0.5, vocabulary: str | None =
       UserError: there is no such dataset.
     """
     names = mixture_names(dataset)
-    mixtures: list[Mixture] = [get_mixture(name, alpha) for name in names]
+    mixtures: list[Mixture] = [get_mixture(n, 0.5 if alpha is None else alpha) for n in names]
+    renewed = set()
+    for task in {task.name: task for mixture in mixtures for task in mixture.tasks}.values():
+        if task.name in seqio.TaskRegistry.names():
+            found = seqio.TaskRegistry.get(task.name).output_features["inputs"].vocabulary
+            if vocabulary is None or found == get_vocabulary(vocabulary):
+                continue
+            seqio.TaskRegistry.remove(task.name)
+        _add_task(task, get_vocabulary(vocabulary))
+        renewed.add(task.name)
     for mixture in mixtures:
-        for task in mixture.tasks:
-            if task.name not in seqio.TaskRegistry.names():
-                _add_task(task, get_vocabulary(vocabulary))
-    for mixture in mixtures:
+        is_new = alpha is not None or any(task.name in renewed for task in mixture.tasks)
+        if is_new and mixture.name in seqio.MixtureRegistry.names():
+            seqio.MixtureRegistry.remove(mixture.name)
         known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
         if mixture.name not in known:
             rates = [(t.name, r) for t, r in zip(mixture.tasks, mixture.rates, strict=True)]

@@ -1,13 +1,10 @@
 """Converts a Hugging Face T5 directory for CTranslate2, an inference engine for CPUs and GPUs."""
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dss.errors import UserError
-from dss.interop.huggingface_export import SPIECE
+from dss.interop.huggingface_export import SPIECE, quiet_transformers
 from dss.student.config import T5Config
 
 __all__ = ["NEEDS", "check_installed", "convert"]
@@ -33,7 +30,6 @@ def convert(source: Path, folder: Path, config: T5Config) -> None:
       folder: where; must not be there.
       config: the student's shape.
     """
-    import transformers
     from ctranslate2.converters import TransformersConverter
 
     class Converter(TransformersConverter):
@@ -44,19 +40,5 @@ def convert(source: Path, folder: Path, config: T5Config) -> None:
             return model
 
     files = [name for name in TOKENIZER if (source / name).is_file()]
-    with _quiet(transformers.utils.logging):
+    with quiet_transformers():
         Converter(str(source), copy_files=files).convert(str(folder))
-
-
-@contextlib.contextmanager
-def _quiet(logging: Any) -> Iterator[None]:
-    """Has transformers neither show bars nor warn that T5's head is not tied, which is right."""
-    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

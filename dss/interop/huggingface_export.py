@@ -1,6 +1,8 @@
 """Writes Hugging Face T5 directories, which transformers loads."""
 
+import contextlib
 import functools
+import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,14 @@ from dss.interop.huggingface import HEAD, tensor_name
 from dss.interop.shards import write_shards
 from dss.student.config import T5Config
 
-__all__ = ["SPIECE", "model_config", "write_model", "write_tokenizer"]
+__all__ = [
+    "SPIECE",
+    "check_tokenizer",
+    "model_config",
+    "quiet_transformers",
+    "write_model",
+    "write_tokenizer",
+]
 
 SPIECE = "spiece.model"
 SENTINELS = {"T5Tokenizer": 100, "ByT5Tokenizer": 125}  # ids above the pieces, <extra_id_0> last
@@ -137,6 +146,89 @@ def write_tokenizer(
             "clean_up_tokenization_spaces": False,  # decoding keeps the text as it is
         },
     )
+
+
+def check_tokenizer(folder: Path, vocabulary: Vocabulary) -> None:
+    """Checks that the tokenizer of an exported folder gives the ids that the student learnt.
+
+    Where transformers is installed it is asked about some hundred texts. What T5's tokenizer there
+    is known not to compute is refused without it.
+
+    Raises:
+      UserError: it gives others.
+    """
+    if isinstance(vocabulary, SentencePieceVocabulary):
+        differs = _beside_t5(vocabulary.path.read_bytes())
+        if differs:
+            raise UserError(
+                f"{vocabulary.path}: T5's tokenizer in transformers would give other ids: the "
+                f"model {' and '.join(differs)}, unlike T5's; export with --to t5x"
+            )
+    if importlib.util.find_spec("transformers") is None:
+        return
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        texts = [*PROBES, *_texts_of_pieces(vocabulary)]
+        theirs = tokenizer(texts).input_ids
+    for text, found in zip(texts, theirs, strict=True):
+        ours = [*vocabulary.encode(text), EOS]
+        if found != ours:
+            raise UserError(
+                f"transformers gives other ids for {text!r}: {found} where dss has {ours}; export "
+                "with --to t5x"
+            )
+
+
+PROBES = (
+    *("predict: The refund never came", "explain: 3 + 4.5 = 7.5", "  two  blanks ", "a</s>b"),
+    *("naïve Ünïcode Größe", "x_1[i] != 'y'", "UPPER lower 12,345.67", "a\nb\tc", "1/2 100% $5"),
+)
+PROBED_PIECES = 300
+
+
+def _texts_of_pieces(vocabulary: Vocabulary) -> list[str]:
+    """Returns texts that have pieces from all of a vocabulary."""
+    ids = range(EOS + 2, vocabulary.size, max(1, vocabulary.size // PROBED_PIECES))
+    words = (vocabulary.decode([i]) for i in ids)
+    # Of a run of one character several ways to cut it are as likely, and a tie may break otherwise.
+    return [f"of {word} and {word}s" for word in words if len(set(word)) > 1 or len(word) == 1]
+
+
+def _beside_t5(model: bytes) -> list[str]:
+    """Returns what of a SentencePiece model T5's tokenizer in transformers does not take over."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    trained, normalizer = proto.trainer_spec, proto.normalizer_spec
+    user_defined = proto.SentencePiece.USER_DEFINED
+    facts = {
+        "is no unigram model (it is BPE, words or characters)": trained.model_type
+        != trained.UNIGRAM,
+        "falls back to bytes": trained.byte_fallback,
+        "puts no blank before a text": not normalizer.add_dummy_prefix,
+        "keeps all blanks": not normalizer.remove_extra_whitespaces,
+        "puts blanks after words": trained.treat_whitespace_as_suffix,
+        "has symbols defined by a user": any(p.type == user_defined for p in proto.pieces),
+    }
+    return [fact for fact, is_so in facts.items() if is_so]
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Has transformers neither show bars nor warn that T5's head is not tied, which is right."""
+    from transformers.utils import logging
+
+    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -56,6 +56,33 @@ def test_metrics_and_labels_of_a_users_dataset(toy, monkeypatch):
     np.testing.assert_array_equal(row["inputs"], wanted)
 
 
+def test_what_is_given_later_counts_and_what_is_not_given_stays(toy, vocab_path, monkeypatch):
+    monkeypatch.setenv("DSS_VOCABULARY", "bytes")
+
+    def registered():
+        mixture = seqio.get_mixture_or_task("toy_step_by_step_rules")
+        rates = dict(mixture._task_to_rate.items())
+        return rates["toy_label_gold"], mixture.output_features["inputs"].vocabulary.vocab_size
+
+    register_seqio("toy", alpha=0.5, vocabulary="bytes")
+    assert registered() == (0.5, 259)
+    register_seqio("toy", alpha=0.9)
+    assert registered() == (0.9, 259)
+    register_seqio("toy")
+    assert registered() == (0.9, 259)
+    register_seqio("toy", vocabulary=str(vocab_path), alpha=0.9)
+    assert registered() == (0.9, 32100)
+    register_seqio("toy", alpha=0.5, vocabulary="bytes")
+
+
+def test_examples_are_counted(toy, monkeypatch):
+    monkeypatch.setenv("DSS_VOCABULARY", "bytes")
+    register_seqio("toy")
+    mixture = seqio.get_mixture_or_task("toy_step_by_step_rules")
+    assert mixture.num_input_examples("train") == 80
+    assert seqio.mixing_rate_num_examples(seqio.get_mixture_or_task("toy_label_gold")) == 40
+
+
 def _written(vocabulary, answers: list[str], length: int = 64) -> np.ndarray:
     """Returns what a student may write, [N, length]: right, wrong, odd ids, without an end."""
     rng = np.random.default_rng(0)

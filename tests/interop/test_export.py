@@ -8,13 +8,19 @@ import json
 import jax
 import numpy as np
 import pytest
+import sentencepiece
 from safetensors.numpy import load_file
 
 import dss
 from dss.cli import main as cli
 from dss.config import parse_gin
 from dss.data.tasks import get_mixture
-from dss.data.vocabulary import BYTES, encode_example, load_vocabulary
+from dss.data.vocabulary import (
+    BYTES,
+    SentencePieceVocabulary,
+    encode_example,
+    load_vocabulary,
+)
 from dss.errors import UserError
 from dss.evaluation.evaluator import DecodingConfig
 from dss.experiment import DataConfig, Experiment
@@ -193,6 +199,50 @@ def test_the_tokenizer_gives_our_ids_on_the_released_data(kind, data_root, vocab
     decoded = tokenizer.batch_decode(whole, skip_special_tokens=True)
     assert decoded == [vocabulary.decode(ids) for ids in whole]
     assert len(tokenizer) <= config.vocab_size
+
+
+OTHER_MODELS = {
+    "is no unigram model": {"model_type": "bpe"},
+    "falls back to bytes": {"byte_fallback": True, "vocab_size": 400},
+    "puts no blank before a text": {"add_dummy_prefix": False},
+    "keeps all blanks": {"remove_extra_whitespaces": False},
+    "puts blanks after words": {"treat_whitespace_as_suffix": True},
+    "has symbols defined by a user": {"user_defined_symbols": ["<x>"]},
+}
+
+
+def train_vocabulary(path, **options):
+    """Trains a small SentencePiece model with T5's special ids."""
+    draw = np.random.default_rng(0)
+    words = ["alpha", "beta", "crash", "invoice", "is", "good", "bad", "refund", "page"]
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(" ".join(draw.choice(words, 6)) for _ in range(500)),
+            model_writer=file,
+            minloglevel=2,
+            hard_vocab_limit=False,
+            **{"vocab_size": 60, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1} | options,
+        )
+    return path
+
+
+@pytest.mark.parametrize("what", OTHER_MODELS)
+def test_a_tokenizer_that_would_give_other_ids_is_refused(what, toy, tmp_path):
+    words = train_vocabulary(tmp_path / "words.model", **OTHER_MODELS[what])
+    run = make_run(tmp_path / "run", tiny_config(), words)
+    with pytest.raises(UserError, match=rf"would give other ids: the model {what}"):
+        export(run, "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_are_compared_when_a_folder_is_written(toy, tmp_path, monkeypatch):
+    words = train_vocabulary(tmp_path / "words.model")
+    run = make_run(tmp_path / "run", tiny_config(), words)
+    export(run, "hf", tmp_path / "out")
+    encode = SentencePieceVocabulary.encode
+    monkeypatch.setattr(SentencePieceVocabulary, "encode", lambda *args: [*encode(*args), 5])
+    with pytest.raises(UserError, match="transformers gives other ids for 'predict: The refund"):
+        export(run, "hf", tmp_path / "other")
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
