@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from dss.data.metrics import is_readable
 from dss.data.store import TokenStore
 from dss.data.tasks import Mixture
 from dss.data.vocabulary import UNK, Vocabulary, round_trip
@@ -72,6 +73,14 @@ def describe_labels(
         examples = mixture.dataset.examples("train", fraction=fraction, seed=seed)
     lines += describe_look_alikes(e.label for e in examples if e.label is not None)
     distinct = sorted({e.label.strip() for e in examples if e.label is not None})
+    metric = mixture.dataset.metric
+    unread = [label for label in distinct if not is_readable(metric, label)]
+    if unread:
+        shown = ", ".join(map(repr, unread[:SHOWN])) + (", ..." if len(unread) > SHOWN else "")
+        lines.append(
+            f"the metric {metric!r} cannot read {len(unread)} of {len(distinct)} different labels: "
+            f"{shown}; each is right against the same text alone"
+        )
     changed = [(a, b) for a in distinct if (b := round_trip(vocabulary, a)) != a]
     if changed:
         shown = ", ".join(f"{a!r} (written as {b!r})" for a, b in changed[:SHOWN])

@@ -82,3 +82,17 @@ def test_a_label_in_another_case_than_the_sets_is_told_which_one_it_is(tmp_path)
     path = write_jsonl(tmp_path / "train.jsonl", [{"input": "x", "label": "Bug "}])
     with pytest.raises(UserError, match=r"label 'Bug' is none of billing, bug; 'bug' is one"):
         list(stream_examples(path, "train", ("billing", "bug")))
+
+
+def test_labels_that_their_metric_cannot_read_are_counted(tmp_path):
+    labels = ("1,200", "(1 + 2)", "a dozen", "12 apples")
+    rows = [{"input": f"x {i}", "label": label} for i, label in enumerate(labels)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "valid.jsonl", rows)
+    register("sums", tmp_path, metric="equation")
+    mixture, bytes_ = get_mixture("sums_finetune"), load_vocabulary("bytes")
+    (line,) = describe_labels(mixture, bytes_, open_store(mixture, "train", bytes_, **LENGTHS))
+    assert line == (
+        "the metric 'equation' cannot read 2 of 4 different labels: '12 apples', 'a dozen'; each "
+        "is right against the same text alone"
+    )
