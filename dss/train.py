@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import signal
 from typing import Any, Literal
 
@@ -54,7 +55,7 @@ from dss.training.loss import LossConfig
 from dss.training.mesh import make_mesh, put_batch
 from dss.training.metrics import MetricsWriter
 from dss.training.optimizer import make_optimizer
-from dss.training.processes import StopSignal
+from dss.training.processes import StopSignal, all_agree, leaders_text
 from dss.training.step import (
     TrainState,
     init_state,
@@ -259,6 +260,31 @@ def _loss_config(experiment: Experiment, mixture: Mixture) -> LossConfig:
     )
 
 
+def _check_processes_agree(experiment: Experiment) -> None:
+    """Raises the user's error in every process where one was given another experiment."""
+    mine = _values("", experiment)
+    leaders = json.loads(leaders_text(json.dumps(mine)))
+    differs = [
+        f"{name} = {leaders.get(name)} and this one {mine.get(name)}"
+        for name in leaders | mine
+        if leaders.get(name) != mine.get(name)
+    ]
+    if all_agree(not differs):
+        return
+    what = f"process 0 has {'; '.join(differs)}" if differs else "another process has other values"
+    raise UserError(f"the processes of a run need the same arguments: {what}")
+
+
+def _values(name: str, value: Any) -> dict[str, str]:
+    """Returns each value of nested configurations as it is written, by its name."""
+    if not dataclasses.is_dataclass(value):
+        return {name: repr(value)}
+    out = {}
+    for field in dataclasses.fields(value):
+        out |= _values(f"{name}.{field.name}".strip("."), getattr(value, field.name))
+    return out
+
+
 def _changed_files(run: Run, files: dict[str, str], *, accept: bool) -> list[str]:
     """Returns the names of the files that have changed since a run began or went on.
 
@@ -337,6 +363,7 @@ def _run(
 ) -> Result:
     # Data and student.
     experiment = settle_data(experiment)
+    _check_processes_agree(experiment)
     mixture = _mixture(experiment)
     valid_mixture = mixture.available("valid")
     files = hash_files({"train": mixture, "valid": valid_mixture})

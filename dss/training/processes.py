@@ -24,6 +24,7 @@ __all__ = [
     "has_others",
     "is_leader",
     "join_processes",
+    "leaders_text",
     "wait_for_all",
 ]
 
@@ -104,6 +105,18 @@ def all_agree(mine: bool) -> bool:
     if jax.process_count() == 1:
         return mine
     return bool(multihost_utils.process_allgather(np.array(mine)).all())
+
+
+def leaders_text(text: str) -> str:
+    """Returns the text that process 0 has."""
+    if jax.process_count() == 1:
+        return text
+    content = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(content))))
+    padded = np.resize(content, size) if is_leader() else np.zeros(size, np.uint8)
+    return (
+        np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes().decode()
+    )
 
 
 class StopSignal:

@@ -195,6 +195,17 @@ def test_each_process_reads_its_part_of_an_initial_checkpoint(train, shared, tmp
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_processes_with_other_arguments_are_refused_before_the_first_step(train, tmp_path):
+    alphas = iter((0.5, 0.9))
+    processes = start_together(
+        TOGETHER, lambda env: train(tmp_path / "run", f"--gin.ALPHA={next(alphas)}", env=env)
+    )
+    leader, other = [finish(process, 2) for process in processes]
+    assert "the same arguments: another process has other values" in leader
+    assert "the same arguments: process 0 has alpha = 0.5 and this one 0.9\n" in other
+    assert not (tmp_path / "run").exists()
+
+
 def test_processes_that_cannot_find_each_other_say_what_is_missing(train, tmp_path):
     env = os.environ | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}
     said = finish(train(tmp_path / "run", env=env), 2)
