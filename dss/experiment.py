@@ -36,7 +36,8 @@ class DataConfig:
 
     def __post_init__(self):
         if isinstance(self.labels, str):  # as on a command line: billing,bug
-            labels = tuple(label.strip() for label in self.labels.split(","))
+            parts = map(str.strip, self.labels.split(","))
+            labels = tuple(filter(None, parts))
             object.__setattr__(self, "labels", labels)
         check_types(self)
         if not 0 < self.fraction <= 1:

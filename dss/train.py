@@ -53,9 +53,9 @@ from dss.student.network import abstract_params, init_params
 from dss.training.checkpoints import Checkpoints, abstract_like, largest_part
 from dss.training.loss import LossConfig
 from dss.training.mesh import make_mesh, put_batch
-from dss.training.metrics import MetricsWriter
+from dss.training.metrics import MetricsWriter, read_metrics
 from dss.training.optimizer import make_optimizer
-from dss.training.processes import StopSignal, all_agree, leaders_text
+from dss.training.processes import StopSignal, all_agree, is_leader, leaders_text
 from dss.training.step import (
     TrainState,
     init_state,
@@ -260,9 +260,13 @@ def _loss_config(experiment: Experiment, mixture: Mixture) -> LossConfig:
     )
 
 
-def _check_processes_agree(experiment: Experiment) -> None:
-    """Raises the user's error in every process where one was given another experiment."""
-    mine = _values("", experiment)
+# Where things lie may differ from machine to machine.
+PLACES = ("run_dir", "vocabulary", "initial_checkpoint", "data.root", "data.dataset_path")
+
+
+def _check_processes_agree(mine: dict[str, str]) -> None:
+    """Raises the user's error in every process where one was given other arguments or data."""
+    mine = {name: value for name, value in mine.items() if name not in PLACES}
     leaders = json.loads(leaders_text(json.dumps(mine)))
     differs = [
         f"{name} = {leaders.get(name)} and this one {mine.get(name)}"
@@ -272,14 +276,14 @@ def _check_processes_agree(experiment: Experiment) -> None:
     if all_agree(not differs):
         return
     what = f"process 0 has {'; '.join(differs)}" if differs else "another process has other values"
-    raise UserError(f"the processes of a run need the same arguments: {what}")
+    raise UserError(f"the processes of a run need the same arguments and data: {what}")
 
 
 def _values(name: str, value: Any) -> dict[str, str]:
     """Returns each value of nested configurations as it is written, by its name."""
     if not dataclasses.is_dataclass(value):
         return {name: repr(value)}
-    out = {}
+    out: dict[str, str] = {}
     for field in dataclasses.fields(value):
         out |= _values(f"{name}.{field.name}".strip("."), getattr(value, field.name))
     return out
@@ -331,6 +335,13 @@ def run_experiment(
     return result
 
 
+def _earlier_scores(run: Run, score: str, start: int) -> dict[int, float]:
+    """Returns a run's evaluations up to a step, by their step, as process 0 reads them."""
+    lines = read_metrics(run.folder / "metrics.jsonl") if is_leader() else []
+    found = [(x["step"], x[score]) for x in lines if score in x and x["step"] <= start]
+    return dict(json.loads(leaders_text(json.dumps(found))))
+
+
 MANY_EPOCHS = 50
 
 
@@ -363,10 +374,11 @@ def _run(
 ) -> Result:
     # Data and student.
     experiment = settle_data(experiment)
-    _check_processes_agree(experiment)
     mixture = _mixture(experiment)
     valid_mixture = mixture.available("valid")
     files = hash_files({"train": mixture, "valid": valid_mixture})
+    accepted = {"--changed-data=accept": repr(accept_changed_data)}
+    _check_processes_agree(_values("", experiment) | files | accepted)
     run, initial = _open_run(experiment, resume)
     changed = _changed_files(run, files, accept=accept_changed_data)
     experiment, config = run.experiment, run.config
@@ -461,6 +473,8 @@ def _run(
         return values | {f"valid/{scored.metric}": scored.value}
 
     # The loop.
+    score = f"valid/{metric_name(mixture)}"
+    earlier_scores = _earlier_scores(run, score, start)
     metrics = MetricsWriter(run.folder, start)
     try:
         with StopSignal() as stop:
@@ -472,12 +486,13 @@ def _run(
                 task_names=mixture.short_names,
                 examples_per_step=experiment.batch_size,
                 evaluate=evaluate,
-                score=f"valid/{metric_name(mixture)}",
+                score=score,
                 checkpoints=checkpoints,
                 metrics=metrics,
                 progress=progress,
                 stop=stop,
                 row_ids=row_ids,
+                earlier_scores=earlier_scores,
             )
         result = Result(int(state.step), stop.received, checkpoints.best)
     except BaseException:

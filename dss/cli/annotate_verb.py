@@ -225,7 +225,12 @@ def _ask(args: argparse.Namespace, job: "Job", price: "Price | None") -> int:
     limits, teacher = _limits(args), job.writer.teacher
     client = Client(teacher, api_key(args.key_env, teacher.base_url), limits.timeout)
     with _journal(job) as journal:
-        total = job.check(journal, replace=args.replace, most_requests=limits.max_requests)
+        total = job.check(
+            journal,
+            parquet=args.parquet,
+            replace=args.replace,
+            most_requests=limits.max_requests,
+        )
         progress = AnnotateProgress(display_for("request", total * teacher.samples), price)
         annotator = Annotator(journal, job.writer, client, limits, price=price, progress=progress)
         try:

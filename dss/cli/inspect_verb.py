@@ -1,10 +1,12 @@
 """`dss inspect`."""
 
 import argparse
+import contextlib
 from typing import TYPE_CHECKING
 
 from dss.cli.options import add_gin_options
 from dss.cli.tables import make_console, make_table
+from dss.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,9 +160,10 @@ def _ledgers(
     from dss.train import split_store
 
     if vocabulary is not None:
-        store = split_store(experiment, mixture, split, vocabulary)
-        pairs = zip(mixture.tasks, store.tasks, strict=True)
-        return [(task, tokens.ledger) for task, tokens in pairs if tokens.ledger is not None]
+        with contextlib.suppress(UserError):  # no rows: said after the table that shows why
+            store = split_store(experiment, mixture, split, vocabulary)
+            pairs = zip(mixture.tasks, store.tasks, strict=True)
+            return [(task, tokens.ledger) for task, tokens in pairs if tokens.ledger is not None]
     fraction = experiment.data.fraction
     return [
         (

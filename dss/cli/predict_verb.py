@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
+OWN = ("label", "rationale", "truncated")  # fields that a student fills
 CHUNK = 1024  # inputs read before their predictions are written
 
 
@@ -56,7 +57,7 @@ def _standard_input() -> Iterator[tuple[str, dict[str, Any]]]:
     from dss.data.examples import read_json
     from dss.paths import BYTE_ORDER_MARK
 
-    lines = (line for line in enumerate(sys.stdin.buffer, 1) if line[1].strip())
+    lines = enumerate(sys.stdin.buffer, 1)
     first = list(itertools.islice(lines, 2))
     if len(first) == 2 and _is_table(*(content for _, content in first)):
         raise UserError(
@@ -66,14 +67,16 @@ def _standard_input() -> Iterator[tuple[str, dict[str, Any]]]:
     for number, content in itertools.chain(first, lines):
         where = f"standard input:{number}"
         try:
-            line = content.decode().strip().removeprefix(BYTE_ORDER_MARK)
+            line = content.decode().strip().removeprefix(BYTE_ORDER_MARK).strip()
         except UnicodeDecodeError:
             raise UserError(f"{where}: not UTF-8") from None
         value: Any = line
+        if not line:
+            continue
         if line.startswith("{"):
             value = read_json(where, line)
         elif line[0] in '["':
-            with contextlib.suppress(json.JSONDecodeError):  # a text that begins so
+            with contextlib.suppress(ValueError, RecursionError):  # a text that begins so
                 value = json.loads(line)
         if isinstance(value, list):
             raise UserError(f"{where}: a JSON array; give one object with an 'input' a line")
@@ -148,9 +151,9 @@ def run(args: argparse.Namespace) -> int:
             rationales = explain(predictor, mixture, texts, length) if args.rationale else None
             for i, (example, row) in enumerate(chunk):
                 line: dict[str, Any] = {"id": example.id, "input": example.input}
-                line |= {name: value for name, value in row.items() if name not in line}
-                if "label" in line:  # the row's own
-                    line["gold"] = line.pop("label")
+                line |= {name: row[name] for name in row if name not in (*line, *OWN)}
+                if "label" in row:
+                    line.setdefault("gold", row["label"])
                 line["label"] = labels[i]
                 if rationales is not None:
                     line["rationale"] = rationales[i]

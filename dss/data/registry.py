@@ -272,7 +272,8 @@ def register(
         raise UserError(f"{path}: no such file or folder; dataset {name!r} should be there")
     if metric not in METRICS:
         raise unknown_name("metric", metric, METRICS)
-    _registered[name] = Dataset(name, JsonlSource(path, tuple(labels)), metric, tuple(labels))
+    labels = tuple(label.strip() for label in labels)
+    _registered[name] = Dataset(name, JsonlSource(path, labels), metric, labels)
     return _registered[name]
 
 

@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import json
 import re
 import shutil
 import tempfile
@@ -15,6 +14,7 @@ import numpy as np
 from etils import epath
 from safetensors import safe_open
 
+from dss.data.examples import read_json
 from dss.data.vocabulary import BYTES
 from dss.errors import UserError
 from dss.interop.assemble import assemble
@@ -89,12 +89,12 @@ def _download(folder: epath.Path) -> Path:
 
 
 def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; a Hugging Face T5 folder has one")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; a Hugging Face T5 folder has one") from None
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{path}: not JSON: {error}") from None
+        value = read_json(str(path), path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: a {type(value).__name__}, not a JSON object")
     return value
@@ -117,6 +117,8 @@ def read_config(folder: Path) -> T5Config:
     if kind == "umt5":
         raise UserError(f"{path}: umt5 has a position bias in every layer, which is not supported")
     projection = raw.get("feed_forward_proj") or ("gated-gelu" if kind == "mt5" else "relu")
+    if not isinstance(projection, str):
+        raise UserError(f"{path}: feed_forward_proj is {projection!r}; it should be text")
     gated = projection.startswith("gated-")
     activation = projection.removeprefix("gated-")
     if projection == "gated-gelu":  # its old meaning: the tanh approximation

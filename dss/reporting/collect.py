@@ -285,8 +285,9 @@ def _judged_otherwise(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
                     (
                         run.name,
                         f"{differ:,} of its {len(evaluation.judged):,} {evaluation.split} examples "
-                        f"have the ids of {name}'s and another input or label: the data changed "
-                        "in between; they are left out of comparisons",
+                        f"have the ids of {name}'s and another input or target: the data changed "
+                        "in between, or a teacher's labels are judged by; they are left out of "
+                        "comparisons",
                     )
                 )
     return out
@@ -353,6 +354,12 @@ def _parse_mixture(name: str, dataset: str | None) -> tuple[str, str, str | None
     return dataset, rest.replace("_", " ") or "unknown", None
 
 
+def _hash_judged(text: str, metric: str) -> str:
+    """Returns the hash of an input and its target; a rationale to resemble is a teacher's own."""
+    value = json.loads(text)
+    return hash_input(json.dumps(value if metric == "accuracy" else value[:1]))
+
+
 def _read_evaluation(path: epath.Path) -> EvaluationRecord:
     mixture, split, step = path.stem.rsplit("-", 2)
     with path.open(encoding="utf-8") as file:
@@ -365,7 +372,7 @@ def _read_evaluation(path: epath.Path) -> EvaluationRecord:
         if not isinstance(score, int | float) or not math.isfinite(score) or "id" not in line:
             raise UserError(f"{where}: no id and score; `dss eval` writes the file again")
         scores[str(line["id"])] = float(score)
-        judged[str(line["id"])] = hash_input(json.dumps([line.get("input"), line.get("target")]))
+        judged[str(line["id"])] = json.dumps([line.get("input"), line.get("target")])
         if number % stride == 0:
             shown.append(line)
     if not scores:
@@ -382,7 +389,7 @@ def _read_evaluation(path: epath.Path) -> EvaluationRecord:
         step=int(step),
         metric=metric,
         scores=scores,
-        judged=judged,
+        judged={id_: _hash_judged(text, metric) for id_, text in judged.items()},
         teachers=said.get("teachers") or {},
         majority=max(counts) / sum(counts) if any(counts) else None,
         shown=shown,

@@ -436,6 +436,8 @@ class Annotator:
 
         caught = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_IGN:  # as nohup has it
+                continue
             # Only the main thread may; in other ones nobody presses Ctrl-C.
             with contextlib.suppress(ValueError, RuntimeError):
                 loop.add_signal_handler(number, end)

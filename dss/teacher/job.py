@@ -74,12 +74,18 @@ class Job:
             yield from stream_examples(self.source, split, self.writer.prompt.labels)
 
     def check(
-        self, journal: Journal, *, replace: bool = False, most_requests: int | None = None
+        self,
+        journal: Journal,
+        *,
+        parquet: bool = False,
+        replace: bool = False,
+        most_requests: int | None = None,
     ) -> int:
         """Returns how many examples there are, when all is fit to be asked about.
 
         Args:
           journal: of the folder.
+          parquet: a Parquet file will be written too.
           replace: files that are there may be written over, whatever is lost.
           most_requests: how many may be sent; None for any number.
 
@@ -88,19 +94,20 @@ class Job:
             somebody else where something would be written; or more answers in the outputs that
             would be lost than requests that may be sent.
         """
-        count = 0
+        ids = set()
         for example in self.examples():
-            count += 1
+            ids.add(example.id)
             if self.writer.teacher.hinted and example.label is None:
                 self.writer.requests(example)  # says so
-        if not count:
+        if not ids:
             raise UserError(f"{self.source}: no examples")
-        self._check_own(journal, replace=replace)
-        if not replace and most_requests is not None:
+        self._check_own(journal, parquet=parquet, replace=replace)
+        if not replace:
             lost = self._ok_lines() - {a.example.id for a in self._found(journal) if a.is_ok}
-            if len(lost) > most_requests:
+            few = most_requests is not None and len(lost) > most_requests
+            if few or lost - ids:  # as no answer can come for these
                 raise UserError(self._would_lose(len(lost)))
-        return count
+        return len(ids)
 
     def export(
         self, journal: Journal, *, parquet: bool = False, replace: bool = False
@@ -122,7 +129,7 @@ class Job:
         Raises:
           UserError: a file of somebody else is there, or one with answers that would be lost.
         """
-        self._check_own(journal, replace=replace)
+        self._check_own(journal, parquet=parquet, replace=replace)
         copy, table, target = self._copy, self.file("parquet"), self.file("jsonl")
         has_any = next(self._found(journal), None) is not None
         if has_any and not replace:
@@ -151,6 +158,7 @@ class Job:
             write_jsonl(copy, (dataclasses.asdict(example) for example in self.examples()))
             journal.set_export(copy, fingerprint)
         if parquet and has_any and not is_current(table):
+            claim(table)
             write_parquet(table, self._found(journal), self.name)
             journal.set_export(table, fingerprint)
         if is_current(target) or (target.exists() and not has_any):
@@ -206,13 +214,18 @@ class Job:
             "--replace"
         )
 
-    def _check_own(self, journal: Journal, *, replace: bool) -> None:
+    def _check_own(self, journal: Journal, *, parquet: bool, replace: bool) -> None:
         """Raises the user's error where a file to be written is another's than this job's."""
         if replace:
             return
         copy, target = self._copy, self.file("jsonl")
+        table = self.file("parquet") if parquet else None
         source, model = self._owner
-        for path, owner in ((copy, (source,)), (target, (source, model))):
+        for path, owner in (
+            (copy, (source,)),
+            (target, (source, model)),
+            (table, (source, model)),
+        ):
             if path is None or not path.exists():
                 continue
             exported = journal.export_of(path)

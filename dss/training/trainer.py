@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -30,11 +30,12 @@ class TrainerConfig:
         check_types(self)
         check_at_least(self, 1, "train_steps", "eval_period", "log_period", "patience")
 
-    def has_lost_patience(self, step: int, best: int | None) -> bool:
-        """Returns whether training ends at a step, by the step of the best checkpoint so far."""
-        if self.patience is None or best is None:
+    def has_lost_patience(self, scores: Mapping[int, float]) -> bool:
+        """Returns whether training ends, by the scores of all evaluations so far, by their step."""
+        if self.patience is None or not scores:
             return False
-        return step - best >= self.patience * self.eval_period
+        best = max(scores, key=lambda step: (scores[step], -step))
+        return sum(step > best for step in scores) >= self.patience
 
 
 class Progress:
@@ -82,6 +83,7 @@ def train(
     progress: Progress,
     stop: StopSignal,
     row_ids: Callable[[int], list[str]],
+    earlier_scores: Mapping[int, float],
 ) -> TrainState:
     """Trains from the state's step to the end, to the end of patience, or until a stop signal.
 
@@ -99,6 +101,7 @@ def train(
       progress: told of each logged step and evaluation.
       stop: an open `StopSignal`.
       row_ids: returns the ids of the examples of a step, counted from 0.
+      earlier_scores: of the evaluations up to the state's step, by their step.
 
     Returns:
       The last state. It is saved, whole on disk.
@@ -121,7 +124,8 @@ def train(
                     raise _not_finite(said, ", ".join(row_ids(i)), checkpoints)
         pending.clear()
 
-    done = config.has_lost_patience(step, checkpoints.best)
+    scores = dict(earlier_scores)
+    done = config.has_lost_patience(scores)
     while step < config.train_steps and not done and not stop.before(step):
         began = time.monotonic()
         batch = next(batches)
@@ -150,7 +154,8 @@ def train(
             progress.evaluated(step, numbers)
             metrics.sync()
             checkpoints.save(state, numbers[score])
-            done = config.has_lost_patience(step, checkpoints.best)
+            scores[step] = numbers[score]
+            done = config.has_lost_patience(scores)
             clock, clock_step = time.monotonic(), step
     if spent:
         progress.finished(waited / spent)

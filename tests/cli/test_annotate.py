@@ -157,6 +157,22 @@ def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
     assert (tmp_path / "numbers.rules.jsonl").read_text() == mine
 
 
+def test_a_parquet_file_of_others_and_outputs_of_removed_examples_are_kept(given, tmp_path, capsys):
+    table = tmp_path / "numbers.m.parquet"
+    table.write_bytes(b"mine")
+    with FakeEndpoint(right) as endpoint:
+        url = f"--base-url={endpoint.url}"
+        assert cli.main([*given, url, "--parquet"]) == 2
+        assert endpoint.count == 0
+        assert cli.main([*given, url]) == 0
+        numbers_file(tmp_path, 19)
+        assert cli.main([*given, url, "--samples=2", "--temperature=1"]) == 2
+        assert endpoint.count == 20
+        assert cli.main([*given, url, "--replace"]) == 0
+    assert table.read_bytes() == b"mine"
+    assert len((tmp_path / "numbers.m.jsonl").read_text().splitlines()) == 19
+
+
 def test_names_that_differ_stay_different(tmp_path):
     assert file_name("模型") != file_name("モデ")
     for name in ("my-model", "my_model"):

@@ -212,4 +212,23 @@ def test_an_array_is_no_json_lines(tmp_path):
 
 
 def test_labels_may_be_given_with_commas():
-    assert parse_gin([], ["DATASET_LABELS=billing, bug"]).data.labels == ("billing", "bug")
+    for given, labels in (("billing, bug,", ("billing", "bug")), ("''", ())):
+        assert parse_gin([], [f"DATASET_LABELS={given}"]).data.labels == labels
+
+
+def test_blanks_around_labels_are_no_part_of_them(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"input": f"x {i}", "label": "yes "} for i in range(4)])
+    dataset = register("blanks", tmp_path, labels=("yes ", " no"))
+    assert dataset.labels == ("yes", "no")
+    assert {e.label for e in dataset.examples("train")} == {"yes"}
+
+
+def test_inspect_shows_the_ledger_where_a_task_has_no_rows(tmp_path, vocab_path):
+    rows = [{"input": f"x {i}", "label": "a"} for i in range(4)]
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    outputs = [{"id": f"train-{i}", "status": "refused"} for i in range(4)]
+    write_jsonl(tmp_path / "data" / "train.t.jsonl", outputs)
+    flags = [f"--gin.DATASET_PATH={tmp_path / 'data'}", f"--gin.VOCABULARY={vocab_path}"]
+    said = call("inspect", "data_step_by_step_t", *flags, status=2)
+    assert ["refused", "0", "3"] in [line.split() for line in said.splitlines()]
+    assert "data_rationale_t: no train rows: of 4 3 refused, 1 in another split" in said

@@ -201,8 +201,8 @@ def test_processes_with_other_arguments_are_refused_before_the_first_step(train,
         TOGETHER, lambda env: train(tmp_path / "run", f"--gin.ALPHA={next(alphas)}", env=env)
     )
     leader, other = [finish(process, 2) for process in processes]
-    assert "the same arguments: another process has other values" in leader
-    assert "the same arguments: process 0 has alpha = 0.5 and this one 0.9\n" in other
+    assert "the same arguments and data: another process has other values" in leader
+    assert "the same arguments and data: process 0 has alpha = 0.5 and this one 0.9\n" in other
     assert not (tmp_path / "run").exists()
 
 

@@ -258,6 +258,13 @@ def test_what_is_no_line_of_input_is_refused(undisturbed, given, message):
 
 
 def test_a_text_on_standard_input_may_look_like_json(undisturbed):
+    strange = codecs.BOM_UTF8 + b"\n\xc2\xa0\n" + b"[" * 9999 + b"\n[" + b"9" * 5000 + b"]"
+    texts = [
+        json.loads(s)["input"]
+        for s in call("predict", undisturbed, stdin=strange).splitlines()
+        if s[0] == "{"
+    ]
+    assert [len(text) for text in texts] == [9999, 5002]
     out = call("predict", undisturbed, stdin=b'"is 3 \\"good\\""\n[sic], he said\nwell, yes\n')
     texts = [json.loads(line)["input"] for line in out.splitlines()]
     assert texts == ['is 3 "good"', "[sic], he said", "well, yes"]

@@ -1,6 +1,7 @@
 """Hugging Face folders that are not quite a T5's: none is read as if it were."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -123,3 +124,27 @@ def test_an_adapter_float8_and_a_file_elsewhere_are_one_line(folder, tmp_path, c
         printed = capsys.readouterr().err
         assert message in printed
         assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "not JSON that can be read"),
+        ("{", "not JSON"),
+        ("[]", "a list, not a JSON object"),
+        ('{"model_type": "t5", "feed_forward_proj": 3}', "feed_forward_proj is 3"),
+        ('{"model_type": "t5", "feed_forward_proj": ["gelu"]}', "feed_forward_proj is"),
+    ],
+)
+def test_a_config_that_is_none_is_one_line(folder, text, message):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        huggingface.read_config(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder):
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(UserError, match=r"config\.json: missing"):
+        huggingface.read_config(folder)

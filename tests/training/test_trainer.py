@@ -52,6 +52,7 @@ def run(
             progress=Progress(),
             stop=StopAt(stop),
             row_ids=lambda step: [f"row-{step}-{i}" for i in range(2)],
+            earlier_scores={k: v for k, v in (scores or {}).items() if k <= start},
         )
     finally:
         checkpoints.wait()
@@ -77,6 +78,9 @@ def test_a_run_that_gets_no_better_ends_with_its_patience(tmp_path):
     assert saved(tmp_path) == "4 6 8"
     run(tmp_path / "other", {}, **options | {"patience": 3})
     assert saved(tmp_path / "other").endswith(" 10")
+    better = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.4, 10: 0.5}  # each in time
+    run(tmp_path / "better", {}, **options | {"patience": 1, "scores": better})
+    assert saved(tmp_path / "better").endswith(" 10")
 
 
 @pytest.mark.parametrize(("metric", "name"), [("loss", "loss"), ("grad_norm", "gradient's norm")])
