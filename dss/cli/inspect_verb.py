@@ -138,6 +138,8 @@ def _print_ledgers(
     from dss.data.ledger import LEFT_OUT, USED
 
     for split in _splits(mixture):
+        if not any(task.has(split) for task in mixture.tasks):
+            continue
         ledgers = _ledgers(mixture.available(split), split, experiment, vocabulary)
         table = make_table(f"{split}: the file's rows", "rows", *(task.name for task, _ in ledgers))
         for fate in (*USED, *LEFT_OUT):

@@ -232,3 +232,10 @@ def test_inspect_shows_the_ledger_where_a_task_has_no_rows(tmp_path, vocab_path)
     said = call("inspect", "data_step_by_step_t", *flags, status=2)
     assert ["refused", "0", "3"] in [line.split() for line in said.splitlines()]
     assert "data_rationale_t: no train rows: of 4 3 refused, 1 in another split" in said
+
+
+def test_inspect_passes_over_a_split_that_no_task_has(folder):
+    name = folder.name.replace("-", "_")
+    said = call("inspect", f"{name}_rationale_t", f"--gin.DATASET_PATH={folder}")
+    assert "train: the file's rows" in said
+    assert "valid: the file's rows" not in said  # it has no outputs of the teacher
