@@ -436,7 +436,7 @@ class Annotator:
 
         caught = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_IGN:  # as nohup has it
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
             # Only the main thread may; in other ones nobody presses Ctrl-C.
             with contextlib.suppress(ValueError, RuntimeError):

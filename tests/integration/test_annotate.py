@@ -104,7 +104,13 @@ def test_an_interrupt_finishes_what_is_in_flight(tmp_path, number):
     numbers_file(tmp_path, 2000)
     with FakeEndpoint(lambda body: slow(right(body))) as endpoint:
         args = command(tmp_path, endpoint.url)
-        process = subprocess.Popen([*DSS, *args], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*DSS, *args],
+            stdout=subprocess.PIPE,
+            text=True,
+            # The suite itself may run under nohup.
+            preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+        )
         while endpoint.count < 50:
             time.sleep(0.01)
         process.send_signal(number)
