@@ -64,13 +64,14 @@ def _new_folder(path: epath.PathLike) -> Path:
     return folder
 
 
-def _write_model(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> None:
+def _write_model(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
     experiment, vocabulary = run.experiment, load_vocabulary(run.vocabulary_source)
     length = experiment.data.inputs_length
     huggingface_export.write_tokenizer(folder, run.config, vocabulary, length)
-    huggingface_export.check_tokenizer(folder, vocabulary)
+    note = huggingface_export.check_tokenizer(folder, vocabulary)
     params = checkpoints.leaves(step, "params")
     huggingface_export.write_model(folder, run.config, params, experiment.decoding)
+    return note
 
 
 def _write_about(run: Run, step: int, form: str, folder: Path) -> None:
@@ -82,9 +83,9 @@ def _write_about(run: Run, step: int, form: str, folder: Path) -> None:
 
 
 def _hugging_face(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
-    _write_model(run, checkpoints, step, folder)
+    note = _write_model(run, checkpoints, step, folder)
     _write_about(run, step, "hf", folder)
-    return ""
+    return note
 
 
 def _t5x(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
@@ -97,11 +98,11 @@ def _t5x(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
 def _ctranslate2(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
     ctranslate2_export.check_installed()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as between:
-        _write_model(run, checkpoints, step, Path(between))
+        note = _write_model(run, checkpoints, step, Path(between))
         folder.rmdir()  # the converter makes it
         ctranslate2_export.convert(Path(between), folder, run.config)
     _write_about(run, step, "ctranslate2", folder)
-    return ""
+    return note
 
 
 FORMATS: dict[str, Callable[[Run, Checkpoints, int, Path], str]] = {

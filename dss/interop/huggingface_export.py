@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib.util
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dss.data.vocabulary import EOS, PAD, SentencePieceVocabulary, Vocabulary
+from dss.data.vocabulary import EOS, PAD, UNK, SentencePieceVocabulary, Vocabulary
 from dss.errors import UserError
 from dss.evaluation.evaluator import DecodingConfig
 from dss.interop.disassemble import Params, disassemble, placeholders
@@ -148,29 +149,36 @@ def write_tokenizer(
     )
 
 
-def check_tokenizer(folder: Path, vocabulary: Vocabulary) -> None:
+def check_tokenizer(folder: Path, vocabulary: Vocabulary) -> str:
     """Checks that the tokenizer of an exported folder gives the ids that the student learnt.
 
     Where transformers is installed it is asked about some hundred texts. What T5's tokenizer there
     is known not to compute is refused without it.
 
+    Returns:
+      What a user should know: of a model of whole words, that others are read otherwise.
+
     Raises:
       UserError: it gives others.
     """
+    words = False
     if isinstance(vocabulary, SentencePieceVocabulary):
-        differs = _beside_t5(vocabulary.path.read_bytes())
+        words, differs = _beside_t5(vocabulary.path.read_bytes())
         if differs:
             raise UserError(
                 f"{vocabulary.path}: T5's tokenizer in transformers would give other ids: the "
                 f"model {' and '.join(differs)}, unlike T5's; export with --to t5x"
             )
+    note = "in transformers, words that the vocabulary does not have are other ids" if words else ""
     if importlib.util.find_spec("transformers") is None:
-        return
+        return note
     with quiet_transformers():
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        texts = [*PROBES, *_texts_of_pieces(vocabulary)]
+        texts = [*PROBES, *_texts_of_pieces(vocabulary, words=words)]
+        if words:
+            texts = [text for text in texts if UNK not in vocabulary.encode(text)]
         theirs = tokenizer(texts).input_ids
     for text, found in zip(texts, theirs, strict=True):
         ours = [*vocabulary.encode(text), EOS]
@@ -179,6 +187,7 @@ def check_tokenizer(folder: Path, vocabulary: Vocabulary) -> None:
                 f"transformers gives other ids for {text!r}: {found} where dss has {ours}; export "
                 "with --to t5x"
             )
+    return note
 
 
 PROBES = (
@@ -188,31 +197,34 @@ PROBES = (
 PROBED_PIECES = 300
 
 
-def _texts_of_pieces(vocabulary: Vocabulary) -> list[str]:
+def _texts_of_pieces(vocabulary: Vocabulary, *, words: bool) -> list[str]:
     """Returns texts that have pieces from all of a vocabulary."""
     ids = range(EOS + 2, vocabulary.size, max(1, vocabulary.size // PROBED_PIECES))
-    words = (vocabulary.decode([i]) for i in ids)
+    pieces = [vocabulary.decode([i]) for i in ids]
+    if words:
+        return [f"{one} {other}" for one, other in itertools.pairwise(pieces)]
     # Of a run of one character several ways to cut it are as likely, and a tie may break otherwise.
-    return [f"of {word} and {word}s" for word in words if len(set(word)) > 1 or len(word) == 1]
+    return [f"of {word} and {word}s" for word in pieces if len(set(word)) > 1 or len(word) == 1]
 
 
-def _beside_t5(model: bytes) -> list[str]:
-    """Returns what of a SentencePiece model T5's tokenizer in transformers does not take over."""
+def _beside_t5(model: bytes) -> tuple[bool, list[str]]:
+    """Returns whether a SentencePiece model has whole words, and what of it T5's tokenizer in
+    transformers does not take over.
+    """
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     trained, normalizer = proto.trainer_spec, proto.normalizer_spec
     user_defined = proto.SentencePiece.USER_DEFINED
     facts = {
-        "is no unigram model (it is BPE, words or characters)": trained.model_type
-        != trained.UNIGRAM,
+        "is of BPE or of characters": trained.model_type in (trained.BPE, trained.CHAR),
         "falls back to bytes": trained.byte_fallback,
         "puts no blank before a text": not normalizer.add_dummy_prefix,
         "keeps all blanks": not normalizer.remove_extra_whitespaces,
         "puts blanks after words": trained.treat_whitespace_as_suffix,
         "has symbols defined by a user": any(p.type == user_defined for p in proto.pieces),
     }
-    return [fact for fact, is_so in facts.items() if is_so]
+    return trained.model_type == trained.WORD, [fact for fact, is_so in facts.items() if is_so]
 
 
 @contextlib.contextmanager

@@ -202,7 +202,7 @@ def test_the_tokenizer_gives_our_ids_on_the_released_data(kind, data_root, vocab
 
 
 OTHER_MODELS = {
-    "is no unigram model": {"model_type": "bpe"},
+    "is of BPE or of characters": {"model_type": "bpe"},
     "falls back to bytes": {"byte_fallback": True, "vocab_size": 400},
     "puts no blank before a text": {"add_dummy_prefix": False},
     "keeps all blanks": {"remove_extra_whitespaces": False},
@@ -233,6 +233,14 @@ def test_a_tokenizer_that_would_give_other_ids_is_refused(what, toy, tmp_path):
     with pytest.raises(UserError, match=rf"would give other ids: the model {what}"):
         export(run, "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_whole_words_is_exported_with_a_note(toy, tmp_path):
+    """As the quickstart's is: what it has is read alike, other words are not."""
+    words = train_vocabulary(tmp_path / "words.model", model_type="word")
+    run = make_run(tmp_path / "run", tiny_config(), words)
+    note = export(run, "hf", tmp_path / "out").note
+    assert note == "in transformers, words that the vocabulary does not have are other ids"
 
 
 def test_ids_are_compared_when_a_folder_is_written(toy, tmp_path, monkeypatch):
