@@ -60,7 +60,7 @@ def test_subsets_are_nested_whatever_the_fractions_round_to(n):
     ("line", "message"),
     [
         ("{", r"train.jsonl:2: not JSON"),
-        ("[1]", r"train.jsonl:2: a list, not a JSON object"),
+        ("[1]", r"train.jsonl:2: a JSON array, not JSON lines"),
         ('{"label": "a"}', r"train.jsonl:2: 'input' is missing"),
         ('{"input": ["x"]}', r"train.jsonl:2: 'input' is a list"),
         ('{"id": "one", "input": "x"}', r"train.jsonl:2: id 'one' came before"),
