@@ -21,6 +21,7 @@ __all__ = [
     "encode_example",
     "is_cut",
     "load_vocabulary",
+    "round_trip",
 ]
 
 PAD, EOS, UNK = 0, 1, 2
