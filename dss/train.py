@@ -336,7 +336,11 @@ def run_experiment(
 
 
 def _earlier_scores(run: Run, score: str, start: int) -> dict[int, float]:
-    """Returns a run's evaluations up to a step, by their step, as process 0 reads them."""
+    """Returns a run's evaluations up to a step, by their step, as process 0 reads them; none
+    where nothing ends by patience.
+    """
+    if run.experiment.trainer.patience is None:
+        return {}
     lines = read_metrics(run.folder / "metrics.jsonl") if is_leader() else []
     found = [(x["step"], x[score]) for x in lines if score in x and x["step"] <= start]
     return dict(json.loads(leaders_text(json.dumps(found))))

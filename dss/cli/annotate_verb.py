@@ -200,7 +200,7 @@ def _run_pipeline(args: argparse.Namespace, job: "Job") -> int:
     except ValueError as error:
         raise UserError(f"--pipeline-options: {error}") from None
     with _journal(job) as journal:
-        job.check(journal, replace=args.replace)
+        job.check(journal, parquet=args.parquet, replace=args.replace)
         missing = run_pipeline(job, journal, limits, args.key_env, options)
         _export(args, job, journal)
     return _said_missing(missing)

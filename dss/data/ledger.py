@@ -88,7 +88,7 @@ def make_ledger(
     ids = [example.id for example in dataset.source.examples(dataset.source_split(split))]
     fates = _fates_of_rows(read.rows, truncated, unwritable, labels=task.kind != "rationale")
     found = collections.Counter({**fates, **read.left_out}.values())
-    drawn = dataset.count_drawn(split, fraction=fraction)
+    drawn = dataset.count_drawn(split, len(ids), fraction=fraction)
     found["not in TRAIN_FRACTION"] = len(ids) - drawn
     found["in another split"] = drawn - len(fates) - len(read.left_out)
     outputs = dataset.outputs(split, task.teacher) if task.teacher else {}

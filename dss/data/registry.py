@@ -198,9 +198,8 @@ class Dataset:
             raise UserError(f"{where}: no examples for the {split} split of {self.name!r}")
         return examples
 
-    def count_drawn(self, split: str, *, fraction: float = 1.0) -> int:
-        """Returns how many rows of the file that holds a split are in the fraction of it."""
-        total = len(self.source.examples(self.source_split(split)))
+    def count_drawn(self, split: str, total: int, *, fraction: float = 1.0) -> int:
+        """Returns how many of all rows of the file that holds a split are in the fraction of it."""
         return len(subsample(total, fraction, 0)) if self._is_drawn(split) else total
 
     def _is_drawn(self, split: str) -> bool:

@@ -16,7 +16,7 @@ A task's name is also that of the mixture of it alone.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from dss.data.examples import Example, TeacherOutput
 from dss.data.rationales import ALL_RATIONALES, NONE, Choice, RationaleConfig, choose_rationales
@@ -124,23 +124,9 @@ class Task:
         """Returns whether the files that the task needs for a split are there."""
         return get_dataset(self.dataset).has(split, self.teacher)
 
-    def rows(
-        self,
-        split: str,
-        *,
-        fraction: float = 1.0,
-        seed: int = 0,
-        keep_unparsed: bool = False,
-        rationales: RationaleConfig = ALL_RATIONALES,
-    ) -> list[TextRow]:
-        """Returns the rows of `read`."""
-        return self.read(
-            split,
-            fraction=fraction,
-            seed=seed,
-            keep_unparsed=keep_unparsed,
-            rationales=rationales,
-        ).rows
+    def rows(self, split: str, **options: Any) -> list[TextRow]:
+        """Returns the rows of `read`, whose arguments it takes."""
+        return self.read(split, **options).rows
 
     def read(
         self,

@@ -113,10 +113,9 @@ def leaders_text(text: str) -> str:
         return text
     content = np.frombuffer(text.encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.array(len(content))))
-    padded = np.resize(content, size) if is_leader() else np.zeros(size, np.uint8)
-    return (
-        np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes().decode()
-    )
+    mine = content if is_leader() else np.zeros(size, np.uint8)
+    leaders = np.asarray(multihost_utils.broadcast_one_to_all(mine))
+    return leaders.astype(np.uint8).tobytes().decode()
 
 
 class StopSignal:
