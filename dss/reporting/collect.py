@@ -354,25 +354,19 @@ def _parse_mixture(name: str, dataset: str | None) -> tuple[str, str, str | None
     return dataset, rest.replace("_", " ") or "unknown", None
 
 
-def _hash_judged(text: str, metric: str) -> str:
-    """Returns the hash of an input and its target; a rationale to resemble is a teacher's own."""
-    value = json.loads(text)
-    return hash_input(json.dumps(value if metric == "accuracy" else value[:1]))
-
-
 def _read_evaluation(path: epath.Path) -> EvaluationRecord:
     mixture, split, step = path.stem.rsplit("-", 2)
     with path.open(encoding="utf-8") as file:
         stride = -(-sum(1 for _ in file) // SHOWN_EXAMPLES) or 1
     scores: dict[str, float] = {}
-    judged: dict[str, str] = {}
+    judged: dict[str, tuple[Any, Any]] = {}
     shown = []
     for number, (where, line) in enumerate(read_json_lines(path)):
         score = line.get("score")
         if not isinstance(score, int | float) or not math.isfinite(score) or "id" not in line:
             raise UserError(f"{where}: no id and score; `dss eval` writes the file again")
         scores[str(line["id"])] = float(score)
-        judged[str(line["id"])] = json.dumps([line.get("input"), line.get("target")])
+        judged[str(line["id"])] = line.get("input"), line.get("target")
         if number % stride == 0:
             shown.append(line)
     if not scores:
@@ -389,7 +383,11 @@ def _read_evaluation(path: epath.Path) -> EvaluationRecord:
         step=int(step),
         metric=metric,
         scores=scores,
-        judged={id_: _hash_judged(text, metric) for id_, text in judged.items()},
+        # A rationale to resemble is a teacher's own, and no sign of other data.
+        judged={
+            id_: hash_input(json.dumps(pair if metric == "accuracy" else pair[:1]))
+            for id_, pair in judged.items()
+        },
         teachers=said.get("teachers") or {},
         majority=max(counts) / sum(counts) if any(counts) else None,
         shown=shown,

@@ -103,7 +103,7 @@ class Job:
             raise UserError(f"{self.source}: no examples")
         self._check_own(journal, parquet=parquet, replace=replace)
         if not replace:
-            lost = self._ok_lines() - {a.example.id for a in self._found(journal) if a.is_ok}
+            lost = self._lost(journal)
             few = most_requests is not None and len(lost) > most_requests
             if few or lost - ids:  # as no answer can come for these
                 raise UserError(self._would_lose(len(lost)))
@@ -132,10 +132,8 @@ class Job:
         self._check_own(journal, parquet=parquet, replace=replace)
         copy, table, target = self._copy, self.file("parquet"), self.file("jsonl")
         has_any = next(self._found(journal), None) is not None
-        if has_any and not replace:
-            lost = self._ok_lines() - {a.example.id for a in self._found(journal) if a.is_ok}
-            if lost:
-                raise UserError(self._would_lose(len(lost)))
+        if has_any and not replace and (lost := self._lost(journal)):
+            raise UserError(self._would_lose(len(lost)))
         fingerprint = self._fingerprint(journal)
 
         def claim(path: Path) -> None:
@@ -199,12 +197,14 @@ class Job:
     def _found(self, journal: Journal) -> Iterator[Annotation]:
         return annotations(journal, self.writer, self.examples())
 
-    def _ok_lines(self) -> set[str]:
-        """Returns the ids of the examples whose line in the outputs that are there is "ok"."""
+    def _lost(self, journal: Journal) -> set[str]:
+        """Returns the ids whose line in the outputs that are there is "ok" and would be no more."""
         path = self.file("jsonl")
         if not path.is_file():
             return set()
-        return {o.id for o in read_teacher_outputs(epath.Path(path), self.name) if o.status == "ok"}
+        outputs = read_teacher_outputs(epath.Path(path), self.name)
+        before = {output.id for output in outputs if output.status == "ok"}
+        return before - {a.example.id for a in self._found(journal) if a.is_ok}
 
     def _would_lose(self, count: int) -> str:
         return (
