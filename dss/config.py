@@ -27,6 +27,7 @@ from gin import config_parser
 __all__ = [
     "CONFIG_FILE",
     "gin_flags",
+    "gin_name",
     "gin_root",
     "load_config",
     "parse_beside",
@@ -79,8 +80,27 @@ def _open(path: str) -> io.StringIO:
     return file
 
 
-# Before gin's own reader, which knows neither.
-gin.config._FILE_READERS.insert(0, (_open, lambda path: epath.Path(path).is_file()))
+def _but_folders(exists: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Returns one of gin's tests for a file, which a folder of the package's name does not break.
+
+    gin looks for `runs/train.gin` in a package `runs` first, and takes a folder of that name where
+    one works for a package without a file.
+    """
+
+    def check(path: str) -> bool:
+        try:
+            return exists(path)
+        except TypeError:
+            return False
+
+    return check
+
+
+# Ours stands before gin's own, which know neither a byte order mark nor a bucket.
+gin.config._FILE_READERS[:] = [
+    (_open, lambda path: epath.Path(path).is_file()),
+    *((read, _but_folders(exists)) for read, exists in gin.config._FILE_READERS),
+]
 
 
 def gin_root() -> Path:
@@ -299,6 +319,22 @@ def _values(experiment: Experiment) -> dict[str, Any]:
         for field in dataclasses.fields(config)
         if not (config is experiment and field.name in NESTED)
     }
+
+
+def gin_name(path: str) -> str:
+    """Returns how a user sets a field of an experiment.
+
+    Args:
+      path: the field, such as `trainer.train_steps`.
+
+    Returns:
+      Its macro, as `TRAIN_STEPS`, or where it has none `TrainerConfig.patience`.
+    """
+    nested, _, field = path.rpartition(".")
+    kind = NESTED[nested] if nested else Experiment
+    name = f"{kind.__name__}.{field}"
+    macros = {field: macro for macro, field in _macro_fields().items()}
+    return macros.get(name, name)
 
 
 def gin_flags(experiment: Experiment, base: Experiment) -> list[str]:

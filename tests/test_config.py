@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from dss.cli.main import main
-from dss.config import gin_root, load_config, parse_gin, save_config
+from dss.config import gin_name, gin_root, load_config, parse_gin, save_config
 from dss.data.registry import get_dataset, set_data_root
 from dss.data.tasks import get_mixture
 from dss.errors import UserError
@@ -202,6 +202,25 @@ def test_user_gin_files_are_found_in_search_paths(tmp_path):
         (tmp_path / "bad.gin").write_text(f"BATCH_SIZE = 7\n{text}\n")
         with pytest.raises(UserError, match=message):
             parse_gin(["bad.gin"], search_paths=[str(tmp_path)])
+
+
+def test_a_folder_of_runs_does_not_hide_the_files_that_are_included(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "mine.gin").write_text("include 'runs/adafactor.gin'\n")
+    monkeypatch.chdir(tmp_path)
+    assert parse_gin(["mine.gin"]).optimizer.name == "adafactor"
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("alpha", "ALPHA"),
+        ("trainer.train_steps", "TRAIN_STEPS"),
+        ("trainer.patience", "TrainerConfig.patience"),
+    ],
+)
+def test_a_field_is_named_as_it_is_set(path, name):
+    assert gin_name(path) == name
 
 
 @pytest.mark.parametrize(

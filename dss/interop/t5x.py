@@ -7,6 +7,7 @@ files of `dss train` (recipes, students, runs) say the same to both. Needs T5X; 
 import dataclasses
 import functools
 import json
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,13 +18,15 @@ import optax
 import seqio
 from etils import epath
 
-import dss.config  # noqa: F401  gin knows an Experiment and its parts by it
+from dss.config import gin_name
 from dss.data.batches import Batch, Batches
 from dss.data.seqio_features import StepByStepFeatureConverter
 from dss.data.seqio_tasks import get_vocabulary, register_seqio, vocabulary_source
 from dss.data.tasks import Mixture, get_mixture
+from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
 from dss.experiment import Experiment
+from dss.interop.t5x_export import DATASET, DATASET_FILE
 from dss.paths import absolute
 from dss.student.config import T5Config
 from dss.train import settle_data, training_batches, training_store
@@ -45,10 +48,13 @@ except ImportError as error:
 __all__ = [
     "StepByStepModel",
     "TrainIterator",
+    "absolute_path",
+    "feature_lengths",
     "get_dataset",
     "learning_rate",
     "mixture",
     "mixture_name",
+    "model",
     "optimizer",
     "parameters_only",
     "task_name",
@@ -58,6 +64,24 @@ __all__ = [
 
 TOKEN_WEIGHTS = "decoder_token_weights"
 FIXED = {"relative_buckets": 32, "relative_max_distance": 128, "layer_norm_epsilon": 1e-6}
+
+# What an experiment can ask for and T5X does not do, or is told in its own way: where it is set,
+# it is refused with these words.
+NOT_IN_TRAINING = {
+    "alpha_end": "T5X's trainer keeps to ALPHA; leave variants/alpha_schedule.gin out",
+    "microbatches": "T5X's own is trainer.Trainer.num_microbatches",
+    "grad_dtype": "T5X's gradients are float32",
+    "remat": "T5X's network keeps every activation",
+    "data.packed": "T5X's rows hold packed sequences",
+    "data.one_encoder_pass": (
+        "T5X's decoder reads the input of its own sequence only; leave "
+        "variants/one_encoder_pass.gin out"
+    ),
+    "trainer.patience": "T5X trains all its steps",
+    "mesh.data": "T5X's own is partitioning.PjitPartitioner; leave layouts/ out",
+    "mesh.model": "T5X's own is partitioning.PjitPartitioner; leave layouts/ out",
+}
+NOT_IN_DECODING = {"decoding.num_beams": "T5X's own is decode_fn of dss.interop.t5x.model"}
 
 
 class StepByStepModel(models.EncoderDecoderModel):
@@ -202,10 +226,15 @@ class TrainIterator(dataset_iterator.DatasetIterator):
         """Goes on from what `save` wrote, in this run's own folder.
 
         T5X asks for it of a run's initial checkpoint too, which says nothing of this run's data.
+        An export has one file, whatever the number of processes that go on from it.
         """
         path = absolute(filename)
-        if self._run_dir is not None and absolute(self._run_dir) in path.parents:
-            self._step = json.loads(path.read_text())["step"]
+        if self._run_dir is None or absolute(self._run_dir) not in path.parents:
+            return
+        if not path.exists():
+            item = path.parent if path.parent.name == DATASET else path.parent.parent
+            path = item / DATASET_FILE
+        self._step = json.loads(path.read_text())["step"]
 
 
 def _positions(segment_ids: np.ndarray) -> np.ndarray:
@@ -214,6 +243,27 @@ def _positions(segment_ids: np.ndarray) -> np.ndarray:
     opens = np.diff(segment_ids, axis=1, prepend=0) != 0
     starts = np.maximum.accumulate(np.where(opens, slots, 0), axis=1)
     return np.where(segment_ids > 0, slots - starts, 0).astype(np.int32)
+
+
+def _refuse(experiment: Experiment, what: Mapping[str, str]) -> None:
+    """Refuses what is set of an experiment and T5X would pass over.
+
+    Args:
+      experiment: is asked.
+      what: fields, and why each has no place here.
+
+    Raises:
+      UserError: one of the fields is not as by default.
+    """
+    for name, why in what.items():
+        value = operator.attrgetter(name)(experiment)
+        if value != operator.attrgetter(name)(Experiment()):
+            raise UserError(f"{gin_name(name)} is {value}; {why}")
+
+
+def absolute_path(path: str | None) -> str | None:
+    """Returns a path that is the same in any working folder, which T5X's checkpoints want."""
+    return path if path is None else str(absolute(path))
 
 
 def mixture(experiment: Experiment) -> Mixture:
@@ -255,9 +305,55 @@ def task_name(experiment: Experiment) -> str:
     return found.tasks[0].name
 
 
+def feature_lengths(experiment: Experiment, split: str = "valid") -> dict[str, int]:
+    """Returns the tokens of a split's longest input and target, for T5X to pad to.
+
+    Args:
+      experiment: its TASK_FEATURE_LENGTHS are the most that is returned.
+      split: "train", "valid" or "test".
+
+    Raises:
+      UserError: there is no such mixture, or no data for the split.
+    """
+    tasks = mixture(experiment).available(split).tasks
+    encode = load_vocabulary(vocabulary_source(experiment.vocabulary)).encode
+    longest = {
+        feature: max(
+            (len(encode(getattr(row, feature))) for task in tasks for row in task.rows(split)),
+            default=limit,
+        )
+        for feature, limit in experiment.data.feature_lengths.items()
+    }
+    with_eos = {feature: length + 1 for feature, length in longest.items()}
+    return {f: min(with_eos[f], limit) for f, limit in experiment.data.feature_lengths.items()}
+
+
 def vocabulary(experiment: Experiment) -> seqio.Vocabulary:
     """Returns an experiment's vocabulary as SeqIO's; see `dss.data.seqio_tasks`."""
     return get_vocabulary(experiment.vocabulary)
+
+
+def model(experiment: Experiment, **options: Any) -> StepByStepModel:
+    """Returns the model of an experiment, with its loss.
+
+    Args:
+      experiment: says what is learned, by which student and optimizer.
+      options: more of `StepByStepModel`, such as `decode_fn`.
+
+    Raises:
+      UserError: no mixture or student, or one that T5X's network cannot be.
+    """
+    _refuse(experiment, NOT_IN_DECODING)
+    return StepByStepModel(
+        mixture(experiment),
+        transformer(experiment),
+        vocabulary(experiment),
+        vocabulary(experiment),
+        optimizer(experiment),
+        label_smoothing=experiment.label_smoothing,
+        z_loss=experiment.z_loss,
+        **options,
+    )
 
 
 def transformer(experiment: Experiment) -> network.Transformer:
@@ -337,21 +433,10 @@ def get_dataset(
       experiment: says everything else.
 
     Raises:
-      UserError: the data are not there.
+      UserError: the data are not there, or something is set that T5X's trainer does not do.
     """
     del feature_converter_cls
-    if not experiment.data.packed:
-        raise UserError("DataConfig.packed is False; T5X's rows hold packed sequences")
-    if experiment.data.one_encoder_pass:
-        raise UserError(
-            "DataConfig.one_encoder_pass is True; T5X's decoder reads the input of its own "
-            "sequence only; leave variants/one_encoder_pass.gin out"
-        )
-    if experiment.alpha_end is not None:
-        raise UserError(
-            f"ALPHA_END is {experiment.alpha_end}; T5X's trainer keeps to ALPHA; leave "
-            "variants/alpha_schedule.gin out"
-        )
+    _refuse(experiment, NOT_IN_TRAINING)
     experiment = dataclasses.replace(
         settle_data(experiment),
         batch_size=cfg.batch_size,

@@ -13,9 +13,18 @@ from dss.interop.disassemble import Leaf, Params, disassemble
 from dss.interop.t5x_checkpoint import tensor_name
 from dss.student.config import T5Config
 
-__all__ = ["STATISTICS", "adafactor_statistics", "train_state", "write_checkpoint"]
+__all__ = [
+    "DATASET",
+    "DATASET_FILE",
+    "STATISTICS",
+    "adafactor_statistics",
+    "train_state",
+    "write_checkpoint",
+]
 
 STATISTICS = ("v", "v_row", "v_col")
+DATASET = "dataset"  # the item of a checkpoint that says how far the data were read
+DATASET_FILE = "train_ds-000-of-001"  # in it, as T5X names the file of the only process
 NONE = np.zeros(1, np.float32)  # what T5X, as optax, keeps where a parameter has no such statistic
 
 
@@ -114,11 +123,18 @@ def train_state(
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], step: int) -> Path:
-    """Writes `checkpoint_<step>` into a folder as T5X does; returns it."""
+    """Writes `checkpoint_<step>` into a folder as T5X does; returns it.
+
+    T5X restores how far the data were read from any checkpoint that it trains from, so the item
+    `dataset` is there too.
+    """
     path = folder.absolute() / f"checkpoint_{step}"
     numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # nobody changes them
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy))
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=handler)) as checkpointer:
-        checkpointer.save(path, ocp.args.Composite(state=ocp.args.PyTreeSave(state)))
+    data = ocp.JsonCheckpointHandler(DATASET_FILE)
+    handlers = ocp.CompositeCheckpointHandler(**{"state": handler, DATASET: data})
+    items = {"state": ocp.args.PyTreeSave(state), DATASET: ocp.args.JsonSave({"step": step})}
+    with ocp.Checkpointer(handlers) as checkpointer:
+        checkpointer.save(path, ocp.args.Composite(**items))
     return path

@@ -139,6 +139,30 @@ def test_a_run_resumes_with_the_data_it_had_not_seen(shared, checkpoint, tmp_pat
         assert resumed[step] == pytest.approx(whole[step], rel=1e-6)
 
 
+def test_an_exported_run_goes_on_under_t5x(shared, checkpoint, tmp_path, monkeypatch):
+    """From a working folder that has a folder `runs`, with a relative MODEL_DIR."""
+    monkeypatch.chdir(tmp_path)
+    files = ["recipes/cqa_step_by_step.gin", "runs/adafactor.gin"]
+    ours = {"INITIAL_CHECKPOINT_PATH": f"t5x:{checkpoint}"}
+    for folder, steps in (("half", STEPS // 2), ("whole", STEPS)):
+        given = values(shared, MODEL_DIR=f"runs/{folder}", TRAIN_STEPS=steps, **ours)
+        command = [f"--gin_file={file}" for file in ("students/base.gin", *files)]
+        command += [f"--gin.{name}={value}" for name, value in given.items()]
+        command += ["--gin.TrainerConfig.log_period=1", "--gin.Experiment.eval_examples=8"]
+        finish(start("train", *command))
+    finish(start("export", "runs/half", "--to", "t5x", "runs/t5x", "--checkpoint", "latest"))
+    t5x("train", files, values(shared, MODEL_DIR="runs/t5x"), QUIET)
+    found, wanted = t5x_metrics(tmp_path / "runs/t5x"), dss_metrics(tmp_path / "runs/whole")
+    steps = range(STEPS // 2 + 1, STEPS + 1)
+    pairs = [(found["loss"][step], wanted["loss"][step]) for step in steps]
+    np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-4)
+    # As an initial checkpoint it begins at step 0.
+    start_here = f"runs/t5x/checkpoint_{STEPS // 2}"
+    given = values(shared, MODEL_DIR="runs/anew", INITIAL_CHECKPOINT_PATH=start_here)
+    t5x("train", files, given, QUIET)
+    assert sorted(t5x_metrics(tmp_path / "runs/anew")["loss"]) == list(range(1, STEPS + 1))
+
+
 def test_eval_and_infer_say_what_dss_says(shared, checkpoint, tmp_path):
     """The checkpoint knows nothing, so what it writes is noise, and the same noise."""
     given = values(

@@ -1,18 +1,22 @@
 """The plug-in against T5X itself; skipped where T5X is not installed (docs/t5x.md says how)."""
 
 import dataclasses
+import itertools
 import json
 import types
 
 import jax
 import numpy as np
 import pytest
+import seqio
 
 from dss.data.rationales import RationaleConfig
 from dss.data.tasks import get_mixture
 from dss.errors import UserError
+from dss.evaluation.evaluator import DecodingConfig
 from dss.experiment import DataConfig, Experiment
 from dss.interop.t5x_checkpoint import load_params
+from dss.interop.t5x_export import write_checkpoint
 from dss.runs import use_data
 from dss.student.config import T5Config
 from dss.train import training_batches, training_store
@@ -69,17 +73,6 @@ def t5x_batches(experiment, shard=0, shards=1):
     return plugin.get_dataset(cfg, shard, shards, experiment=experiment)
 
 
-def t5x_model(experiment):
-    vocabulary = plugin.vocabulary(experiment)
-    return plugin.StepByStepModel(
-        plugin.mixture(experiment),
-        plugin.transformer(experiment),
-        vocabulary,
-        vocabulary,
-        plugin.optimizer(experiment),
-    )
-
-
 def t5x_params(checkpoint):
     from t5x.checkpoints import load_t5x_checkpoint
 
@@ -98,7 +91,7 @@ def test_a_batch_has_the_losses_of_dss(experiment, student, checkpoint, one_devi
     ours = step(load_params(checkpoint, student), put_batch(one_device, batch))
     wanted = np.asarray(ours["sums"]) / np.asarray(ours["counts"])
 
-    total, metrics = t5x_model(experiment).loss_fn(
+    total, metrics = plugin.model(experiment).loss_fn(
         t5x_params(checkpoint), next(t5x_batches(experiment)), None
     )
     found = [float(metrics[f"{name}_loss"].compute()) for name in ("label", "rationale")]
@@ -109,7 +102,7 @@ def test_a_batch_has_the_losses_of_dss(experiment, student, checkpoint, one_devi
 
 
 def test_the_losses_of_microbatches_add_up_to_the_batchs(experiment, checkpoint):
-    model, params = t5x_model(experiment), t5x_params(checkpoint)
+    model, params = plugin.model(experiment), t5x_params(checkpoint)
     batch = next(t5x_batches(experiment))
     whole, _ = model.loss_fn(params, batch, None)
     halves = [{n: a[i : i + 2] for n, a in batch.items()} for i in (0, 2)]
@@ -119,7 +112,7 @@ def test_the_losses_of_microbatches_add_up_to_the_batchs(experiment, checkpoint)
 
 
 def test_rows_counted_by_the_model_weigh_as_those_counted_before(experiment, checkpoint):
-    model, params = t5x_model(experiment), t5x_params(checkpoint)
+    model, params = plugin.model(experiment), t5x_params(checkpoint)
     batch = next(t5x_batches(experiment))
     counted = {n: a for n, a in batch.items() if n != "decoder_token_weights"}
     losses = [float(model.loss_fn(params, b, None)[0]) for b in (batch, counted)]
@@ -201,16 +194,61 @@ def test_what_t5x_cannot_be_is_said(experiment, student):
             plugin.transformer(dataclasses.replace(experiment, **changes))
     with pytest.raises(UserError, match="no mixture"):
         plugin.mixture(dataclasses.replace(experiment, mixture=None))
-    unpacked = dataclasses.replace(experiment.data, packed=False)
-    with pytest.raises(UserError, match="packed"):
-        t5x_batches(dataclasses.replace(experiment, data=unpacked))
-    once = dataclasses.replace(experiment.data, one_encoder_pass=True)
+
+
+def test_what_t5x_would_pass_over_is_refused(experiment):
+    data, trainer = experiment.data, experiment.trainer
     for changes, message in (
-        ({"data": once}, "leave variants/one_encoder_pass.gin out"),
+        ({"data": dataclasses.replace(data, packed=False)}, "DataConfig.packed is False"),
+        (
+            {"data": dataclasses.replace(data, one_encoder_pass=True)},
+            "leave variants/one_encoder_pass.gin out",
+        ),
         ({"alpha_end": 0.9}, r"ALPHA_END is 0.9; .*variants/alpha_schedule.gin out"),
+        ({"microbatches": 2}, "Experiment.microbatches is 2; .*num_microbatches"),
+        ({"trainer": dataclasses.replace(trainer, patience=2)}, "TrainerConfig.patience is 2"),
+        ({"mesh": MeshConfig(model=2)}, "MeshConfig.model is 2; .*PjitPartitioner"),
     ):
         with pytest.raises(UserError, match=message):
             t5x_batches(dataclasses.replace(experiment, **changes))
+    beams = dataclasses.replace(experiment, decoding=DecodingConfig(num_beams=4))
+    with pytest.raises(UserError, match=r"DecodingConfig.num_beams is 4; .*decode_fn"):
+        plugin.model(beams)
+
+
+def test_the_loss_is_smoothed_as_the_experiment_says(experiment, checkpoint):
+    batch, params = next(t5x_batches(experiment)), t5x_params(checkpoint)
+    smoothed = dataclasses.replace(experiment, label_smoothing=0.3, z_loss=0.01)
+    plain, other = (plugin.model(e).loss_fn(params, batch, None)[0] for e in (experiment, smoothed))
+    assert abs(float(plain) - float(other)) > 0.01
+
+
+def test_validation_is_padded_to_the_longest_of_its_rows(experiment):
+    assert plugin.feature_lengths(experiment, "valid") == {"inputs": 256, "targets": 96}
+    longer = DataConfig(root=experiment.data.root)
+    lengths = plugin.feature_lengths(dataclasses.replace(experiment, data=longer), "valid")
+    mixture = seqio.get_mixture_or_task(plugin.mixture_name(experiment, "valid"))
+    features = {"inputs": 5000, "targets": 5000}
+    rows = [*mixture.get_dataset(features, "validation", num_epochs=1).as_numpy_iterator()]
+    longest = {name: max(len(row[name]) for row in rows) for name in lengths}
+    assert lengths == {name: min(longest[name], longer.feature_lengths[name]) for name in lengths}
+    assert lengths["inputs"] < 1024
+
+
+def test_an_exported_run_goes_on_with_the_data_it_had_not_seen(experiment, tmp_path):
+    """Its one file counts for every process; of an initial checkpoint it says nothing."""
+    path = write_checkpoint(tmp_path / "run", {"target": {"x": np.ones(2)}}, 3)
+    for folder, step in (("run", 3), ("another", 0)):
+        moved = dataclasses.replace(experiment, run_dir=str(tmp_path / folder))
+        for file in ("train_ds-000-of-001", "process_1-of-2/train_ds-001-of-002"):
+            batches = t5x_batches(moved)
+            batches.restore(path / "dataset" / file)
+            np.testing.assert_equal(next(batches), nth(t5x_batches(moved), step))
+
+
+def nth(batches, n):
+    """Returns the batch after `n` others."""
+    return next(itertools.islice(batches, n, None))
 
 
 def test_adafactor_is_t5xs_and_adamw_optax(experiment):

@@ -1,6 +1,7 @@
 """Checkpoints for T5X, held against those that it writes and, where it is installed, read by it."""
 
 import importlib.util
+import json
 
 import jax
 import numpy as np
@@ -98,6 +99,11 @@ def test_the_imported_fixture_is_exported_as_t5x_wrote_it(shared, tmp_path):
     jax.tree.map(assert_same, restore(ours / "state"), restore(theirs / "state"))
     again = t5x_checkpoint.load_params(ours, config)
     jax.tree.map(assert_same, again, params)
+
+
+def test_the_data_of_an_export_were_read_as_far_as_its_step(trained):
+    *_, path = trained
+    assert json.loads((path / "dataset" / "train_ds-000-of-001").read_text()) == {"step": STEP}
 
 
 def test_adafactors_statistics_go_with_their_parameters(trained):
