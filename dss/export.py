@@ -18,7 +18,7 @@ from etils import epath
 from dss.config import save_config
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError, unknown_name
-from dss.interop import ctranslate2_export, huggingface_export, t5x_export
+from dss.interop import comparison, ctranslate2_export, huggingface_export, t5x_export
 from dss.model_card import model_card
 from dss.paths import absolute, in_bucket
 from dss.runs import Run
@@ -112,8 +112,32 @@ FORMATS: dict[str, Callable[[Run, Checkpoints, int, Path], str]] = {
 }
 
 
+def _compare(run: Run, step: int, to: str, written: Path) -> str:
+    """Has the other program compute a few numbers from an export; returns what is to be known.
+
+    Raises:
+      UserError: they are not the student's.
+    """
+    config = run.config
+    if not comparison.enough_memory(config):
+        return "not compared with the student's own logits, for which memory is short"
+    predictor, _ = run.predictor(str(step))
+    probes = comparison.Probes.of(predictor.vocabulary.size)
+    ours = comparison.logits(config, predictor.params, probes)
+    if to == "hf":
+        comparison.check_hugging_face(written, ours, probes)
+    elif to == "ctranslate2":
+        comparison.check_ctranslate2(written, ours, probes)
+    else:
+        comparison.check_t5x(written, ours, probes, config)
+    return ""
+
+
 def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Exported:
     """Writes a run's student in another program's format; all of it, or nothing.
+
+    Before it is called written, that program computes a few logits from it, where it is installed
+    and there is memory for both.
 
     Args:
       run: has the student.
@@ -123,7 +147,8 @@ def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Ex
 
     Raises:
       UserError: an unknown format, a folder that holds something or is in a bucket, no such
-        checkpoint or one of another size, or a student that the format cannot hold.
+        checkpoint or one of another size, a student that the format cannot hold, or an export that
+        the other program computes something else from.
     """
     if to not in FORMATS:
         raise unknown_name("--to", to, FORMATS)
@@ -133,6 +158,8 @@ def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Ex
     with contextlib.closing(run.checkpoints()) as checkpoints:
         step = checkpoints.find(which)
         checkpoints.check_shapes(step, abstract_params(run.config))
+        name = f"checkpoint_{step}" if to == "t5x" else ""
         with _whole(target) as partial:
-            note = FORMATS[to](run, checkpoints, step, partial)
-    return Exported(target / f"checkpoint_{step}" if to == "t5x" else target, step, note)
+            notes = [FORMATS[to](run, checkpoints, step, partial)]
+            notes.append(_compare(run, step, to, partial / name))
+    return Exported(target / name, step, "; ".join(filter(None, notes)))

@@ -25,7 +25,14 @@ from dss.errors import UserError
 from dss.evaluation.evaluator import DecodingConfig
 from dss.experiment import DataConfig, Experiment
 from dss.export import export
-from dss.interop import ctranslate2_export, huggingface, shards
+from dss.interop import (
+    comparison,
+    ctranslate2_export,
+    huggingface,
+    huggingface_export,
+    shards,
+    t5x_export,
+)
 from dss.interop.huggingface_export import model_config, write_model, write_tokenizer
 from dss.model_card import model_card
 from dss.runs import PREDICTIONS, create_run, evaluate, import_checkpoint, label, load_run
@@ -400,6 +407,35 @@ def test_a_run_whose_configuration_is_of_another_size(tmp_path, capsys):
 def test_a_student_that_transformers_has_no_form_for():
     with pytest.raises(UserError, match="a head of its own and scaled logits"):
         model_config(tiny_config(scaled_logits=True))
+
+
+@pytest.mark.parametrize("to", ["hf", "t5x", "ctranslate2"])
+def test_an_export_that_computes_other_numbers_is_not_written(to, toy, tmp_path, monkeypatch):
+    if to != "t5x":
+        pytest.importorskip({"hf": "transformers"}.get(to, to))
+    run = make_run(tmp_path / "run", tiny_config())
+    write_model, train_state = huggingface_export.write_model, t5x_export.train_state
+
+    def wrong_model(folder, config, *args):
+        write_model(folder, dataclasses.replace(config, activation="silu"), *args)
+
+    def wrong_state(*args):
+        state, kept = train_state(*args)
+        return state | {"target": jax.tree.map(lambda x: 1.1 * x, state["target"])}, kept
+
+    monkeypatch.setattr(huggingface_export, "write_model", wrong_model)
+    monkeypatch.setattr(t5x_export, "train_state", wrong_state)
+    with pytest.raises(UserError, match="computes other numbers from the export"):
+        export(run, to, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_without_the_memory_for_two_an_export_is_not_compared(toy, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", tiny_config())
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
+    files = [str(tmp_path / name) for name in ("max", "current", "meminfo")]
+    monkeypatch.setattr(comparison, "MEMORY", files)
+    assert "memory is short" in export(run, "hf", tmp_path / "out").note
 
 
 @pytest.mark.parametrize("missing", [["ctranslate2"], ["transformers", "torch"]])
