@@ -12,7 +12,8 @@ BEAM = ["apache-beam>=2.77", "sentencepiece<0.2.2"]
 TFDS = [*BEAM, "mlcroissant>=1.1"]  # the `tfds` command needs both to start
 
 # The gin files live in gin/ (which is no Python package: `import gin` means gin-config) and are
-# installed as the data of dss.configs, where dss.config finds them from any directory.
+# installed as the data of dss.configs, where dss.config finds them from any directory. tasks/ is
+# installed as dss.tasks, which no tasks.py of a user's hides.
 setup(
     name="dss",
     version=VERSION,
@@ -22,8 +23,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=[*find_packages(include=["dss", "dss.*", "tasks", "tasks.*"]), "dss.configs"],
-    package_dir={"dss.configs": "gin"},
+    packages=[*find_packages(include=["dss", "dss.*"]), "dss.configs", "dss.tasks"],
+    package_dir={"dss.configs": "gin", "dss.tasks": "tasks"},
     package_data={
         "dss.configs": ["**/*.gin"],
         "dss.teacher": ["prompts/*.yaml", "report.html"],

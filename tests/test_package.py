@@ -58,7 +58,7 @@ def test_a_wheel_works_from_any_directory(tmp_path):
     packages = next(p for p in sys.path if p.endswith("site-packages"))
     (site / "dependencies.pth").write_text(packages + "\n")
     code = (
-        "import dss, dss.config as c, tasks; print(dss.__file__);"
+        "import dss, dss.config as c, dss.tasks; print(dss.__file__);"
         "print(c.parse_gin(['students/xl.gin', 'recipes/cqa_step_by_step.gin']).student.d_model)"
     )
     done = subprocess.run(

@@ -178,7 +178,9 @@ class ReleasedSource:
 
     root: epath.Path
     name: str
-    remedy: ClassVar[str] = "say where the released data are with --gin.DATA_ROOT=FOLDER"
+    remedy: ClassVar[str] = (
+        "say where the released data are with --gin.DATA_ROOT=FOLDER or the variable DSS_DATA_ROOT"
+    )
 
     @property
     def teachers(self) -> tuple[str, ...]:

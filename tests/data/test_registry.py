@@ -31,7 +31,9 @@ def test_one_file_is_train_with_a_tenth_held_out(tmp_path):
 
 def test_a_missing_file_says_what_to_do(tmp_path):
     set_data_root(tmp_path)
-    with pytest.raises(UserError, match=r"cqa_train.json: no such file; .*--gin.DATA_ROOT=FOLDER"):
+    with pytest.raises(
+        UserError, match=r"cqa_train.json: no such file; .*--gin.DATA_ROOT=FOLDER .*DSS_DATA_ROOT"
+    ):
         get_dataset("cqa").examples("train")
     set_data_root(None)
     with pytest.raises(UserError, match=r"train.t.jsonl: no such file; .*write it"):

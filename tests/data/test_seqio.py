@@ -17,11 +17,11 @@ from dss.evaluation.evaluator import Scored, evaluation_set
 
 def test_tokens_are_those_of_the_token_store(shared, data_root, vocab_path, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", str(vocab_path))
-    import tasks.anli1
-    import tasks.svamp
+    import dss.tasks.anli1
+    import dss.tasks.svamp
 
-    assert "svamp_step_by_step_palm" in tasks.svamp.NAMES
-    assert "anli1_finetune" in tasks.anli1.NAMES
+    assert "svamp_step_by_step_palm" in dss.tasks.svamp.NAMES
+    assert "anli1_finetune" in dss.tasks.anli1.NAMES
     vocabulary = load_vocabulary(vocab_path)
     lengths = {"inputs": 64, "targets": 20}  # short, so that some are cut
     for name, split, ours in (
@@ -117,7 +117,7 @@ def test_the_evaluator_scores_equations_and_rationales_as_dss_does(
     data_root, vocab_path, monkeypatch
 ):
     monkeypatch.setenv("DSS_VOCABULARY", str(vocab_path))
-    import tasks.svamp  # noqa: F401
+    import dss.tasks.svamp  # noqa: F401
 
     vocabulary = load_vocabulary(vocab_path)
     mixture = get_mixture("svamp_step_by_step_palm")

@@ -70,7 +70,7 @@ def assert_cached_as_uncached(name: str, splits: list[str]) -> None:
 @pytest.mark.parametrize("dataset", ["svamp", pytest.param("cqa", marks=pytest.mark.exhaustive)])
 def test_cached_tasks_are_the_tasks_row_for_row(dataset, data_root, vocab_path, cache, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", str(vocab_path))
-    importlib.import_module(f"tasks.{dataset}")
+    importlib.import_module(f"dss.tasks.{dataset}")
     names = [f"{dataset}_{kind}" for kind in ("label_gold", "rationale_palm")]
     run(
         CACHE,
