@@ -17,7 +17,7 @@ from dss.data.batches import (
     sampled_order,
     sequential_order,
 )
-from dss.data.labels import check_distinct, describe_labels
+from dss.data.statistics import describe_labels
 from dss.data.store import TokenStore, open_store
 from dss.data.tasks import Mixture, get_mixture, with_teacher
 from dss.data.vocabulary import Vocabulary, load_vocabulary
@@ -387,7 +387,7 @@ def _run(
     changed = _changed_files(run, files, accept=accept_changed_data)
     experiment, config = run.experiment, run.config
     vocabulary = load_vocabulary(run.vocabulary_source)
-    check_distinct(vocabulary, mixture.dataset.labels)
+    mixture.dataset.labels.check_distinct(vocabulary)
     store = split_store(experiment, mixture, "train", vocabulary)
     for task, tokens in zip(mixture.tasks, store.tasks, strict=True):
         if tokens.ledger is not None:

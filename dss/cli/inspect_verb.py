@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints what the mixture holds."""
     from dss.config import parse_gin
-    from dss.data.labels import check_distinct
     from dss.data.tasks import get_mixture, mixture_names, with_teacher
     from dss.data.vocabulary import load_vocabulary
     from dss.runs import use_data
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     vocabulary = None
     if experiment.vocabulary is not None:
         vocabulary = load_vocabulary(experiment.vocabulary)
-        check_distinct(vocabulary, mixture.dataset.labels)
+        mixture.dataset.labels.check_distinct(vocabulary)
     _print_ledgers(console, mixture, experiment, vocabulary)
     if vocabulary is None:
         console.print("lengths, packed fill, examples: give --gin.VOCABULARY=FILE to see them")
@@ -235,7 +234,7 @@ def _print_batches(
     import numpy as np
 
     from dss.data.batches import fill
-    from dss.data.labels import describe_labels
+    from dss.data.statistics import describe_labels
     from dss.train import training_batches, training_store
 
     experiment = dataclasses.replace(experiment, mixture=mixture.name, teacher=None)

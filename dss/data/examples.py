@@ -10,11 +10,12 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
+from dss.data.labels import ANY_LABEL, Labels, read_label
 from dss.errors import UserError
 from dss.paths import BYTE_ORDER_MARK
 
@@ -186,7 +187,7 @@ def _text(where: str, value: dict[str, Any], key: str, default: str | None = Non
 
 
 def read_example(
-    where: str, value: dict[str, Any], default_id: str, labels: Sequence[str] = ()
+    where: str, value: dict[str, Any], default_id: str, labels: Labels = ANY_LABEL
 ) -> Example:
     """Returns the example of a JSON object.
 
@@ -194,27 +195,24 @@ def read_example(
       where: it stands, for errors.
       value: the object.
       default_id: its id where it has none.
-      labels: the closed set of labels; empty where it is open.
+      labels: the labels that there may be.
 
     Raises:
       UserError: a missing input, something that is no text, or a label outside the closed set.
     """
-    label = None if value.get("label") is None else _text(where, value, "label")
-    label = (label or "").strip() or None  # an empty cell of a table is none
-    if labels and label is not None and label not in labels:
-        near = [known for known in labels if known.casefold() == label.casefold()]
-        hint = f"; {near[0]!r} is one: write it so" if near else ""
-        raise UserError(f"{where}: label {label!r} is none of {', '.join(labels)}{hint}")
+    label = read_label(None if value.get("label") is None else _text(where, value, "label"))
+    if label is not None:
+        labels.check(where, label)
     return Example(_text(where, value, "id", default_id), _text(where, value, "input"), label)
 
 
-def stream_examples(path: epath.Path, split: str, labels: Sequence[str] = ()) -> Iterator[Example]:
+def stream_examples(path: epath.Path, split: str, labels: Labels = ANY_LABEL) -> Iterator[Example]:
     """Yields the examples of a JSON-lines file; one without an id is `<split>-<position>`.
 
     Args:
       path: the file.
       split: for the ids.
-      labels: the closed set of labels; empty where it is open.
+      labels: the labels that there may be.
 
     Raises:
       UserError: see `read_json_lines` and `read_example`; an id that came before.
@@ -270,9 +268,9 @@ def read_teacher_outputs(path: epath.Path, teacher: str) -> list[TeacherOutput]:
 
 def _teacher_output(where: str, value: dict[str, Any], id_: str, teacher: str) -> TeacherOutput:
     rationale = _text(where, value, "rationale", "")
-    label = None if value.get("label") is None else _text(where, value, "label").strip()
+    label = read_label(None if value.get("label") is None else _text(where, value, "label"))
     # Parts that were written down as such, not parsed from a text, are whole where one is there.
-    whole = value.get("raw") is None and bool(rationale.strip() or (label or "").strip())
+    whole = value.get("raw") is None and bool(rationale.strip() or label)
     status = _text(where, value, "status", "ok" if whole else parsed_status(rationale, label))
     if status not in STATUSES:
         raise UserError(f"{where}: status {status!r} is none of {', '.join(STATUSES)}")

@@ -1,36 +1,93 @@
-"""What a vocabulary makes of labels and inputs: what it cannot write, and cannot tell apart."""
+"""The labels of a dataset: how one is read, which there may be, and when one counts as another."""
 
 import collections
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable
 
-import numpy as np
+from dss.data.metrics import METRICS, is_readable
+from dss.data.vocabulary import Vocabulary, round_trip
+from dss.errors import UserError, unknown_name
 
-from dss.data.metrics import is_readable
-from dss.data.store import TokenStore
-from dss.data.tasks import Mixture
-from dss.data.vocabulary import UNK, Vocabulary, round_trip
-from dss.errors import UserError
-
-__all__ = ["check_distinct", "describe_labels", "describe_look_alikes"]
-
-SHOWN = 3  # labels named in a line
+__all__ = ["ANY_LABEL", "Labels", "describe_look_alikes", "read_label"]
 
 
-def check_distinct(vocabulary: Vocabulary, labels: Sequence[str]) -> None:
-    """Checks that a vocabulary tells all labels of a closed set apart.
+def read_label(text: str | None) -> str | None:
+    """Returns the label in a text: blanks around it are no part of it, and blanks alone are none.
 
-    Raises:
-      UserError: if two labels are the same tokens, so that no student could choose between them.
+    >>> read_label(" bug ")
+    'bug'
+    >>> read_label("  ") is None
+    True
     """
-    seen: dict[tuple[int, ...], str] = {}
-    for label in labels:
-        other = seen.setdefault(tuple(vocabulary.encode(label)), label)
-        if other != label:
-            raise UserError(
-                f"labels {other!r} and {label!r} are the same tokens in this vocabulary, so no "
-                "student can tell them apart; rename one, or use a vocabulary with their "
-                "characters, such as that of mT5 or ByT5"
-            )
+    return (text or "").strip() or None
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """What the labels of a dataset may be, and when a prediction counts as one.
+
+    Attributes:
+      closed: the closed set, as `read_label` reads each; empty where any text may be a label.
+      metric: decides whether a label counts as another; a name in `dss.data.metrics.METRICS`.
+    """
+
+    closed: tuple[str, ...] = ()
+    metric: str = "text"
+
+    def __post_init__(self):
+        if self.metric not in METRICS:
+            raise unknown_name("metric", self.metric, METRICS)
+        closed = tuple(label for text in self.closed if (label := read_label(text)))
+        object.__setattr__(self, "closed", closed)
+
+    def admit(self, label: str) -> bool:
+        """Returns whether there may be such a label."""
+        return not self.closed or label in self.closed
+
+    def check(self, where: str, label: str) -> None:
+        """Raises the user's error, with the place, where there may be no such label."""
+        if not self.admit(label):
+            near = [known for known in self.closed if known.casefold() == label.casefold()]
+            hint = f"; {near[0]!r} is one: write it so" if near else ""
+            raise UserError(f"{where}: label {label!r} is none of {', '.join(self.closed)}{hint}")
+
+    def check_distinct(self, vocabulary: Vocabulary) -> None:
+        """Checks that a vocabulary tells all labels of the closed set apart.
+
+        Raises:
+          UserError: if two labels are the same tokens, so that no student could choose between
+            them.
+        """
+        seen: dict[tuple[int, ...], str] = {}
+        for label in self.closed:
+            other = seen.setdefault(tuple(vocabulary.encode(label)), label)
+            if other != label:
+                raise UserError(
+                    f"labels {other!r} and {label!r} are the same tokens in this vocabulary, so no "
+                    "student can tell them apart; rename one, or use a vocabulary with their "
+                    "characters, such as that of mT5 or ByT5"
+                )
+
+    def is_readable(self, label: str) -> bool:
+        """Returns whether the metric can judge a label by more than its text."""
+        return is_readable(self.metric, label)
+
+    def is_right(self, prediction: str, label: str, vocabulary: Vocabulary | None = None) -> bool:
+        """Returns whether a predicted label counts as the given one.
+
+        Args:
+          prediction: the predicted label.
+          label: the label that it is held against.
+          vocabulary: of the student that predicted. What it makes of the label is right too, since
+            the student can write nothing else.
+        """
+        equal = METRICS[self.metric]
+        if equal(prediction, label):
+            return True
+        return vocabulary is not None and equal(prediction, round_trip(vocabulary, label))
+
+
+ANY_LABEL = Labels()
 
 
 def describe_look_alikes(labels: Iterable[str]) -> list[str]:
@@ -47,55 +104,3 @@ def describe_look_alikes(labels: Iterable[str]) -> list[str]:
         for group in groups.values()
         if len(group) > 1
     ]
-
-
-def describe_labels(
-    mixture: Mixture,
-    vocabulary: Vocabulary,
-    store: TokenStore,
-    *,
-    fraction: float = 1.0,
-    seed: int = 0,
-) -> list[str]:
-    """Returns lines about labels that look alike, and about what of labels and inputs the
-    vocabulary cannot write; often none.
-
-    Args:
-      mixture: the mixture that is trained on.
-      vocabulary: the student's vocabulary.
-      store: the mixture's training tokens.
-      fraction: the part of the training examples that is used; see `Dataset.examples`.
-      seed: the seed of the subsample.
-    """
-    lines = []
-    examples = []
-    if mixture.tasks[0].kind != "rationale":
-        examples = mixture.dataset.examples("train", fraction=fraction, seed=seed)
-    lines += describe_look_alikes(e.label for e in examples if e.label is not None)
-    distinct = sorted({e.label.strip() for e in examples if e.label is not None})
-    metric = mixture.dataset.metric
-    unread = [label for label in distinct if not is_readable(metric, label)]
-    if unread:
-        shown = ", ".join(map(repr, unread[:SHOWN])) + (", ..." if len(unread) > SHOWN else "")
-        lines.append(
-            f"the metric {metric!r} cannot read {len(unread)} of {len(distinct)} different labels: "
-            f"{shown}; each is right against the same text alone"
-        )
-    changed = [(a, b) for a in distinct if (b := round_trip(vocabulary, a)) != a]
-    if changed:
-        shown = ", ".join(f"{a!r} (written as {b!r})" for a, b in changed[:SHOWN])
-        more = ", ..." if len(changed) > SHOWN else ""
-        lines.append(
-            f"the vocabulary cannot write {len(changed)} of {len(distinct)} different labels: "
-            f"{shown}{more}; predictions are compared with what it writes"
-        )
-    inputs = [task.inputs.tokens for task in store.tasks]
-    total = sum(map(len, inputs))
-    unknown = sum(int(np.count_nonzero(tokens == UNK)) for tokens in inputs)
-    if unknown:
-        lines.append(
-            f"the vocabulary has no token for {unknown:,} of {total:,} input tokens "
-            f"({unknown / total:.2%}); characters such as {{ < ~ and those of most scripts "
-            "are not in T5's"
-        )
-    return lines

@@ -16,7 +16,7 @@ from dss.data.examples import (
     stream_examples,
     teacher_files,
 )
-from dss.data.metrics import METRICS
+from dss.data.labels import ANY_LABEL, Labels
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
 from dss.errors import UserError, unknown_name
@@ -72,11 +72,11 @@ class JsonlSource:
         one file, which is the training split. The outputs of a teacher lie next to the examples,
         in `<name of the file>.<teacher>.jsonl`.
         In the names of tasks and mixtures the teacher `gpt-4o` is `gpt_4o`.
-      labels: the closed set of gold labels; empty where it is open.
+      labels: the gold labels that there may be.
     """
 
     path: epath.Path
-    labels: tuple[str, ...] = ()
+    labels: Labels = ANY_LABEL
     remedy: ClassVar[str] = "write it, or use a split and a teacher that are there"
 
     @property
@@ -125,24 +125,18 @@ class Dataset:
     Attributes:
       name: the first part of its tasks' names.
       source: its files.
-      metric: decides whether a predicted label is right; a name in `dss.data.metrics.METRICS`.
-      labels: the closed set of labels; empty where it is open.
+      labels: which there may be, and when a prediction counts as one.
       candidates: returns the answers that an input offers, where inputs do.
     """
 
     name: str
     source: Source
-    metric: str = "text"
-    labels: tuple[str, ...] = ()
+    labels: Labels = ANY_LABEL
     candidates: Callable[[str], tuple[str, ...]] | None = None
 
     def choices(self, text: str) -> tuple[str, ...]:
         """Returns the labels that are possible for an input; none where any text is."""
-        return self.candidates(text) if self.candidates else self.labels
-
-    def is_right(self, prediction: str, label: str) -> bool:
-        """Returns whether a predicted label counts as the given one."""
-        return METRICS[self.metric](prediction, label)
+        return self.candidates(text) if self.candidates else self.labels.closed
 
     def source_split(self, split: str) -> str:
         """Returns the split whose files hold `split`: without a `valid` file it is in train.
@@ -269,10 +263,8 @@ def register(
         raise UserError(f"dataset name {name!r} is that of a released dataset; choose another")
     if must_exist and not path.exists():
         raise UserError(f"{path}: no such file or folder; dataset {name!r} should be there")
-    if metric not in METRICS:
-        raise unknown_name("metric", metric, METRICS)
-    labels = tuple(label.strip() for label in labels)
-    _registered[name] = Dataset(name, JsonlSource(path, labels), metric, labels)
+    known = Labels(tuple(labels), metric)
+    _registered[name] = Dataset(name, JsonlSource(path, known), known)
     return _registered[name]
 
 
@@ -298,4 +290,4 @@ def released_dataset(name: str, root: epath.Path) -> Dataset:
     """Returns the dataset of `RELEASED` whose data lie under a root of their own."""
     form = RELEASED[name]
     source = ReleasedSource(root, name)
-    return Dataset(name, source, form.metric, form.labels, form.candidates)
+    return Dataset(name, source, form.labels, form.candidates)

@@ -25,6 +25,7 @@ from dss.data.examples import (
     read_teacher_outputs,
     teacher_files,
 )
+from dss.data.labels import ANY_LABEL, Labels
 from dss.errors import UserError
 
 __all__ = ["RELEASED", "TEACHERS", "Format", "ReleasedSource", "cqa_choices"]
@@ -134,15 +135,13 @@ class Format:
     Attributes:
       row: turns a row into (input, label).
       parsers: turns a teacher's text into (rationale, label), by teacher.
-      metric: decides whether a predicted label is right; see `dss.data.metrics`.
-      labels: the closed set of labels; empty where it is open.
+      labels: which there may be, and when a prediction counts as one.
       candidates: returns the answers that an input offers, where it does.
     """
 
     row: Callable[[dict[str, Any]], tuple[str, str]]
     parsers: dict[str, Parser]
-    metric: str = "text"
-    labels: tuple[str, ...] = ()
+    labels: Labels = ANY_LABEL
     candidates: Callable[[str], tuple[str, ...]] | None = None
 
 
@@ -155,14 +154,20 @@ RELEASED = {
     "svamp": Format(
         row=_svamp_row,
         parsers=_palm_and_gpt_neox(_parse_equation),
-        metric="equation",
+        labels=Labels(metric="equation"),
     ),
-    "asdiv": Format(row=_asdiv_row, parsers=_palm_and_gpt_neox(_parse_equation), metric="equation"),
-    "esnli": Format(row=_nli_row, parsers=_palm_and_gpt_neox(_parse_esnli), labels=NLI_LABELS),
+    "asdiv": Format(
+        row=_asdiv_row,
+        parsers=_palm_and_gpt_neox(_parse_equation),
+        labels=Labels(metric="equation"),
+    ),
+    "esnli": Format(
+        row=_nli_row, parsers=_palm_and_gpt_neox(_parse_esnli), labels=Labels(NLI_LABELS)
+    ),
     "anli1": Format(
         row=_nli_row,
         parsers={"palm": _parse_anli_palm, "gpt_neox": _parse_anli_gpt_neox},
-        labels=NLI_LABELS,
+        labels=Labels(NLI_LABELS),
     ),
 }
 

@@ -107,7 +107,9 @@ class _Source(seqio.FunctionDataSource):
 
 def _metric(task: Task) -> Callable:
     return (
-        rouge_l_mean if task.kind == "rationale" else METRIC_FNS[get_dataset(task.dataset).metric]
+        rouge_l_mean
+        if task.kind == "rationale"
+        else METRIC_FNS[get_dataset(task.dataset).labels.metric]
     )
 
 

@@ -7,20 +7,24 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dss.data.examples import STATUSES, Example, TeacherOutput
+from dss.data.labels import describe_look_alikes
 from dss.data.registry import Dataset
-from dss.data.tasks import TextRow
-from dss.data.vocabulary import Vocabulary
+from dss.data.store import TokenStore
+from dss.data.tasks import Mixture, TextRow
+from dss.data.vocabulary import UNK, Vocabulary, round_trip
 
 __all__ = [
     "Lengths",
     "SplitStatistics",
     "TeacherStatistics",
     "count_statuses",
+    "describe_labels",
     "measure_lengths",
     "measure_split",
 ]
 
 PERCENTILES = (50, 90, 99, 100)
+SHOWN = 3  # labels named in a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +91,7 @@ def measure_split(
     for teacher in teachers:
         outputs = dataset.outputs(split, teacher)
         verdicts = [
-            dataset.is_right(outputs[e.id].label or "", e.label)
+            dataset.labels.is_right(outputs[e.id].label or "", e.label)
             for e in examples
             if e.id in outputs and e.label is not None and outputs[e.id].status != "stale"
         ]
@@ -125,3 +129,55 @@ def measure_lengths(
     inputs = [len(vocabulary.encode(row.inputs)) + 1 for row in rows]
     targets = [len(vocabulary.encode(row.targets)) + 1 for row in rows]
     return Lengths.of(inputs, inputs_length), Lengths.of(targets, targets_length)
+
+
+def describe_labels(
+    mixture: Mixture,
+    vocabulary: Vocabulary,
+    store: TokenStore,
+    *,
+    fraction: float = 1.0,
+    seed: int = 0,
+) -> list[str]:
+    """Returns lines about labels that look alike, and about what of labels and inputs the
+    vocabulary cannot write; often none.
+
+    Args:
+      mixture: the mixture that is trained on.
+      vocabulary: the student's vocabulary.
+      store: the mixture's training tokens.
+      fraction: the part of the training examples that is used; see `Dataset.examples`.
+      seed: the seed of the subsample.
+    """
+    lines = []
+    examples = []
+    if mixture.tasks[0].kind != "rationale":
+        examples = mixture.dataset.examples("train", fraction=fraction, seed=seed)
+    lines += describe_look_alikes(e.label for e in examples if e.label is not None)
+    distinct = sorted({e.label for e in examples if e.label is not None})
+    metric = mixture.dataset.labels.metric
+    unread = [label for label in distinct if not mixture.dataset.labels.is_readable(label)]
+    if unread:
+        shown = ", ".join(map(repr, unread[:SHOWN])) + (", ..." if len(unread) > SHOWN else "")
+        lines.append(
+            f"the metric {metric!r} cannot read {len(unread)} of {len(distinct)} different labels: "
+            f"{shown}; each is right against the same text alone"
+        )
+    changed = [(a, b) for a in distinct if (b := round_trip(vocabulary, a)) != a]
+    if changed:
+        shown = ", ".join(f"{a!r} (written as {b!r})" for a, b in changed[:SHOWN])
+        more = ", ..." if len(changed) > SHOWN else ""
+        lines.append(
+            f"the vocabulary cannot write {len(changed)} of {len(distinct)} different labels: "
+            f"{shown}{more}; predictions are compared with what it writes"
+        )
+    inputs = [task.inputs.tokens for task in store.tasks]
+    total = sum(map(len, inputs))
+    unknown = sum(int(np.count_nonzero(tokens == UNK)) for tokens in inputs)
+    if unknown:
+        lines.append(
+            f"the vocabulary has no token for {unknown:,} of {total:,} input tokens "
+            f"({unknown / total:.2%}); characters such as {{ < ~ and those of most scripts "
+            "are not in T5's"
+        )
+    return lines

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from dss.data.examples import Example, TeacherOutput
+from dss.data.labels import Labels
 from dss.data.rationales import ALL_RATIONALES, NONE, Choice, RationaleConfig, choose_rationales
 from dss.data.registry import Dataset, dataset_names, get_dataset
 from dss.data.vocabulary import Vocabulary
@@ -158,7 +159,7 @@ class Task:
         chosen: Mapping[str, Choice] = {}
         if self.teacher and self.kind != "label":
             config = rationales if split == "train" else ALL_RATIONALES
-            chosen = choose_rationales(config, examples, outputs, dataset.is_right)
+            chosen = choose_rationales(config, examples, outputs, dataset.labels.is_right)
         rows, left_out = [], {}
         for example in examples:
             if not example.input.strip():
@@ -182,7 +183,7 @@ class Task:
         example: Example,
         output: TeacherOutput | None,
         choice: Choice | None,
-        labels: Sequence[str],
+        labels: Labels,
     ) -> tuple[tuple[str, ...], str | None]:
         """Returns what an example is to be answered with and, where with nothing, why."""
         if self.kind == "rationale_then_label" and example.label is None:
@@ -195,7 +196,7 @@ class Task:
             if not output.has_label:
                 return (), output.status if output.status != "ok" else NO_LABEL
             assert output.label is not None
-            if labels and output.label not in labels:
+            if not labels.admit(output.label):
                 return (), OUTSIDE
             return (output.label,), None
         assert choice is not None

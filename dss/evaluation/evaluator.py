@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dss.data.metrics import rouge_l
 from dss.data.tasks import Mixture, extract_label
-from dss.data.vocabulary import EOS, Vocabulary, encode_example, round_trip
+from dss.data.vocabulary import EOS, Vocabulary, encode_example
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
 from dss.fields import check_at_least, check_types
@@ -152,14 +152,8 @@ class Scored:
         pairs = zip(predictions, (e.target for e in examples), strict=True)
         if metric != "accuracy":
             return cls(metric, tuple(rouge_l(p, target) for p, target in pairs))
-        is_right = mixture.dataset.is_right
-
-        def judge(prediction: str, target: str) -> bool:
-            if is_right(prediction, target):
-                return True
-            return vocabulary is not None and is_right(prediction, round_trip(vocabulary, target))
-
-        return cls(metric, tuple(float(judge(p, target)) for p, target in pairs))
+        is_right = mixture.dataset.labels.is_right
+        return cls(metric, tuple(float(is_right(p, target, vocabulary)) for p, target in pairs))
 
 
 @dataclasses.dataclass(frozen=True)

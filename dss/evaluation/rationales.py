@@ -87,7 +87,7 @@ class RationaleQuality:
             label = conclusion(rationale, dataset.choices(example.text))
             if label is not None:
                 concluding += 1
-                predicted += dataset.is_right(label, prediction)
-                right += dataset.is_right(label, example.target)
+                predicted += dataset.labels.is_right(label, prediction)
+                right += dataset.labels.is_right(label, example.target)
         mean = statistics.fmean(scores) if scores else None
         return cls(len(examples), len(scores), mean, concluding, predicted, right)

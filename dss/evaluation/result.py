@@ -83,8 +83,8 @@ class Evaluation:
         scored = Scored.of(mixture, examples, texts, vocabulary)
         scores = {t: score_teacher(mixture, examples, scored, o) for t, o in teachers.items()}
         confusion = quality = None
-        if dataset.labels and scored.metric == "accuracy":
-            confusion = Confusion.of(dataset.labels, [e.target for e in examples], texts)
+        if dataset.labels.closed and scored.metric == "accuracy":
+            confusion = Confusion.of(dataset.labels.closed, [e.target for e in examples], texts)
         if rationales is not None:
             writer = next(task.teacher for task in mixture.tasks if task.kind != "label")
             outputs = teachers.get(writer or "", {})
@@ -170,7 +170,7 @@ def _calibrate(
     chosen = [(e, a) for e, a in zip(examples, answers, strict=True) if a.probabilities]
     if not chosen:
         return None
-    is_right = mixture.dataset.is_right
+    is_right = mixture.dataset.labels.is_right
     return Calibration.of(
         [list(answer.probabilities.values()) for _, answer in chosen],
         [[is_right(c, example.target) for c in answer.probabilities] for example, answer in chosen],

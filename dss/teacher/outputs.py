@@ -123,7 +123,7 @@ def vote(prompt: Prompt, samples: Iterable[Sample]) -> tuple[Sample, float]:
             continue
         for group in groups:
             assert group[0].label is not None
-            if prompt.is_same(sample.label, group[0].label):
+            if prompt.labels.is_right(sample.label, group[0].label):
                 group.append(sample)
                 break
         else:

@@ -29,7 +29,8 @@ import yaml
 
 from dss.data.equations import plain_equation
 from dss.data.examples import Example
-from dss.data.metrics import METRICS, is_readable
+from dss.data.labels import ANY_LABEL, Labels, read_label
+from dss.data.metrics import METRICS
 from dss.errors import UserError, unknown_name
 from dss.teacher.answers import (
     is_refusal,
@@ -98,8 +99,7 @@ class Prompt:
     hint: Form | None = None
     instruction: str = ""
     choices_pattern: regex.Pattern[str] | None = None
-    labels: tuple[str, ...] = ()
-    metric: str = "text"
+    labels: Labels = ANY_LABEL
     stop: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     source: str = ""  # the YAML text
@@ -107,7 +107,7 @@ class Prompt:
     def choices(self, text: str) -> tuple[str, ...]:
         """Returns the labels that are possible for an input; none where any text is."""
         if self.choices_pattern is None:
-            return self.labels
+            return self.labels.closed
         try:
             found = self.choices_pattern.findall(text, timeout=SEARCH_SECONDS)
         except TimeoutError:
@@ -116,10 +116,6 @@ class Prompt:
                 f"input that begins {text[:40]!r}; make it simpler"
             ) from None
         return tuple(choice.strip() for choice in found)
-
-    def is_same(self, label: str, other: str) -> bool:
-        """Returns whether two labels count as one, by the prompt's metric."""
-        return METRICS[self.metric](label, other)
 
     def turns(self, *, hinted: bool = False) -> list[tuple[str, str]]:
         """Returns (question, answer) of each exemplar.
@@ -173,7 +169,7 @@ class Prompt:
         possible = self._possible(label, example.input) if label else None
         if hinted:
             assert example.label is not None
-            wrong = label and not (possible and self.is_same(possible, example.label))
+            wrong = label and not (possible and self.labels.is_right(possible, example.label))
             possible = None if wrong else example.label
         if not label and is_refusal(text):
             return Parsed("", None, is_refusal=True)
@@ -191,7 +187,7 @@ class Prompt:
         cue = self.question(example, hinted=hinted).rpartition("\n")[2].strip()
         if cue.endswith(":") and rationale.casefold().startswith(cue.casefold()):
             rationale = rationale[len(cue) :].strip()
-        return rationale, (found.get("label") or "").strip() or None
+        return rationale, read_label(found.get("label"))
 
     def _possible(self, label: str, text: str) -> str | None:
         """Returns the label as the prompt writes it; None where it is not a possible one."""
@@ -200,9 +196,9 @@ class Prompt:
             return label
         if not choices:
             label = plain_label(label)
-            if self.metric == "equation":
+            if self.labels.metric == "equation":
                 label = plain_equation(label)
-            return label if label and is_readable(self.metric, label) else None
+            return label if label and self.labels.is_readable(label) else None
         folded = {choice.casefold(): choice for choice in choices}
         for words in (label, label.rstrip(". "), plain_label(label)):
             if words.casefold() in folded:
@@ -282,6 +278,7 @@ def read_prompt(where: str, name: str, text: str) -> Prompt:
 
 def _read(where: str, name: str, content: Any) -> Prompt:
     fields = [field.name for field in dataclasses.fields(Prompt) if field.name not in OURS]
+    fields.append("metric")  # of the labels
     values = _mapping(where, content, fields, ("exemplars", "form"))
     exemplars = values["exemplars"]
     if not isinstance(exemplars, list):
@@ -314,8 +311,7 @@ def _read(where: str, name: str, content: Any) -> Prompt:
         else None,
         instruction=_text(f"{where}: instruction", values.get("instruction", "")),
         choices_pattern=choices,
-        labels=_texts(f"{where}: labels", values.get("labels", [])),
-        metric=metric,
+        labels=Labels(_texts(f"{where}: labels", values.get("labels", [])), metric),
         stop=stop,
         parameters=parameters,
     )

@@ -136,7 +136,7 @@ def _agreement(job: Job, found: Annotation) -> bool | None:
     gold = found.example.label
     if gold is None:
         return None
-    return found.label is not None and job.writer.prompt.is_same(found.label, gold)
+    return found.label is not None and job.writer.prompt.labels.is_right(found.label, gold)
 
 
 def _row(found: Annotation, is_right: bool | None) -> dict[str, Any]:

@@ -4,8 +4,9 @@ import pytest
 
 from dss.cli.main import main
 from dss.data.examples import stream_examples
-from dss.data.labels import check_distinct, describe_labels, describe_look_alikes
+from dss.data.labels import Labels, describe_look_alikes
 from dss.data.registry import register
+from dss.data.statistics import describe_labels
 from dss.data.store import open_store
 from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary, round_trip
@@ -23,8 +24,8 @@ LENGTHS = {"inputs_length": 64, "targets_length": 16}
 def test_labels_that_are_the_same_tokens_are_refused_by_name(pair, vocab_path):
     message = f"labels {pair[0]!r} and {pair[1]!r} are the same tokens"
     with pytest.raises(UserError, match=re.escape(message)):
-        check_distinct(load_vocabulary(vocab_path), ("yes", *pair))
-    check_distinct(load_vocabulary("bytes"), ("yes", *pair))
+        Labels(("yes", *pair)).check_distinct(load_vocabulary(vocab_path))
+    Labels(("yes", *pair)).check_distinct(load_vocabulary("bytes"))
 
 
 def test_two_labels_of_one_row_of_tokens_are_refused_before_training(vocab_path, tmp_path, capsys):
@@ -81,7 +82,7 @@ def test_labels_that_look_alike_are_named():
 def test_a_label_in_another_case_than_the_sets_is_told_which_one_it_is(tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", [{"input": "x", "label": "Bug "}])
     with pytest.raises(UserError, match=r"label 'Bug' is none of billing, bug; 'bug' is one"):
-        list(stream_examples(path, "train", ("billing", "bug")))
+        list(stream_examples(path, "train", Labels(("billing", "bug"))))
 
 
 def test_labels_that_their_metric_cannot_read_are_counted(tmp_path):
@@ -96,3 +97,24 @@ def test_labels_that_their_metric_cannot_read_are_counted(tmp_path):
         "the metric 'equation' cannot read 2 of 4 different labels: '12 apples', 'a dozen'; each "
         "is right against the same text alone"
     )
+
+
+def test_one_place_says_which_labels_there_may_be_and_what_counts_as_one(vocab_path):
+    closed = Labels((" bug ", "billing", " "))
+    assert closed.closed == ("bug", "billing")
+    assert closed.admit("bug")
+    assert not closed.admit("Bug")
+    with pytest.raises(
+        UserError, match=r"row 3: label 'Bug' is none .*'bug' is one"
+    ):
+        closed.check("row 3", "Bug")
+    assert Labels().admit("anything")
+    sums = Labels(metric="equation")
+    assert sums.is_right("2 + 2", "4")
+    assert not sums.is_readable("four")
+    # What T5's vocabulary makes of a label is right of its students alone.
+    vocabulary = load_vocabulary(vocab_path)
+    assert closed.is_right("fx", "f{x}", vocabulary)
+    assert not closed.is_right("fx", "f{x}")
+    with pytest.raises(UserError, match="did you mean 'equation'"):
+        Labels(metric="equations")

@@ -219,7 +219,7 @@ def test_labels_may_be_given_with_commas():
 def test_blanks_around_labels_are_no_part_of_them(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"input": f"x {i}", "label": "yes "} for i in range(4)])
     dataset = register("blanks", tmp_path, labels=("yes ", " no"))
-    assert dataset.labels == ("yes", "no")
+    assert dataset.labels.closed == ("yes", "no")
     assert {e.label for e in dataset.examples("train")} == {"yes"}
 
 

@@ -32,7 +32,7 @@ def test_teachers_conclude_their_own_labels(data_root):
     for example in cqa.examples("test"):
         label = conclusion(outputs[example.id].rationale, cqa.choices(example.input))
         concluded += label is not None
-        agreed += label is not None and cqa.is_right(label, outputs[example.id].label or "")
+        agreed += label is not None and cqa.labels.is_right(label, outputs[example.id].label or "")
     assert (concluded, agreed) == (906, 847)
 
 
