@@ -103,7 +103,7 @@ def test_released_texts_parse_as_the_released_code_parses_them(name, data_root):
             if choices and label not in choices:  # ours may be a choice in other letters
                 folded = [c for c in choices if plain(c) == plain(label or "")]
                 label = folded[0].strip() if folded else None
-            if dataset.metric == "equation" and label is not None:
+            if dataset.labels.metric == "equation" and label is not None:
                 label = plain_equation(label) if is_readable("equation", label) else None
             different["rationale"] += parsed.rationale != output.rationale.strip()
             different["label"] += parsed.label != label
