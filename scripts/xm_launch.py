@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Launches `dss train` with XManager, in a container on this machine or on Vertex AI.
 
-    python scripts/xm_launch.py --executor=vertex --accelerator=a100=8 --name=cqa [--dry-run] \
+    python scripts/xm_launch.py --executor=vertex --accelerator=h100=8 --name=cqa [--dry-run] \
       -- ARGUMENT_OF_DSS_TRAIN...
 
 The container holds the checkout as committed, and all accelerators of one machine belong to one
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_IMAGE = "python:3.11"
@@ -29,10 +29,114 @@ FIND_DRIVER = (
     "NVIDIA_DRIVER_CAPABILITIES=compute,utility"
 )
 
+# XManager's entrypoint waits with `nc` until a TPU answers, and the base image has none.
+INSTALL_NC = (
+    "RUN apt-get update && apt-get install -y --no-install-recommends netcat-openbsd "
+    "&& rm -rf /var/lib/apt/lists/*"
+)
+HOST_MEMORY = 30  # GiB per accelerator, unless requested; it comes with 6 vCPUs or more
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A machine type of Vertex AI.
+
+    Attributes:
+      name: Vertex AI's name of the machine type.
+      kind: name of its accelerators; None if it has none.
+      count: number of accelerators.
+      cpus: number of vCPUs.
+      memory: host memory, GiB.
+    """
+
+    name: str
+    kind: str | None
+    count: int
+    cpus: int
+    memory: float
+
+    def spec(self) -> dict[str, int | str]:
+        """Returns Vertex AI's `MachineSpec`."""
+        spec: dict[str, int | str] = {"machine_type": self.name}
+        if self.kind is not None:
+            spec |= {"accelerator_type": VERTEX_NAMES[self.kind], "accelerator_count": self.count}
+        return spec
+
+
+def n1(kind: str | None, counts: Sequence[int], cpus: int) -> list[Machine]:
+    """Returns the N1 machine types, to which accelerators are attached.
+
+    Args:
+      kind: name of the accelerators; None for machines without.
+      counts: numbers of accelerators that can be attached.
+      cpus: maximum number of vCPUs per accelerator.
+    """
+    return [
+        Machine(name=f"n1-{series}-{size}", kind=kind, count=count, cpus=size, memory=size * memory)
+        for series, memory in (("standard", 3.75), ("highmem", 6.5))
+        for size in (4, 8, 16, 32, 64, 96)
+        for count in counts
+        if size <= cpus * max(count, 1)
+    ]
+
+
+def built_in(
+    kind: str, counts: Sequence[int], name: str, cpus: int, memory: float
+) -> list[Machine]:
+    """Returns the machine types of a series that includes its accelerators.
+
+    Args:
+      kind: name of the accelerators.
+      counts: numbers of accelerators.
+      name: Vertex AI's name of the machine type, with `{}` for the number of accelerators.
+      cpus: vCPUs per accelerator.
+      memory: host memory per accelerator, GiB.
+    """
+    return [
+        Machine(name=name.format(n), kind=kind, count=n, cpus=cpus * n, memory=memory * n)
+        for n in counts
+    ]
+
+
+# cloud.google.com/vertex-ai/docs/training/configure-compute: machine types and their accelerators;
+# cloud.google.com/compute/docs/accelerator-optimized-machines: vCPUs and memory.
+MACHINES = [
+    *n1(None, [0], 96),
+    *n1("t4", [1, 2, 4], 24),
+    *n1("v100", [1, 2, 4, 8], 12),
+    *(
+        Machine(name=f"g2-standard-{cpus}", kind="l4", count=count, cpus=cpus, memory=4 * cpus)
+        for count, sizes in {1: (4, 8, 12, 16, 32), 2: (24,), 4: (48,), 8: (96,)}.items()
+        for cpus in sizes
+    ),
+    *built_in("a100", [1, 2, 4, 8], "a2-highgpu-{}g", 12, 85),
+    *built_in("a100", [16], "a2-megagpu-{}g", 6, 85),
+    *built_in("a100_80gib", [1, 2, 4, 8], "a2-ultragpu-{}g", 12, 170),
+    *built_in("h100", [1, 2, 4, 8], "a3-highgpu-{}g", 26, 234),
+    *built_in("h100_mega", [8], "a3-megagpu-{}g", 26, 234),
+    *built_in("h200", [8], "a3-ultragpu-{}g", 28, 369),
+    *built_in("b200", [8], "a4-highgpu-{}g", 28, 496),
+    *built_in("tpu_v2", [8], "cloud-tpu", 12, 41.75),  # the count is of cores
+    *built_in("tpu_v3", [8], "cloud-tpu", 12, 41.75),
+]
+VERTEX_NAMES = {
+    "t4": "NVIDIA_TESLA_T4",
+    "v100": "NVIDIA_TESLA_V100",
+    "l4": "NVIDIA_L4",
+    "a100": "NVIDIA_TESLA_A100",
+    "a100_80gib": "NVIDIA_A100_80GB",
+    "h100": "NVIDIA_H100_80GB",
+    "h100_mega": "NVIDIA_H100_MEGA_80GB",
+    "h200": "NVIDIA_H200_141GB",
+    "b200": "NVIDIA_B200",
+    "tpu_v2": "TPU_V2",
+    "tpu_v3": "TPU_V3",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What XManager is told, each field under the name that XManager gives it."""
+    """The arguments of XManager's functions, each field under XManager's name."""
 
     experiment_title: str
     revision: str  # of the checkout, what the container holds
@@ -40,7 +144,8 @@ class Launch:
     docker_instructions: list[str]
     entrypoint: list[str]  # shell commands, the arguments of `dss train` among them
     executor: str  # 'Local' or 'Vertex', of xm_local
-    requirements: dict[str, int | str]  # accelerator: how many, or a topology
+    requirements: dict[str, int]  # number of accelerators by kind; only local GPUs and TPUs
+    machine_spec: dict[str, int | str] | None  # Vertex AI's; None for Local
     volumes: dict[str, str]  # folder of this machine: where the container sees it; only of Local
 
 
@@ -52,15 +157,58 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def accelerator(text: str) -> dict[str, int | str]:
-    """Reads `a100=8` or `tpu_v3=2x2`."""
-    match = re.fullmatch(r"(\w+)=([1-9]\d*(?:x[1-9]\d*)*)", text)
+def accelerator(text: str) -> tuple[str, int]:
+    """Reads `a100=8`."""
+    match = re.fullmatch(r"(\w+)=([1-9]\d*)", text)
     if match is None:
         raise argparse.ArgumentTypeError(
-            f"{text!r}: give NAME=COUNT, such as a100=8 (XManager's names) or local_gpu=1"
+            f"{text!r}: give NAME=COUNT, such as a100=8, or local_gpu=1 for a local container"
         )
-    name, count = match.groups()
-    return {name.lower(): int(count) if count.isdigit() else count}
+    return match[1].lower(), int(match[2])
+
+
+def positive(text: str) -> int:
+    """Reads a whole number above 0."""
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
+    return int(text)
+
+
+def choose_machine(
+    kind: str | None, count: int, cpus: int = 0, memory: int | None = None
+) -> Machine:
+    """Returns the smallest machine type with these accelerators.
+
+    Args:
+      kind: name of the accelerators; None for a machine without.
+      count: number of accelerators, exactly.
+      cpus: minimum number of vCPUs.
+      memory: minimum host memory, GiB; by default 30 per accelerator.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    of_kind = [machine for machine in MACHINES if machine.kind == kind]
+    if not of_kind:
+        raise ValueError(
+            f"unknown accelerator {kind!r}; known: {', '.join(VERTEX_NAMES)}; other TPUs are "
+            "started by scripts/tpu_vm.sh"
+        )
+    with_count = [machine for machine in of_kind if machine.count == count]
+    if not with_count:
+        counts = sorted({machine.count for machine in of_kind})
+        raise ValueError(
+            f"Vertex AI has no machine with {count} {kind}; give {', '.join(map(str, counts))}"
+        )
+    memory = memory or HOST_MEMORY * max(count, 1)
+    large = [m for m in with_count if m.cpus >= cpus and m.memory >= memory]
+    if not large:
+        most = max(with_count, key=lambda machine: machine.memory)
+        raise ValueError(
+            f"Vertex AI has no such machine with {cpus} vCPUs and {memory} GiB; the largest, "
+            f"{most.name}, has {most.cpus} and {most.memory:g}"
+        )
+    return min(large, key=lambda machine: (machine.cpus, machine.memory))
 
 
 def git(*args: str) -> bytes:
@@ -72,23 +220,38 @@ def plan(
     title: str,
     revision: str,
     executor: str,
-    requirements: dict[str, int | str],
+    accelerators: tuple[str | None, int],
+    machine: Machine | None,
     train: list[str],
 ) -> Launch:
-    """Returns the launch of `dss train` with the arguments `train`."""
-    kind = next(iter(requirements), "")
-    extra = "[tpu]" if kind.startswith("tpu") else "[cuda]" if kind else ""
+    """Returns the launch of `dss train`.
+
+    Args:
+      title: title of the experiment.
+      revision: commit of the checkout.
+      executor: 'vertex' or 'local'.
+      accelerators: their kind and number.
+      machine: machine type of Vertex AI; None for a local container.
+      train: arguments of `dss train`.
+    """
+    kind, count = accelerators
+    tpu = kind is not None and kind.startswith("tpu")
+    extra = "[tpu]" if tpu else "[cuda]" if kind else ""
     # Not as arguments of the job: those XManager quotes for a shell, and hands to the container
     # without one. A container of this machine works in this folder, which it sees as its own.
     command = shlex.join(["dss", "train", *train])
     here = os.getcwd()
     local = executor == "local"
+    # Of accelerators of Vertex AI XManager needs to know TPUs alone, which take no service account;
+    # it has no names for some others.
+    requirements = {kind: count} if kind is not None and (local or tpu) else {}
     return Launch(
         experiment_title=title,
         revision=revision,
         base_image=BASE_IMAGE,
         docker_instructions=[
             *([FIND_DRIVER] if extra == "[cuda]" else []),
+            *([INSTALL_NC] if tpu else []),
             "ENV PYTHONUNBUFFERED=1",
             "COPY dss/ /dss",
             "WORKDIR /dss",
@@ -97,20 +260,25 @@ def plan(
         entrypoint=[*([f"cd {shlex.quote(here)}"] if local else []), f"exec {command}"],
         executor=executor.capitalize(),
         requirements=requirements,
+        machine_spec=machine.spec() if machine else None,
         volumes={here: here} if local else {},
     )
 
 
-def launch(todo: Launch, requirements: Any) -> None:
-    """Builds the container and starts the job, which needs `xm.JobRequirements`; waits for a local
-    one.
-    """
+def launch(todo: Launch) -> None:
+    """Builds the container and starts the job; waits for a local one."""
     from xmanager import xm, xm_local
 
     make_executor = getattr(xm_local, todo.executor)
     options = {}
     if todo.volumes:
         options["docker_options"] = xm_local.DockerOptions(volumes=dict(todo.volumes))
+    if todo.machine_spec is not None:
+        from xmanager.cloud import vertex
+
+        # XManager 0.8 itself requests an N1 machine for most accelerators, also for those that no
+        # N1 machine has.
+        vertex.get_machine_spec = lambda job: todo.machine_spec
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "dss"  # the last part is the name of the image
         source.mkdir()
@@ -126,6 +294,7 @@ def launch(todo: Launch, requirements: Any) -> None:
             [executable] = experiment.package(
                 [xm.Packageable(executable_spec=container, executor_spec=make_executor.Spec())]
             )
+            requirements = xm.JobRequirements(**todo.requirements)
             executor = make_executor(requirements=requirements, **options)
             experiment.add(xm.Job(executable=executable, executor=executor))
 
@@ -143,7 +312,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--executor", choices=("vertex", "local"), required=True)
     parser.add_argument(
-        "--accelerator", type=accelerator, default={}, help="NAME=COUNT; without it CPU only"
+        "--accelerator", type=accelerator, default=(None, 0), help="NAME=COUNT; default: CPU only"
+    )
+    parser.add_argument(
+        "--cpu",
+        type=positive,
+        default=0,
+        help="minimum number of vCPUs of the machine of Vertex AI",
+    )
+    parser.add_argument(
+        "--memory",
+        type=positive,
+        help="minimum host memory of the machine of Vertex AI, GiB (default: 30 per accelerator)",
     )
     parser.add_argument("--name", required=True, help="of the experiment")
     parser.add_argument("--dry-run", action="store_true", help="print what would be launched")
@@ -157,33 +337,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(
             f"{train[0]!r} after --: give the arguments of dss train only, without 'dss train'"
         )
-    if args.executor == "local" and args.accelerator.keys() - {"local_gpu"}:
+    kind, count = args.accelerator
+    machine = None
+    if args.executor == "vertex":
+        if kind == "local_gpu":
+            parser.error("--accelerator: local_gpu is of --executor=local; name one such as a100=8")
+        try:
+            machine = choose_machine(kind, count, args.cpu, args.memory)
+        except ValueError as error:
+            parser.error(f"{'--accelerator' if kind else '--cpu, --memory'}: {error}")
+    elif kind not in (None, "local_gpu"):
         parser.error("--accelerator: a local container can have local_gpu=COUNT only")
-    if args.executor == "vertex" and "local_gpu" in args.accelerator:
-        parser.error("--accelerator: local_gpu is of --executor=local; name one such as a100=8")
+    elif args.cpu or args.memory:
+        parser.error("--cpu, --memory: a local container has those of this machine")
     try:
         revision = git("rev-parse", "HEAD").decode().strip()
     except (OSError, subprocess.CalledProcessError):
         parser.error(f"{ROOT}: no git checkout; clone dss and launch it from there")
-    todo = plan(args.name, revision, args.executor, args.accelerator, train)
+    todo = plan(args.name, revision, args.executor, args.accelerator, machine, train)
     if args.dry_run:
         print(json.dumps(dataclasses.asdict(todo), indent=2))
         return 0
     if args.executor == "vertex" and "GOOGLE_CLOUD_BUCKET_NAME" not in os.environ:
         parser.error("set GOOGLE_CLOUD_BUCKET_NAME to a bucket of yours, where XManager stages")
     try:
+        import xmanager  # noqa: F401
         from absl import flags
-        from xmanager import xm
     except ModuleNotFoundError as error:
         if error.name not in ("absl", "xmanager"):
             raise
         parser.error(f"no module {error.name}: pip install xmanager, best in its own environment")
     flags.FLAGS([parser.prog])  # XManager looks at its flags, and those must have been read
-    try:
-        requirements = xm.JobRequirements(**todo.requirements)
-    except (KeyError, ValueError) as error:
-        parser.error(f"--accelerator: {error.args[0]}")
-    launch(todo, requirements)
+    launch(todo)
     return 0
 
 

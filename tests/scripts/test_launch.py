@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.xm_launch import MACHINES, VERTEX_NAMES, choose_machine
 from tests.conftest import ROOT
 
 TRAIN = [
@@ -167,6 +168,16 @@ def place(tmp_path) -> Place:
             "xm_launch.py",
             ["--executor=vertex", "--name=n", "--accelerator=a100", "--", "--x"],
             "'a100': give NAME=COUNT",
+        ),
+        (
+            "xm_launch.py",
+            ["--executor=local", "--name=n", "--cpu=8", "--", "--x"],
+            "--cpu, --memory: a local container has those of this machine",
+        ),
+        (
+            "xm_launch.py",
+            ["--executor=vertex", "--name=n", "--memory=1G", "--", "--x"],
+            "--memory: '1G': give a whole number",
         ),
     ],
 )
@@ -334,7 +345,7 @@ class TestSlurm:
         assert "no dss on PATH" in done.stderr
 
 
-# Names and keywords as in XManager 0.7; every call is recorded.
+# Names and keywords as in XManager 0.8.5; every call is recorded.
 XMANAGER = """
 import json, os, sys
 
@@ -359,16 +370,20 @@ def CommandList(commands):
     return {"commands": commands}
 
 def JobRequirements(**resources):
-    if "warp" in resources:
-        raise KeyError("Unknown ResourceType 'warp'")
     return resources
 
 def Job(*, executable, executor):
     return {"executable": executable, "executor": executor}
 """
+# The machine type of most accelerators, unless the launch replaces it.
+VERTEX = """
+def get_machine_spec(job):
+    return {"machine_type": "n1-standard-4"}
+"""
 XM_LOCAL = """
 import absl.flags
 from xmanager import record
+from xmanager.cloud import vertex
 
 class Vertex(dict):
     def __init__(self, *, requirements):
@@ -396,6 +411,8 @@ class create_experiment:
         return ["executable"]
     def add(self, job):
         record("add", job)
+        if "vertex" in job["executor"]:
+            record("machine", vertex.get_machine_spec(job))
 """
 ABSL_FLAGS = """
 parsed = False
@@ -407,7 +424,7 @@ def FLAGS(argv):
 
 
 class TestXManager:
-    ARGS = ("--name=cqa", "--accelerator=a100=8")
+    ARGS = ("--name=cqa", "--accelerator=h100=8")
 
     @pytest.fixture
     def installed(self, place):
@@ -417,6 +434,8 @@ class TestXManager:
             "xmanager/__init__.py": XMANAGER,
             "xmanager/xm.py": XM,
             "xmanager/xm_local.py": XM_LOCAL,
+            "xmanager/cloud/__init__.py": "",
+            "xmanager/cloud/vertex.py": VERTEX,
             "absl/__init__.py": "",
             "absl/flags.py": ABSL_FLAGS,
         }.items():
@@ -448,8 +467,13 @@ class TestXManager:
                 ]
             ]
         ]
-        job = {"executable": "executable", "executor": {"vertex": {"a100": 8}}}
-        assert place.calls("add") == [[job]]
+        assert place.calls("add") == [[{"executable": "executable", "executor": {"vertex": {}}}]]
+        machine = {
+            "machine_type": "a3-highgpu-8g",
+            "accelerator_type": "NVIDIA_H100_80GB",
+            "accelerator_count": 8,
+        }
+        assert place.calls("machine") == [[machine]] == [[said["machine_spec"]]]
         assert "RUN python -m pip install --no-cache-dir '.[cuda]'" in said["docker_instructions"]
 
     def test_a_local_container_works_in_this_folder(self, place, installed):
@@ -462,12 +486,14 @@ class TestXManager:
         assert place.calls("add") == [[{"executable": "executable", "executor": executor}]]
 
     @pytest.mark.parametrize(
-        ("accelerator", "extra"), [([], "."), (["--accelerator=tpu_v3=2x2"], ".[tpu]")]
+        ("accelerator", "extra"), [([], "."), (["--accelerator=tpu_v3=8"], ".[tpu]")]
     )
     def test_the_accelerator_says_what_is_installed(self, place, accelerator, extra):
         said = self.dry(place, "--executor=vertex", "--name=n", *accelerator)
-        assert said["docker_instructions"][-1].endswith(f"'{extra}'")
-        assert said["requirements"] == ({"tpu_v3": "2x2"} if accelerator else {})
+        *before, last = said["docker_instructions"]
+        assert last.endswith(f"'{extra}'")
+        assert any("netcat" in line for line in before) == bool(accelerator)
+        assert said["requirements"] == ({"tpu_v3": 8} if accelerator else {})
 
     def test_the_arguments_reach_dss_unchanged(self, place):
         place.fake("dss", DSS)
@@ -484,10 +510,52 @@ class TestXManager:
         assert done.stderr.count("\n") == 1
         assert "pip install xmanager" in done.stderr
 
-    def test_an_accelerator_that_xmanager_does_not_know(self, place, installed):
-        done = place.run(
-            str(ROOT / "scripts" / "xm_launch.py"),
-            *("--executor=vertex", "--name=n", "--accelerator=warp=1", "--", "--x"),
-        )
+
+class TestMachines:
+    @pytest.mark.parametrize(
+        ("kind", "count", "machine"),
+        [
+            (None, 0, "n1-standard-8"),
+            ("t4", 1, "n1-standard-8"),
+            ("v100", 8, "n1-standard-64"),
+            ("l4", 1, "g2-standard-8"),
+            ("l4", 2, "g2-standard-24"),
+            ("a100", 2, "a2-highgpu-2g"),
+            ("a100", 16, "a2-megagpu-16g"),
+            ("a100_80gib", 8, "a2-ultragpu-8g"),
+            ("h100", 1, "a3-highgpu-1g"),
+            ("h100", 8, "a3-highgpu-8g"),
+            ("h200", 8, "a3-ultragpu-8g"),
+            ("b200", 8, "a4-highgpu-8g"),
+            ("tpu_v3", 8, "cloud-tpu"),
+        ],
+    )
+    def test_a_machine_belongs_to_its_accelerators(self, kind, count, machine):
+        assert choose_machine(kind, count).name == machine
+
+    @pytest.mark.parametrize(
+        ("kind", "count", "requested", "machine"),
+        [
+            (None, 0, {"cpus": 64}, "n1-standard-64"),
+            ("t4", 1, {"memory": 100}, "n1-highmem-16"),
+            ("v100", 1, {"memory": 8, "cpus": 4}, "n1-standard-4"),
+            ("l4", 1, {"cpus": 13}, "g2-standard-16"),
+            ("h200", 8, {"cpus": 224, "memory": 2952}, "a3-ultragpu-8g"),
+        ],
+    )
+    def test_it_has_at_least_what_is_requested(self, kind, count, requested, machine):
+        assert choose_machine(kind, count, **requested).name == machine
+
+    @pytest.mark.parametrize("accelerator", ["tpu_v5e=4", "warp=1", "h200=1", "t4=1 --cpu=64"])
+    def test_what_vertex_does_not_have_is_refused_before_the_image_is_built(
+        self, place, accelerator
+    ):
+        args = f"--executor=vertex --name=n --accelerator={accelerator} -- --x".split()
+        done = place.run(str(ROOT / "scripts" / "xm_launch.py"), *args)
         assert done.returncode == 2
-        assert done.stderr == "xm_launch.py: --accelerator: Unknown ResourceType 'warp'\n"
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("xm_launch.py: --accelerator: ")
+        assert re.search("known: t4, v100, .*h200|with 1 h200; give 8|with 64 vCPUs", line)
+
+    def test_every_kind_has_vertex_ais_name(self):
+        assert {machine.kind for machine in MACHINES} == {None, *VERTEX_NAMES}
