@@ -205,8 +205,8 @@ def choose_machine(
     if not large:
         most = max(with_count, key=lambda machine: machine.memory)
         raise ValueError(
-            f"Vertex AI has no such machine with {cpus} vCPUs and {memory} GiB; the largest, "
-            f"{most.name}, has {most.cpus} and {most.memory:g}"
+            f"Vertex AI has no such machine with {f'{cpus} vCPUs and ' if cpus else ''}{memory} "
+            f"GiB; the largest, {most.name}, has {most.cpus} vCPUs and {most.memory:g} GiB"
         )
     return min(large, key=lambda machine: (machine.cpus, machine.memory))
 
