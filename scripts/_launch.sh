@@ -26,12 +26,13 @@ quote() {
 
 # read_options "NAMES WITH A VALUE" "SWITCHES" ARG...
 #
-# Sets opt_NAME for every option given, words to the other words before `--`, and train to what
-# follows it, the arguments of `dss train`.
+# Sets opt_NAME for every option given, others to the options of other names, words to the other words
+# before `--`, and train to what follows it, the arguments of `dss train`.
 read_options() {
-  local valued=" $1 " switches=" $2 " name
+  local valued=" $1 " switches=" $2 " name value
   shift 2
   words=()
+  others=()
   train=()
   while (($# > 0)); do
     case "$1" in
@@ -44,28 +45,33 @@ read_options() {
         usage
         exit 0
         ;;
-      --*=*)
-        set -- "${1%%=*}" "${1#*=}" "${@:2}"
-        continue
-        ;;
       --*)
-        name="${1#--}"
-        if [[ "$switches" == *" $name "* ]]; then
+        name="${1%%=*}"
+        name="${name#--}"
+        if [[ "$switches" == *" ${1#--} "* ]]; then
           printf -v "opt_${name//-/_}" yes
         elif [[ "$valued" == *" $name "* ]]; then
-          if [[ -z "${2:-}" || "$2" == --* ]]; then
+          [[ "$1" == *=* ]] || set -- "$1=${2:-}" "${@:3}"
+          value="${1#*=}"
+          if [[ -z "$value" || "$value" == --* ]]; then
             fail "--$name needs a value"
           fi
-          printf -v "opt_${name//-/_}" '%s' "$2"
-          shift
+          printf -v "opt_${name//-/_}" '%s' "$value"
         else
-          fail "unknown option --$name; --help lists them, and those of dss train come after --"
+          others+=("$1")
         fi
         ;;
       *) words+=("$1") ;;
     esac
     shift
   done
+}
+
+# Fails if options of other names were given.
+no_other_options() {
+  if ((${#others[@]} > 0)); then
+    fail "unknown option ${others[0]}; --help lists them, and those of dss train come after --"
+  fi
 }
 
 # Fails unless the arguments of `dss train` were given.

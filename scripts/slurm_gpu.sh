@@ -19,6 +19,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 opt_nodes=1 opt_gpus_per_node=1 opt_cpus_per_task=4 opt_job_name=dss
 opt_time="" opt_partition="" opt_account="" opt_dry_run=""
 read_options "nodes gpus-per-node cpus-per-task time partition account job-name" "dry-run" "$@"
+no_other_options
 if ((${#words[@]} > 0)); then
   fail "unexpected '${words[0]}'; the arguments of dss train come after --"
 fi

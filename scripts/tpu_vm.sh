@@ -1,78 +1,125 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU VM: the same `dss train` on every worker.
+# Trains on Cloud TPU VMs: the same `dss train` on every worker.
 #
-#   scripts/tpu_vm.sh VERB... --name NAME --zone ZONE [OPTION]... [-- ARGUMENT_OF_DSS_TRAIN...]
+#   scripts/tpu_vm.sh COMMAND... --name NAME --zone ZONE [OPTION]... [-- ARGUMENT_OF_DSS_TRAIN...]
 #
-#   create     make the TPU VM (--type, --version, --spot)
-#   install    copy this checkout as committed to every worker and install it
+#   create     request TPU VMs as a queued resource (--type, --version)
+#   install    wait for them, copy this checkout as committed to every worker and install it
 #   run        start dss train on every worker; it lives on without this connection
 #   wait       until it has ended on every worker
-#   logs       fetch what every worker printed to logs/NAME/worker-N.log, show the last lines
-#   delete     delete the TPU VM without a question
+#   logs       fetch what every worker printed to logs/NAME/NODE-worker-N.log, show the last lines
+#   delete     delete the queued resource and its TPU VMs without a question
 #
-# Several verbs are done in the order given, up to the first that fails.
+# Several commands are run in the order given, up to the first that fails.
 #
-#   --project ID         without it gcloud's
-#   --type TYPE          accelerator, such as v4-32
-#   --version VERSION    the image of the VM, such as tpu-ubuntu2204-base
-#   --spot               cheaper, and taken away at any moment
-#   --dry-run            print the commands, run none
+#   --project ID           default: gcloud's
+#   --type TYPE            accelerator type, such as v4-32; with --topology the version, such as v4
+#   --topology TOPOLOGY    chips along each axis, such as 2x2x4
+#   --version VERSION      image of the VMs, such as tpu-ubuntu2204-base
+#   --slices N             number of slices of this type (default: 1)
+#   --internal-ip          connect to the workers at their internal addresses
+#   --tunnel-through-iap   connect to the workers through Identity-Aware Proxy
+#   --dry-run              print the commands, run none
+#
+# Every other option is passed to `gcloud compute tpus queued-resources create`, its value after an =:
+# --spot, --reserved, --internal-ips, --network=, --subnetwork=, --service-account=, --labels=, ...
 #
 # docs/launching.md has a whole example.
 
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-VERBS="create install run wait logs delete"
+COMMANDS="create install run wait logs delete"
 
-opt_name="" opt_zone="" opt_project="" opt_type="" opt_version="" opt_spot="" opt_dry_run=""
-read_options "name zone project type version" "spot dry-run" "$@"
+opt_name="" opt_zone="" opt_project="" opt_type="" opt_topology="" opt_version="" opt_slices=1
+opt_internal_ip="" opt_tunnel_through_iap="" opt_dry_run=""
+read_options "name zone project type topology version slices" \
+  "internal-ip tunnel-through-iap dry-run" "$@"
 
-((${#words[@]} > 0)) || fail "what to do? give one or more of: $VERBS"
-for verb in "${words[@]}"; do
-  [[ " $VERBS " == *" $verb "* ]] || fail "unknown verb '$verb'; there are: $VERBS"
+((${#words[@]} > 0)) || fail "what to do? give one or more of: $COMMANDS"
+for command in "${words[@]}"; do
+  [[ " $COMMANDS " == *" $command "* ]] ||
+    fail "unknown command '$command'; there are: $COMMANDS; gcloud's options are given as --OPTION=VALUE"
 done
-[[ -n "$opt_name" ]] || fail "--name is missing: give the TPU VM's name"
+[[ -n "$opt_name" ]] || fail "--name is missing: give the name of the queued resource"
 [[ "$opt_name" =~ ^[a-z][a-z0-9-]*$ ]] ||
   fail "--name is '$opt_name'; give lower-case letters, digits and -, a letter first"
-[[ -n "$opt_zone" ]] || fail "--zone is missing: give the TPU VM's zone, such as us-central2-b"
+[[ -n "$opt_zone" ]] || fail "--zone is missing: give the TPU VMs' zone, such as us-central2-b"
+[[ "$opt_slices" =~ ^[1-9][0-9]*$ ]] || fail "--slices is $opt_slices; give a whole number above 0"
 if [[ " ${words[*]} " == *" create "* ]]; then
   [[ -n "$opt_type" ]] || fail "create needs --type, such as v4-32"
   [[ -n "$opt_version" ]] || fail "create needs --version, such as tpu-ubuntu2204-base"
+else
+  no_other_options
 fi
 if [[ " ${words[*]} " == *" run "* ]]; then
   need_train_arguments
 elif ((${#train[@]} > 0)); then
-  fail "arguments after -- are for the verb run"
+  fail "arguments after -- are for the command run"
 fi
 
 where=(--zone="$opt_zone")
 [[ -z "$opt_project" ]] || where+=(--project="$opt_project")
+connect=("${where[@]}")
+[[ -z "$opt_internal_ip" ]] || connect+=(--internal-ip)
+[[ -z "$opt_tunnel_through_iap" ]] || connect+=(--tunnel-through-iap)
+everywhere=(--node=all --worker=all "${connect[@]}")
 
-# Each plan_VERB prints the commands of a verb. A dry run shows them, any other run runs them.
+# Each plan_COMMAND prints the shell commands of a command. A dry run prints them, any other run runs
+# them.
 
-# gcloud_tpu VERB ARG...: a command on the TPU VMs of the zone.
+# gcloud_tpu GROUP COMMAND ARG...: a gcloud command on queued-resources or tpu-vm.
 gcloud_tpu() {
-  quote gcloud compute tpus tpu-vm "$@" "${where[@]}"
+  quote gcloud compute tpus "$@"
   echo
 }
 
 on_every_worker() {
-  gcloud_tpu ssh "$opt_name" --worker=all --command="$1"
+  gcloud_tpu queued-resources ssh "$opt_name" --command="$1" "${everywhere[@]}"
 }
 
 plan_create() {
-  local options=(--accelerator-type="$opt_type" --version="$opt_version")
-  [[ -z "$opt_spot" ]] || options+=(--spot)
-  gcloud_tpu create "$opt_name" "${options[@]}"
+  local options=(--runtime-version="$opt_version")
+  if [[ -n "$opt_topology" ]]; then
+    options+=(--type="$opt_type" --topology="$opt_topology")
+  else
+    options+=(--accelerator-type="$opt_type")
+  fi
+  if ((opt_slices > 1)); then
+    options+=(--node-count="$opt_slices" --node-prefix="$opt_name")
+  else
+    options+=(--node-id="$opt_name")
+  fi
+  options+=("${where[@]}")
+  gcloud_tpu queued-resources create "$opt_name" "${options[@]}" ${others[@]+"${others[@]}"}
+}
+
+wait_for_resources() {
+  local describe
+  describe="$(gcloud_tpu queued-resources describe "$opt_name" "${where[@]}" \
+    --format='value(state.state)')"
+  cat <<END
+while true; do
+  state="\$($describe)"
+  case "\$state" in
+    ACTIVE) break ;;
+    FAILED | SUSPEND* | DELETING)
+      echo "the queued resource $opt_name is \$state: delete it and create it again" >&2
+      exit 1
+      ;;
+  esac
+  sleep 30
+done
+END
 }
 
 # The images are Ubuntu 22.04, whose Python 3.10 is too old for dss, so uv brings a newer one.
 plan_install() {
+  wait_for_resources
   echo 'archive="$(mktemp)"'
   echo "trap 'rm -f \"\$archive\"' EXIT"
   echo "$(quote git -C "$ROOT" archive --format=tar.gz HEAD) >\"\$archive\""
-  echo "$(quote gcloud compute tpus tpu-vm scp) \"\$archive\"" \
-    "$(quote "$opt_name:dss.tar.gz" --worker=all "${where[@]}")"
+  echo "$(gcloud_tpu queued-resources scp) \"\$archive\"" \
+    "$(quote "$opt_name:dss.tar.gz" "${everywhere[@]}")"
   on_every_worker 'set -e
 rm -rf ~/dss/source
 mkdir -p ~/dss/source
@@ -114,23 +161,33 @@ plan_wait() {
 }
 
 plan_logs() {
-  local folder
+  local folder nodes workers copy
   folder="logs/$opt_name"
-  echo "mkdir -p $folder"
-  echo "workers=\"\$($(gcloud_tpu describe "$opt_name" --format='value(networkEndpoints.len())'))\""
-  echo 'for ((worker = 0; worker < workers; worker++)); do'
-  echo "  log=$folder/worker-\$worker.log"
-  echo "  $(quote gcloud compute tpus tpu-vm scp "$opt_name:dss/train.log") \"\$log\"" \
-    "--worker=\$worker $(quote "${where[@]}")"
-  echo '  echo "$log: $(tail -n 1 "$log")"'
-  echo 'done'
+  nodes="$(gcloud_tpu queued-resources describe "$opt_name" "${where[@]}" \
+    --format='value(tpu.nodeSpec[].nodeId)')"
+  workers="$(gcloud_tpu tpu-vm describe --format='value(networkEndpoints.len())' "${where[@]}")"
+  copy="$(gcloud_tpu queued-resources scp "${connect[@]}" "$opt_name:dss/train.log")"
+  cat <<END
+mkdir -p $folder
+nodes="\$($nodes)"
+node=0
+for name in \${nodes//;/ }; do
+  workers="\$($workers "\$name")"
+  for ((worker = 0; worker < workers; worker++)); do
+    log="$folder/\$name-worker-\$worker.log"
+    $copy "\$log" --node="\$node" --worker="\$worker"
+    echo "\$log: \$(tail -n 1 "\$log")"
+  done
+  node=\$((node + 1))
+done
+END
 }
 
 plan_delete() {
-  gcloud_tpu delete "$opt_name" --quiet
+  gcloud_tpu queued-resources delete "$opt_name" --force --quiet "${where[@]}"
 }
 
-plan="$(for verb in "${words[@]}"; do "plan_$verb"; done)"
+plan="$(for command in "${words[@]}"; do "plan_$command"; done)"
 if [[ -n "$opt_dry_run" ]]; then
   printf '%s\n' "$plan"
   exit

@@ -43,12 +43,13 @@ print("dss was here")
 sys.exit(int(os.environ.get("DSS_STATUS", 0)))
 """
 )
-# Two workers, each a folder that is its home.
+# Two workers, each a folder that is its home. A queued resource is ACTIVE when asked for the second
+# time.
 GCLOUD = (
     RECORD
     + """
 import shutil, subprocess
-verb, *rest = sys.argv[4:]
+group, verb, *rest = sys.argv[3:]
 words = [a for a in rest if not a.startswith("--")]
 flags = dict(a[2:].split("=", 1) for a in rest if a.startswith("--") and "=" in a)
 homes = [os.path.join(os.environ["WORKERS"], n) for n in ("0", "1")]
@@ -63,8 +64,13 @@ for home in homes:
     elif verb == "scp":
         source, target = (os.path.join(home, w.split(":")[1]) if ":" in w else w for w in words)
         shutil.copy(source, target)
-if verb == "describe":
+if verb == "describe" and group == "tpu-vm":
     print(2)
+elif flags.get("format") == "value(state.state)":
+    first = open(os.environ["CALLS"]).read().count("state.state") == 1
+    print(os.environ.get("STATE", "WAITING_FOR_RESOURCES" if first else "ACTIVE"))
+elif verb == "describe":
+    print(os.environ.get("NODES", "cqa"))
 """
 )
 # As the real one calls them: pip makes uv, uv a virtual environment, its pip the command dss.
@@ -139,16 +145,19 @@ def place(tmp_path) -> Place:
     ("script", "args", "said"),
     [
         ("tpu_vm.sh", [], "what to do?"),
-        ("tpu_vm.sh", ["start", "--name=n", "--zone=z"], "unknown verb 'start'"),
+        ("tpu_vm.sh", ["start", "--name=n", "--zone=z"], "unknown command 'start'"),
+        ("tpu_vm.sh", ["create", "--network", "n", "--zone=z"], "are given as --OPTION=VALUE"),
+        ("tpu_vm.sh", ["delete", "--name=n", "--zone=z", "--spot"], "unknown option --spot"),
+        ("tpu_vm.sh", ["create", "--name=n", "--zone=z", "--slices=x"], "--slices is x"),
         ("tpu_vm.sh", ["delete", "--zone=z"], "--name is missing"),
         ("tpu_vm.sh", ["delete", "--name=a b", "--zone=z"], "--name is 'a b'"),
         ("tpu_vm.sh", ["delete", "--name=n"], "--zone is missing"),
         ("tpu_vm.sh", ["delete", "--name", "--zone=z"], "--name needs a value"),
-        ("tpu_vm.sh", ["delete", "--nome=n"], "unknown option --nome"),
+        ("tpu_vm.sh", ["delete", "--name=n", "--zon=z"], "--zone is missing"),
         ("tpu_vm.sh", ["create", "--name=n", "--zone=z"], "create needs --type"),
         ("tpu_vm.sh", ["run", "--name=n", "--zone=z", "--"], "nothing to train"),
         ("tpu_vm.sh", ["run", "--name=n", "--zone=z", "--", "dss"], "without 'dss train'"),
-        ("tpu_vm.sh", ["logs", "--name=n", "--zone=z", "--", "--x"], "for the verb run"),
+        ("tpu_vm.sh", ["logs", "--name=n", "--zone=z", "--", "--x"], "for the command run"),
         ("slurm_gpu.sh", ["--nodes=2"], "nothing to train"),
         ("slurm_gpu.sh", ["--gpus=2", "--", "--x"], "unknown option --gpus"),
         ("slurm_gpu.sh", ["--nodes=0", "--", "--x"], "--nodes is 0"),
@@ -198,7 +207,7 @@ def test_help_names_the_dry_run(place, script):
 def test_the_commands_of_the_docs_are_understood(place):
     text = (ROOT / "docs" / "launching.md").read_text().replace("\\\n", "")
     commands = re.findall(r"^    (?:python )?(scripts/\S+)(.*)", text, re.MULTILINE)
-    assert len(commands) == 7
+    assert len(commands) == 8
     for script, args in commands:
         place.run(
             "bash", "-euc", f"DATA=data USER=me; {ROOT}/{script} --dry-run {args}", check=True
@@ -217,16 +226,16 @@ class TestTpuVm:
         return place.script("tpu_vm.sh", *args, "--name=cqa", "--zone=z", status=status)
 
     def test_a_dry_run_calls_nothing_and_its_text_is_what_a_run_does(self, place):
-        verbs = ["create", "install", "run", "wait", "logs", "delete"]
+        commands = ["create", "install", "run", "wait", "logs", "delete"]
         options = ["--name", "cqa", "--zone", "us-central2-b", "--project", "p", "--type", "v4-16"]
         options += ["--version=tpu-ubuntu2204-base", "--spot"]
-        text = place.script("tpu_vm.sh", *verbs, *options, "--dry-run", "--", *TRAIN)
+        text = place.script("tpu_vm.sh", *commands, *options, "--dry-run", "--", *TRAIN)
         assert not Path(place.env["CALLS"]).exists()
 
         place.run("bash", "-euo", "pipefail", "-c", text, check=True)
         printed = place.calls("gcloud")
         (place.folder / "calls").unlink()
-        place.script("tpu_vm.sh", *verbs, *options, "--", *TRAIN)
+        place.script("tpu_vm.sh", *commands, *options, "--", *TRAIN)
         done = place.calls("gcloud")
 
         def comparable(calls):
@@ -236,13 +245,14 @@ class TestTpuVm:
 
         assert comparable(printed) == comparable(done)
         where = ["--zone=us-central2-b", "--project=p"]
-        create = ["create", "cqa", "--accelerator-type=v4-16", "--version=tpu-ubuntu2204-base"]
-        assert done[0] == ["compute", "tpus", "tpu-vm", *create, "--spot", *where]
-        assert done[-1] == ["compute", "tpus", "tpu-vm", "delete", "cqa", "--quiet", *where]
-        assert all(call[-2:] == where for call in done)
+        queued = ["compute", "tpus", "queued-resources"]
+        create = ["--runtime-version=tpu-ubuntu2204-base", "--accelerator-type=v4-16"]
+        assert done[0] == [*queued, "create", "cqa", *create, "--node-id=cqa", *where, "--spot"]
+        assert done[-1] == [*queued, "delete", "cqa", "--force", "--quiet", *where]
+        assert all(set(call) >= set(where) for call in done)
         assert place.calls("dss") == [["train", *TRAIN]] * 2
         for worker in "01":
-            log = place.folder / "logs" / "cqa" / f"worker-{worker}.log"
+            log = place.folder / "logs" / "cqa" / f"cqa-worker-{worker}.log"
             lines = ["dss was here", "dss train ended with exit status 0"]
             assert log.read_text().splitlines() == lines * 2  # one log, whoever started it
 
@@ -261,16 +271,56 @@ class TestTpuVm:
         self.tpu(place, "wait")
         shown = self.tpu(place, "logs").splitlines()
         assert shown == [
-            "logs/cqa/worker-0.log: dss train ended with exit status 143",
-            "logs/cqa/worker-1.log: dss train ended with exit status 0",
+            "logs/cqa/cqa-worker-0.log: dss train ended with exit status 143",
+            "logs/cqa/cqa-worker-1.log: dss train ended with exit status 0",
         ]
 
-    def test_what_fails_ends_the_list_of_verbs(self, place):
+    def test_what_fails_ends_the_list_of_commands(self, place):
         done = place.run(
             str(ROOT / "scripts" / "tpu_vm.sh"), "logs", "delete", "--name=n", "--zone=z"
         )
         assert done.returncode != 0
         assert "delete" not in [call[3] for call in place.calls("gcloud")]
+
+    def test_what_was_not_granted_is_not_installed(self, place):
+        place.env["STATE"] = "SUSPENDED"
+        done = place.run(str(ROOT / "scripts" / "tpu_vm.sh"), "install", "--name=n", "--zone=z")
+        assert done.returncode == 1
+        assert "the queued resource n is SUSPENDED: delete it" in done.stderr
+        assert [call[3] for call in place.calls("gcloud")] == ["describe"]
+
+    def test_gclouds_own_options_reach_it(self, place):
+        passed = ["--internal-ips", "--network=mine", "--subnetwork=sub", "--reserved"]
+        passed += ["--service-account=me@p", "--labels=team=a b,cost=1"]
+        self.tpu(place, "create", "--type=v4-8", "--version=v", *passed)
+        (call,) = place.calls("gcloud")
+        assert call[-len(passed) :] == passed
+
+    def test_a_topology_replaces_the_accelerator_type(self, place):
+        self.tpu(place, "create", "--type=v4", "--topology=2x2x4", "--version=v")
+        (call,) = place.calls("gcloud")
+        assert {"--type=v4", "--topology=2x2x4"} < set(call)
+        assert not any(option.startswith("--accelerator-type") for option in call)
+
+    def test_slices_are_one_queued_resource(self, place):
+        place.env["NODES"] = "cqa-0;cqa-1"
+        for worker in "01":
+            (place.workers / worker / "dss").mkdir()
+            (place.workers / worker / "dss" / "train.log").write_text("done\n")
+        shown = self.tpu(place, "create", "logs", "--slices=2", "--type=v4-8", "--version=v")
+        assert {"--node-count=2", "--node-prefix=cqa"} < set(place.calls("gcloud")[0])
+        logs = [f"logs/cqa/cqa-{n}-worker-{w}.log: done" for n in "01" for w in "01"]
+        assert shown.splitlines() == logs
+        copies = [call[-2:] for call in place.calls("gcloud") if call[3] == "scp"]
+        assert copies == [[f"--node={n}", f"--worker={w}"] for n in "01" for w in "01"]
+
+    def test_every_connection_takes_the_same_way(self, place):
+        commands = ["install", "run", "wait", "logs"]
+        where = ["--name=cqa", "--zone=z", "--tunnel-through-iap"]
+        place.script("tpu_vm.sh", *commands, *where, "--", "--x")
+        for call in place.calls("gcloud"):
+            assert ("--tunnel-through-iap" in call) == (call[3] in ("ssh", "scp"))
+        assert " --internal-ip" in self.tpu(place, "install", "--internal-ip", "--dry-run")
 
 
 def wait_for(pid_file: Path) -> int:
