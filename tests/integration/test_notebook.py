@@ -1,11 +1,15 @@
 """The quickstart, and the notebook, executed on its runs and on an exported student."""
 
+import importlib.util
 import json
 import os
 import re
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 
 import dss.quickstart
@@ -98,6 +102,45 @@ def test_it_runs_on_exported_students(quickstart, executed):
     )
     found = re.findall(r"accuracy [\d.]+% \(95%", executed[0])
     assert re.findall(r"accuracy [\d.]+% \(95%", exported) == found
+
+
+def run_cell(first_line: str) -> list[str]:
+    """Runs the cell that begins so, without a kernel; returns what `%pip` was called with."""
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    (source,) = (cell.source for cell in cells if cell.source.startswith(first_line))
+    calls = []
+
+    class Shell:
+        def run_line_magic(self, name, line):
+            calls.append(f"{name} {line}")
+
+    code = TransformerManager().transform_cell(source)
+    exec(code, {"get_ipython": Shell, "Path": Path})
+    return calls
+
+
+@pytest.mark.parametrize("spec", [None, ModuleSpec("dss", None)], ids=["no dss", "a bare folder"])
+def test_it_installs_dss_where_it_is_missing(tmp_path, monkeypatch, capsys, spec):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(FileNotFoundError, match=rf"repository is not in {tmp_path}/dss: put it"):
+        run_cell("SOURCE")
+    (tmp_path / "dss").mkdir()
+    (tmp_path / "dss" / "setup.py").touch()
+    assert run_cell("SOURCE") == ['pip install --quiet "{SOURCE}"']
+    assert "restart the session" in capsys.readouterr().out
+
+
+def test_where_dss_is_installed_it_installs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_cell("SOURCE") == []
+    assert capsys.readouterr().out == ""
+
+
+def test_without_runs_it_says_where_to_get_some(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no students in .*: run `!dss quickstart "):
+        run_cell("RUNS")
 
 
 def test_it_is_committed_without_outputs():
