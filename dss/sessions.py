@@ -22,6 +22,7 @@ from dss import __version__
 from dss.data.registry import get_dataset
 from dss.data.store import TokenStore
 from dss.data.tasks import Mixture, Task
+from dss.paths import write_whole
 from dss.training.processes import is_leader
 
 __all__ = [
@@ -151,9 +152,7 @@ class Session:
         # A bucket cannot append; of a line that a kill cut short nothing is kept.
         before = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         text = before[: before.rfind("\n") + 1] + json.dumps({"time": now, **line}) + "\n"
-        temporary = self._path.with_name(f".{SESSIONS_FILE}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self._path)
+        write_whole(self._path, text)
 
     def __enter__(self) -> "Session":
         return self

@@ -28,7 +28,7 @@ from typing import IO, Any, Literal
 import dss
 from dss.data.store import cache_dir
 from dss.errors import UserError
-from dss.paths import in_bucket
+from dss.paths import in_bucket, write_whole
 from dss.sweep import Sweep, SweepRun
 
 __all__ = ["Outcome", "SweepProgress", "read_outcome", "run_sweep"]
@@ -294,9 +294,6 @@ def _write_status(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
     path = sweep.folder / f"sweep{part}.jsonl"
     try:
         sweep.folder.mkdir(parents=True, exist_ok=True)
-        temporary = sweep.folder / f".{path.name}.tmp"
-        text = "".join(json.dumps(outcome.line()) + "\n" for outcome in outcomes)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, "".join(json.dumps(outcome.line()) + "\n" for outcome in outcomes))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

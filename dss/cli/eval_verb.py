@@ -64,13 +64,13 @@ def _write_whole(file: str, text: str) -> None:
     """Writes a file, whole or not at all; a sweep takes one that is there as the run's end."""
     from etils import epath
 
+    from dss.paths import write_whole
+
     path = epath.Path(file).expanduser()
     if os.path.exists(path) and not os.path.isfile(path):  # a device, such as /dev/stdout
         path.write_text(text, encoding="utf-8")
         return
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, text)
 
 
 def _describe(scored: "Scored") -> str:

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import IO, TYPE_CHECKING, Any
 
 from dss.cli.options import add_run_options, open_run, prepare_jax
 from dss.errors import UserError
@@ -93,12 +93,14 @@ def _is_table(header: bytes, row: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> Iterator[TextIO]:
+def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> Iterator[IO[str]]:
     """Opens the output; a file is written beside, and replaced by no fewer lines.
 
     Raises:
       UserError: the file that is there has more lines.
     """
+    from dss.paths import create
+
     if path is None:
         yield sys.stdout
         return
@@ -107,7 +109,7 @@ def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> It
             yield output
         return
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as output:
+    with create(partial) as output:
         yield output
     if not replace and path.exists():
         with path.open("rb") as file:

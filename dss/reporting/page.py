@@ -16,6 +16,7 @@ from dss import __version__
 from dss.data.ledger import Ledger
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
+from dss.paths import write_whole
 from dss.reporting.analysis import RELEASED_TEACHERS, Cell, Group, analyse, compare
 from dss.reporting.collect import Collected, EvaluationRecord, RunRecord
 from dss.reporting.figures import Figure, draw_figures, safe_name, save_figures
@@ -105,9 +106,7 @@ def write_report(
         not_measured=NOT_MEASURED,
         not_recorded=NOT_RECORDED,
     )
-    partial = page.with_name(page.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="replace")
-    partial.replace(page)
+    write_whole(page, text)
     return groups
 
 

@@ -306,10 +306,13 @@ class Annotator:
         return reply, wait
 
     def _may_send(self) -> bool:
+        """Returns whether one more may be sent; the first only if its answer can be kept."""
         most = self.limits.max_requests
         if most is not None and self.state.sent >= most:
             self.stop(f"--max-requests {most} reached")
             return False
+        if not self.state.sent:
+            self.journal.make_room()
         self.state.sent += 1
         return True
 

@@ -25,6 +25,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from dss.data.examples import Example
 from dss.errors import UserError
+from dss.paths import replacing
 from dss.teacher.annotate import Annotator, Limits
 from dss.teacher.client import Client, api_key
 from dss.teacher.job import Job
@@ -122,10 +123,8 @@ class _Ask(beam.DoFn):
         if self._spec.folder is None or not made:
             return
         path = Path(self._spec.folder) / f"attempts-{uuid.uuid4().hex}.jsonl"
-        partial = path.with_suffix(".partial")
-        lines = (attempt_line(question, attempt) + "\n" for question, attempt in made)
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(path)
+        with replacing(path) as file:
+            file.writelines(attempt_line(question, attempt) + "\n" for question, attempt in made)
 
     def _ask(self, journal: Journal, examples: list[Example]) -> None:
         """Asks; an error that ends the asking is logged, so that the bundle keeps its answers."""
@@ -216,6 +215,7 @@ def run_pipeline(
       UserError: the key or the options cannot be used.
     """
     api_key(key_variable, job.writer.teacher.base_url)
+    journal.make_room()
     folder = job.file("pipeline")
     folder.mkdir(parents=True, exist_ok=True)
     _read_attempts(folder, journal)

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from dss import __version__
-from dss.data.examples import Example, read_teacher_outputs, stream_examples
+from dss.data.examples import Example, read_json_lines, stream_examples
 from dss.data.registry import SPLITS, get_dataset
 from dss.errors import UserError
 from dss.paths import in_bucket
@@ -202,9 +202,10 @@ class Job:
         path = self.file("jsonl")
         if not path.is_file():
             return set()
-        outputs = read_teacher_outputs(epath.Path(path), self.name)
-        before = {output.id for output in outputs if output.status == "ok"}
-        return before - {a.example.id for a in self._found(journal) if a.is_ok}
+        lines = read_json_lines(epath.Path(path))  # without their texts, which may be long
+        is_ok = {str(line.get("id")): line.get("status", "ok") == "ok" for _, line in lines}
+        now = {a.example.id for a in self._found(journal) if a.is_ok}
+        return {id_ for id_, before in is_ok.items() if before} - now
 
     def _would_lose(self, count: int) -> str:
         return (

@@ -8,9 +8,11 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from dss.errors import UserError
 from dss.teacher.reply import FINAL, Reply
@@ -49,6 +51,7 @@ CREATE TABLE IF NOT EXISTS attempts (
 );
 CREATE INDEX IF NOT EXISTS attempts_by_key ON attempts (key, status);
 CREATE TABLE IF NOT EXISTS exports (path TEXT PRIMARY KEY, fingerprint TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS room (content BLOB NOT NULL); -- see Journal.make_room
 """
 FINAL_SQL = ", ".join(f"'{status}'" for status in FINAL)
 FIELDS = (
@@ -56,6 +59,7 @@ FIELDS = (
     "latency, at, origin"
 )
 BUSY_SECONDS = 60  # that a statement waits for another process's
+ROOM = 2**20  # bytes for the answers that are on their way when a disk is found full
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,15 +125,13 @@ class Journal:
         self.path = path
         self._described: tuple[str, str, int | None, int] | None = None
         self._lock = None
-        if not create and not path.is_file():
+        if not create and not path.exists():
             raise UserError(f"{path}: no such journal; nothing was annotated there yet")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: no journal, which is a file; move it away")
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = path.with_suffix(".lock").open("w")
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{path}: another process is annotating there") from None
+            self._lock = _lock(path)
         with self._errors():
             self._writer = self._connect()
             if create:
@@ -157,6 +159,19 @@ class Journal:
         self._writer.close()
         if self._lock is not None:
             self._lock.close()
+
+    def make_room(self) -> None:
+        """Makes room for some answers, which may be bought then.
+
+        Raises:
+          UserError: the disk is full, or the journal cannot be written for another reason.
+        """
+        with self._transaction():
+            self._writer.execute("INSERT INTO room VALUES (zeroblob(?))", (ROOM,))
+        with self._transaction():
+            self._writer.execute("DELETE FROM room")
+        with self._errors():  # SQLite's log, as long as the room now, begins anew
+            self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def describe(self, writer: Writer) -> None:
         """Says who wrote the requests that are added from now on; prompt and teacher are kept."""
@@ -296,6 +311,21 @@ class Journal:
         with self._errors():
             query = "INSERT OR REPLACE INTO exports VALUES (?, ?)"
             self._writer.execute(query, (path.name, fingerprint))
+
+
+def _lock(path: Path) -> BinaryIO:
+    """Returns an open file that keeps other processes from writing to a journal.
+
+    The lock is the journal's own, whatever becomes of the files beside it and whatever name a
+    process has for it, and ends with the process.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        # It stays open: closing it would end the locks that SQLite may have in this process.
+        raise UserError(f"{path}: another process is annotating there") from None
+    return os.fdopen(descriptor, "rb")
 
 
 def _attempt(row: tuple) -> Attempt:

@@ -6,12 +6,12 @@ All of it is a function of the stored texts and the prompt, so it can be done ag
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dss.data.examples import Example, hash_input
+from dss.paths import replacing
 from dss.teacher.journal import Attempt, Journal
 from dss.teacher.prompt import Parsed, Prompt
 from dss.teacher.reply import Reply
@@ -168,15 +168,11 @@ def annotations(
 def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> int:
     """Writes JSON lines to a file that is replaced only when all are there; returns how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         for line in lines:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
     return count
 
 
@@ -191,8 +187,7 @@ def write_parquet(path: Path, found: Iterable[Annotation], teacher: str) -> None
     schema = pa.schema(
         [(name, text) for name in names] + [("vote", pa.float64()), ("samples", pa.list_(sample))]
     )
-    partial = path.with_name(path.name + ".partial")
-    with pq.ParquetWriter(partial, schema) as writer:
+    with replacing(path, binary=True) as file, pq.ParquetWriter(file, schema) as writer:
         rows = (
             {
                 "id": a.example.id,
@@ -210,4 +205,3 @@ def write_parquet(path: Path, found: Iterable[Annotation], teacher: str) -> None
         )
         while chunk := list(itertools.islice(rows, PARQUET_ROWS)):
             writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
-    partial.replace(path)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from dss.paths import write_whole
 from dss.teacher.job import Job
 from dss.teacher.journal import Journal, Usage
 from dss.teacher.outputs import Annotation, annotations
@@ -160,7 +161,4 @@ def write_page(report: Report, path: Path) -> None:
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     # In a script element only "<" could end it or open a comment.
     rows = json.dumps(report.rows, ensure_ascii=False).replace("<", "\\u003c")
-    partial = path.with_name(path.name + ".partial")
-    page = template.render(report=report, rows=rows)
-    partial.write_text(page, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    write_whole(path, template.render(report=report, rows=rows))

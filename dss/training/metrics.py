@@ -15,7 +15,7 @@ from pathlib import Path
 
 from etils import epath
 
-from dss.paths import in_bucket
+from dss.paths import in_bucket, write_whole
 from dss.training.processes import is_leader
 
 __all__ = ["MetricsWriter", "read_metrics"]
@@ -37,9 +37,7 @@ def _cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(lines))
 
 
 @contextlib.contextmanager

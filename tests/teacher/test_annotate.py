@@ -4,6 +4,7 @@ import email.utils
 import gzip
 import json
 import re
+import resource
 import sqlite3
 import time
 
@@ -14,7 +15,7 @@ from dss.errors import UserError
 from dss.teacher import prompt
 from dss.teacher.annotate import Progress
 from dss.teacher.job import file_job
-from dss.teacher.journal import Journal
+from dss.teacher.journal import ROOM, Journal
 from dss.teacher.prices import Price
 from dss.testing import FakeEndpoint, FakeReply, chat_reply, completion_reply, last_question
 from tests.teacher.conftest import FastClock, label_of
@@ -562,8 +563,6 @@ def test_an_example_that_does_not_fit_ends_the_run_and_keeps_the_answers(numbers
 
 
 def test_a_full_disk_ends_the_run_before_anything_more_is_bought(numbers, monkeypatch):
-    from dss.teacher.journal import Journal
-
     written = collections.Counter()
     add = Journal.add
 
@@ -579,6 +578,31 @@ def test_a_full_disk_ends_the_run_before_anything_more_is_bought(numbers, monkey
     with endpoint, pytest.raises(UserError, match="disk is full"):
         numbers.ask(numbers.job(endpoint.url), concurrency=4)
     assert endpoint.count <= 3 * 4
+
+
+def test_nothing_is_bought_where_the_journal_cannot_be_written(numbers):
+    with FakeEndpoint(right) as endpoint:
+        job = numbers.job(endpoint.url)
+        numbers.ask(job, max_requests=3)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, before[1]))  # bytes of a file
+        try:
+            for _ in range(2):
+                with pytest.raises(UserError, match="disk"):
+                    numbers.ask(job)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert endpoint.count == 3
+        assert numbers.ask(job).done == endpoint.count == 20
+
+
+def test_room_is_made_in_a_journal_once(numbers):
+    job = numbers.job()
+    for _ in range(3):
+        journal = Journal(job.journal_path)
+        journal.make_room()
+        journal.close()
+    assert ROOM < job.journal_path.stat().st_size < 2 * ROOM
 
 
 def test_samples_are_requests_of_their_own_and_the_majority_wins(numbers):

@@ -1,3 +1,4 @@
+import os
 import sqlite3
 
 import pytest
@@ -93,12 +94,33 @@ def test_two_writers_are_refused_and_readers_are_not(opened):
     reader.close()
 
 
+def test_the_lock_is_the_journals_own(opened, tmp_path):
+    job, *_ = opened
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    for path in job.folder.iterdir():
+        if "lock" in path.name:
+            path.unlink()
+    (job.folder / "journal.lock").symlink_to(kept)
+    other_names = [tmp_path / "link.sqlite", tmp_path / "hard.sqlite"]
+    other_names[0].symlink_to(job.journal_path)
+    other_names[1].hardlink_to(job.journal_path)
+    for path in (job.journal_path, *other_names):
+        with pytest.raises(UserError, match="another process is annotating there"):
+            Journal(path)
+    assert kept.read_text() == "mine"
+
+
 def test_what_is_no_journal_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such journal"):
         Journal(tmp_path / "journal.sqlite", create=False)
     (tmp_path / "journal.sqlite").write_text("this is a text and not a data base" * 100)
     with pytest.raises(UserError, match="not a database"):
         Journal(tmp_path / "journal.sqlite")
+    os.mkfifo(tmp_path / "pipe.sqlite")
+    for create in (True, False):
+        with pytest.raises(UserError, match="no journal, which is a file"):
+            Journal(tmp_path / "pipe.sqlite", create=create)
 
 
 def test_keys_differ_by_everything_that_is_asked(numbers):
