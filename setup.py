@@ -7,8 +7,11 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = (HERE / "dss" / "__init__.py").read_text().split('__version__ = "')[1].split('"')[0]
 
-# Beam holds protobuf below 7, which newer sentencepiece files were generated for.
-BEAM = ["apache-beam>=2.77", "sentencepiece<0.2.2"]
+BEAM = [
+    "apache-beam>=2.77",
+    "google-crc32c>=1.9",  # with which Beam writes TFRecords, as seqio_cache_tasks has it do
+    "sentencepiece<0.2.2",  # Beam holds protobuf below 7, which newer ones were generated for
+]
 TFDS = [*BEAM, "mlcroissant>=1.1"]  # the `tfds` command needs both to start
 
 # The gin files live in gin/ (which is no Python package: `import gin` means gin-config) and are

@@ -1,6 +1,8 @@
 import ast
 import importlib
 import pkgutil
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,20 @@ def test_all_names_every_public_thing_and_nothing_else(name):
     assert listed == sorted(
         listed, key=lambda item: (not item.isupper(), not item[0].isupper(), item)
     )
+
+
+@pytest.mark.parametrize("extra", ["beam", "tfds"])
+def test_the_extras_with_beam_can_write_tfrecords(monkeypatch, extra):
+    given = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: given.update(arguments))
+    runpy.run_path(str(ROOT / "setup.py"))
+    names = {re.match(r"[\w-]+", text)[0] for text in given["extras_require"][extra]}
+    assert names >= {"apache-beam", "google-crc32c"}
+    tfrecordio = importlib.import_module("apache_beam.io.tfrecordio")
+    for other in ("snappy", "crcmod"):
+        monkeypatch.setitem(sys.modules, other, None)
+    monkeypatch.setattr(tfrecordio._default_crc32c_fn, "fn", None, raising=False)
+    assert tfrecordio._default_crc32c_fn(b"123456789") == 0xE3069283
 
 
 @pytest.mark.slow
