@@ -39,6 +39,7 @@ from typing import Any
 
 import numpy as np
 
+from dss.cli.options import quiet_tpu
 from dss.config import parse_gin
 from dss.errors import UserError
 from dss.evaluation.evaluator import DecodingConfig
@@ -485,6 +486,7 @@ def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:
 
 
 def main() -> int:
+    quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", default="small", help="a file of gin/students")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 64], help="inputs a call")

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import optax
 
+from dss.cli.options import quiet_tpu
 from dss.data.batches import Batches, Order, iterate, views
 from dss.data.registry import get_dataset, set_data_root
 from dss.data.store import TokenStore, tokenize
@@ -162,6 +163,7 @@ def greedy_agrees(recorded: dict, config: T5Config, params, store: TokenStore) -
 
 
 def main() -> int:
+    quiet_tpu()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from dss.cli.options import quiet_tpu
 from dss.config import parse_gin
 
 FORMATS = ("hf", "t5x")
@@ -128,6 +129,7 @@ def _parts(leaf: Any) -> list[Any]:
 
 
 def main() -> int:
+    quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", default="base", help="a file of gin/students/")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8])

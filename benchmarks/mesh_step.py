@@ -68,6 +68,7 @@ def prepare(student: str, batch_size: int, layout: str, data: int, model: int) -
 
 
 def main() -> int:
+    quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", default="small", help="a file of gin/students")
     parser.add_argument("--batch", type=int, default=32, help="examples a step, of all devices")
@@ -75,7 +76,6 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of a mesh")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
-    quiet_tpu()
     simulate_devices(MOST)
     keep_freed_memory()  # as the command line does
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dss.cli.options import quiet_tpu
 from dss.errors import UserError
 from dss.interop import t5x_checkpoint
 from dss.student.config import T5Config
@@ -77,6 +78,7 @@ def compare(config: T5Config, params, expected: dict, z_loss: float) -> dict[str
 
 
 def main() -> int:
+    quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fixture", type=Path, required=True)
     parser.add_argument("--json", type=Path, help="write the rows there too")

@@ -72,7 +72,6 @@ def settle_memory() -> None:
 def measure(student: str, row: str, pipe: Connection) -> None:
     """Sends the planned bytes of a device, and the measured ones of all."""
     (batch_size, data, model), files, flags = ROWS[row]
-    quiet_tpu()
     simulate_devices(data * model)
     import jax
     from largest import compile_largest, place
@@ -102,6 +101,7 @@ def measure(student: str, row: str, pipe: Connection) -> None:
 
 
 def main() -> int:
+    quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", default="small", help="a file of gin/students")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")

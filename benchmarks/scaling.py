@@ -83,13 +83,13 @@ def extrapolate(point: Plan, accelerator: str, chips: int) -> dict:
 
 
 def main() -> int:
+    quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--students", default="base,large,xl,xxl")
     parser.add_argument("--devices", default="1,4,16,32,64", help="for the first student, FSDP")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     students, devices = args.students.split(","), [int(n) for n in args.devices.split(",")]
-    quiet_tpu()
     simulate_devices(max([MOST, *devices]))
 
     print("read off compiled programs, nothing was run: GB and TFLOP of a device and a step")

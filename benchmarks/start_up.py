@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from dss.cli.options import quiet_tpu
+
 DEPTHS = {"small": 8, "xxl": 24}  # layers of each stack
 GROUPS, SLOTS, ROWS = 1, (2304, 672), ((20, 136), (10, 80, 296))  # like e-SNLI's, 36 examples
 RUN = (
@@ -112,6 +114,7 @@ def compile_steps(repeats: int) -> dict[str, list[float]]:
 
 
 def main() -> int:
+    quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures there too")

@@ -210,7 +210,6 @@ class PyTorchSide:
 
 def serve(side: str, args: argparse.Namespace, pipe: Connection) -> None:
     """Takes steps as it is told; runs in a process of its own."""
-    quiet_tpu()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several share a device
     config = student(args)
     if side in DSS_SIDES:
@@ -278,6 +277,7 @@ def take_steps(args: argparse.Namespace, config: T5Config) -> tuple[dict[str, di
 
 
 def main() -> int:
+    quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--student", default="small", help="a file of gin/students")
     parser.add_argument("--dataset", default="cqa")
@@ -295,7 +295,6 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, help="write the figures there too")
     args = parser.parse_args()
-    quiet_tpu()
     if not args.random and (args.data_root is None or args.vocab is None):
         parser.error("give --data-root and --vocab, or --random")
     try:

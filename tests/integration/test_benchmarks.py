@@ -1,7 +1,9 @@
 """The promises, as the commands that show them."""
 
 import json
+import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -15,6 +17,20 @@ from tests.integration.reference import record
 def run(script, *args):
     command = [sys.executable, ROOT / "benchmarks" / script, *args]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_benchmarks_keep_libtpu_quiet_on_a_machine_without_a_tpu(monkeypatch, capsys):
+    scripts = [p for p in sorted((ROOT / "benchmarks").glob("*.py")) if "jax" in p.read_text()]
+    others = ("largest", "variants")  # a module of two of them; one whose processes prepare JAX
+    scripts = [path for path in scripts if path.stem not in others]
+    assert {"decode", "fidelity", "train_step"} < {path.stem for path in scripts}
+    monkeypatch.setattr("dss.accelerators.has_tpu", lambda: False)
+    for path in scripts:
+        monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+        monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(path), run_name="__main__")
+        assert os.environ.get("TPU_WORKER_HOSTNAMES") == "localhost", path.name
 
 
 def test_the_released_data_parse_row_for_row(shared):
