@@ -27,7 +27,13 @@ from dss.data.registry import register, set_data_root
 from dss.data.tasks import Mixture, Task, extract_rationale, get_mixture
 from dss.data.vocabulary import BYTES, T5_VOCABULARY, encode_example, load_vocabulary
 from dss.errors import UserError
-from dss.evaluation.evaluator import EvaluationExample, Predictor, evaluation_set, metric_name
+from dss.evaluation.evaluator import (
+    DecodingProgress,
+    EvaluationExample,
+    Predictor,
+    evaluation_set,
+    metric_name,
+)
 from dss.evaluation.result import Evaluation
 from dss.evaluation.teachers import read_teachers
 from dss.experiment import DataConfig, Experiment
@@ -132,8 +138,14 @@ class Run:
         """Returns the run's checkpoints, for reading."""
         return Checkpoints(self.folder / CHECKPOINTS, read_only=True)
 
-    def predictor(self, which: str = "best") -> tuple[Predictor, int]:
-        """Returns the student of the checkpoint "best", "latest" or a step, and that step.
+    def predictor(
+        self, which: str = "best", progress: DecodingProgress | None = None
+    ) -> tuple[Predictor, int]:
+        """Returns the student of a checkpoint, and the checkpoint's step.
+
+        Args:
+          which: the checkpoint "best", "latest" or a step.
+          progress: the callbacks for its batches; None for none.
 
         Raises:
           UserError: there is no such checkpoint, or it is of another size.
@@ -146,8 +158,8 @@ class Run:
         params = checkpoints.restore_params(step, abstract)
         checkpoints.close()
         vocabulary = load_vocabulary(self.vocabulary_source)
-        predictor = Predictor(self.config, params, vocabulary, mesh, self.experiment.decoding)
-        return predictor, step
+        decoding, progress = self.experiment.decoding, progress or DecodingProgress()
+        return Predictor(self.config, params, vocabulary, mesh, decoding, progress), step
 
 
 def _shardings(config: T5Config, mesh: Mesh, mesh_config: MeshConfig) -> Any:
@@ -379,7 +391,12 @@ def check_size(source: str, found: T5Config, student: T5Config | None) -> None:
 
 
 def evaluate(
-    run: Run, *, split: str = "test", which: str = "best", rationales: bool = False
+    run: Run,
+    *,
+    split: str = "test",
+    which: str = "best",
+    rationales: bool = False,
+    progress: DecodingProgress | None = None,
 ) -> Evaluation:
     """Evaluates a run's student on a split of its mixture.
 
@@ -388,6 +405,7 @@ def evaluate(
       split: "train", "valid" or "test".
       which: the checkpoint "best", "latest" or a step.
       rationales: has the student write its rationales too, and judges them.
+      progress: the callbacks for its answers and rationales; None for none.
 
     Raises:
       UserError: no checkpoint, no such split, no labels in it, or no rationales learnt.
@@ -403,7 +421,9 @@ def evaluate(
         mixture, split, fraction=experiment.data.fraction, seed=experiment.seed
     )
     teachers = read_teachers(mixture, split)
-    predictor, step = run.predictor(which)
+    progress = progress or DecodingProgress()
+    progress.expect((1 + rationales) * len(examples))
+    predictor, step = run.predictor(which, progress)
     inputs_length = experiment.data.inputs_length
     answers = predictor.answer(mixture, examples, inputs_length)
     written = None

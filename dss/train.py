@@ -379,6 +379,8 @@ def _run(
     # Data and student.
     experiment = settle_data(experiment)
     mixture = _mixture(experiment)
+    begins_with = experiment.initial_checkpoint
+    progress.say(f"reading {mixture.name}{f' and {begins_with}' if begins_with else ''}")
     valid_mixture = mixture.available("valid")
     files = hash_files({"train": mixture, "valid": valid_mixture})
     accepted = {"--changed-data=accept": repr(accept_changed_data)}
@@ -487,6 +489,7 @@ def _run(
                 config=experiment.trainer,
                 train_step=train_step,
                 batches=map(put, iterate(batches, start)),
+                num_shapes=len(batches.shapes),
                 task_names=mixture.short_names,
                 examples_per_step=experiment.batch_size,
                 evaluate=evaluate,

@@ -33,12 +33,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints how good the answers are; writes them into the run directory."""
+    from dss.cli.decode_progress import DecodeProgress
+    from dss.evaluation.evaluator import DecodingProgress
     from dss.runs import PREDICTIONS, evaluate
     from dss.training.processes import is_leader
 
     prepare_jax()
     found = open_run(args)
-    result = evaluate(found, split=args.split, which=args.checkpoint, rationales=args.rationales)
+    result = evaluate(
+        found,
+        split=args.split,
+        which=args.checkpoint,
+        rationales=args.rationales,
+        progress=DecodeProgress() if is_leader() else DecodingProgress(),
+    )
     if not is_leader():
         return 0
     path = result.save(found.folder / PREDICTIONS)

@@ -52,6 +52,16 @@ def _read(source: str) -> Iterator[tuple["Example", dict[str, Any]]]:
         yield example, row
 
 
+def _count(source: str, *, passes: int) -> int | None:
+    """Returns the number of answers to a file's inputs; None for what can be read only once.
+
+    Raises:
+      UserError: if a row of the file is malformed.
+    """
+    is_file = source != "-" and Path(source).is_file()
+    return passes * sum(1 for _ in _read(source)) if is_file else None
+
+
 def _standard_input() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (where it stands, row) of lines that are JSON objects, JSON texts or plain texts."""
     from dss.data.examples import read_json
@@ -124,7 +134,9 @@ def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> It
 
 def run(args: argparse.Namespace) -> int:
     """Writes one JSON line an input: its id, its row's other fields, label, rationale if asked."""
+    from dss.cli.decode_progress import DecodeProgress
     from dss.data.vocabulary import is_cut
+    from dss.evaluation.evaluator import DecodingProgress
     from dss.runs import explain, label, use_data
     from dss.training.processes import is_leader
 
@@ -140,7 +152,9 @@ def run(args: argparse.Namespace) -> int:
         and args.output.samefile(args.input)
     ):
         raise UserError(f"{args.output}: input and output are the same file")
-    predictor, _ = found.predictor(args.checkpoint)
+    progress = DecodeProgress() if is_leader() else DecodingProgress()
+    progress.expect(_count(args.input, passes=1 + args.rationale))
+    predictor, _ = found.predictor(args.checkpoint, progress)
     length = experiment.data.inputs_length
     examples = _read(args.input)
     count = cut = 0

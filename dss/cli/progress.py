@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import TextIO
 
 __all__ = ["Bar", "Lines", "display_for", "time_left"]
 
@@ -21,15 +22,22 @@ def time_left(seconds: float) -> str:
 class Lines:
     """Prints a line every few seconds, and at the end."""
 
-    def __init__(self, noun: str, total: int, every: float = 10.0):
+    def __init__(
+        self,
+        noun: str,
+        total: int | None,
+        every: float = 10.0,
+        file: TextIO | None = None,
+    ):
         """Makes a display.
 
         Args:
-          noun: what is counted, such as "step".
-          total: how many there are.
+          noun: the thing counted, such as "step".
+          total: the number of things; None if it is unknown.
           every: seconds between lines.
+          file: the stream for the lines; None for standard output.
         """
-        self.noun, self.total, self.every = noun, total, every
+        self.noun, self.total, self.every, self.file = noun, total, every, file
         self._printed = float("-inf")
         self._ended = False
 
@@ -38,11 +46,16 @@ class Lines:
         is_end = done == self.total and not self._ended
         if is_end or time.monotonic() - self._printed >= self.every:
             self._printed, self._ended = time.monotonic(), done == self.total
-            self.say(f"{self.noun} {done}/{self.total}  {text}")
+            of = "" if self.total is None else f"/{self.total}"
+            self.say(f"{self.noun} {done}{of}  {text}".rstrip())
+
+    def left(self, done: int, rate: float) -> list[str]:
+        """Returns the time left at a rate, things a second, as words; none if it is unknown."""
+        return [] if self.total is None else [time_left((self.total - done) / rate)]
 
     def say(self, line: str) -> None:
         """Prints a line."""
-        print(line, flush=True)
+        print(line, file=self.file, flush=True)
 
     def close(self) -> None:
         """Ends the display."""

@@ -1,6 +1,6 @@
 """How training shows itself."""
 
-from dss.cli.progress import Lines, time_left
+from dss.cli.progress import Lines
 from dss.training.trainer import Progress
 
 __all__ = ["TrainProgress"]
@@ -19,12 +19,12 @@ class TrainProgress(Progress):
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """See `Progress.update`."""
-        rate = values["examples_per_second"]
         parts = [f"loss {values['train/loss']:.4f}"]
         parts += [self.accuracy] if self.accuracy else []
-        left = (self.display.total - step) * self.examples_per_step / rate
-        text = "  ".join([*parts, f"{rate:.1f} examples/s", time_left(left)])
-        self.display.show(step, text)
+        if rate := values.get("examples_per_second"):
+            parts += [f"{rate:.1f} examples/s"]
+            parts += self.display.left(step, rate / self.examples_per_step)
+        self.display.show(step, "  ".join(parts))
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """See `Progress.evaluated`."""

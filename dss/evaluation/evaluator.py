@@ -1,7 +1,7 @@
 """Predictions of a student, and how good they are."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from dss.training.mesh import fetch, put_batch
 __all__ = [
     "Answer",
     "DecodingConfig",
+    "DecodingProgress",
     "EvaluationExample",
     "Predictor",
     "Scored",
@@ -156,6 +157,19 @@ class Scored:
         return cls(metric, tuple(float(is_right(p, target, vocabulary)) for p, target in pairs))
 
 
+class DecodingProgress:
+    """Progress callbacks of decoding. The base class ignores all events."""
+
+    def expect(self, total: int | None) -> None:
+        """Called before the student is read, with the number of answers; None if it is unknown."""
+
+    def began(self, shape: Hashable) -> None:
+        """Called before a batch, with its shape; the first batch of a shape is compiled."""
+
+    def ended(self, count: int) -> None:
+        """Called after a batch, with its number of answers."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Predictor:
     """A student with its vocabulary, on a mesh.
@@ -166,6 +180,7 @@ class Predictor:
       vocabulary: its vocabulary.
       mesh: where it computes; inputs are split over `data` where they divide.
       decoding: how text is read off it.
+      progress: the callbacks for its batches.
     """
 
     config: T5Config
@@ -173,6 +188,7 @@ class Predictor:
     vocabulary: Vocabulary
     mesh: Mesh
     decoding: DecodingConfig = DecodingConfig()
+    progress: DecodingProgress = DecodingProgress()
 
     def generate(
         self, inputs: Sequence[Sequence[int]], *, max_length: int, start: int = 0
@@ -186,6 +202,7 @@ class Predictor:
         """
         out = [""] * len(inputs)
         for rows, tokens in self._batches(inputs):
+            self.progress.began((tokens.shape, max_length, start))
             decoded, _ = generate(
                 self.config,
                 self.params,
@@ -196,6 +213,7 @@ class Predictor:
             )
             for row, ids in zip(rows, fetch(decoded), strict=False):
                 out[row] = self.vocabulary.decode(ids.tolist())
+            self.progress.ended(len(rows))
         return out
 
     def choose(
@@ -220,6 +238,7 @@ class Predictor:
                 table[i, j, : len(c)] = c
         out = [Answer("")] * len(inputs)
         for rows, tokens in self._batches(inputs):
+            self.progress.began((tokens.shape, table.shape[1:], slots))
             padded_rows = np.resize(rows, len(tokens))
             padded_rows[len(rows) :] = rows[-1]
             offered = self._put(table[padded_rows])
@@ -230,6 +249,7 @@ class Predictor:
                 shares /= shares.sum()
                 named = dict(zip(candidates[row], shares.tolist(), strict=True))
                 out[row] = Answer(candidates[row][own.argmax()], named)
+            self.progress.ended(len(rows))
         return out
 
     def predict(

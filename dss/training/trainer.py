@@ -45,13 +45,17 @@ class Progress:
         """Called with what the user should know, such as what became of the file's rows."""
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """Called at each logged step, with the metrics and `examples_per_second`."""
+        """Called at each logged step, with the metrics and, if any step since the last call did not
+        compile, `examples_per_second` of those steps.
+        """
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Called after each evaluation."""
 
     def finished(self, data_wait: float) -> None:
-        """Called after the last step, with the share of the steps' time that waited for batches."""
+        """Called after the last step, with the fraction of step time that was spent on waiting for
+        batches.
+        """
 
     def close(self) -> None:
         """Called at the end, however it came."""
@@ -74,6 +78,7 @@ def train(
     config: TrainerConfig,
     train_step: Callable[[TrainState, dict], tuple[TrainState, dict]],
     batches: Iterator[dict[str, jax.Array]],
+    num_shapes: int,
     task_names: tuple[str, ...],
     examples_per_step: int,
     evaluate: Callable[[TrainState], dict[str, float]],
@@ -92,6 +97,7 @@ def train(
       config: how long and how often.
       train_step: from `make_train_step`.
       batches: the batches from the state's step on, on the mesh.
+      num_shapes: the number of shapes that batches can have, each compiled when it first comes.
       task_names: names of the mixture's tasks, for the metrics.
       examples_per_step: for the rate shown.
       evaluate: returns validation metrics.
@@ -110,9 +116,10 @@ def train(
       UserError: a loss or a gradient is not finite; nothing is saved after it, what was saved
         before stays.
     """
-    start = step = int(state.step)
-    clock, clock_step = time.monotonic(), step
-    waited = spent = 0.0  # seconds of all steps but the first, which compiles
+    step = int(state.step)
+    shapes: set[tuple] = set()
+    counted, clock = 0, time.monotonic()  # since the last logged step, but for compiling steps
+    waited = spent = 0.0  # seconds of all steps that did not compile
     pending: list[dict[str, jax.Array]] = []  # of the last steps, not looked at yet
 
     def check_finite() -> None:
@@ -130,22 +137,40 @@ def train(
         began = time.monotonic()
         batch = next(batches)
         waiting = time.monotonic() - began
+        shape = tuple(array.shape for array in batch.values())
+        compiles = shape not in shapes
+        if compiles:
+            shapes.add(shape)
+            jax.block_until_ready(state)  # so that the steps before are not timed with this one
+            progress.say(f"step {step + 1}: compiling shape {len(shapes)} of {num_shapes}")
+            paused = time.monotonic()
         state, values = train_step(state, batch)
         step += 1
         pending.append(values)
+        if compiles:
+            jax.block_until_ready(values)
+            clock += time.monotonic() - paused
+        else:
+            counted += 1
         last = step == config.train_steps
         if step % config.log_period == 0 or last:
             check_finite()
             numbers = _numbers(values, task_names)
-            rate = (step - clock_step) * examples_per_step / (time.monotonic() - clock)
             metrics.write(step, numbers)
-            metrics.write_speed(step, {"examples_per_second": rate})
-            progress.update(step, numbers | {"examples_per_second": rate})
-            clock, clock_step = time.monotonic(), step
-        if step > start + 1:
+            speed = {}
+            if counted:
+                rate = counted * examples_per_step / (time.monotonic() - clock)
+                speed = {"examples_per_second": rate}
+                metrics.write_speed(step, speed)
+            progress.update(step, numbers | speed)
+            counted, clock = 0, time.monotonic()
+        if not compiles:
             waited, spent = waited + waiting, spent + time.monotonic() - began
         if step % config.eval_period == 0 or last:
             check_finite()
+            paused = time.monotonic()
+            if len(scores) == len(earlier_scores):
+                progress.say(f"step {step}: evaluating, which compiles the first time")
             numbers = evaluate(state)
             if not np.isfinite(numbers["valid/loss"]):
                 said = f"step {step}: the validation loss is {numbers['valid/loss']}"
@@ -156,7 +181,7 @@ def train(
             checkpoints.save(state, numbers[score])
             scores[step] = numbers[score]
             done = config.has_lost_patience(scores)
-            clock, clock_step = time.monotonic(), step
+            clock += time.monotonic() - paused
     if spent:
         progress.finished(waited / spent)
     check_finite()

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from dss.cli import main as cli
+from dss.cli.decode_progress import DecodeProgress
 from dss.cli.progress import Lines
 from dss.cli.train_progress import TrainProgress
 
@@ -139,6 +140,26 @@ def test_progress_lines_say_loss_accuracy_rate_and_time_left(capsys):
     line = "step 60/100  loss 1.5000  valid accuracy 25.0%  20.0 examples/s  20 s left"
     assert line in out
     assert "steps waited for batches 1.2% of their time" in out
+
+
+def test_decoding_shows_its_rate_without_compiling_on_standard_error(capsys, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    progress = DecodeProgress()
+    progress.expect(total=40)
+    for shape, seconds in (("short", 100), ("short", 5), ("long", 100), ("long", 5)):
+        progress.began(shape)
+        now += seconds
+        progress.ended(10)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == [
+        "reading the student",
+        "compiling",
+        "answer 10/40",
+        "answer 30/40  2.0 answers/s  5 s left",
+        "answer 40/40  2.0 answers/s  0 s left",
+    ]
 
 
 def test_a_path_that_cannot_be_used_is_one_line(monkeypatch, capsys, tmp_path):

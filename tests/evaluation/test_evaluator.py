@@ -1,10 +1,17 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dss.data.registry import get_dataset
 from dss.data.tasks import get_mixture
 from dss.data.vocabulary import encode_example, load_vocabulary
-from dss.evaluation.evaluator import EvaluationExample, Predictor, token_metrics
+from dss.evaluation.evaluator import (
+    DecodingConfig,
+    DecodingProgress,
+    EvaluationExample,
+    Predictor,
+    token_metrics,
+)
 from dss.student.decoding import score_candidates
 from dss.student.network import init_params
 from tests.conftest import tiny_config
@@ -40,6 +47,38 @@ def test_choosing_gives_the_share_of_each_candidates_likelihood(one_device):
         assert tuple(answer.probabilities) == offered
         np.testing.assert_allclose(list(answer.probabilities.values()), wanted, rtol=1e-4)
         assert answer.text == offered[np.argmax(scores)]
+
+
+def test_progress_counts_every_answer_and_tells_shapes_apart(one_device, monkeypatch):
+    class Recorded(DecodingProgress):
+        def __init__(self):
+            self.shapes, self.counts = [], []
+
+        def began(self, shape):
+            self.shapes.append(shape)
+
+        def ended(self, count):
+            self.counts.append(count)
+
+    def generate(config, params, tokens, **options):
+        return jnp.zeros((len(tokens), 2), jnp.int32), None
+
+    def score_candidates(config, params, tokens, candidates, slots):
+        return jnp.zeros(candidates.shape[:2])
+
+    monkeypatch.setattr("dss.evaluation.evaluator.generate", generate)
+    monkeypatch.setattr("dss.evaluation.evaluator.score_candidates", score_candidates)
+    config, progress = tiny_config(), Recorded()
+    decoding = DecodingConfig(max_length=2, batch_size=2, length_multiple=8)
+    vocabulary = load_vocabulary("bytes")
+    student = Predictor(config, {}, vocabulary, one_device, decoding, progress)
+    examples = [EvaluationExample(text, text, "") for text in ("a", "b", "c" * 10, "d" * 11, "e")]
+    student.predict(get_mixture("svamp_finetune"), examples, 64)
+    assert progress.counts == [2, 2, 1]
+    assert len(set(progress.shapes)) == 2
+    student.choose([[5, 1]] * 3, [("yes", "no")] * 3)
+    assert progress.counts == [2, 2, 1, 2, 1]
+    assert len(set(progress.shapes)) == 3
 
 
 def test_an_answer_that_an_input_offers_twice_is_one_candidate(one_device):

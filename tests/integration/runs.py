@@ -56,21 +56,26 @@ def finish(process: subprocess.Popen, status: int = 0, stdin: str | None = None)
     return out + err
 
 
-def call(*args, status: int = 0, stdin: bytes = b"") -> str:
-    """Runs a `dss` command in this process, checks its status and returns what it printed.
+def call_apart(*args, status: int = 0, stdin: bytes = b"") -> tuple[str, str]:
+    """Runs a `dss` command in this process, checks its status and returns its output and errors.
 
     It takes a fraction of a process's time, for what needs none of its own: no signal, no other
     number of devices.
     """
-    printed = io.StringIO()
+    out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(printed),
-        contextlib.redirect_stderr(printed),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
     ):
         patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        assert main([str(arg) for arg in args]) == status, printed.getvalue()
-    return printed.getvalue()
+        assert main([str(arg) for arg in args]) == status, out.getvalue() + err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def call(*args, status: int = 0, stdin: bytes = b"") -> str:
+    """Runs a `dss` command as `call_apart` does; returns its output and errors as one text."""
+    return "".join(call_apart(*args, status=status, stdin=stdin))
 
 
 def finish_together(processes: list[subprocess.Popen], status: int = 0) -> str:

@@ -20,6 +20,7 @@ from tests.integration.runs import (
     assert_same_run,
     assert_same_training,
     call,
+    call_apart,
     finish,
     is_saving,
     metrics_lines,
@@ -197,22 +198,23 @@ def test_predict_reads_standard_input_and_files(undisturbed, toy_folder, tmp_pat
     config = (alone / "config.gin").read_text()
     assert str(toy_folder) in config
     (alone / "config.gin").write_text(config.replace(str(toy_folder), "/nowhere/toy"))
-    out = call("predict", alone, "--rationale", stdin=codecs.BOM_UTF8 + lines)
+    out, err = call_apart("predict", alone, "--rationale", stdin=codecs.BOM_UTF8 + lines)
     rows = [json.loads(line) for line in out.splitlines()]
     assert rows[0]["input"] == "is 3 good"
     assert [row["id"] for row in rows] == ["input-0", "x"]
     assert all(row["label"] in ("yes", "no") and "rationale" in row for row in rows)
+    assert "reading the student\ncompiling\nanswer 2" in err
     (tmp_path / "in.jsonl").write_text('{"input": "is 3 good"}\n')
     output = tmp_path / "out.jsonl"
     options = ("--input", tmp_path / "in.jsonl", "--output", output, "--num_beams=2", "--generate")
-    call("predict", undisturbed, *options)
+    assert call("predict", undisturbed, *options).endswith("answer 1/1\n")
     assert json.loads(output.read_text())["input"] == "is 3 good"
 
 
 def test_predict_writes_over_nothing_that_it_cannot_replace(undisturbed, tmp_path):
     output = tmp_path / "out.jsonl"
     output.write_text("earlier\n")
-    (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "bad.jsonl").write_text('{"input": "x"}\n{"text": "x"}\n')
     for source, message in (("bad.jsonl", "'input' is missing"), ("none", "no such file")):
         options = ("--input", tmp_path / source, "--output", output)
         assert message in call("predict", undisturbed, *options, status=2).lower()
@@ -261,11 +263,12 @@ def test_a_text_on_standard_input_may_look_like_json(undisturbed):
     strange = codecs.BOM_UTF8 + b"\n\xc2\xa0\n" + b"[" * 9999 + b"\n[" + b"9" * 5000 + b"]"
     texts = [
         json.loads(s)["input"]
-        for s in call("predict", undisturbed, stdin=strange).splitlines()
+        for s in call_apart("predict", undisturbed, stdin=strange)[0].splitlines()
         if s[0] == "{"
     ]
     assert [len(text) for text in texts] == [9999, 5002]
-    out = call("predict", undisturbed, stdin=b'"is 3 \\"good\\""\n[sic], he said\nwell, yes\n')
+    lines = b'"is 3 \\"good\\""\n[sic], he said\nwell, yes\n'
+    out, _ = call_apart("predict", undisturbed, stdin=lines)
     texts = [json.loads(line)["input"] for line in out.splitlines()]
     assert texts == ['is 3 "good"', "[sic], he said", "well, yes"]
 
@@ -283,7 +286,7 @@ def test_what_does_not_fit_a_run_is_one_line(
     train_command, undisturbed, toy_folder, vocab_path, tmp_path
 ):
     def refused(*args) -> str:
-        said = call(*train_command(*args), status=2)
+        _, said = call_apart(*train_command(*args), status=2)
         assert said.count("\n") == 1, said
         return said
 

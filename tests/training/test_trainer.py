@@ -11,6 +11,30 @@ from dss.training.step import TrainState
 from dss.training.trainer import Progress, TrainerConfig, train
 
 
+class Clock:
+    """Time that goes on when it is told."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Recorded(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+        self.rates: dict[int, float | None] = {}
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def update(self, step, values):
+        self.rates[step] = values.get("examples_per_second")
+
+
 class StopAt:
     """A stop signal that comes before a step."""
 
@@ -22,16 +46,36 @@ class StopAt:
 
 
 def run(
-    folder, bad: dict[int, str], stop: int = 100, start: int = 0, scores=None, **periods: int
+    folder,
+    bad: dict[int, str],
+    stop: int = 100,
+    start: int = 0,
+    scores=None,
+    progress=None,
+    batches=({},) * 10,
+    clock=None,
+    **periods: int,
 ) -> None:
     """Trains 10 steps, of which some have a metric that is no number; writes what was saved."""
 
-    def train_step(state: TrainState, _):
+    shapes = set()
+
+    def train_step(state: TrainState, batch):
         step = int(state.step) + 1
+        if clock is not None:
+            shape = tuple(array.shape for array in batch.values())
+            clock.now += 2 if shape in shapes else 100
+            shapes.add(shape)
         values = {"loss": jnp.ones(()), "grad_norm": jnp.ones(()), "task_loss": jnp.ones(1)}
         if step in bad:
             values[bad[step]] = jnp.asarray(np.nan)
         return TrainState(jnp.asarray(step), state.params, state.opt_state), values
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        if clock is not None:
+            clock.now += 50
+        accuracy = scores[int(state.step)] if scores else 0.5
+        return {"valid/loss": 1.0, "valid/accuracy": accuracy}
 
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
@@ -39,17 +83,15 @@ def run(
             TrainState(jnp.asarray(start), {"w": jnp.ones(3)}, {}),
             config=TrainerConfig(train_steps=10, **periods),
             train_step=train_step,
-            batches=iter([{}] * 10),
+            batches=iter(batches),
+            num_shapes=2,
             task_names=("label",),
             examples_per_step=2,
-            evaluate=lambda state: {
-                "valid/loss": 1.0,
-                "valid/accuracy": scores[int(state.step)] if scores else 0.5,
-            },
+            evaluate=evaluate,
             score="valid/accuracy",
             checkpoints=checkpoints,
             metrics=MetricsWriter(folder, start),
-            progress=Progress(),
+            progress=progress or Progress(),
             stop=StopAt(stop),
             row_ids=lambda step: [f"row-{step}-{i}" for i in range(2)],
             earlier_scores={k: v for k, v in (scores or {}).items() if k <= start},
@@ -81,6 +123,27 @@ def test_a_run_that_gets_no_better_ends_with_its_patience(tmp_path):
     better = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.4, 10: 0.5}  # each in time
     run(tmp_path / "better", {}, **options | {"patience": 1, "scores": better})
     assert saved(tmp_path / "better").endswith(" 10")
+
+
+def test_the_rate_is_of_steps_that_neither_compile_nor_evaluate(tmp_path, monkeypatch):
+    clock, progress = Clock(), Recorded()
+    monkeypatch.setattr("dss.training.trainer.time", clock)
+    narrow, wide = ({"tokens": np.zeros((1, width))} for width in (8, 16))
+    batches = [narrow] * 6 + [wide] * 4
+    periods = {"log_period": 2, "eval_period": 3}
+    run(tmp_path, {}, progress=progress, batches=batches, clock=clock, **periods)
+    assert progress.rates == dict.fromkeys((2, 4, 6, 8, 10), 1.0)  # 2 examples in 2 seconds
+    assert progress.lines == [
+        "step 1: compiling shape 1 of 2",
+        "step 3: evaluating, which compiles the first time",
+        "step 7: compiling shape 2 of 2",
+    ]
+
+
+def test_no_rate_is_given_where_every_step_compiled(tmp_path):
+    progress = Recorded()
+    run(tmp_path, {}, stop=1, progress=progress, log_period=1)
+    assert progress.rates == {1: None}
 
 
 @pytest.mark.parametrize(("metric", "name"), [("loss", "loss"), ("grad_norm", "gradient's norm")])
