@@ -5,6 +5,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from dss.cli.checks import check_flags, check_output, check_run
 from dss.cli.options import add_run_options, open_run, prepare_jax
 from dss.cli.tables import make_console, make_table
 
@@ -33,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints how good the answers are; writes them into the run directory."""
+    check_run(args.run)
+    if args.json:
+        check_output("--json", args.json)
+    data = {"DATA_ROOT": args.data_root, "DATASET_PATH": args.dataset_path}
+    check_flags([f"{name}={path}" for name, path in data.items() if path is not None])
+
     from dss.cli.decode_progress import DecodeProgress
     from dss.evaluation.evaluator import DecodingProgress
     from dss.runs import PREDICTIONS, evaluate

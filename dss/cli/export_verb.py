@@ -2,6 +2,7 @@
 
 import argparse
 
+from dss.cli.checks import check_new_folder, check_run
 from dss.cli.options import prepare_jax
 
 __all__ = ["add_arguments", "run"]
@@ -25,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exports, and says where it is."""
+    check_run(args.run)
+    check_new_folder(args.folder, "export")
+
     from dss.export import export
     from dss.runs import load_run
 

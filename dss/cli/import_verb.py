@@ -2,6 +2,7 @@
 
 import argparse
 
+from dss.cli.checks import check_gin_files, check_new_folder, check_source, check_vocabulary
 from dss.cli.options import add_gin_options, prepare_jax
 
 __all__ = ["add_arguments", "run"]
@@ -29,11 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Imports, and says what was found."""
+    search = [folder for folder in args.gin_search_paths.split(",") if folder]
+    check_gin_files(args.gin_file, search)
+    check_source(args.source)
+    check_new_folder(args.run, "import")
+    if args.vocabulary is not None:
+        check_vocabulary(args.vocabulary)
+
     import dataclasses
 
     from dss.config import parse_gin
 
-    search = [folder for folder in args.gin_search_paths.split(",") if folder]
     experiment = parse_gin(args.gin_file, args.gin, search)
 
     from dss.runs import import_checkpoint

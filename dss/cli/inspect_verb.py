@@ -4,6 +4,7 @@ import argparse
 import contextlib
 from typing import TYPE_CHECKING
 
+from dss.cli.checks import check_flags, check_gin_files
 from dss.cli.options import add_gin_options
 from dss.cli.tables import make_console, make_table
 from dss.errors import UserError
@@ -35,12 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what the mixture holds."""
+    search = [folder for folder in args.gin_search_paths.split(",") if folder]
+    check_gin_files(args.gin_file, search)
+    check_flags(args.gin)
+
     from dss.config import parse_gin
     from dss.data.tasks import get_mixture, mixture_names, with_teacher
     from dss.data.vocabulary import load_vocabulary
     from dss.runs import use_data
 
-    search = [folder for folder in args.gin_search_paths.split(",") if folder]
     experiment = parse_gin(args.gin_file, args.gin, search)
     own = use_data(experiment.data)
     name = args.mixture or experiment.mixture

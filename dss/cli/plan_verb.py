@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dss.cli.checks import check_flags, check_gin_files, check_output
 from dss.cli.options import add_gin_options, quiet_tpu
 from dss.errors import UserError
 
@@ -60,12 +61,14 @@ def run(args: argparse.Namespace) -> int:
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu={args.mfu}: a share of the peak, above 0 and at most 1")
     if args.json is not None:
-        _check_file(args.json)
+        check_output("--json", args.json)
+    search = [folder for folder in args.gin_search_paths.split(",") if folder]
+    files = [*([f"students/{args.student}.gin"] if args.student else []), *args.gin_file]
+    check_gin_files(files, search)
+    check_flags(args.gin)
 
     from dss.config import parse_gin
 
-    search = [folder for folder in args.gin_search_paths.split(",") if folder]
-    files = [*([f"students/{args.student}.gin"] if args.student else []), *args.gin_file]
     flags = [*args.gin, *(f"MeshConfig.{axis}={size}" for axis, size in mesh.items())]
     experiment = parse_gin(files, flags, search)
     if experiment.mesh.data == -1:  # all devices, and no number of them was given
@@ -115,15 +118,6 @@ def _numbers(text: str) -> tuple[float, float]:
             f"--tokens={text}: give it as INPUT,TARGET, means of 2 to {MOST_TOKENS:,}, as 48,17"
         )
     return inputs, targets
-
-
-def _check_file(file: str) -> None:
-    """Raises UserError if a file could not be written."""
-    path = Path(file)
-    if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"--json={file}: no file can be written there")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"--json={file}: you may not write there")
 
 
 def _print(found: "Plan", experiment) -> None:

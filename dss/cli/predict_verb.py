@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from dss.cli.checks import check_input, check_output, check_run
 from dss.cli.options import add_run_options, open_run, prepare_jax
 from dss.errors import UserError
 
@@ -132,8 +133,21 @@ def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> It
     partial.replace(path)
 
 
+def _check_output(args: argparse.Namespace) -> None:
+    """Raises UserError if the output could not be written, or is the input."""
+    check_output("--output", str(args.output))
+    if args.output.exists() and args.input != "-" and args.output.samefile(args.input):
+        raise UserError(f"{args.output}: input and output are the same file")
+
+
 def run(args: argparse.Namespace) -> int:
     """Writes one JSON line an input: its id, its row's other fields, label, rationale if asked."""
+    check_run(args.run)
+    if args.input != "-":
+        check_input(args.input)
+    if args.output:
+        _check_output(args)
+
     from dss.cli.decode_progress import DecodeProgress
     from dss.data.vocabulary import is_cut
     from dss.evaluation.evaluator import DecodingProgress
@@ -145,13 +159,6 @@ def run(args: argparse.Namespace) -> int:
     experiment = found.experiment
     use_data(experiment.data, must_exist=False)
     mixture = found.mixture()
-    if (
-        args.output
-        and args.output.exists()
-        and args.input != "-"
-        and args.output.samefile(args.input)
-    ):
-        raise UserError(f"{args.output}: input and output are the same file")
     progress = DecodeProgress() if is_leader() else DecodingProgress()
     progress.expect(_count(args.input, passes=1 + args.rationale))
     predictor, _ = found.predictor(args.checkpoint, progress)

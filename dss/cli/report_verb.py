@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+from dss.cli.checks import check_folders
 from dss.cli.options import quiet_tpu
 from dss.errors import UserError
 
@@ -52,6 +53,14 @@ def _teacher_size(text: str) -> tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the report, and prints its answers."""
+    check_folders(args.runs)
+    sizes = dict(map(_teacher_size, args.teacher_size))
+    if args.output.is_dir():
+        raise UserError(
+            f"{args.output}: a folder; give the name of a file, such as "
+            f"{args.output / 'report.html'}"
+        )
+
     import jax
 
     from dss.reporting.analysis import RELEASED_TEACHERS
@@ -61,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_tpu()
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be training
-    sizes = RELEASED_TEACHERS | dict(map(_teacher_size, args.teacher_size))
     collected = collect(args.runs)
     options = [f"--teacher-size={text}" for text in args.teacher_size]
     if args.split != "test":
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         collected,
         args.output,
         split=args.split,
-        teacher_sizes=sizes,
+        teacher_sizes=RELEASED_TEACHERS | sizes,
         command=shlex.join(["dss", "report", *args.runs, *options, "-o", str(args.output)]),
     )
     for where, why in collected.problems:

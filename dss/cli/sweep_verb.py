@@ -4,6 +4,7 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
+from dss.cli.checks import check_flags, check_gin_files
 from dss.cli.options import add_gin_options
 from dss.errors import UserError
 
@@ -38,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does a sweep; returns 1 if a run failed, 128 + the signal's number where one stopped it."""
     part = _part(args.shard) if args.shard else None
+    search = [folder for folder in args.gin_search_paths.split(",") if folder]
+    check_gin_files(args.gin_file, search)
+    check_flags(args.gin)
+
     from dss.cli.sweep_progress import SweepLines
     from dss.sweep import plan_sweep
     from dss.sweep_runner import run_sweep
@@ -48,7 +53,6 @@ def run(args: argparse.Namespace) -> int:
             "one process does a sweep, and JAX's variables or Slurm tell of several; start the "
             "lines of --print-commands, or a --shard in each job of an array"
         )
-    search = [folder for folder in args.gin_search_paths.split(",") if folder]
     sweep = plan_sweep(args.gin_file, args.gin, search)
     if part is not None:
         sweep = sweep.take(*part)

@@ -2,6 +2,7 @@
 
 import argparse
 
+from dss.cli.checks import check_flags, check_gin_files
 from dss.cli.options import add_gin_options, prepare_jax
 
 __all__ = ["add_arguments", "run"]
@@ -30,9 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; returns the exit status, 128 + the signal's number where one ended it."""
+    search = [folder for folder in args.gin_search_paths.split(",") if folder]
+    check_gin_files(args.gin_file, search)
+    check_flags(args.gin)
+
     from dss.config import parse_gin
 
-    search = [folder for folder in args.gin_search_paths.split(",") if folder]
     experiment = parse_gin(args.gin_file, args.gin, search)
 
     from dss.cli.progress import display_for

@@ -1,4 +1,5 @@
 import errno
+import json
 import subprocess
 import sys
 
@@ -82,6 +83,59 @@ def test_what_a_user_gets_wrong_is_one_line_and_status_2(
     assert printed.count("\n") == 1
     assert printed.startswith(f"dss {args[0]}: ")
     assert list(tmp_path.iterdir()) == []
+
+
+REFUSED_AT_ONCE = {
+    "quickstart --seeds=0": "give at least 1",
+    "quickstart --output=file": "--output file: a file",
+    "annotate --teacher=m --prompt=cqa --input=none.jsonl": "none.jsonl: no such file",
+    "inspect svamp_finetune --gin.DATASET_PATH='none'": "DATASET_PATH none: no such file or folder",
+    "plan --student=smal": "did you mean 'students/small.gin'",
+    "plan --json=none/plan.json": "--json=none/plan.json: no file can be written there",
+    "train --gin_file=recipes/none.gin": "unknown gin file 'recipes/none.gin'",
+    "train --gin.VOCABULARY=none": "none: no such vocabulary file",
+    "train --gin.DATA_ROOT=file": "DATA_ROOT file: no such folder",
+    "train --gin.INITIAL_CHECKPOINT_PATH=t5x:none": "none: no such folder",
+    "eval none": "none: no run directory",
+    "eval full": "full: no run directory",
+    "eval run --json=run": "--json=run: no file can be written there",
+    "eval run --data_root=none": "DATA_ROOT none: no such folder",
+    "sweep --gin_file=none.gin": "unknown gin file 'none.gin'",
+    "predict none": "none: no run directory",
+    "predict run --input=none.jsonl": "none.jsonl: no such file",
+    "predict run --input=full": "full: a folder; give a file",
+    "predict run --output=full": "--output=full: no file can be written there",
+    "predict run --input=file --output=./file": "file: input and output are the same file",
+    "report run none": "none: no such folder",
+    "report run -o full": "full: a folder",
+    "report run --teacher-size=x": "give a teacher and its parameters",
+    "import hf:./none new": "./none: no such folder",
+    "import hf:run full": "full: not empty; import into a new folder",
+    "import hf:run new --vocabulary=none": "none: no such vocabulary file",
+    "export none new --to=hf": "none: no run directory",
+    "export run full --to=hf": "full: not empty; export into a new folder",
+}
+
+
+def test_a_path_that_cannot_be_is_refused_before_jax_is_imported(tmp_path):
+    assert {args.split()[0] for args in REFUSED_AT_ONCE} == set(cli.VERBS)
+    for name in ("run/config.gin", "full/file", "file"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    code = (
+        "import contextlib, io, json, sys\n"
+        "from dss.cli.main import main\n"
+        "for args, message in json.load(sys.stdin).items():\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n"
+        "        assert main(args.split()) == 2\n"
+        "    said = said.getvalue()\n"
+        "    assert message in said and said.count('\\n') == 1, (args, said)\n"
+        "    assert not {'jax', 'tensorflow'} & set(sys.modules), args\n"
+    )
+    given = json.dumps(REFUSED_AT_ONCE)
+    process = [sys.executable, "-c", code]
+    done = subprocess.run(process, cwd=tmp_path, input=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,147 @@
+"""Checks of a command's arguments that need neither JAX nor the data, so that they come at once.
+
+A path in a bucket is left to the command itself. The library repeats what it relies on.
+"""
+
+import ast
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import dss
+from dss.errors import UserError, unknown_name
+from dss.paths import in_bucket
+
+__all__ = [
+    "check_flags",
+    "check_folders",
+    "check_gin_files",
+    "check_input",
+    "check_new_folder",
+    "check_output",
+    "check_run",
+    "check_source",
+    "check_vocabulary",
+]
+
+CONFIG_FILE = "config.gin"
+
+
+def check_run(run: str) -> None:
+    """Raises UserError if a folder is no run directory."""
+    if not in_bucket(run) and not (_local(run) / CONFIG_FILE).is_file():
+        raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
+
+
+def check_folders(folders: Sequence[str]) -> None:
+    """Raises UserError if a folder of runs does not exist."""
+    for folder in folders:
+        if not in_bucket(folder) and not _local(folder).is_dir():
+            raise UserError(f"{folder}: no such folder; give run directories or folders of them")
+
+
+def check_input(file: str) -> None:
+    """Raises UserError if a file to read does not exist."""
+    if in_bucket(file):
+        return
+    if _local(file).is_dir():
+        raise UserError(f"{file}: a folder; give a file")
+    if not _local(file).exists():
+        raise UserError(f"{file}: no such file")
+
+
+def check_output(option: str, file: str) -> None:
+    """Raises UserError if a file could not be written.
+
+    Args:
+      option: the option that names the file, such as "--json".
+      file: the file; one that exists is replaced.
+    """
+    if in_bucket(file):
+        return
+    path = _local(file)
+    if path.is_dir() or not path.parent.is_dir():
+        raise UserError(f"{option}={file}: no file can be written there")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{option}={file}: you may not write there")
+
+
+def check_new_folder(folder: str, verb: str) -> None:
+    """Raises UserError if a folder to make exists and holds something.
+
+    Args:
+      folder: the folder.
+      verb: what the command does, for the message: "import" or "export".
+    """
+    path = _local(folder)
+    if in_bucket(folder) or not path.exists():
+        return
+    if not path.is_dir() or any(path.iterdir()):
+        raise UserError(f"{folder}: not empty; {verb} into a new folder")
+
+
+def check_source(source: str) -> None:
+    """Raises UserError if a checkpoint to import is neither a folder nor, perhaps, a hub's."""
+    form, colon, name = source.partition(":")
+    if not colon or form not in ("hf", "t5x"):
+        form, name = "", source
+    if in_bucket(name) or _local(name).is_dir():
+        return
+    if form == "t5x" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{name}: no such folder; give a checkpoint's folder or a hub id")
+
+
+def check_gin_files(files: Sequence[str], search: Sequence[str]) -> None:
+    """Raises UserError if a gin file exists neither here, nor in dss, nor in other folders.
+
+    Args:
+      files: the files.
+      search: the other folders.
+    """
+    package = Path(dss.__file__).parent
+    root = next(filter(Path.is_dir, (package / "configs", package.parent / "gin")))
+    for file in files:
+        places = (file, *(f"{folder}/{file}" for folder in search))
+        found = any(in_bucket(place) or _local(place).is_file() for place in places)
+        if not found and not (root / file).is_file():
+            have = [path.relative_to(root).as_posix() for path in root.rglob("*.gin")]
+            raise unknown_name("gin file", file, have)
+
+
+def check_vocabulary(file: str) -> None:
+    """Raises UserError if a vocabulary, a file or "bytes", does not exist."""
+    if file != "bytes" and not in_bucket(file) and not _local(file).is_file():
+        raise UserError(f"{file}: no such vocabulary file; give a SentencePiece model or 'bytes'")
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Raises UserError if data, a vocabulary or a checkpoint that flags name do not exist.
+
+    Args:
+      flags: `NAME=VALUE` of gin values; the last of a name counts.
+    """
+    values = {name: _value(text) for name, _, text in (flag.partition("=") for flag in flags)}
+    paths = {name: path for name, path in values.items() if path and not in_bucket(path)}
+    if (root := paths.get("DATA_ROOT")) and not _local(root).is_dir():
+        raise UserError(f"DATA_ROOT {root}: no such folder")
+    if (data := paths.get("DATASET_PATH")) and not _local(data).exists():
+        raise UserError(f"DATASET_PATH {data}: no such file or folder")
+    if vocabulary := paths.get("VOCABULARY"):
+        check_vocabulary(vocabulary)
+    if checkpoint := paths.get("INITIAL_CHECKPOINT_PATH"):
+        check_source(checkpoint)
+
+
+def _value(text: str) -> str | None:
+    """Returns a flag's text, quoted or not; None for another kind of value."""
+    if text.startswith(("@", "%")):
+        return None
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, str) else None
+
+
+def _local(path: str) -> Path:
+    return Path(path).expanduser()
