@@ -30,6 +30,7 @@ LEFT_OUT = (
     "in another split",  # held out for validation, or trained on where the split is that one
     "not in TRAIN_FRACTION",
 )
+NOT_DRAWN = (EMPTY_INPUT, "in another split", "not in TRAIN_FRACTION")
 SHOWN = 3  # ids named
 
 
@@ -49,6 +50,15 @@ class Ledger:
     fates: Mapping[str, int]
     strays: int = 0
     stray_ids: Sequence[str] = ()
+
+    @property
+    def drawn(self) -> int:
+        """How many rows with an input the split's fraction has, whatever tasks can use of them.
+
+        >>> Ledger(10, {"trained": 6, "no label": 1, "empty input": 1, "in another split": 2}).drawn
+        7
+        """
+        return self.rows - sum(self.fates.get(fate, 0) for fate in NOT_DRAWN)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the ledger for JSON; `Ledger(**value)` reads it."""

@@ -27,6 +27,7 @@ __all__ = [
     "reach",
 ]
 
+COVERED = 0.9  # of the students' test examples, that a teacher compared with them has answered
 RELEASED_TEACHERS = {"palm": 540e9, "gpt_neox": 20e9}  # parameters of the released data's teachers
 
 
@@ -59,13 +60,28 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A teacher's accuracy on the split; its parameters where they are known."""
+    """A teacher's accuracy on those of the students' test examples that it has answered.
+
+    Attributes:
+      name: its name.
+      value: accuracy, in [0, 1].
+      interval: its 95% interval.
+      examples: test examples that it has answered.
+      judged: test examples that the students were judged on.
+      parameters: its parameters; None where they are unknown.
+    """
 
     name: str
     value: float
     interval: tuple[float, float] | None
     examples: int
+    judged: int
     parameters: float | None
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether its accuracy is of nearly the same examples as the students'."""
+        return self.examples >= COVERED * self.judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +148,7 @@ class Group:
       methods: each run's, by its name.
       students: each run's, by its name.
       cells: what figures show, by method, student and fraction.
-      teachers: by name.
+      teachers: by name, those that answered few examples too.
       comparisons: of every two methods on one student and fraction.
       data_reaches: the least data that matches finetuning on all, or a teacher.
       size_reaches: the smallest student that does.
@@ -150,6 +166,11 @@ class Group:
     data_reaches: tuple[Reach, ...]
     size_reaches: tuple[Reach, ...]
     majority: float | None
+
+    @property
+    def comparable_teachers(self) -> list[Teacher]:
+        """The teachers that students are compared with."""
+        return [teacher for teacher in self.teachers if teacher.is_comparable]
 
     @property
     def method_order(self) -> list[str]:
@@ -198,6 +219,7 @@ def _group(
     )
     cells = _cells(runs, methods, students, split)
     teachers = _teachers(runs, split, teacher_sizes)
+    comparable = [teacher for teacher in teachers if teacher.is_comparable]
     shares = [e.majority for run in runs if (e := run.evaluation(split)) and e.majority]
     return Group(
         dataset=dataset,
@@ -208,8 +230,8 @@ def _group(
         cells=tuple(cells),
         teachers=tuple(teachers),
         comparisons=tuple(_comparisons(cells)),
-        data_reaches=tuple(_data_reaches(cells, teachers)),
-        size_reaches=tuple(_size_reaches(cells, teachers)),
+        data_reaches=tuple(_data_reaches(cells, comparable)),
+        size_reaches=tuple(_size_reaches(cells, comparable)),
         majority=shares[0] if shares else None,
     )
 
@@ -256,13 +278,20 @@ def _teachers(runs: Sequence[RunRecord], split: str, sizes: Mapping[str, float])
     found: dict[str, Teacher] = {}
     for run in runs:
         evaluation = run.evaluation(split)
-        for name, said in (evaluation.teachers if evaluation else {}).items():
+        if evaluation is None:
+            continue
+        for name, said in evaluation.teachers.items():
             if said["metric"] != "accuracy":
                 continue
             if name not in found or found[name].examples < said["examples"]:
-                interval = said["interval"] and (said["interval"][0], said["interval"][1])
-                values = said["value"], interval, said["examples"], sizes.get(name)
-                found[name] = Teacher(name, *values)
+                found[name] = Teacher(
+                    name=name,
+                    value=said["value"],
+                    interval=said["interval"] and (said["interval"][0], said["interval"][1]),
+                    examples=said["examples"],
+                    judged=len(evaluation.scores),
+                    parameters=sizes.get(name),
+                )
     return [found[name] for name in sorted(found)]
 
 

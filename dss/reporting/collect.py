@@ -10,6 +10,7 @@ from etils import epath
 
 from dss.config import CONFIG_FILE, load_config
 from dss.data.examples import hash_input, read_json_lines
+from dss.data.ledger import Ledger
 from dss.errors import UserError
 from dss.experiment import Experiment
 from dss.runs import CHECKPOINTS, PREDICTIONS
@@ -140,8 +141,13 @@ class RunRecord:
 
     @property
     def examples(self) -> int | None:
-        """How many training examples it has."""
-        return None if self.data is None else int(self.data["examples"])
+        """How many training examples it has, those that its method cannot use included: methods
+        on one fraction of the data have the same.
+        """
+        if self.data is None:
+            return None
+        ledger = next((t["ledger"] for t in self.data["tasks"] if t.get("ledger")), None)
+        return int(self.data["examples"]) if ledger is None else Ledger(**ledger).drawn
 
     @property
     def machine(self) -> Mapping[str, Any] | None:

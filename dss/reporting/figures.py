@@ -159,7 +159,7 @@ def _cell_rows(group: Group, cells: Sequence[Cell]) -> list[tuple]:
         )
         place = (c.method, c.student, c.parameters, c.fraction, c.examples, len(c.runs))
         rows.append((*place, c.mean, low, high, by_seed))
-    for t in group.teachers:
+    for t in group.comparable_teachers:
         low, high = t.interval or (None, None)
         rows.append((f"teacher {t.name}", "", t.parameters, "", "", "", t.value, low, high, ""))
     if group.majority is not None:
@@ -198,7 +198,7 @@ def _accuracy_axis(axes: "Axes", group: Group, cells: Sequence[Cell]) -> None:
     shown = [v for c in cells for v in (c.interval or (c.mean,))]
     shown += [e.value for c in cells for e in c.evaluations]
     references = []
-    for k, t in enumerate(group.teachers):
+    for k, t in enumerate(group.comparable_teachers):
         size = f" ({count_text(t.parameters)})" if t.parameters else ""
         name = f"teacher {t.name}{size}: {t.value:.1%}"
         references.append((t.value, name, "-" if k == 0 else (0, (10, 2 * k))))

@@ -290,9 +290,9 @@ def _data_rows(group: Group) -> Iterator[tuple[str, ...]]:
     """Yields what runs train on, every different one once."""
     seen = set()
     for run in group.runs:
-        if run.data is None:
+        if run.data is None or run.examples is None:
             continue
-        total, experiment = int(run.data["examples"]), run.experiment
+        total, experiment = run.examples, run.experiment
         for task in run.data["tasks"]:
             name = {"label": "label", "rationale": "rationale"}.get(task["kind"], "single target")
             count = int(task["examples"])

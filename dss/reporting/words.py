@@ -217,7 +217,7 @@ def _round(number: float) -> str:
 
 
 def _share(part: float | None, total: float | None) -> str:
-    return f" ({part / total:.0%})" if part and total else ""
+    return f" ({part / total:.0%})" if part and total and part <= total else ""
 
 
 def tiles(group: Group) -> list[Tile]:
@@ -232,7 +232,13 @@ def tiles(group: Group) -> list[Tile]:
         else:
             out.append(Tile(NOT_MEASURED, prefix, "no finished and evaluated run"))
     for t in group.teachers:
-        out.append(Tile(percent(t.value), f"teacher {t.name}", f"on {t.examples:,} test examples"))
+        of = f"{t.examples:,} test examples"
+        if t.examples < t.judged:
+            of = f"{t.examples:,} of {t.judged:,} test examples"
+        note = f"95%: {interval_text(t.interval)}, on {of}"
+        if not t.is_comparable:
+            note += ": too few to compare with"
+        out.append(Tile(percent(t.value), f"teacher {t.name}", note))
     if not group.teachers:
         out.append(Tile(NOT_MEASURED, "teacher", f"none wrote about the {group.split} split"))
     if group.majority is not None:

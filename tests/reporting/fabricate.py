@@ -28,6 +28,7 @@ def write_run(
     *,
     examples: int = 1000,
     total: int = 1000,
+    unlabelled: int = 0,
     seed: int = 0,
     width: int = 16,
     steps: int = STEPS,
@@ -46,6 +47,7 @@ def write_run(
       right: how many test examples its student has right; None for not evaluated.
       examples: that it trained with.
       total: that there are.
+      unlabelled: of `examples`, for which there is a rationale alone.
       seed: of the experiment.
       width: of the student.
       steps: that it got to.
@@ -82,7 +84,7 @@ def write_run(
         {
             "kind": kind,
             "teacher": None if kind == "label" else "rules",
-            "examples": examples - 3 * k,
+            "examples": examples - (3 if k else unlabelled),
             "input_tokens": 10 * examples,
             "target_tokens": 4 * examples,
             "cut_inputs": 2,
@@ -91,7 +93,7 @@ def write_run(
                 "rows": examples,
                 "fates": {"trained": examples - 3, "unparsed": 2, "missing": 1}
                 if k
-                else {"trained": examples},
+                else {"trained": examples - unlabelled, "no label": unlabelled},
             },
             "usage": k
             and {
@@ -107,7 +109,11 @@ def write_run(
     begin = {
         "event": "begin", "step": 0, "device": "TPU v4", "devices": 8, "processes": 2,
         "versions": {"dss": "0.1.0", "jax": "9.9"},
-        "data": {"dataset": dataset, "examples": examples, "tasks": tasks},
+        "data": {
+            "dataset": dataset,
+            "examples": examples - (unlabelled if len(kinds) == 1 else 0),
+            "tasks": tasks,
+        },
     }  # fmt: skip
     end = [{"event": "end", "outcome": outcome, "seconds": 75.0}] if outcome else []
     write_jsonl(run / "sessions.jsonl", [begin, *end])

@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -5,7 +6,8 @@ import pytest
 from dss.evaluation.significance import mcnemar, wilson_interval
 from dss.reporting.analysis import Cell, Teacher, analyse
 from dss.reporting.collect import collect
-from dss.reporting.words import answer
+from dss.reporting.figures import draw_figures
+from dss.reporting.words import answer, tiles
 from dss.training.trainer import TrainerConfig
 from tests.reporting.fabricate import STEPS, verdicts, write_predictions, write_run
 
@@ -38,7 +40,7 @@ def test_repeats_are_a_cell_with_their_mean(swept):
     assert (cell.mean, len(cell.runs)) == (0.8, 2)
     assert cell.interval == pytest.approx(wilson_interval(80, 100), abs=1e-3), "seeds agree"
     assert group.majority == 0.5
-    assert group.teachers == (Teacher("rules", 0.9, (0.8, 0.95), 100, None),)
+    assert group.teachers == (Teacher("rules", 0.9, (0.8, 0.95), 100, 100, None),)
 
 
 def test_the_least_data_is_read_off_the_line(swept):
@@ -173,6 +175,43 @@ def test_teachers_are_named_where_there_are_several(tmp_path):
         "step-by-step (palm)",
         "step-by-step (rules)",
     ]
+
+
+def test_methods_on_the_same_data_have_the_same_examples(tmp_path):
+    for method, right in (("finetune", 80), (SBS, 85)):
+        write_run(tmp_path, method, right, examples=187, total=187, unlabelled=11)
+    group = _group(tmp_path)
+    assert [c.examples for c in group.cells] == [187, 187]
+    assert answer(group).headline == (
+        "Step-by-step matches finetuning on all 187 examples with 187 or fewer (100%)."
+    )
+
+
+def test_more_examples_than_finetuning_had_are_no_part_of_them(tmp_path):
+    write_run(tmp_path, "finetune", 80, examples=500)
+    write_run(tmp_path, SBS, 85, examples=1000)
+    headline = answer(_group(tmp_path)).headline
+    assert headline == "Step-by-step matches finetuning on 500 examples with 1,000 or fewer."
+
+
+@pytest.mark.parametrize(("answered", "compared"), [(5, False), (89, False), (90, True)])
+def test_a_teacher_is_compared_with_that_answered_nearly_all_examples(tmp_path, answered, compared):
+    write_run(tmp_path, "finetune", 80)
+    run = write_run(tmp_path, SBS, 85)
+    (summary,) = (run / "predictions").glob("*.json")
+    said = json.loads(summary.read_text())
+    said["teachers"]["rules"] |= {"value": 1.0, "examples": answered, "interval": [0.6, 1.0]}
+    said["teachers"] = {"palm": said["teachers"].pop("rules")}
+    summary.write_text(json.dumps(said))
+    group = _group(tmp_path)
+    names = {r.target.name for r in group.data_reaches if isinstance(r.target, Teacher)}
+    assert names == ({"palm", "rules"} if compared else {"rules"})
+    notes = {tile.label: tile.note for tile in tiles(group)}
+    assert notes["teacher rules"] == "95%: 80.0% to 95.0%, on 100 test examples"
+    shown = f"95%: 60.0% to 100.0%, on {answered} of 100 test examples"
+    assert notes["teacher palm"] == shown + ("" if compared else ": too few to compare with")
+    (figure, *_) = draw_figures(group)
+    assert ("teacher palm" in figure.svg) == compared
 
 
 def test_each_dataset_is_a_group_of_its_own(tmp_path):
