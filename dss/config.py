@@ -17,7 +17,7 @@ from dss.data.rationales import RationaleConfig
 from dss.errors import UserError, unknown_name
 from dss.evaluation.evaluator import DecodingConfig
 from dss.experiment import DataConfig, Experiment
-from dss.paths import BYTE_ORDER_MARK
+from dss.paths import BYTE_ORDER_MARK, write_whole
 from dss.student.config import T5Config
 from dss.training.mesh import MeshConfig
 from dss.training.optimizer import OptimizerConfig
@@ -378,9 +378,7 @@ def save_config(experiment: Experiment, run: epath.Path) -> None:
             blocks[0].append(f"Experiment.{name} = @{kind.__name__}()")
             blocks.append(_lines(kind.__name__, value))
     text = "\n\n".join("\n".join(block) for block in blocks) + "\n"
-    temporary = run / f".{CONFIG_FILE}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(run / CONFIG_FILE)
+    write_whole(run / CONFIG_FILE, text)
 
 
 def load_config(run: epath.PathLike, flags: Sequence[str] = ()) -> Experiment:

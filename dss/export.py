@@ -42,6 +42,8 @@ def _whole(folder: Path) -> Iterator[Path]:
     """Yields a folder beside `folder`, which takes its place when all went well."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial"
+    if partial.is_symlink():
+        partial.unlink()
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir()
     try:

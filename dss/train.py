@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from dss.config import CONFIG_FILE
+from dss.config import CONFIG_FILE, gin_name
 from dss.data.batches import (
     Batches,
     Order,
@@ -130,7 +130,7 @@ def _differences(prefix: str, before: Any, now: Any, may_change: tuple[str, ...]
         if dataclasses.is_dataclass(a) and dataclasses.is_dataclass(b):
             out += _differences(f"{prefix}{field.name}.", a, b, ())
         else:
-            out.append(f"{prefix}{field.name} was {a!r} and is {b!r}")
+            out.append(f"{gin_name(prefix + field.name)} was {a!r} and is {b!r}")
     return out
 
 
@@ -143,7 +143,8 @@ def check_same(run: Run, now: Experiment) -> None:
     if now.student is not None:
         wanted = now.settle(now.student)
         differs += [
-            f"student.{name} was {getattr(run.config, name)!r} and is {getattr(wanted, name)!r}"
+            f"{gin_name(f'student.{name}')} was {getattr(run.config, name)!r} and is "
+            f"{getattr(wanted, name)!r}"
             for name in ("dtype", "remat")
             if getattr(run.config, name) != getattr(wanted, name)
         ]

@@ -104,9 +104,7 @@ def test_one_place_says_which_labels_there_may_be_and_what_counts_as_one(vocab_p
     assert closed.closed == ("bug", "billing")
     assert closed.admit("bug")
     assert not closed.admit("Bug")
-    with pytest.raises(
-        UserError, match=r"row 3: label 'Bug' is none .*'bug' is one"
-    ):
+    with pytest.raises(UserError, match=r"row 3: label 'Bug' is none .*'bug' is one"):
         closed.check("row 3", "Bug")
     assert Labels().admit("anything")
     sums = Labels(metric="equation")

@@ -292,9 +292,9 @@ def test_what_does_not_fit_a_run_is_one_line(
 
     wrong = {
         "--gin.T5Config.d_model=32": "a checkpoint of another size than the student: d_model 16",
-        "--gin.ALPHA=0.9": "the run of another experiment: alpha was 0.5 and is 0.9",
-        "--gin.T5Config.dtype=bfloat16": "student.dtype was 'float32' and is 'bfloat16'",
-        "--gin.LEARNING_RATE=0.5": "experiment: optimizer.learning_rate was 0.01 and is 0.5; use",
+        "--gin.ALPHA=0.9": "the run of another experiment: ALPHA was 0.5 and is 0.9",
+        "--gin.T5Config.dtype=bfloat16": "T5Config.dtype was 'float32' and is 'bfloat16'",
+        "--gin.LEARNING_RATE=0.5": "experiment: LEARNING_RATE was 0.01 and is 0.5; use",
         f"--gin.VOCABULARY={vocab_path}": "wrong vocabulary",
     }
     for flag, message in wrong.items():
