@@ -8,7 +8,17 @@ from typing import IO, Any
 
 from etils import epath
 
-__all__ = ["BYTE_ORDER_MARK", "absolute", "create", "in_bucket", "replacing", "write_whole"]
+from dss.errors import UserError
+
+__all__ = [
+    "BYTE_ORDER_MARK",
+    "absolute",
+    "check_no_pipes",
+    "create",
+    "in_bucket",
+    "replacing",
+    "write_whole",
+]
 
 BYTE_ORDER_MARK = "\ufeff"  # Excel and Notepad write it at the start of a text file
 
@@ -22,6 +32,21 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """Returns a path that means the same in any working folder; `~` is the user's home."""
     path = epath.Path(path)
     return path if in_bucket(path) else path.expanduser().resolve()
+
+
+def check_no_pipes(path: epath.PathLike) -> None:
+    """Checks that a path on this machine is no named pipe, and a folder there holds none.
+
+    To read one is to wait for ever, in libraries that nothing interrupts.
+
+    Raises:
+      UserError: names the pipe.
+    """
+    if in_bucket(path):
+        return
+    for found in (Path(path), *Path(path).rglob("*")):
+        if found.is_fifo():
+            raise UserError(f"{found}: a named pipe, not a file; move it away")
 
 
 def create(path: Path, *, binary: bool = False) -> IO[Any]:

@@ -38,7 +38,7 @@ from dss.evaluation.result import Evaluation
 from dss.evaluation.teachers import read_teachers
 from dss.experiment import DataConfig, Experiment
 from dss.interop import huggingface, t5x_checkpoint
-from dss.paths import absolute
+from dss.paths import absolute, check_no_pipes
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, logical_axes
 from dss.training.checkpoints import Checkpoints, abstract_like, largest_part
@@ -175,10 +175,14 @@ def load_run(folder: str | epath.Path, flags: Sequence[str] = ()) -> Run:
       flags: `NAME=VALUE` of gin values to read differently.
 
     Raises:
-      UserError: it is none.
+      UserError: it is none, its configuration names no student, or it holds a named pipe.
     """
     folder = epath.Path(folder).expanduser()
-    return Run(folder, load_config(folder, flags))
+    check_no_pipes(folder)
+    experiment = load_config(folder, flags)
+    if experiment.student is None:
+        raise UserError(f"{folder}: no run: its {CONFIG_FILE} names no student")
+    return Run(folder, experiment)
 
 
 def open_student(source: str, flags: Sequence[str] = ()) -> Run:

@@ -22,7 +22,8 @@ from dss import __version__
 from dss.data.registry import get_dataset
 from dss.data.store import TokenStore
 from dss.data.tasks import Mixture, Task
-from dss.paths import write_whole
+from dss.paths import check_no_pipes, write_whole
+from dss.training.metrics import read_metrics
 from dss.training.processes import is_leader
 
 __all__ = [
@@ -100,11 +101,7 @@ def changed_files(folder: epath.Path, files: Mapping[str, str]) -> list[str]:
 
 def read_sessions(folder: epath.Path) -> list[dict[str, Any]]:
     """Returns the lines of a run's sessions.jsonl, without one that was cut short."""
-    path = folder / SESSIONS_FILE
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return read_metrics(folder / SESSIONS_FILE)
 
 
 def _usage(task: Task) -> dict[str, Any] | None:
@@ -115,9 +112,10 @@ def _usage(task: Task) -> dict[str, Any] | None:
         return None
     outputs = get_dataset(task.dataset).files("train", task.teacher)[-1]
     path = outputs.with_suffix(".usage.json")
+    check_no_pipes(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # it is no reason not to train
+    except (OSError, ValueError, RecursionError):  # it is no reason not to train
         return None
 
 

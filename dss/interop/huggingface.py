@@ -18,7 +18,7 @@ from dss.data.examples import read_json
 from dss.data.vocabulary import BYTES
 from dss.errors import UserError
 from dss.interop.assemble import assemble
-from dss.paths import in_bucket
+from dss.paths import check_no_pipes, in_bucket
 from dss.student.config import T5Config
 from dss.student.network import abstract_params
 
@@ -58,12 +58,14 @@ def resolve(source: str) -> Path:
         without `hf:` before it.
 
     Raises:
-      UserError: there is no such folder and the hub has no such model or cannot be reached.
+      UserError: there is no such folder and the hub has no such model or cannot be reached, or the
+        folder holds a named pipe.
     """
     name = source.removeprefix("hf:")
     if in_bucket(name):
         return _download(epath.Path(name))
     if Path(name).expanduser().is_dir():
+        check_no_pipes(Path(name).expanduser())
         return Path(name).expanduser()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such folder; give a checkpoint's folder or a hub id")
@@ -159,24 +161,30 @@ def read_config(folder: Path) -> T5Config:
         raise UserError(f"{path}: {error}; is it a T5's config?") from None
 
 
-def _expected(config: T5Config) -> set[str]:
-    """Returns the names of all tensors of a T5 of some shape."""
-    names = set()
+def _expected(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all tensors of a T5, by their names."""
+    shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         keys = tuple(p.key for p in path)
-        layers = range(leaf.shape[0]) if "layers" in keys else (None,)
-        names |= {tensor_name(keys, layer, gated=config.gated)[0] for layer in layers}
-    return names
+        is_stack = "layers" in keys
+        for layer in range(leaf.shape[0]) if is_stack else (None,):
+            name, transposed = tensor_name(keys, layer, gated=config.gated)
+            shape = leaf.shape[1:] if is_stack else leaf.shape
+            shapes[name] = shape[::-1] if transposed else shape
+    return shapes
 
 
 def _check_tensors(folder: Path, config: T5Config) -> None:
-    """Checks that a folder holds a T5's tensors and no others, by their names.
+    """Checks that a folder holds a T5's tensors and no others, by their names and shapes.
 
     Raises:
-      UserError: if a tensor would be ignored, or is named as a library names it before it is merged
-        or unwrapped.
+      UserError: if a tensor would be ignored, is of another shape, or is named as a library names
+        it before it is merged or unwrapped.
     """
-    tensors, expected = _Tensors(folder), _expected(config)
+    tensors, layers = _Tensors(folder), config.num_encoder_layers + config.num_decoder_layers
+    if layers > len(tensors.names):
+        raise UserError(f"{folder}: {len(tensors.names)} tensors for {layers} layers")
+    expected = _expected(config)
     for prefix, remedy in WRAPPED.items():
         if any(name.startswith(prefix) for name in tensors.names):
             raise UserError(f"{folder}: its tensors are named {prefix}NAME: {remedy}")
@@ -184,13 +192,19 @@ def _check_tensors(folder: Path, config: T5Config) -> None:
         raise UserError(f"{folder}: a model with an adapter that is not merged; {MERGE}")
     if not any(name.startswith("decoder.") for name in tensors.names):
         raise UserError(f"{folder}: an encoder alone; a student needs a T5 with its decoder")
-    unknown = sorted(tensors.names - expected - {HEAD, UNUSED, *EMBEDDINGS})
+    unknown = sorted(tensors.names - expected.keys() - {HEAD, UNUSED, *EMBEDDINGS})
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(
             f"{folder}: tensor {unknown[0]!r}{more}, which a T5 does not have; without it the "
             "model would be another one"
         )
+    for name in sorted(tensors.names & expected.keys()):
+        if (found := tensors.shape(name)) != expected[name]:
+            raise UserError(
+                f"{folder}: a checkpoint of another size: {name} is {found}, and {expected[name]} "
+                "in its config.json"
+            )
     if EMBEDDINGS[0] in tensors.names:
         for name in EMBEDDINGS[1:]:
             if name in tensors.names and not tensors.are_equal(EMBEDDINGS[0], name):
@@ -254,9 +268,11 @@ class _Tensors:
             shards = _read_json(folder / INDEX).get("weight_map")
             if not isinstance(shards, dict):
                 raise UserError(f"{folder / INDEX}: no 'weight_map' from tensors to files")
-            outside = [s for s in shards.values() if Path(str(s)).name != s]
+            outside = [s for s in shards.values() if not _is_shard(s)]
             if outside:
-                raise UserError(f"{folder / INDEX}: {outside[0]!r} is no file of this folder")
+                raise UserError(
+                    f"{folder / INDEX}: {outside[0]!r} is no safetensors file of this folder"
+                )
             self._file = {name: folder / shard for name, shard in shards.items()}
         elif (folder / "model.safetensors").is_file():
             with _open(folder / "model.safetensors") as file:
@@ -301,13 +317,18 @@ class _Tensors:
                 ) from None
 
     def are_equal(self, name: str, other: str) -> bool:
-        """Returns whether two matrices are the same, reading some rows at a time."""
+        """Returns whether two tensors are the same, reading some rows at a time."""
         shape = self.shape(name)
         if self.shape(other) != shape:
             return False
-        starts = range(0, shape[0], ROWS)
-        parts = [(slice(i, min(i + ROWS, shape[0])), slice(None)) for i in starts]
+        starts = range(0, shape[0], ROWS) if shape else ()
+        columns = [slice(None)] * len(shape[1:])
+        parts = [(slice(i, min(i + ROWS, shape[0])), *columns) for i in starts]
         return all(np.array_equal(self.read(name, part), self.read(other, part)) for part in parts)
+
+
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def _open(path: Path):

@@ -14,7 +14,7 @@ from flax import serialization
 
 from dss.errors import UserError
 from dss.interop.assemble import assemble
-from dss.paths import absolute, in_bucket
+from dss.paths import absolute, check_no_pipes, in_bucket
 from dss.student.config import T5Config
 from dss.student.network import abstract_params
 
@@ -65,10 +65,11 @@ def resolve(source: str) -> epath.Path:
         names them), of which the newest counts; with or without `t5x:` before it.
 
     Raises:
-      UserError: there is no T5X checkpoint.
+      UserError: there is no T5X checkpoint, or a named pipe in it.
     """
     folder = absolute(source.removeprefix("t5x:"))
     if is_checkpoint(folder):
+        check_no_pipes(folder)
         return folder
     steps = {}
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -80,6 +81,7 @@ def resolve(source: str) -> epath.Path:
             f"{folder}: no T5X checkpoint: neither `{LEGACY}` nor `{ORBAX}` in it, nor a "
             "`checkpoint_<step>` that has one"
         )
+    check_no_pipes(steps[max(steps)])
     return steps[max(steps)]
 
 
@@ -181,7 +183,7 @@ def _read_metadata(path: epath.Path) -> dict[str, Any]:
         keys = [[level["key"] for level in leaf] for leaf in leaves]
         names = {".".join(key[1:]) for key in keys if key[0] == PARAMETERS}
         return metadata | {"names": names}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not the metadata of a checkpoint: {reason}") from None
 
@@ -199,13 +201,12 @@ def _read_legacy(path: epath.Path) -> tuple[dict[str, Any], set[str]]:
         )
     try:
         content = serialization.msgpack_restore(raw)
-        version, tree = content["version"], content["optimizer"][PARAMETERS]
+        version, leaves = content["version"], dict(_flat(content["optimizer"][PARAMETERS]))
     except Exception as error:  # whatever msgpack makes of another file
         raise UserError(f"{path}: not a T5X checkpoint: {type(error).__name__}: {error}") from None
     if version not in VERSIONS:
         known = " and ".join(map(str, VERSIONS))
         raise UserError(f"{path}: a T5X checkpoint of version {version}; known are {known}")
-    leaves = dict(_flat(tree))
     return {n: leaf for n, leaf in leaves.items() if isinstance(leaf, np.ndarray)}, set(leaves)
 
 

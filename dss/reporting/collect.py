@@ -8,13 +8,14 @@ from typing import Any
 
 from etils import epath
 
-from dss.config import CONFIG_FILE, load_config
+from dss.config import CONFIG_FILE
 from dss.data.examples import hash_input, read_json_lines
 from dss.data.ledger import Ledger
 from dss.errors import UserError
 from dss.experiment import Experiment
-from dss.runs import CHECKPOINTS, PREDICTIONS
-from dss.sessions import SESSIONS_FILE
+from dss.paths import check_no_pipes
+from dss.runs import CHECKPOINTS, PREDICTIONS, load_run
+from dss.sessions import read_sessions
 from dss.student.network import num_parameters
 from dss.training.metrics import read_metrics
 
@@ -258,13 +259,13 @@ def collect(folders: Sequence[str]) -> Collected:
     for folder in found:
         try:
             runs.append(_read_run(folder, problems))
-        except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # whatever its files make of the code that reads them
             problems.append((str(folder), str(error) or type(error).__name__))
     above = [*(epath.Path(f).expanduser() for f in folders), *(run.parent for run in found)]
     for folder in {str(path): path for path in above}.values():
         try:
             problems += _not_begun(folder).items()
-        except (OSError, ValueError, AttributeError) as error:
+        except (UserError, OSError) as error:
             problems.append((str(folder), f"the sweep's status cannot be read: {error}"))
     for run in [run for run in runs if run.is_imported and not run.evaluations]:
         runs.remove(run)
@@ -303,6 +304,7 @@ def _not_begun(folder: epath.Path) -> dict[str, str]:
     """Returns those runs of the sweeps in a folder that have no run directory, and why."""
     out = {}
     for path in sorted(folder.glob("sweep*.jsonl")):
+        check_no_pipes(path)
         for line in read_metrics(path):
             run = folder / str(line.get("run"))
             if not (run / CONFIG_FILE).is_file():
@@ -312,15 +314,14 @@ def _not_begun(folder: epath.Path) -> dict[str, str]:
 
 
 def _read_run(folder: epath.Path, problems: list[tuple[str, str]]) -> RunRecord:
-    experiment = load_config(folder)
-    assert experiment.student is not None
-    sessions = read_metrics(folder / SESSIONS_FILE)
+    run = load_run(folder)
+    experiment, sessions = run.experiment, read_sessions(folder)
     evaluations = []
     if (folder / PREDICTIONS).is_dir():
         for path in sorted((folder / PREDICTIONS).glob("*.jsonl")):
             try:
                 evaluations.append(_read_evaluation(path))
-            except (UserError, OSError, ValueError, KeyError, TypeError) as error:
+            except Exception as error:
                 problems.append((str(path), str(error) or type(error).__name__))
     mixture = experiment.mixture or next((e.mixture for e in evaluations), "")
     dataset, method, teacher = _parse_mixture(mixture, _dataset_name(experiment, sessions))
@@ -331,12 +332,22 @@ def _read_run(folder: epath.Path, problems: list[tuple[str, str]]) -> RunRecord:
         dataset=dataset,
         method="as imported" if experiment.mixture is None else method,
         teacher=teacher,
-        parameters=num_parameters(experiment.student),
-        metrics=read_metrics(folder / "metrics.jsonl"),
-        speed=read_metrics(folder / "speed.jsonl"),
+        parameters=num_parameters(run.config),
+        metrics=_read_numbers(folder / "metrics.jsonl"),
+        speed=_read_numbers(folder / "speed.jsonl"),
         sessions=sessions,
         evaluations=sorted(evaluations, key=lambda e: (e.split != "test", e.step)),
     )
+
+
+def _read_numbers(path: epath.Path) -> list[dict[str, Any]]:
+    """Returns the lines of a metrics file, each of numbers and of a step."""
+    lines = read_metrics(path)
+    for number, line in enumerate(lines, 1):
+        values = [line.get("step"), *line.values()]
+        if not all(isinstance(value, int | float) for value in values):
+            raise UserError(f"{path}:{number}: a line of metrics has a step, and numbers")
+    return lines
 
 
 def _dataset_name(experiment: Experiment, sessions: Sequence[Mapping[str, Any]]) -> str | None:

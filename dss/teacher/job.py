@@ -16,7 +16,7 @@ from dss import __version__
 from dss.data.examples import Example, read_json_lines, stream_examples
 from dss.data.registry import SPLITS, get_dataset
 from dss.errors import UserError
-from dss.paths import in_bucket
+from dss.paths import check_no_pipes, in_bucket
 from dss.teacher.journal import Journal
 from dss.teacher.outputs import Annotation, annotations, write_jsonl, write_parquet
 from dss.teacher.prices import Price, total_cost
@@ -181,7 +181,8 @@ class Job:
         for name in ("prompt", "cached", "completion"):
             facts[f"{name}_tokens"] = getattr(sent, name) + getattr(batch, name)
         before = None
-        with contextlib.suppress(OSError, ValueError):  # none, or a broken one
+        check_no_pipes(target)
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # none, or a broken one
             before = json.loads(target.read_text(encoding="utf-8"))
         if price is None and isinstance(before, dict) and facts.items() <= before.items():
             return

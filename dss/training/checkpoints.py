@@ -7,14 +7,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.errors import JaxRuntimeError
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dss.errors import UserError
 from dss.memory import trim_freed_memory
 from dss.paths import absolute
 from dss.training.checksums import check_sums, checksums, path_names
-from dss.training.leaves import Leaves
+from dss.training.leaves import Leaves, first_line, is_passing, reading
 from dss.training.mesh import place
 from dss.training.processes import all_agree, is_leader, wait_for_all
 from dss.training.step import TrainState
@@ -27,7 +26,6 @@ SAVE_TIMEOUT = 7 * 24 * 3600
 # memory until a file is full, and without a size all of a process's parameters are one file.
 FILE_SIZE = 16 * 2**20
 CHUNK_SIZE = 4 * 2**20
-PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 SCORE = "score"  # the metric that decides which checkpoint is the best; more is better
 
 
@@ -47,11 +45,20 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
 class _Manager(ocp.CheckpointManager):
     """Orbax's, which would open no checkpoint of a folder where one's score cannot be read."""
 
+    def __init__(self, folder: epath.Path, **options: Any):
+        with reading(folder):
+            super().__init__(folder, **options)
+
     def metrics(self, step: int) -> dict[str, float] | None:
         try:
-            return super().metrics(step)
-        except ValueError:  # not JSON
+            found = super().metrics(step)
+        except (ValueError, RecursionError):  # not JSON
             return None
+        names = (SCORE, "step")
+        has_all = isinstance(found, dict) and all(
+            isinstance(found.get(n), int | float) for n in names
+        )
+        return found if has_all else None
 
 
 def _writer(largest: int | None, frozen: bool) -> ocp.BasePyTreeCheckpointHandler:
@@ -214,7 +221,7 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.folder / str(step)}: its optimizer state does not fit; was the run started "
-                f"with another optimizer? ({_first_line(error)})"
+                f"with another optimizer? ({first_line(error)})"
             ) from error
         step_array = place(np.array(step, abstract.step.dtype), abstract.step.sharding)
         saved = {"params": of_params, "opt_state": read[1]}
@@ -243,7 +250,7 @@ class Checkpoints:
             try:
                 state, saved = self._read_state(step, abstract)
             except Exception as error:  # whatever a broken file makes Orbax raise
-                if _is_passing(error):
+                if is_passing(error):
                     raise
                 damaged[step] = error
             if not all_agree(step not in damaged):
@@ -259,12 +266,12 @@ class Checkpoints:
                     (self.folder / str(bad)).rename(self.folder / f"{bad}.damaged")
             wait_for_all("damaged checkpoints are set aside")
             self._manager.reload()
-            return state, {bad: _first_line(error) for bad, error in damaged.items()}
+            return state, {bad: first_line(error) for bad, error in damaged.items()}
         step, newest = next(iter(damaged.items()))
         if isinstance(newest, UserError):
             raise newest
         where = self.folder / str(step)
-        raise UserError(f"{where}: cannot be read: {_first_line(newest)}") from newest
+        raise UserError(f"{where}: cannot be read: {first_line(newest)}") from newest
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """Returns the parameters of a step, placed as the abstract tree's shardings say.
@@ -273,7 +280,8 @@ class Checkpoints:
           UserError: the checkpoint is of a student of another size, or an array is not what was
             saved.
         """
-        params, saved = self._read_params(step, abstract)
+        with reading(self.folder / str(step)):
+            params, saved = self._read_params(step, abstract)
         check_sums(self.folder / str(step) / "params", checksums(params), saved)
         return params
 
@@ -299,7 +307,9 @@ class Checkpoints:
 
     def check_shapes(self, step: int, abstract: Any) -> None:
         """Raises the user's error where a step's parameters are not of the abstract's shapes."""
-        metadata: Any = ocp.PyTreeCheckpointHandler().metadata(self.folder / str(step) / "params")
+        with reading(self.folder / str(step)):
+            where = self.folder / str(step) / "params"
+            metadata: Any = ocp.PyTreeCheckpointHandler().metadata(where)
         found = {"/".join(path_names(p)): tuple(x.shape) for p, x in _leaves(metadata.tree)}
         wanted = {"/".join(path_names(p)): tuple(x.shape) for p, x in _leaves(abstract)}
         for name in sorted(found.keys() | wanted.keys()):
@@ -323,18 +333,5 @@ def _rank(metrics: dict[str, float]) -> tuple[float, float]:
     return metrics[SCORE], -metrics["step"]
 
 
-def _is_passing(error: Exception) -> bool:
-    """Returns whether an error is of the machine or the network, and the files may be whole."""
-    if isinstance(error, OSError):
-        return not isinstance(error, FileNotFoundError)
-    return isinstance(error, (MemoryError, JaxRuntimeError)) or any(
-        status in str(error) for status in PASSING
-    )
-
-
 def _leaves(tree: Any) -> list[tuple[tuple, Any]]:
     return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,5 +1,6 @@
 """The arrays of a checkpoint, read one at a time."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -7,10 +8,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.errors import JaxRuntimeError
 
+from dss.errors import UserError
 from dss.training.checksums import check_sums, checksum, path_names
 
-__all__ = ["Leaves"]
+__all__ = ["Leaves", "first_line", "is_passing", "reading"]
+
+PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 
 
 class Leaves(Mapping[tuple[str, ...], np.ndarray]):
@@ -26,7 +31,8 @@ class Leaves(Mapping[tuple[str, ...], np.ndarray]):
 
     def __init__(self, folder: epath.Path):
         self._folder, self._handler = folder, ocp.PyTreeCheckpointHandler()
-        metadata: Any = self._handler.metadata(folder) if folder.is_dir() else None
+        with reading(folder):
+            metadata: Any = self._handler.metadata(folder) if folder.is_dir() else None
         tree = metadata.tree if metadata else {}
         self._checksums = metadata.custom_metadata if metadata else {}
         found, self._tree = jax.tree_util.tree_flatten_with_path(
@@ -41,7 +47,8 @@ class Leaves(Mapping[tuple[str, ...], np.ndarray]):
         item = jax.tree.unflatten(self._tree, [*others[:i], wanted, *others[i + 1 :]])
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args)
-        array = jax.tree.leaves(self._handler.restore(self._folder, args=args))[i]
+        with reading(self._folder):
+            array = jax.tree.leaves(self._handler.restore(self._folder, args=args))[i]
         check_sums(self._folder, {"/".join(path): checksum(array)}, self._checksums)
         return array
 
@@ -50,3 +57,31 @@ class Leaves(Mapping[tuple[str, ...], np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._index)
+
+
+@contextlib.contextmanager
+def reading(folder: epath.Path) -> Iterator[None]:
+    """Raises the user's error where damaged files of a checkpoint make Orbax raise another.
+
+    What keeps from reading and is not in the files, such as a bucket out of reach, stays.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_passing(error):
+            raise
+        raise UserError(f"{folder}: cannot be read: {first_line(error)}") from error
+
+
+def is_passing(error: Exception) -> bool:
+    """Returns whether an error is of the machine or the network, and the files may be whole."""
+    if isinstance(error, OSError):
+        return not isinstance(error, FileNotFoundError)
+    return isinstance(error, (MemoryError, JaxRuntimeError)) or any(
+        status in str(error) for status in PASSING
+    )
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, shortened; its type's name if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

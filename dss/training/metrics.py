@@ -15,6 +15,7 @@ from pathlib import Path
 
 from etils import epath
 
+from dss.errors import UserError
 from dss.paths import in_bucket, write_whole
 from dss.training.processes import is_leader
 
@@ -24,12 +25,22 @@ NAMES = ("metrics", "speed")
 
 
 def read_metrics(path: epath.PathLike) -> list[dict]:
-    """Returns the lines of a metrics file; an unfinished last line is left out."""
+    """Returns the lines of a metrics file; an unfinished last line is left out.
+
+    Raises:
+      UserError: a line is no JSON object.
+    """
     path = epath.Path(path)
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not all(isinstance(line, dict) for line in lines):
+        raise UserError(f"{path}: a line is no JSON object")
+    return lines
 
 
 def _cut(path: Path, step: int) -> None:

@@ -1,10 +1,12 @@
 """Checkpoints that look like a T5's and are not, or not any more: none is read as if it were."""
 
+import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from flax import serialization
 from safetensors.numpy import load_file, save_file
 
 from dss.config import parse_gin
@@ -84,7 +86,7 @@ def test_a_chunk_that_is_lost_is_not_zeros(tensors, tmp_path):
 
 def test_files_that_tell_nothing(tensors, tmp_path):
     folder = write_orbax(tmp_path / "c", tensors)
-    for content in ("[", "{}", "[]"):
+    for content in ("[", "{}", "[]", '{"tree_metadata": [3]}', '{"a": ' * 100_000):
         (folder / "state" / "_METADATA").write_text(content)
         with pytest.raises(UserError, match="not the metadata of a checkpoint"):
             read(folder)
@@ -93,6 +95,23 @@ def test_files_that_tell_nothing(tensors, tmp_path):
     (legacy / "checkpoint").write_bytes(b'model_checkpoint_path: "model.ckpt-1"\n')
     with pytest.raises(UserError, match=r"a TensorFlow checkpoint; .*convert_tf_checkpoint"):
         read(legacy)
+
+
+@pytest.mark.parametrize("tree", [3, [1, 2], None, "x", {"target": [1]}, {"target": {"a": 3}}])
+def test_a_tree_of_something_else_is_one_line(tmp_path, tree):
+    content = {"version": 3, "optimizer": tree}
+    (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize(content))
+    with pytest.raises(UserError, match=r"not a T5X checkpoint|no tensor 'token_embedder"):
+        read(tmp_path)
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(tensors, tmp_path):
+    folder = write_legacy(tmp_path / "checkpoint_1", tensors)
+    (folder / f"target.{WO}" / "1.0").unlink()
+    os.mkfifo(folder / f"target.{WO}" / "1.0")
+    for source in (folder, tmp_path):
+        with pytest.raises(UserError, match=r"/1\.0: a named pipe"):
+            t5x_checkpoint.resolve(f"t5x:{source}")
 
 
 def test_orbax_without_ocdbt_and_in_a_folder_of_its_own_name(tensors, tmp_path):

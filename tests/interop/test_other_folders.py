@@ -118,7 +118,7 @@ def test_an_adapter_float8_and_a_file_elsewhere_are_one_line(folder, tmp_path, c
     for case, message in (
         (adapter, "an adapter without its model; merge it"),
         (folder, "is of F8_E4M3, which is not supported; save the model as float32"),
-        (elsewhere, "'../model.safetensors' is no file of this folder"),
+        (elsewhere, "'../model.safetensors' is no safetensors file of this folder"),
     ):
         assert main(["import", f"hf:{case}", str(tmp_path / "run"), "--vocabulary=bytes"]) == 2
         printed = capsys.readouterr().err
@@ -143,8 +143,39 @@ def test_a_config_that_is_none_is_one_line(folder, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder):
-    (folder / "config.json").unlink()
-    os.mkfifo(folder / "config.json")
-    with pytest.raises(UserError, match=r"config\.json: missing"):
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=rf"{name}: a named pipe, not a file"):
+        huggingface.resolve(f"hf:{folder}")
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../model.safetensors", "..", ".", "", 3, ["a"]])
+def test_only_safetensors_files_of_the_folder_are_opened(folder, file):
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": {"shared.weight": file}}))
+    with pytest.raises(UserError, match="is no safetensors file of this folder"):
+        huggingface.read_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_layers": 10**9}, "tensors for 10000000"),
+        ({"num_decoder_layers": 10**30}, "tensors for 10000000"),
+        ({"d_model": 10**30}, "another size"),
+        ({"d_kv": 10**7}, r"another size: .*SelfAttention.k.weight is \(32, 32\), and \(40000000"),
+    ],
+)
+def test_sizes_that_no_machine_has_are_refused_at_once(folder, values, message):
+    change_json(folder, "config.json", **values)
+    with pytest.raises(UserError, match=message):
+        huggingface.read_config(folder)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_embeddings_that_are_no_matrices_are_of_another_size(folder, shape):
+    names = ("shared.weight", "lm_head.weight", "encoder.embed_tokens.weight")
+    change_tensors(folder, lambda t: t | {name: np.ones(shape, np.float32) for name in names})
+    with pytest.raises(UserError, match=r"another size: .* is \("):
         huggingface.read_config(folder)

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -104,6 +105,31 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_read(tmp_path):
     assert "empty" in whys[1]
     assert "no id and score" in whys[2]
     assert "not JSON" in whys[3]
+
+
+def test_a_run_without_a_student_or_with_a_pipe_is_left_out(tmp_path):
+    kept, *broken = [write_run(tmp_path, "finetune", 50, seed=seed) for seed in range(5)]
+    (broken[0] / "config.gin").write_text("")
+    (broken[1] / "metrics.jsonl").unlink()
+    os.mkfifo(broken[1] / "metrics.jsonl")
+    (broken[2] / "metrics.jsonl").write_text('{"step": "one"}\n')
+    (broken[3] / "sessions.jsonl").write_text("[" * 100_000 + "\n")
+    os.mkfifo(tmp_path / "sweep.jsonl")
+    found = collect([str(tmp_path)])
+    assert [run.name for run in found.runs] == [str(kept)]
+    whys = dict(found.problems)
+    for folder, why in zip(
+        [*broken, tmp_path],
+        [
+            "names no student",
+            "a named pipe",
+            "has a step, and numbers",
+            "recursion",
+            "a named pipe",
+        ],
+        strict=True,
+    ):
+        assert why in whys[str(folder)]
 
 
 def test_of_a_large_evaluation_some_texts_are_kept_and_all_scores(tmp_path):

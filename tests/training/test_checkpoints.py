@@ -169,8 +169,26 @@ def test_a_number_that_is_not_what_was_saved_is_damage(saved, state, item, name)
     checkpoints.close()
 
 
-def test_a_score_that_cannot_be_read_is_none(saved, state):
-    (saved / "1" / "metrics" / "metrics").write_text("")
+@pytest.mark.parametrize("content", ["", "[", "[]", '"x"', '{"a": ' * 100_000])
+def test_files_that_tell_nothing_are_the_users_error(saved, state, content):
+    (saved / "2" / "params" / "_METADATA").write_text(content)
+    checkpoints = Checkpoints(saved, read_only=True)
+    for read in (
+        lambda: checkpoints.restore_params(2, abstract(state.params)),
+        lambda: checkpoints.check_shapes(2, abstract(state.params)),
+        lambda: checkpoints.leaves(2, "params"),
+    ):
+        with pytest.raises(UserError, match=r"2(/params)?: cannot be read: "):
+            read()
+    checkpoints.close()
+    (saved / "2" / "_CHECKPOINT_METADATA").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot be read: maximum recursion"):
+        Checkpoints(saved)
+
+
+@pytest.mark.parametrize("content", ["", "3", '{"score": "0.9", "step": 1}', "[" * 100_000])
+def test_a_score_that_cannot_be_read_is_none(saved, state, content):
+    (saved / "1" / "metrics" / "metrics").write_text(content)
     checkpoints = Checkpoints(saved)
     assert checkpoints.best == 2
     assert int(checkpoints.restore(1, abstract(state)).step) == 1
