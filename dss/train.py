@@ -17,6 +17,7 @@ from dss.data.batches import (
     sampled_order,
     sequential_order,
 )
+from dss.data.registry import get_dataset
 from dss.data.statistics import describe_labels
 from dss.data.store import TokenStore, open_store
 from dss.data.tasks import Mixture, get_mixture, with_teacher
@@ -29,7 +30,7 @@ from dss.evaluation.evaluator import (
     metric_name,
     token_metrics,
 )
-from dss.experiment import Experiment
+from dss.experiment import DataConfig, Experiment
 from dss.runs import (
     CHECKPOINTS,
     Run,
@@ -152,7 +153,7 @@ def check_same(run: Run, now: Experiment) -> None:
         vocabularies = load_vocabulary(run.vocabulary_source), load_vocabulary(now.vocabulary)
         if vocabularies[0].fingerprint != vocabularies[1].fingerprint:
             raise UserError(f"{now.vocabulary}: wrong vocabulary: {run.folder} began with another")
-    differs += _differences("data.", before.data, now.data, ("root", "dataset_path"))
+    differs += _differences("data.", before.data, _declared(now.data), ("root", "dataset_path"))
     if differs:
         raise UserError(
             f"{run.folder}: the run of another experiment: {'; '.join(differs)}; "
@@ -178,13 +179,23 @@ def split_store(
     )
 
 
+def _declared(data: DataConfig) -> DataConfig:
+    """Makes data known, and returns them with the labels and the metric that they declare."""
+    name = use_data(data)
+    if name is None:
+        return data
+    labels = get_dataset(name).labels
+    return dataclasses.replace(data, labels=labels.closed, metric=labels.metric)
+
+
 def settle_data(experiment: Experiment) -> Experiment:
-    """Makes an experiment's data known, and returns it with the mixture that its TEACHER makes.
+    """Makes an experiment's data known, and returns it with the mixture that its TEACHER makes and
+    with the labels and the metric that the data declare.
 
     Raises:
       UserError: no mixture, one without a teacher, or its data are not there.
     """
-    use_data(experiment.data)
+    experiment = dataclasses.replace(experiment, data=_declared(experiment.data))
     if experiment.mixture is None:
         raise UserError("no mixture: give --gin_file=recipes/NAME.gin or MIXTURE_OR_TASK_NAME")
     if experiment.teacher is None:

@@ -141,10 +141,30 @@ def _job(args: argparse.Namespace) -> "Job":
     if args.input is not None:
         if args.prompt is None:
             raise UserError("--input needs --prompt: a YAML file, or a shipped one's name")
-        return file_job(args.input, args.prompt, teacher, **placed)
+        return _with_declared(file_job(args.input, args.prompt, teacher, **placed))
     if args.data_root is not None:
         set_data_root(args.data_root)
     return dataset_job(args.dataset, args.split, args.prompt, teacher, **placed)
+
+
+def _with_declared(job: "Job") -> "Job":
+    """Returns a job whose prompt has the labels and the metric that the examples' folder declares.
+
+    Raises:
+      UserError: if the prompt has others.
+    """
+    from dss.data.registry import read_declared
+    from dss.teacher.request import Writer
+
+    prompt = job.writer.prompt
+    where = f"prompt {prompt.name}"
+    labels = read_declared(job.source, prompt.labels, where=where)
+    if labels == prompt.labels:
+        return job
+    # The source is what the journal keeps, and what decides whether an export is new.
+    source = f"{prompt.source}\n# dataset.json: {json.dumps(dataclasses.asdict(labels))}\n"
+    prompt = dataclasses.replace(prompt, labels=labels, source=source)
+    return dataclasses.replace(job, writer=Writer(prompt, job.writer.teacher))
 
 
 def _parameter(text: str) -> tuple[str, Any]:

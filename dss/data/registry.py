@@ -12,14 +12,17 @@ from dss.data.examples import (
     Example,
     TeacherOutput,
     check_kind,
+    read_json,
     read_teacher_outputs,
     stream_examples,
     teacher_files,
 )
 from dss.data.labels import ANY_LABEL, Labels
+from dss.data.metrics import METRICS
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
 from dss.errors import UserError, unknown_name
+from dss.paths import BYTE_ORDER_MARK
 
 __all__ = [
     "SPLITS",
@@ -28,12 +31,14 @@ __all__ = [
     "Source",
     "dataset_names",
     "get_dataset",
+    "read_declared",
     "register",
     "released_dataset",
     "set_data_root",
 ]
 
 SPLITS = ("train", "valid", "test")
+DATASET_FILE = "dataset.json"
 
 
 class Source(Protocol):
@@ -231,6 +236,52 @@ def _root() -> epath.Path:
     return _data_root or epath.Path(os.environ.get("DSS_DATA_ROOT", "data")).expanduser()
 
 
+def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: str) -> Labels:
+    """Returns what the labels of a user's data may be.
+
+    A file `dataset.json` beside the examples declares the closed set, the metric or both, such as
+    {"labels": ["billing", "bug"], "metric": "text"}, for every command that is not given them.
+
+    Args:
+      path: the folder of the examples, or one of its files.
+      given: what is said elsewhere; an open set, and the metric "text", say nothing.
+      where: where it is said, for messages.
+
+    Raises:
+      UserError: if the file is malformed or contradicts what is given.
+    """
+    path = epath.Path(path).expanduser()
+    file = (path.parent if path.is_file() else path) / DATASET_FILE
+    if not file.is_file():
+        return given
+    try:
+        text = file.read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
+    value = read_json(str(file), text)
+    if not isinstance(value, dict) or not {*value} <= {"labels", "metric"}:
+        raise UserError(f"{file}: give an object with 'labels', 'metric' or both, and nothing else")
+    labels, metric = value.get("labels", []), value.get("metric", given.metric)
+    if not isinstance(labels, list) or not all(isinstance(x, str) and x.strip() for x in labels):
+        raise UserError(f"{file}: 'labels' must be a list of texts")
+    if metric not in [*METRICS]:
+        raise UserError(f"{file}: 'metric' must be one of {', '.join(METRICS)}, got {metric!r}")
+    declared = Labels(tuple(labels), metric)
+    if len(set(declared.closed)) < len(declared.closed):
+        raise UserError(f"{file}: a label is there twice")
+    mend = "leave one of them out, or make them the same"
+    if given.closed and declared.closed and set(given.closed) != set(declared.closed):
+        raise UserError(
+            f"{file}: its labels are {', '.join(declared.closed)}, and {where} has "
+            f"{', '.join(given.closed)}; {mend}"
+        )
+    if given.metric not in ("text", declared.metric):
+        raise UserError(
+            f"{file}: its metric is {declared.metric}, and {where} has {given.metric}; {mend}"
+        )
+    return dataclasses.replace(declared, closed=given.closed or declared.closed)
+
+
 def register(
     name: str,
     path: str | epath.Path,
@@ -244,7 +295,8 @@ def register(
     Args:
       name: of the dataset: letters, digits and underscores.
       path: a folder or a file, see `JsonlSource`.
-      labels: the closed set of labels; predictions are then chosen among them.
+      labels: the closed set of labels; predictions are then chosen among them. Empty for those of
+        the data's `dataset.json`, see `read_declared`.
       metric: "text" or "equation".
       must_exist: False where only names and labels are asked for, as in predicting.
 
@@ -252,7 +304,8 @@ def register(
       The dataset.
 
     Raises:
-      UserError: the name cannot be one, there is nothing at the path, or no such metric.
+      UserError: the name cannot be one, there is nothing at the path, no such metric, or
+        `dataset.json` contradicts what is given.
     """
     path = epath.Path(path).expanduser()
     if must_exist and path.is_file():
@@ -264,6 +317,8 @@ def register(
     if must_exist and not path.exists():
         raise UserError(f"{path}: no such file or folder; dataset {name!r} should be there")
     known = Labels(tuple(labels), metric)
+    if must_exist or not known.closed:  # a student that predicts keeps the labels that it learnt
+        known = read_declared(path, known, where="the configuration")
     _registered[name] = Dataset(name, JsonlSource(path, known), known)
     return _registered[name]
 

@@ -61,6 +61,32 @@ def test_what_a_user_gets_wrong_is_one_line_and_buys_nothing(given, options, mes
     assert printed.count("\n") == 1
 
 
+def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
+    declared = tmp_path / "dataset.json"
+    declared.write_text('{"labels": ["odd", "even", "neither"]}')
+    assert "labels: [even, odd]\n" in PROMPT
+    (tmp_path / "prompt.yaml").write_text(PROMPT.replace("labels: [even, odd]\n", ""))
+    with FakeEndpoint(right) as endpoint:
+        assert cli.main([*given, f"--base-url={endpoint.url}"]) == 0
+        reparse = [*given, f"--base-url={endpoint.url}", "--reparse"]
+    said = []
+    for text in (declared.read_text(), '{"labels": ["odd", "even"]}'):
+        declared.write_text(text)
+        capsys.readouterr()
+        assert cli.main(reparse) == 0
+        said.append("nothing new" in capsys.readouterr().out)
+    assert said == [True, False]
+    with (tmp_path / "numbers.jsonl").open("a") as file:
+        file.write('{"id": "x", "input": "7", "label": "seven"}\n')
+    assert cli.main([*given, "--dry-run"]) == 2
+    assert "label 'seven' is none of odd, even" in capsys.readouterr().err
+    (tmp_path / "prompt.yaml").write_text(PROMPT.replace("[even, odd]", "[even, odd, neither]"))
+    assert cli.main([*given, "--dry-run"]) == 2
+    printed = capsys.readouterr().err
+    assert "dataset.json: its labels are odd, even, and prompt" in printed
+    assert printed.count("\n") == 1
+
+
 def test_an_input_with_a_wrong_line_buys_nothing(given, tmp_path, capsys):
     with (tmp_path / "numbers.jsonl").open("a") as file:
         file.write('{"id": "x", "input": "7", "label": "seven"}\n')

@@ -6,9 +6,13 @@ import pytest
 from etils import epath
 
 from dss.config import parse_gin
+from dss.data.labels import Labels
 from dss.data.registry import get_dataset, register, released_dataset, set_data_root
 from dss.data.splits import hold_out, subsample
 from dss.errors import UserError
+from dss.experiment import DataConfig, Experiment
+from dss.runs import use_data
+from dss.train import settle_data
 from tests.conftest import write_jsonl
 
 
@@ -40,6 +44,65 @@ def test_a_missing_file_says_what_to_do(tmp_path):
         register("mine", write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}])).outputs(
             "train", "t"
         )
+
+
+@pytest.fixture
+def declared(tmp_path):
+    """Returns what writes a folder's dataset.json; the folder has one example."""
+    write_jsonl(tmp_path / "tickets" / "train.jsonl", [{"input": "x", "label": "bug"}])
+
+    def write(text: str):
+        (tmp_path / "tickets" / "dataset.json").write_text(text, encoding="utf-8")
+        return tmp_path / "tickets"
+
+    return write
+
+
+def test_a_folder_declares_its_labels_and_its_metric(declared):
+    folder = declared('\ufeff{"labels": ["bug", " billing "], "metric": "equation"}')
+    for path in (folder, folder / "train.jsonl"):
+        dataset = register("tickets", path)
+        assert dataset.labels == Labels(("bug", "billing"), "equation")
+        assert dataset.source.labels == dataset.labels
+    labels = ("billing", "bug")
+    assert register("tickets", folder, labels=labels).labels.closed == labels
+    folder = declared('{"metric": "text"}')
+    assert register("tickets", folder, labels=("bug",)).labels == Labels(("bug",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"labels": ["bug"]}', "its labels are bug, and the configuration has bug, fee; leave"),
+        ('{"metric": "text"}', "its metric is text, and the configuration has equation; leave"),
+        ("[]", "give an object with 'labels', 'metric' or both, and nothing else"),
+        ('{"label": ["bug"]}', "give an object with 'labels', 'metric' or both, and nothing else"),
+        ('{"labels": "bug, fee"}', "'labels' must be a list of texts"),
+        ('{"labels": ["bug", 1]}', "'labels' must be a list of texts"),
+        ('{"labels": ["bug", "bug "]}', "a label is there twice"),
+        ('{"metric": ["text"]}', "'metric' must be one of text, equation"),
+        ('{"labels": ', "not JSON"),
+    ],
+)
+def test_what_a_folder_cannot_declare_is_refused_by_its_file(declared, text, message):
+    folder = declared(text)
+    with pytest.raises(UserError) as error:
+        register("tickets", folder, labels=("bug", "fee"), metric="equation")
+    assert str(error.value).startswith(f"{folder / 'dataset.json'}: {message}")
+
+
+def test_a_run_keeps_the_labels_that_its_folder_declared(declared):
+    folder = declared('{"labels": ["bug", "fee"]}')
+    data = DataConfig(dataset_path=str(folder))
+    experiment = settle_data(Experiment(mixture="tickets_finetune", data=data))
+    assert experiment.data.labels == ("bug", "fee")
+    assert settle_data(experiment) == experiment
+    # A student predicts by the labels that it learnt, whatever the folder says since.
+    declared('{"labels": ["bug"]}')
+    assert use_data(experiment.data, must_exist=False) == "tickets"
+    assert get_dataset("tickets").labels.closed == ("bug", "fee")
+    with pytest.raises(UserError, match="its labels are bug, and the configuration has bug, fee"):
+        use_data(experiment.data)
 
 
 def test_subsets_are_nested():
