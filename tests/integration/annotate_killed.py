@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 from dss.cli.main import main
-from dss.teacher import job, outputs
+from dss.teacher import job
 from dss.teacher.journal import Journal
 
 WRITES = {
     "describe": (Journal, "describe"),
     "add": (Journal, "add"),
     "write_jsonl": (job, "write_jsonl"),
-    "fsync": (outputs.os, "fsync"),
+    "fsync": (os, "fsync"),
     "replace": (Path, "replace"),
     "set_export": (Journal, "set_export"),
 }
