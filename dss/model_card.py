@@ -5,14 +5,17 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from dss import __version__
 from dss.config import CONFIG_FILE
+from dss.data.examples import read_json_lines
 from dss.data.released import RELEASED
 from dss.data.tasks import CONCLUSION, EXPLAIN, Mixture
 from dss.data.vocabulary import BYTES, load_vocabulary
+from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
 from dss.interop.huggingface_export import SPIECE
 from dss.runs import PREDICTIONS, Run, use_data
@@ -122,8 +125,8 @@ def _scores(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
         path = run.folder / PREDICTIONS / f"{mixture.name}-{split}-{step}.jsonl"
         if not path.is_file():
             continue
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        scores = [row["score"] for row in rows]
+        rows = list(read_json_lines(path))
+        scores = [_score(where, row) for where, row in rows]
         mean = sum(scores) / len(scores)
         if mixture.short_names[0] == "rationale":
             yield f"{split} ROUGE-L", f"{mean:.2%} of {len(rows)}"
@@ -131,6 +134,13 @@ def _scores(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
             low, high = wilson_interval(int(sum(scores)), len(scores))
             interval = f"95%: {low:.2%} to {high:.2%}; {int(sum(scores))} of {len(scores)}"
             yield f"{split} accuracy", f"{mean:.2%} ({interval})"
+
+
+def _score(where: str, row: dict[str, Any]) -> float:
+    score = row.get("score")
+    if not isinstance(score, int | float):
+        raise UserError(f"{where}: no score; delete the file, and evaluate the run again")
+    return score
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

@@ -104,10 +104,12 @@ class SweepProgress:
 
 
 def read_outcome(run: SweepRun) -> Outcome:
-    """Returns how far a run is, as its directory says: done or missing."""
-    if not run.result.is_file():
+    """Returns how far a run is, as its directory says: done or, without a whole result, missing."""
+    try:
+        summary = json.loads(run.result.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return Outcome(run)
-    return Outcome(run, "done", json.loads(run.result.read_text(encoding="utf-8")))
+    return Outcome(run, "done", summary) if isinstance(summary, dict) else Outcome(run)
 
 
 def run_sweep(sweep: Sweep, progress: SweepProgress) -> tuple[list[Outcome], signal.Signals | None]:

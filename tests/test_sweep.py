@@ -331,7 +331,7 @@ def test_a_folder_with_other_runs_of_the_same_names_is_refused(settings):
     (sweep.runs[0].folder / "checkpoints" / "10").mkdir(parents=True)
     plan(settings)
     with pytest.raises(
-        UserError, match=r"finetune-one-0.25-s0: the run of another experiment: alp"
+        UserError, match=r"finetune-one-0.25-s0: the run of another experiment: ALPHA"
     ):
         plan(settings, "ALPHA=0.4")
 
@@ -373,6 +373,15 @@ def test_what_is_done_is_shown_and_not_done_again(settings, capsys, monkeypatch)
     assert [line["status"] for line in lines] == ["done"] * 4
     assert [line["value"] for line in lines] == [4 / 8, 5 / 8, 6 / 8, 7 / 8]
     assert {line["examples"] for line in lines} == {20}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"mixture": ', "[" * 100_000])
+def test_a_run_whose_result_is_broken_is_evaluated_again(text, settings):
+    run = plan(settings).runs[0]
+    finish(run, right=4)
+    assert read_outcome(run).status == "done"
+    run.result.write_text(text)
+    assert read_outcome(run).status == "missing"
 
 
 def test_a_run_that_fails_is_told_with_its_line_and_the_others_go_on(settings, monkeypatch):

@@ -291,7 +291,7 @@ def _teachers(dataset: Dataset, name: str) -> Sequence[str]:
 
     So a run predicts where its data are not, and training says which file is missing.
     """
-    if dataset.source.teachers:
+    if dataset.source.teachers or name in _mixtures(dataset, []):
         return dataset.source.teachers
     forms = [form for form in _mixtures(dataset, [""]) if form.endswith("_")]
     fitting = [form for form in forms if name.startswith(form) and name != form]

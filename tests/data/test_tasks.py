@@ -82,6 +82,7 @@ def test_a_name_says_its_teacher_where_no_files_do(tmp_path):
     both = get_mixture("gone_step_by_step_unlabeled_my_llm").tasks
     assert [task.name for task in both] == ["gone_label_my_llm", "gone_rationale_my_llm"]
     assert get_mixture("gone_single_target_t").tasks[0].kind == "rationale_then_label"
+    assert get_mixture("gone_label_gold").tasks[0].teacher is None
     with pytest.raises(UserError, match="unknown mixture 'gone_step_by'"):
         get_mixture("gone_step_by")
     with pytest.raises(UserError, match="gone: no such file"):

@@ -306,7 +306,7 @@ def test_the_card_says_what_was_trained_how_well_and_with_what_command(toy_folde
         '{"step": 8, "valid/accuracy": 1.0}\n'
     )
     result = evaluate(run)
-    result.save(run.folder / PREDICTIONS)
+    predictions = result.save(run.folder / PREDICTIONS)
     folder = export(run, "hf", tmp_path / "out").path
     card = (folder / "README.md").read_text()
     for wanted in (
@@ -334,6 +334,9 @@ def test_the_card_says_what_was_trained_how_well_and_with_what_command(toy_folde
     )
     assert repeated.data == run.experiment.data
     assert dataclasses.replace(repeated, run_dir=run.experiment.run_dir) == run.experiment
+    predictions.write_text('{"id": "1"}\n')
+    with pytest.raises(UserError, match=r"jsonl:1: no score; delete the file"):
+        model_card(run, 7)
 
 
 def test_the_card_says_what_the_decoder_is_told_and_that_alpha_moved(toy, tmp_path):
