@@ -25,6 +25,7 @@ from dss.errors import UserError, unknown_name
 from dss.paths import BYTE_ORDER_MARK
 
 __all__ = [
+    "DATASET_FILE",
     "SPLITS",
     "Dataset",
     "JsonlSource",

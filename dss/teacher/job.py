@@ -14,9 +14,9 @@ from etils import epath
 
 from dss import __version__
 from dss.data.examples import Example, read_json_lines, stream_examples
-from dss.data.registry import SPLITS, get_dataset
+from dss.data.registry import DATASET_FILE, SPLITS, get_dataset
 from dss.errors import UserError
-from dss.paths import check_no_pipes, in_bucket
+from dss.paths import check_no_pipes, in_bucket, write_whole
 from dss.teacher.journal import Journal
 from dss.teacher.outputs import Annotation, annotations, write_jsonl, write_parquet
 from dss.teacher.prices import Price, total_cost
@@ -114,9 +114,9 @@ class Job:
     ) -> collections.Counter[str] | None:
         """Writes what the journal holds as the JSON lines that training reads.
 
-        In a folder that is not the source's, the examples are written beside it, so that
-        DATASET_PATH may name them. Nothing is written where nothing has changed since, or where
-        the journal has nothing and there is a file.
+        In a folder that is not the source's, the examples are written beside it, with the source's
+        dataset.json, so that DATASET_PATH may name them. Nothing is written where nothing has
+        changed since, or where the journal has nothing and there is a file.
 
         Args:
           journal: open for writing.
@@ -155,6 +155,9 @@ class Job:
             claim(copy)
             write_jsonl(copy, (dataclasses.asdict(example) for example in self.examples()))
             journal.set_export(copy, fingerprint)
+            declared, there = (f / DATASET_FILE for f in (self.source.parent, self.folder))
+            if declared.is_file() and not there.exists():
+                write_whole(there, declared.read_text(encoding="utf-8"))
         if parquet and has_any and not is_current(table):
             claim(table)
             write_parquet(table, self._found(journal), self.name)

@@ -68,6 +68,9 @@ def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
     (tmp_path / "prompt.yaml").write_text(PROMPT.replace("labels: [even, odd]\n", ""))
     with FakeEndpoint(right) as endpoint:
         assert cli.main([*given, f"--base-url={endpoint.url}"]) == 0
+        made = tmp_path / "made"
+        assert cli.main([*given, f"--base-url={endpoint.url}", f"--output={made}"]) == 0
+        assert (made / "dataset.json").read_text() == declared.read_text()
         reparse = [*given, f"--base-url={endpoint.url}", "--reparse"]
     said = []
     for text in (declared.read_text(), '{"labels": ["odd", "even"]}'):

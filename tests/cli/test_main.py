@@ -227,7 +227,8 @@ def test_listing_and_inspecting(small_root, capsys, monkeypatch):
     root = f"--gin.DATA_ROOT={small_root}"
     assert cli.main(["inspect", root]) == 0
     assert "cqa_step_by_step_palm\n" in capsys.readouterr().out
-    assert cli.main(["inspect", "cqa_step_by_step_palm", root, "--gin.VOCABULARY=bytes"]) == 0
+    flags = [root, "--gin.VOCABULARY=bytes", "--gin.TRAIN_STEPS=8"]
+    assert cli.main(["inspect", "cqa_step_by_step_palm", *flags]) == 0
     out = capsys.readouterr().out
     for wanted in (
         "cqa_rationale_palm",

@@ -116,11 +116,12 @@ def test_a_teachers_label_outside_the_closed_set_is_not_trained_on(tmp_path):
 
 
 def test_inspect_shows_the_ledger_and_the_outputs_for_no_row(folder, vocab_path, capsys):
-    flags = ["--gin.DATASET_PATH", str(folder), "--gin.RationaleConfig.right_only=True"]
+    flags = [f"--gin.DATASET_PATH={folder}", "--gin.RationaleConfig.right_only=True"]
+    flags.append("--gin.TRAIN_STEPS=8")
     name = folder.name.replace("-", "_")
     mixture = f"{name}_step_by_step_t"
     for vocabulary in ((), (f"--gin.VOCABULARY={vocab_path}",)):
-        said = call("inspect", mixture, *(f"{flags[0]}={flags[1]}", flags[2]), *vocabulary)
+        said = call("inspect", mixture, *flags, *vocabulary)
         lines = [line.split() for line in said.splitlines()]
         assert ["no", "label", "2", "0"] in lines
         assert ["stale", "0", "1"] in lines
