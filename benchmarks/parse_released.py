@@ -29,7 +29,8 @@ def measure(name: str, split: str) -> dict:
     labels = [o.label or "" for o in outputs]
     rationales = [o.rationale for o in outputs]
     right = [
-        dataset.labels.is_right(label, e.label or "") for label, e in zip(labels, examples, strict=True)
+        dataset.labels.is_right(label, e.label or "")
+        for label, e in zip(labels, examples, strict=True)
     ]
     return {
         "examples": len(examples),
