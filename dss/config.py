@@ -17,7 +17,7 @@ from dss.data.rationales import RationaleConfig
 from dss.errors import UserError, unknown_name
 from dss.evaluation.evaluator import DecodingConfig
 from dss.experiment import DataConfig, Experiment
-from dss.paths import BYTE_ORDER_MARK, write_whole
+from dss.paths import BYTE_ORDER_MARK, CONFIG_FILE, write_whole
 from dss.student.config import T5Config
 from dss.training.mesh import MeshConfig
 from dss.training.optimizer import OptimizerConfig
@@ -25,7 +25,6 @@ from dss.training.trainer import TrainerConfig
 from gin import config_parser
 
 __all__ = [
-    "CONFIG_FILE",
     "gin_flags",
     "gin_name",
     "gin_root",
@@ -37,7 +36,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-CONFIG_FILE = "config.gin"
 DEFAULTS = "runs/train.gin"
 GIN_ERRORS = (
     ValueError,

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from dss.data.labels import Labels
 from dss.data.rationales import RationaleConfig
 from dss.evaluation.evaluator import DecodingConfig
 from dss.fields import check_at_least, check_share, check_types
@@ -36,10 +37,9 @@ class DataConfig:
 
     def __post_init__(self):
         if isinstance(self.labels, str):  # as on a command line: billing,bug
-            parts = map(str.strip, self.labels.split(","))
-            labels = tuple(filter(None, parts))
-            object.__setattr__(self, "labels", labels)
+            object.__setattr__(self, "labels", tuple(self.labels.split(",")))
         check_types(self)
+        object.__setattr__(self, "labels", Labels(tuple(self.labels)).closed)
         if not 0 < self.fraction <= 1:
             raise ValueError(f"TRAIN_FRACTION must be in (0, 1], got {self.fraction}")
         lengths = self.feature_lengths

@@ -19,11 +19,14 @@ from dss.config import save_config
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError, unknown_name
 from dss.interop import comparison, ctranslate2_export, huggingface_export, t5x_export
+from dss.interop.disassemble import Params
 from dss.model_card import model_card
 from dss.paths import absolute, in_bucket
 from dss.runs import Run
 from dss.student.network import abstract_params
 from dss.training.checkpoints import Checkpoints
+from dss.training.checksums import path_names
+from dss.training.leaves import first_line
 
 __all__ = ["FORMATS", "Exported", "export"]
 
@@ -114,32 +117,38 @@ FORMATS: dict[str, Callable[[Run, Checkpoints, int, Path], str]] = {
 }
 
 
-def _compare(run: Run, step: int, to: str, written: Path) -> str:
-    """Has the other program compute a few numbers from an export; returns what is to be known.
+def _compare(run: Run, params: Params, to: str, written: Path) -> str:
+    """Compares a few logits of an export, as another program computes them, with the student's.
+
+    Returns:
+      Why they could not be compared; empty if they were.
 
     Raises:
-      UserError: they are not the student's.
+      UserError: if they differ.
     """
-    config = run.config
+    config, vocabulary = run.config, load_vocabulary(run.vocabulary_source)
     if not comparison.enough_memory(config):
         return "not compared with the student's own logits, for which memory is short"
-    predictor, _ = run.predictor(str(step))
-    probes = comparison.Probes.of(predictor.vocabulary.size)
-    ours = comparison.logits(config, predictor.params, probes)
-    if to == "hf":
-        comparison.check_hugging_face(written, ours, probes)
-    elif to == "ctranslate2":
-        comparison.check_ctranslate2(written, ours, probes)
-    else:
-        comparison.check_t5x(written, ours, probes, config)
+    probes = comparison.Probes.of(vocabulary.size)
+    try:  # on the host, which has the memory, and whatever mesh the run was trained on
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            tree = jax.tree_util.tree_map_with_path(
+                lambda path, _: params[path_names(path)], abstract_params(config)
+            )
+            ours = comparison.logits(config, tree, probes)
+            comparison.check(to, written, ours, probes, config)
+    except UserError:
+        raise
+    except Exception as error:  # such as of another program's version, or a lack of memory
+        return f"not compared with the student's own logits: {first_line(error)}"
     return ""
 
 
 def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Exported:
     """Writes a run's student in another program's format; all of it, or nothing.
 
-    Before it is called written, that program computes a few logits from it, where it is installed
-    and there is memory for both.
+    Before it is called written, a few logits are computed from it, by that program where it is
+    installed (for T5X by dss's own reader), and compared; a note says if they could not be.
 
     Args:
       run: has the student.
@@ -148,9 +157,9 @@ def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Ex
       which: the checkpoint "best", "latest" or a step.
 
     Raises:
-      UserError: an unknown format, a folder that holds something or is in a bucket, no such
-        checkpoint or one of another size, a student that the format cannot hold, or an export that
-        the other program computes something else from.
+      UserError: if the format is unknown, the folder holds something or is in a bucket, there is
+        no such checkpoint or it is of another size, the format cannot hold the student, or other
+        logits are computed from the export.
     """
     if to not in FORMATS:
         raise unknown_name("--to", to, FORMATS)
@@ -163,5 +172,6 @@ def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Ex
         name = f"checkpoint_{step}" if to == "t5x" else ""
         with _whole(target) as partial:
             notes = [FORMATS[to](run, checkpoints, step, partial)]
-            notes.append(_compare(run, step, to, partial / name))
+            params = checkpoints.leaves(step, "params")
+            notes.append(_compare(run, params, to, partial / name))
     return Exported(target / name, step, "; ".join(filter(None, notes)))

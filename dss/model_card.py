@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from dss import __version__
-from dss.config import CONFIG_FILE
 from dss.data.examples import read_json_lines
 from dss.data.released import RELEASED
 from dss.data.tasks import CONCLUSION, EXPLAIN, Mixture
@@ -18,7 +17,8 @@ from dss.data.vocabulary import BYTES, load_vocabulary
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
 from dss.interop.huggingface_export import SPIECE
-from dss.runs import PREDICTIONS, Run, use_data
+from dss.paths import CONFIG_FILE, PREDICTIONS
+from dss.runs import Run, use_data
 from dss.student.network import num_parameters
 from dss.training.metrics import read_metrics
 
@@ -127,6 +127,8 @@ def _scores(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
             continue
         rows = list(read_json_lines(path))
         scores = [_score(where, row) for where, row in rows]
+        if not scores:
+            continue
         mean = sum(scores) / len(scores)
         if mixture.short_names[0] == "rationale":
             yield f"{split} ROUGE-L", f"{mean:.2%} of {len(rows)}"

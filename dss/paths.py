@@ -12,15 +12,20 @@ from dss.errors import UserError
 
 __all__ = [
     "BYTE_ORDER_MARK",
+    "CONFIG_FILE",
+    "PREDICTIONS",
     "absolute",
     "check_no_pipes",
     "create",
     "in_bucket",
+    "is_stream",
     "replacing",
     "write_whole",
 ]
 
 BYTE_ORDER_MARK = "\ufeff"  # Excel and Notepad write it at the start of a text file
+CONFIG_FILE = "config.gin"  # of a run directory
+PREDICTIONS = "predictions"  # folder of a run directory
 
 
 def in_bucket(path: epath.PathLike) -> bool:
@@ -34,19 +39,45 @@ def absolute(path: epath.PathLike) -> epath.Path:
     return path if in_bucket(path) else path.expanduser().resolve()
 
 
-def check_no_pipes(path: epath.PathLike) -> None:
+def is_stream(path: epath.PathLike) -> bool:
+    """Returns whether a path is written to and not replaced: a device, a pipe, /dev/stdout."""
+    if in_bucket(path):
+        return False
+    path = Path(path)
+    system = path.absolute().parts[:2] in (("/", "dev"), ("/", "proc"))
+    return path.exists() and (system or not path.is_file())
+
+
+def check_no_pipes(path: epath.PathLike, *, below: bool = True) -> None:
     """Checks that a path on this machine is no named pipe, and a folder there holds none.
 
-    To read one is to wait for ever, in libraries that nothing interrupts.
+    Reading one would wait for ever, in libraries that nothing interrupts.
+
+    Args:
+      path: the file or folder.
+      below: whether folders in the folder are looked at too.
 
     Raises:
-      UserError: names the pipe.
+      UserError: if there is one.
     """
     if in_bucket(path):
         return
-    for found in (Path(path), *Path(path).rglob("*")):
-        if found.is_fifo():
-            raise UserError(f"{found}: a named pipe, not a file; move it away")
+    if (found := next(_pipes(os.fspath(path), below), None)) is not None:
+        raise UserError(f"{found}: a named pipe, not a file; delete it")
+
+
+def _pipes(path: str, below: bool) -> Iterator[str]:
+    if not os.path.isdir(path):
+        if Path(path).is_fifo():
+            yield path
+        return
+    # Another process may be saving there: what has gone meanwhile is no pipe.
+    with contextlib.suppress(OSError), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _pipes(entry.path, below) if below else ()
+            elif not entry.is_file() and Path(entry.path).is_fifo():
+                yield entry.path
 
 
 def create(path: Path, *, binary: bool = False) -> IO[Any]:
@@ -56,8 +87,10 @@ def create(path: Path, *, binary: bool = False) -> IO[Any]:
       path: on this machine.
       binary: for bytes, not UTF-8 text.
     """
-    path.unlink(missing_ok=True)
-    return path.open("xb") if binary else path.open("x", encoding="utf-8")
+    while True:
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileExistsError):  # another process's, at the same moment
+            return path.open("xb") if binary else path.open("x", encoding="utf-8")
 
 
 @contextlib.contextmanager

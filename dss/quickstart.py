@@ -20,7 +20,8 @@ import sentencepiece
 
 from dss.data.store import TokenStore
 from dss.experiment import DataConfig, Experiment
-from dss.runs import PREDICTIONS, evaluate, load_run, use_data
+from dss.paths import PREDICTIONS
+from dss.runs import evaluate, load_run, use_data
 from dss.student.config import T5Config
 from dss.train import run_experiment, training_store
 from dss.training.optimizer import OptimizerConfig

@@ -22,7 +22,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from dss.config import CONFIG_FILE, load_config, save_config
+from dss.config import load_config, save_config
 from dss.data.registry import register, set_data_root
 from dss.data.tasks import Mixture, Task, extract_rationale, get_mixture
 from dss.data.vocabulary import BYTES, T5_VOCABULARY, encode_example, load_vocabulary
@@ -38,7 +38,7 @@ from dss.evaluation.result import Evaluation
 from dss.evaluation.teachers import read_teachers
 from dss.experiment import DataConfig, Experiment
 from dss.interop import huggingface, t5x_checkpoint
-from dss.paths import absolute, check_no_pipes
+from dss.paths import CONFIG_FILE, absolute, check_no_pipes
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, logical_axes
 from dss.training.checkpoints import Checkpoints, abstract_like, largest_part
@@ -48,7 +48,6 @@ from dss.training.step import init_state
 
 __all__ = [
     "CHECKPOINTS",
-    "PREDICTIONS",
     "Evaluation",
     "Run",
     "check_size",
@@ -69,7 +68,6 @@ __all__ = [
 
 VOCABULARY_FILE = "vocabulary.model"
 CHECKPOINTS = "checkpoints"
-PREDICTIONS = "predictions"
 
 
 def use_data(config: DataConfig, *, must_exist: bool = True) -> str | None:
@@ -175,10 +173,10 @@ def load_run(folder: str | epath.Path, flags: Sequence[str] = ()) -> Run:
       flags: `NAME=VALUE` of gin values to read differently.
 
     Raises:
-      UserError: it is none, its configuration names no student, or it holds a named pipe.
+      UserError: if it is none, its configuration names no student, or a file is a named pipe.
     """
     folder = epath.Path(folder).expanduser()
-    check_no_pipes(folder)
+    check_no_pipes(folder, below=False)
     experiment = load_config(folder, flags)
     if experiment.student is None:
         raise UserError(f"{folder}: no run: its {CONFIG_FILE} names no student")

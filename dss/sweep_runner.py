@@ -56,11 +56,16 @@ class Outcome:
     log: Path | None = None
 
     @property
+    def predictions(self) -> Path:
+        """The file of predictions of a run that is done."""
+        name = f"{self.summary['mixture']}-{self.summary['split']}-{self.summary['step']}.jsonl"
+        return self.run.result.parent / name
+
+    @property
     def scores(self) -> list[float]:
         """The score of every example of a run that is done."""
-        name = f"{self.summary['mixture']}-{self.summary['split']}-{self.summary['step']}.jsonl"
-        text = (self.run.result.parent / name).read_text(encoding="utf-8")
-        return [json.loads(line)["score"] for line in text.splitlines()]
+        lines = self.predictions.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["score"] for line in lines]
 
     def line(self) -> dict[str, Any]:
         """Returns it for JSON."""
@@ -109,7 +114,9 @@ def read_outcome(run: SweepRun) -> Outcome:
         summary = json.loads(run.result.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return Outcome(run)
-    return Outcome(run, "done", summary) if isinstance(summary, dict) else Outcome(run)
+    is_whole = isinstance(summary, dict) and {"mixture", "split", "step", "metric"} <= {*summary}
+    outcome = Outcome(run, "done", summary) if is_whole else Outcome(run)
+    return outcome if is_whole and outcome.predictions.is_file() else Outcome(run)
 
 
 def run_sweep(sweep: Sweep, progress: SweepProgress) -> tuple[list[Outcome], signal.Signals | None]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from dss.config import CONFIG_FILE, gin_name
+from dss.config import gin_name
 from dss.data.batches import (
     Batches,
     Order,
@@ -31,6 +31,7 @@ from dss.evaluation.evaluator import (
     token_metrics,
 )
 from dss.experiment import DataConfig, Experiment
+from dss.paths import CONFIG_FILE
 from dss.runs import (
     CHECKPOINTS,
     Run,
@@ -153,7 +154,10 @@ def check_same(run: Run, now: Experiment) -> None:
         vocabularies = load_vocabulary(run.vocabulary_source), load_vocabulary(now.vocabulary)
         if vocabularies[0].fingerprint != vocabularies[1].fingerprint:
             raise UserError(f"{now.vocabulary}: wrong vocabulary: {run.folder} began with another")
-    differs += _differences("data.", before.data, _declared(now.data), ("root", "dataset_path"))
+    data = _declared(now.data)
+    if set(data.labels) == set(before.data.labels):  # their order is the run's
+        data = dataclasses.replace(data, labels=before.data.labels)
+    differs += _differences("data.", before.data, data, ("root", "dataset_path"))
     if differs:
         raise UserError(
             f"{run.folder}: the run of another experiment: {'; '.join(differs)}; "
@@ -391,8 +395,7 @@ def _run(
     # Data and student.
     experiment = settle_data(experiment)
     mixture = _mixture(experiment)
-    begins_with = experiment.initial_checkpoint
-    progress.say(f"reading {mixture.name}{f' and {begins_with}' if begins_with else ''}")
+    progress.say(f"reading {mixture.name}")
     valid_mixture = mixture.available("valid")
     files = hash_files({"train": mixture, "valid": valid_mixture})
     accepted = {"--changed-data=accept": repr(accept_changed_data)}

@@ -1,6 +1,26 @@
+import os
+
 import pytest
 
-from dss.paths import replacing, write_whole
+from dss.errors import UserError
+from dss.paths import check_no_pipes, is_stream, replacing, write_whole
+
+
+def test_what_is_written_to_and_not_replaced(tmp_path):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    assert [is_stream(tmp_path / name) for name in ("file", "pipe", "none")] == [False, True, False]
+    assert is_stream("/dev/stdout")  # also where it leads to a file
+
+
+def test_a_pipe_is_found_and_what_goes_meanwhile_is_none(tmp_path):
+    check_no_pipes(tmp_path / "none")
+    (tmp_path / "below").mkdir()
+    os.mkfifo(tmp_path / "below" / "pipe")
+    (tmp_path / "dangling").symlink_to(tmp_path / "none")
+    check_no_pipes(tmp_path, below=False)
+    with pytest.raises(UserError, match="below/pipe: a named pipe"):
+        check_no_pipes(tmp_path)
 
 
 def test_a_file_takes_its_place_whole_and_not_through_a_link(tmp_path):

@@ -151,20 +151,18 @@ def _with_declared(job: "Job") -> "Job":
     """Returns a job whose prompt has the labels and the metric that the examples' folder declares.
 
     Raises:
-      UserError: if the prompt has others.
+      UserError: if the prompt has others, or an exemplar with another label.
     """
     from dss.data.registry import read_declared
+    from dss.teacher.prompt import with_labels
     from dss.teacher.request import Writer
 
     prompt = job.writer.prompt
-    where = f"prompt {prompt.name}"
-    labels = read_declared(job.source, prompt.labels, where=where)
+    labels = read_declared(job.source, prompt.labels, where=f"prompt {prompt.name}")
     if labels == prompt.labels:
         return job
-    # The source is what the journal keeps, and what decides whether an export is new.
-    source = f"{prompt.source}\n# dataset.json: {json.dumps(dataclasses.asdict(labels))}\n"
-    prompt = dataclasses.replace(prompt, labels=labels, source=source)
-    return dataclasses.replace(job, writer=Writer(prompt, job.writer.teacher))
+    writer = Writer(with_labels(prompt, labels), job.writer.teacher)
+    return dataclasses.replace(job, writer=writer)
 
 
 def _parameter(text: str) -> tuple[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import dss
 from dss.errors import UserError, unknown_name
-from dss.paths import in_bucket
+from dss.paths import CONFIG_FILE, in_bucket, is_stream
 
 __all__ = [
     "check_flags",
@@ -23,8 +23,6 @@ __all__ = [
     "check_source",
     "check_vocabulary",
 ]
-
-CONFIG_FILE = "config.gin"
 
 
 def check_run(run: str) -> None:
@@ -62,7 +60,8 @@ def check_output(option: str, file: str) -> None:
     path = _local(file)
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{option}={file}: no file can be written there")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    # A file is written beside and then replaced, for which the folder counts.
+    if not os.access(path if is_stream(path) else path.parent, os.W_OK):
         raise UserError(f"{option}={file}: you may not write there")
 
 
@@ -114,11 +113,13 @@ def check_vocabulary(file: str) -> None:
         raise UserError(f"{file}: no such vocabulary file; give a SentencePiece model or 'bytes'")
 
 
-def check_flags(flags: Sequence[str]) -> None:
-    """Raises UserError if data, a vocabulary or a checkpoint that flags name do not exist.
+def check_flags(flags: Sequence[str], *, trains: bool = False) -> None:
+    """Raises UserError if data or a vocabulary that flags name do not exist.
 
     Args:
       flags: `NAME=VALUE` of gin values; the last of a name counts.
+      trains: whether a run begins, so that its initial checkpoint must exist too; a run that goes
+        on does not read it.
     """
     values = {name: _value(text) for name, _, text in (flag.partition("=") for flag in flags)}
     paths = {name: path for name, path in values.items() if path and not in_bucket(path)}
@@ -128,7 +129,8 @@ def check_flags(flags: Sequence[str]) -> None:
         raise UserError(f"DATASET_PATH {data}: no such file or folder")
     if vocabulary := paths.get("VOCABULARY"):
         check_vocabulary(vocabulary)
-    if checkpoint := paths.get("INITIAL_CHECKPOINT_PATH"):
+    begins = trains and not (_local(values.get("MODEL_DIR") or "") / CONFIG_FILE).is_file()
+    if begins and (checkpoint := paths.get("INITIAL_CHECKPOINT_PATH")):
         check_source(checkpoint)
 
 

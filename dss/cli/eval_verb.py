@@ -2,12 +2,15 @@
 
 import argparse
 import json
-import os
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from etils import epath
 
 from dss.cli.checks import check_flags, check_output, check_run
 from dss.cli.options import add_run_options, open_run, prepare_jax
 from dss.cli.tables import make_console, make_table
+from dss.paths import PREDICTIONS, is_stream, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,14 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints how good the answers are; writes them into the run directory."""
     check_run(args.run)
-    if args.json:
+    # A sweep has the summary written among the predictions, a folder that evaluating makes.
+    if args.json and Path(args.json).parent != Path(args.run, PREDICTIONS):
         check_output("--json", args.json)
     data = {"DATA_ROOT": args.data_root, "DATASET_PATH": args.dataset_path}
     check_flags([f"{name}={path}" for name, path in data.items() if path is not None])
 
     from dss.cli.decode_progress import DecodeProgress
     from dss.evaluation.evaluator import DecodingProgress
-    from dss.runs import PREDICTIONS, evaluate
+    from dss.runs import evaluate
     from dss.training.processes import is_leader
 
     prepare_jax()
@@ -71,21 +75,16 @@ def run(args: argparse.Namespace) -> int:
         _print_rationales(console, result.quality)
     console.print(f"predictions: {path}", markup=False)
     if args.json:
-        _write_whole(args.json, json.dumps(result.summary()) + "\n")
+        _write(args.json, json.dumps(result.summary()) + "\n")
     return 0
 
 
-def _write_whole(file: str, text: str) -> None:
+def _write(file: str, text: str) -> None:
     """Writes a file, whole or not at all; a sweep takes one that is there as the run's end."""
-    from etils import epath
-
-    from dss.paths import write_whole
-
-    path = epath.Path(file).expanduser()
-    if os.path.exists(path) and not os.path.isfile(path):  # a device, such as /dev/stdout
-        path.write_text(text, encoding="utf-8")
-        return
-    write_whole(path, text)
+    if is_stream(file):
+        Path(file).write_text(text, encoding="utf-8")
+    else:
+        write_whole(epath.Path(file).expanduser(), text)
 
 
 def _describe(scored: "Scored") -> str:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dss.cli.checks import check_flags, check_gin_files, check_output
+from dss.cli.checks import check_gin_files, check_output
 from dss.cli.options import add_gin_options, quiet_tpu
 from dss.errors import UserError
 
@@ -65,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
     search = [folder for folder in args.gin_search_paths.split(",") if folder]
     files = [*([f"students/{args.student}.gin"] if args.student else []), *args.gin_file]
     check_gin_files(files, search)
-    check_flags(args.gin)
 
     from dss.config import parse_gin
 
@@ -219,4 +218,5 @@ def _write(found: "Plan", file: str) -> None:
     values = dataclasses.asdict(found)
     values["memory"]["total"] = found.memory.total
     values["fits"] = found.fits
-    Path(file).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(values, indent=1) + "\n"
+    Path(file).expanduser().write_text(text, encoding="utf-8")

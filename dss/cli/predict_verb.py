@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from dss.cli.checks import check_input, check_output, check_run
 from dss.cli.options import add_run_options, open_run, prepare_jax
 from dss.errors import UserError
+from dss.paths import create, is_stream
 
 if TYPE_CHECKING:
     from dss.data.examples import Example
@@ -110,12 +111,10 @@ def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> It
     Raises:
       UserError: the file that is there has more lines.
     """
-    from dss.paths import create
-
     if path is None:
         yield sys.stdout
         return
-    if path.exists() and not path.is_file():  # such as /dev/null
+    if is_stream(path):
         with path.open("w", encoding="utf-8") as output:
             yield output
         return
@@ -144,8 +143,10 @@ def run(args: argparse.Namespace) -> int:
     """Writes one JSON line an input: its id, its row's other fields, label, rationale if asked."""
     check_run(args.run)
     if args.input != "-":
+        args.input = os.path.expanduser(args.input)
         check_input(args.input)
     if args.output:
+        args.output = args.output.expanduser()
         _check_output(args)
 
     from dss.cli.decode_progress import DecodeProgress
@@ -159,8 +160,10 @@ def run(args: argparse.Namespace) -> int:
     experiment = found.experiment
     use_data(experiment.data, must_exist=False)
     mixture = found.mixture()
-    progress = DecodeProgress() if is_leader() else DecodingProgress()
-    progress.expect(_count(args.input, passes=1 + args.rationale))
+    progress = DecodingProgress()
+    if is_leader():
+        progress = DecodeProgress()
+        progress.expect(_count(args.input, passes=1 + args.rationale))
     predictor, _ = found.predictor(args.checkpoint, progress)
     length = experiment.data.inputs_length
     examples = _read(args.input)

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     part = _part(args.shard) if args.shard else None
     search = [folder for folder in args.gin_search_paths.split(",") if folder]
     check_gin_files(args.gin_file, search)
-    check_flags(args.gin)
+    check_flags(args.gin, trains=True)
 
     from dss.cli.sweep_progress import SweepLines
     from dss.sweep import plan_sweep

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Trains; returns the exit status, 128 + the signal's number where one ended it."""
     search = [folder for folder in args.gin_search_paths.split(",") if folder]
     check_gin_files(args.gin_file, search)
-    check_flags(args.gin)
+    check_flags(args.gin, trains=True)
 
     from dss.config import parse_gin
 

@@ -261,7 +261,10 @@ def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: s
         raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
     value = read_json(str(file), text)
     if not isinstance(value, dict) or not {*value} <= {"labels", "metric"}:
-        raise UserError(f"{file}: give an object with 'labels', 'metric' or both, and nothing else")
+        raise UserError(
+            f"{file}: give an object with 'labels', 'metric' or both, and nothing else; dss reads "
+            "this name, so rename a file that is something else"
+        )
     labels, metric = value.get("labels", []), value.get("metric", given.metric)
     if not isinstance(labels, list) or not all(isinstance(x, str) and x.strip() for x in labels):
         raise UserError(f"{file}: 'labels' must be a list of texts")
@@ -318,7 +321,7 @@ def register(
     if must_exist and not path.exists():
         raise UserError(f"{path}: no such file or folder; dataset {name!r} should be there")
     known = Labels(tuple(labels), metric)
-    if must_exist or not known.closed:  # a student that predicts keeps the labels that it learnt
+    if must_exist:  # a student that predicts keeps the labels that it learnt
         known = read_declared(path, known, where="the configuration")
     _registered[name] = Dataset(name, JsonlSource(path, known), known)
     return _registered[name]

@@ -14,6 +14,7 @@ from dss.evaluation.confusion import Confusion
 from dss.evaluation.evaluator import Answer, EvaluationExample, Scored
 from dss.evaluation.rationales import RationaleQuality
 from dss.evaluation.teachers import TeacherOutputs, TeacherScore, score_teacher
+from dss.paths import write_whole
 
 __all__ = ["Evaluation"]
 
@@ -129,9 +130,8 @@ class Evaluation:
                     t: {"label": o.label, "rationale": o.rationale} for t, o in said.items() if o
                 }
             lines.append(line)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        summary = json.dumps(self.summary()) + "\n"
-        path.with_suffix(".json").write_text(summary, encoding="utf-8")
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(path.with_suffix(".json"), json.dumps(self.summary()) + "\n")
         return path
 
     def summary(self) -> dict[str, Any]:

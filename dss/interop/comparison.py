@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,18 +18,11 @@ from dss.interop.huggingface_export import quiet_transformers
 from dss.student.config import T5Config
 from dss.student.network import Params, bind, num_parameters
 
-__all__ = [
-    "Probes",
-    "check_ctranslate2",
-    "check_hugging_face",
-    "check_t5x",
-    "enough_memory",
-    "logits",
-]
+__all__ = ["Probes", "check", "enough_memory", "logits"]
 
 TOLERANCE = 1e-3  # of logits, relative to the largest; of log probabilities
 COPIES = 3  # of the parameters, while two programs read them
-MEMORY = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/proc/meminfo")
+CGROUP, MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/meminfo")  # what Linux says of memory
 
 
 class Probes(NamedTuple):
@@ -55,15 +49,20 @@ class Probes(NamedTuple):
 
 
 def enough_memory(config: T5Config) -> bool:
-    """Returns whether this machine has the memory to compare a student, as far as Linux says."""
-    limit, used, system = map(Path, MEMORY)
-    free = []
-    with contextlib.suppress(OSError, ValueError):
-        free.append(int(limit.read_text()) - int(used.read_text()))  # "max" is no limit
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        lines = dict(line.split(":", 1) for line in system.read_text().splitlines())
-        free.append(1024 * int(lines["MemAvailable"].split()[0]))
-    return COPIES * 4 * num_parameters(config) <= min(free, default=0)
+    """Returns whether there is memory to compare a student; True where it is not known."""
+    free = [math.inf]
+    unknown = contextlib.suppress(OSError, ValueError, KeyError)
+    with unknown:  # a container's; one without a limit has "max"
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(limit - used + _field(CGROUP / "memory.stat", "inactive_file"))
+    with unknown:
+        free.append(1024 * _field(MEMINFO, "MemAvailable:"))
+    return COPIES * 4 * num_parameters(config) <= min(free)
+
+
+def _field(file: Path, name: str) -> int:
+    lines = (line.split() for line in file.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}[name]
 
 
 def logits(config: T5Config, params: Params, probes: Probes) -> np.ndarray:
@@ -79,29 +78,40 @@ def logits(config: T5Config, params: Params, probes: Probes) -> np.ndarray:
         return np.asarray(compute(params))
 
 
-def _check(theirs: np.ndarray, ours: np.ndarray, scale: float, program: str) -> None:
+def check(to: str, path: Path, ours: np.ndarray, probes: Probes, config: T5Config) -> None:
+    """Checks what is computed from an export.
+
+    Args:
+      to: the export's format, "hf", "t5x" or "ctranslate2".
+      path: the export's folder; of T5X the checkpoint in it.
+      ours: the student's logits of the probes, [2, 5, V].
+      probes: the token ids.
+      config: the student's shape.
+
+    Raises:
+      UserError: if other numbers are computed.
+    """
+    if to == "ctranslate2":
+        program, theirs = "CTranslate2", _ctranslate2_log_probs(path, probes)
+        log_probs = np.asarray(jax.nn.log_softmax(ours))
+        ours = np.take_along_axis(log_probs, probes.targets[..., None], axis=-1)[..., 0]
+    elif to == "t5x":
+        program, theirs = "dss", logits(config, t5x_checkpoint.load_params(path, config), probes)
+    elif all(map(importlib.util.find_spec, ("torch", "transformers"))):
+        program, theirs = "transformers", _transformers_logits(path, probes)
+    else:
+        return
+    limit = TOLERANCE * max(1.0, float(np.abs(ours).max()))
     difference = float(np.max(np.abs(theirs - ours)))
-    if not difference <= TOLERANCE * scale:  # nan is not
+    if not difference <= limit:  # nan is not
         raise UserError(
             f"{program} computes other numbers from the export (off by {difference:.3g}, where "
-            f"{TOLERANCE * scale:.3g} would be rounding); nothing was written. This is an error "
-            "of dss or of that version; please report it with the versions"
+            f"{limit:.3g} would be rounding); nothing was written. Please report it with the "
+            f"versions of dss and of {program}"
         )
 
 
-def check_hugging_face(folder: Path, ours: np.ndarray, probes: Probes) -> None:
-    """Checks the logits of transformers, where it is installed with PyTorch.
-
-    Args:
-      folder: the export.
-      ours: what `logits` returns.
-      probes: what they are of.
-
-    Raises:
-      UserError: it computes others.
-    """
-    if not all(map(importlib.util.find_spec, ("torch", "transformers"))):
-        return
+def _transformers_logits(folder: Path, probes: Probes) -> np.ndarray:
     import torch
 
     with quiet_transformers(), torch.no_grad():
@@ -109,12 +119,11 @@ def check_hugging_face(folder: Path, ours: np.ndarray, probes: Probes) -> None:
 
         model = T5ForConditionalGeneration.from_pretrained(str(folder)).eval()
         inputs, targets = (torch.from_numpy(ids) for ids in (probes.inputs, probes.decoder_inputs))
-        theirs = model(input_ids=inputs, decoder_input_ids=targets).logits.float().numpy()
-    _check(theirs, ours, max(1.0, float(np.abs(ours).max())), "transformers")
+        return model(input_ids=inputs, decoder_input_ids=targets).logits.float().numpy()
 
 
-def check_ctranslate2(folder: Path, ours: np.ndarray, probes: Probes) -> None:
-    """Checks the log probabilities of the targets in CTranslate2; see `check_hugging_face`."""
+def _ctranslate2_log_probs(folder: Path, probes: Probes) -> np.ndarray:
+    """Returns the log probabilities of the targets' tokens, [2, 5]."""
     import ctranslate2
 
     with quiet_transformers():
@@ -126,14 +135,4 @@ def check_ctranslate2(folder: Path, ours: np.ndarray, probes: Probes) -> None:
         for ids in (probes.inputs, probes.targets[:, :-1])
     )
     scored = ctranslate2.Translator(str(folder), device="cpu").score_batch(inputs, targets)
-    theirs = np.array([result.log_probs for result in scored])
-    log_probs = np.asarray(jax.nn.log_softmax(ours))
-    mine = np.take_along_axis(log_probs, probes.targets[..., None], axis=-1)[..., 0]
-    _check(theirs, mine, max(1.0, float(np.abs(mine).max())), "CTranslate2")
-
-
-def check_t5x(checkpoint: Path, ours: np.ndarray, probes: Probes, config: T5Config) -> None:
-    """Checks the logits of the parameters that T5X's checkpoint holds; see `check_hugging_face`."""
-    params = t5x_checkpoint.load_params(checkpoint, config)
-    theirs = logits(config, params, probes)
-    _check(theirs, ours, max(1.0, float(np.abs(ours).max())), "T5X")
+    return np.array([result.log_probs for result in scored])

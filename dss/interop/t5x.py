@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,11 +77,18 @@ NOT_IN_TRAINING = {
         "T5X's decoder reads the input of its own sequence only; leave "
         "variants/one_encoder_pass.gin out"
     ),
+    "eval_examples": "T5X evaluates all",
     "trainer.patience": "T5X trains all its steps",
+    "trainer.log_period": "T5X's own is train.stats_period",
     "mesh.data": "T5X's own is partitioning.PjitPartitioner; leave layouts/ out",
     "mesh.model": "T5X's own is partitioning.PjitPartitioner; leave layouts/ out",
+    "mesh.rules": "T5X's own are partitioning.standard_logical_axis_rules",
 }
-NOT_IN_DECODING = {"decoding.num_beams": "T5X's own is decode_fn of dss.interop.t5x.model"}
+NOT_IN_DECODING = {
+    "decoding.num_beams": "T5X's own is decode_fn of dss.interop.t5x.model",
+    "decoding.max_length": "T5X decodes up to the length of its targets",
+    "decoding.rationale_length": "T5X decodes up to the length of its targets",
+}
 
 
 class StepByStepModel(models.EncoderDecoderModel):
@@ -261,9 +268,13 @@ def _refuse(experiment: Experiment, what: Mapping[str, str]) -> None:
             raise UserError(f"{gin_name(name)} is {value}; {why}")
 
 
-def absolute_path(path: str | None) -> str | None:
-    """Returns a path that is the same in any working folder, which T5X's checkpoints want."""
-    return path if path is None else str(absolute(path))
+def absolute_path(path: str | Sequence[str] | None) -> str | list[str] | None:
+    """Returns a path, or each of several, that is the same in any working folder: T5X's checkpoints
+    want such ones.
+    """
+    if path is None or isinstance(path, str):
+        return path and str(absolute(path))
+    return [str(absolute(each)) for each in path]
 
 
 def mixture(experiment: Experiment) -> Mixture:

@@ -8,13 +8,12 @@ from typing import Any
 
 from etils import epath
 
-from dss.config import CONFIG_FILE
 from dss.data.examples import hash_input, read_json_lines
 from dss.data.ledger import Ledger
 from dss.errors import UserError
 from dss.experiment import Experiment
-from dss.paths import check_no_pipes
-from dss.runs import CHECKPOINTS, PREDICTIONS, load_run
+from dss.paths import CONFIG_FILE, PREDICTIONS, check_no_pipes
+from dss.runs import CHECKPOINTS, load_run
 from dss.sessions import read_sessions
 from dss.student.network import num_parameters
 from dss.training.metrics import read_metrics
@@ -258,7 +257,9 @@ def collect(folders: Sequence[str]) -> Collected:
     found = find_runs(folders)
     for folder in found:
         try:
-            runs.append(_read_run(folder, problems))
+            run = _read_run(folder, problems)
+            _ = run.examples, run.machine  # of what its sessions recorded
+            runs.append(run)
         except Exception as error:  # whatever its files make of the code that reads them
             problems.append((str(folder), str(error) or type(error).__name__))
     above = [*(epath.Path(f).expanduser() for f in folders), *(run.parent for run in found)]

@@ -151,13 +151,13 @@ class Job:
                 counts[annotation.status] += 1
                 yield annotation.line(self.name)
 
+        declared, there = self._declarations
+        if copy is not None and declared.is_file() and not there.exists():
+            write_whole(there, declared.read_text(encoding="utf-8"))
         if copy is not None and not is_current(copy):
             claim(copy)
             write_jsonl(copy, (dataclasses.asdict(example) for example in self.examples()))
             journal.set_export(copy, fingerprint)
-            declared, there = (f / DATASET_FILE for f in (self.source.parent, self.folder))
-            if declared.is_file() and not there.exists():
-                write_whole(there, declared.read_text(encoding="utf-8"))
         if parquet and has_any and not is_current(table):
             claim(table)
             write_parquet(table, self._found(journal), self.name)
@@ -198,6 +198,11 @@ class Job:
         is_there = self.source.parent.resolve() == self.folder.resolve()
         return None if is_there else self.folder / f"{self.stem}.jsonl"
 
+    @property
+    def _declarations(self) -> tuple[Path, Path]:
+        """The dataset.json of the source's folder, and of the outputs'."""
+        return self.source.parent / DATASET_FILE, self.folder / DATASET_FILE
+
     def _found(self, journal: Journal) -> Iterator[Annotation]:
         return annotations(journal, self.writer, self.examples())
 
@@ -224,6 +229,10 @@ class Job:
         if replace:
             return
         copy, target = self._copy, self.file("jsonl")
+        declared, there = self._declarations
+        both = copy is not None and declared.is_file() and there.is_file()
+        if both and declared.read_bytes() != there.read_bytes():
+            raise UserError(f"{there}: differs from {declared}; make them the same")
         table = self.file("parquet") if parquet else None
         source, model = self._owner
         for path, owner in (

@@ -40,7 +40,16 @@ from dss.teacher.answers import (
     without_thoughts,
 )
 
-__all__ = ["Exemplar", "Form", "Parsed", "Prompt", "load_prompt", "prompt_names", "read_prompt"]
+__all__ = [
+    "Exemplar",
+    "Form",
+    "Parsed",
+    "Prompt",
+    "load_prompt",
+    "prompt_names",
+    "read_prompt",
+    "with_labels",
+]
 
 SHIPPED = importlib.resources.files("dss.teacher") / "prompts"
 OURS = ("name", "source")  # fields of a prompt that its file does not give
@@ -274,6 +283,18 @@ def read_prompt(where: str, name: str, text: str) -> Prompt:
     for hinted in (False, True) if prompt.hint else (False,):
         _check_exemplars(where, prompt, hinted)
     return prompt
+
+
+def with_labels(prompt: Prompt, labels: Labels) -> Prompt:
+    """Returns a prompt as its file would be with these labels and their metric.
+
+    Raises:
+      UserError: if an exemplar's label is none of them.
+    """
+    content = yaml.safe_load(prompt.source)
+    content |= {"labels": [*labels.closed], "metric": labels.metric}
+    text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
+    return read_prompt(f"prompt {prompt.name}", prompt.name, text)
 
 
 def _read(where: str, name: str, content: Any) -> Prompt:

@@ -280,8 +280,15 @@ class Checkpoints:
           UserError: the checkpoint is of a student of another size, or an array is not what was
             saved.
         """
-        with reading(self.folder / str(step)):
-            params, saved = self._read_params(step, abstract)
+        problem = None
+        try:
+            with reading(self.folder / str(step)):
+                params, saved = self._read_params(step, abstract)
+        except UserError as error:
+            problem = error
+        if not all_agree(problem is None):
+            where = self.folder / str(step)
+            raise problem or UserError(f"{where}: another process cannot read its part")
         check_sums(self.folder / str(step) / "params", checksums(params), saved)
         return params
 

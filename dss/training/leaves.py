@@ -11,6 +11,7 @@ from etils import epath
 from jax.errors import JaxRuntimeError
 
 from dss.errors import UserError
+from dss.paths import check_no_pipes
 from dss.training.checksums import check_sums, checksum, path_names
 
 __all__ = ["Leaves", "first_line", "is_passing", "reading"]
@@ -65,6 +66,7 @@ def reading(folder: epath.Path) -> Iterator[None]:
 
     What keeps from reading and is not in the files, such as a bucket out of reach, stays.
     """
+    check_no_pipes(folder)
     try:
         yield
     except Exception as error:

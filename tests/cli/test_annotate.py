@@ -71,6 +71,9 @@ def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
         made = tmp_path / "made"
         assert cli.main([*given, f"--base-url={endpoint.url}", f"--output={made}"]) == 0
         assert (made / "dataset.json").read_text() == declared.read_text()
+        (made / "dataset.json").write_text("{}")
+        assert cli.main([*given, f"--base-url={endpoint.url}", f"--output={made}"]) == 2
+        assert "dataset.json: differs from" in capsys.readouterr().err
         reparse = [*given, f"--base-url={endpoint.url}", "--reparse"]
     said = []
     for text in (declared.read_text(), '{"labels": ["odd", "even"]}'):
@@ -83,6 +86,10 @@ def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
         file.write('{"id": "x", "input": "7", "label": "seven"}\n')
     assert cli.main([*given, "--dry-run"]) == 2
     assert "label 'seven' is none of odd, even" in capsys.readouterr().err
+    declared.write_text('{"labels": ["odd", "Even"]}')
+    assert cli.main([*given, "--dry-run"]) == 2
+    assert "exemplar" in capsys.readouterr().err
+    declared.write_text('{"labels": ["odd", "even"]}')
     (tmp_path / "prompt.yaml").write_text(PROMPT.replace("[even, odd]", "[even, odd, neither]"))
     assert cli.main([*given, "--dry-run"]) == 2
     printed = capsys.readouterr().err

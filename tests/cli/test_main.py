@@ -6,9 +6,11 @@ import sys
 import pytest
 
 from dss.cli import main as cli
+from dss.cli.checks import check_flags
 from dss.cli.decode_progress import DecodeProgress
 from dss.cli.progress import Lines
 from dss.cli.train_progress import TrainProgress
+from dss.errors import UserError
 
 
 @pytest.mark.parametrize("verb", [None, *cli.VERBS])
@@ -115,6 +117,15 @@ REFUSED_AT_ONCE = {
     "export none new --to=hf": "none: no run directory",
     "export run full --to=hf": "full: not empty; export into a new folder",
 }
+
+
+def test_a_run_that_goes_on_needs_no_initial_checkpoint(tmp_path):
+    flags = [f"MODEL_DIR={tmp_path}", "INITIAL_CHECKPOINT_PATH=t5x:none"]
+    check_flags(flags)
+    with pytest.raises(UserError, match="none: no such folder"):
+        check_flags(flags, trains=True)
+    (tmp_path / "config.gin").touch()
+    check_flags(flags, trains=True)
 
 
 def test_a_path_that_cannot_be_is_refused_before_jax_is_imported(tmp_path):

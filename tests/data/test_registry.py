@@ -103,6 +103,13 @@ def test_a_run_keeps_the_labels_that_its_folder_declared(declared):
     assert get_dataset("tickets").labels.closed == ("bug", "fee")
     with pytest.raises(UserError, match="its labels are bug, and the configuration has bug, fee"):
         use_data(experiment.data)
+    use_data(DataConfig(dataset_path=str(folder)), must_exist=False)
+    assert get_dataset("tickets").labels.closed == ()  # it learnt from an open set
+
+
+def test_labels_are_kept_as_they_are_read():
+    """So a run that was begun with a list, or with blanks, goes on."""
+    assert DataConfig(labels=["a", " b"]).labels == DataConfig(labels="a, b").labels == ("a", "b")
 
 
 def test_subsets_are_nested():

@@ -35,10 +35,12 @@ from dss.interop import (
 )
 from dss.interop.huggingface_export import model_config, write_model, write_tokenizer
 from dss.model_card import model_card
-from dss.runs import PREDICTIONS, create_run, evaluate, import_checkpoint, label, load_run
+from dss.paths import PREDICTIONS
+from dss.runs import create_run, evaluate, import_checkpoint, label, load_run
 from dss.student.decoding import generate
 from dss.student.network import bind, init_params
 from dss.training.checkpoints import Checkpoints
+from dss.training.mesh import MeshConfig
 from dss.training.step import TrainState
 from tests.conftest import tiny_config
 
@@ -436,9 +438,25 @@ def test_an_export_that_computes_other_numbers_is_not_written(to, toy, tmp_path,
 def test_without_the_memory_for_two_an_export_is_not_compared(toy, tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", tiny_config())
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
-    files = [str(tmp_path / name) for name in ("max", "current", "meminfo")]
-    monkeypatch.setattr(comparison, "MEMORY", files)
+    monkeypatch.setattr(comparison, "MEMINFO", tmp_path / "meminfo")
     assert "memory is short" in export(run, "hf", tmp_path / "out").note
+
+
+def test_what_cannot_be_compared_is_written_with_a_note(toy, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", tiny_config())
+
+    def dummy(*args):
+        raise ImportError("T5 needs another PyTorch\nand so on")
+
+    monkeypatch.setattr(comparison, "check", dummy)
+    found = export(run, "hf", tmp_path / "out")
+    assert found.note.endswith("logits: T5 needs another PyTorch")
+    assert (found.path / "config.json").is_file()
+
+
+def test_a_student_of_a_mesh_is_exported_on_one_device(toy, tmp_path):
+    run = make_run(tmp_path / "run", tiny_config(), mesh=MeshConfig(data=64, model=2))
+    assert export(run, "t5x", tmp_path / "out").note.startswith("without the run's optimizer")
 
 
 @pytest.mark.parametrize("missing", [["ctranslate2"], ["transformers", "torch"]])

@@ -216,6 +216,13 @@ def test_what_t5x_would_pass_over_is_refused(experiment):
         plugin.model(beams)
 
 
+def test_paths_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plugin.absolute_path("runs/a") == str(tmp_path / "runs" / "a")
+    assert plugin.absolute_path(["a", "gs://b/c"]) == [str(tmp_path / "a"), "gs://b/c"]
+    assert plugin.absolute_path(None) is None
+
+
 def test_the_loss_is_smoothed_as_the_experiment_says(experiment, checkpoint):
     batch, params = next(t5x_batches(experiment)), t5x_params(checkpoint)
     smoothed = dataclasses.replace(experiment, label_smoothing=0.3, z_loss=0.01)
