@@ -86,6 +86,7 @@ def test_every_recipe_opens_with_its_purpose_and_makes_batches(name, small_root,
     assert_makes_batches(small(experiment, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", some(RECIPES, ONE_OF_EACH_KIND))
 def test_every_recipe_trains_a_step(name, small_root, tmp_path):
     result = run_experiment(small(parse_recipe(name, small_root), tmp_path))
@@ -93,6 +94,7 @@ def test_every_recipe_trains_a_step(name, small_root, tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
 
 
+@pytest.mark.slow
 def test_a_new_run_keeps_its_vocabulary(small_root, vocab_path, tmp_path):
     macros = [f"DATA_ROOT={small_root}", f"VOCABULARY={vocab_path}"]
     experiment = small(parse_gin(["recipes/cqa_finetune.gin"], macros), tmp_path)
@@ -142,6 +144,7 @@ def test_every_variant_stacks_on_recipes_and_makes_batches(name, recipe, sampled
     assert_makes_batches(small(experiment, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe", some(["cqa_step_by_step", "svamp_step_by_step"], ["cqa_step_by_step"])
 )
@@ -158,6 +161,7 @@ def test_every_variant_trains_a_step(name, recipe, sampled_root, tmp_path):
         run_experiment(small(plain, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_leaves_no_id_to_start_from_is_an_error(small_root, tmp_path):
     files = ["recipes/cqa_step_by_step.gin", "variants/one_encoder_pass.gin"]
     experiment = small(parse_gin(files, [f"DATA_ROOT={small_root}", "VOCABULARY=bytes"]), tmp_path)
@@ -291,15 +295,17 @@ def test_the_configuration_of_a_run_is_read_and_never_executed(refused, first, t
 
 
 def test_a_command_in_a_runs_configuration_does_not_run(tmp_path):
-    (tmp_path / "config.gin").write_text(
+    run = tmp_path / "runs" / "downloaded"
+    run.mkdir(parents=True)
+    (run / "config.gin").write_text(
         "from __gin__ import dynamic_registration\nimport os\nimport dss.experiment\n"
         "dss.experiment.Experiment.alpha = @os.system()\n"
         f"os.system.command = 'touch {tmp_path}/ran'\n"
     )
     for command in ("eval", "predict"):
-        assert main([command, str(tmp_path)]) == 2
-    assert main(["report", str(tmp_path.parent), "-o", str(tmp_path / "report.html")]) in (0, 2)
-    assert main(["train", "--gin_file", str(tmp_path / "config.gin")]) == 2
+        assert main([command, str(run)]) == 2
+    assert main(["report", str(run.parent), "-o", str(tmp_path / "report.html")]) in (0, 2)
+    assert main(["train", "--gin_file", str(run / "config.gin")]) == 2
     assert not (tmp_path / "ran").exists()
 
 

@@ -25,6 +25,8 @@ from dss.training.mesh import MeshConfig, make_mesh
 from dss.training.optimizer import OptimizerConfig
 from tests.conftest import ROOT, tiny_config
 
+pytestmark = pytest.mark.slow
+
 FSDP = (("embed", "data"), ("vocab", "model"), ("heads", "model"), ("mlp", "model"))
 STUDENTS = sorted(path.stem for path in (gin_root() / "students").glob("*.gin"))
 needs_libtpu = pytest.mark.skipif(
@@ -63,7 +65,7 @@ def tiny(**values) -> Experiment:
 @pytest.mark.parametrize(
     "student",
     [
-        pytest.param(name, marks=() if name in ("small", "xxl") else pytest.mark.exhaustive)
+        pytest.param(name, marks=() if name == "small" else pytest.mark.exhaustive)
         for name in STUDENTS
     ],
 )
@@ -175,6 +177,7 @@ def test_the_abstract_batch_is_a_batch(packed, starts):
     assert all(array.dtype == "int32" for batch in real for array in batch.values())
 
 
+@pytest.mark.exhaustive
 def test_one_encoder_pass_takes_less(chip):
     chip(40e6)
     once = DataConfig(one_encoder_pass=True)
@@ -324,6 +327,7 @@ def test_every_part_of_an_unpacked_batch_counts(chip):
     assert (found.work.parts, found.work.empty_parts) == (4, 2)
 
 
+@pytest.mark.exhaustive
 def test_the_mesh_that_gin_says_is_planned(capsys):
     options = ["--student=tiny", "--accelerator=h100", "--quick", "--gin.MeshConfig.model=2"]
     for mesh, said in (([], "data=1, model=2"), (["--mesh=data=2"], "data=2, model=1")):

@@ -17,6 +17,8 @@ from dss.errors import UserError
 from dss.teacher.prompt import load_prompt
 from tests.integration.conftest import STUDENT
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = {"inputs_length": 48, "targets_length": 24}
 TEXTS = st.one_of(
     st.text(max_size=40),

@@ -14,6 +14,8 @@ from dss.data.vocabulary import encode_example, load_vocabulary
 from dss.errors import UserError
 from dss.evaluation.evaluator import Scored, evaluation_set
 
+pytestmark = pytest.mark.slow
+
 
 def test_tokens_are_those_of_the_token_store(shared, data_root, vocab_path, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", str(vocab_path))

@@ -44,6 +44,8 @@ from dss.training.mesh import MeshConfig
 from dss.training.step import TrainState
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4  # relative to the largest logit
 V1_0 = {"activation": "relu", "gated": False, "tied_embeddings": True, "scaled_logits": True}
 KINDS = {

@@ -21,6 +21,8 @@ from dss.student.network import abstract_params, bind, init_params, logical_axes
 from dss.training.mesh import MeshConfig, make_mesh, param_shardings
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ["legacy", "orbax"]
 LAYOUTS = {
     "8x1": MeshConfig(),

@@ -19,6 +19,8 @@ from dss.training.optimizer import OptimizerConfig, make_optimizer
 from dss.training.step import TrainState
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 needs_t5x = pytest.mark.skipif(
     importlib.util.find_spec("t5x") is None, reason="T5X is not installed: it restores nothing here"
 )

@@ -10,6 +10,8 @@ import pytest
 from dss.config import gin_root
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 OWN = {"CHECKPOINT_PATH", "EVAL_OUTPUT_DIR", "INFER_OUTPUT_DIR", "SPLIT"}  # not `dss train`'s
 
 

@@ -17,6 +17,8 @@ from dss.training.optimizer import OptimizerConfig, make_optimizer
 from dss.training.step import make_eval_step, make_train_step, place_state, state_shardings
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 RATES, BATCH, STEPS = (0.3, 0.7), 8, 3
 CONFIG = tiny_config(num_encoder_layers=1, num_decoder_layers=1)
 

@@ -21,6 +21,8 @@ from dss.training.step import (
 )
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 STEPS = 4
 TOLERANCE = 1e-5
 
