@@ -22,7 +22,7 @@ from dss.data.metrics import METRICS
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
 from dss.errors import UserError, unknown_name
-from dss.paths import BYTE_ORDER_MARK
+from dss.paths import BYTE_ORDER_MARK, check_no_pipes
 
 __all__ = [
     "DATASET_FILE",
@@ -162,10 +162,11 @@ class Dataset:
         """Returns the files a split is read from.
 
         Raises:
-          UserError: one of them is missing.
+          UserError: if one of them is missing, or is a named pipe.
         """
         files = self.source.files(self.source_split(split), teacher)
         for file in files:
+            check_no_pipes(file)
             if not file.is_file():
                 raise UserError(
                     f"{file}: no such file; dataset {self.name!r} needs it for {split}: "

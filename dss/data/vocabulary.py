@@ -8,6 +8,7 @@ import sentencepiece
 from etils import epath
 
 from dss.errors import UserError
+from dss.paths import check_no_pipes
 
 __all__ = [
     "BYTES",
@@ -63,6 +64,7 @@ class SentencePieceVocabulary:
             raise UserError(
                 f"{path}: no such vocabulary file; give a SentencePiece model or 'bytes'"
             )
+        check_no_pipes(path)
         self.path = path
         content = path.read_bytes()
         try:

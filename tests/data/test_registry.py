@@ -1,5 +1,6 @@
 import codecs
 import math
+import os
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from dss.config import parse_gin
 from dss.data.labels import Labels
 from dss.data.registry import get_dataset, register, released_dataset, set_data_root
 from dss.data.splits import hold_out, subsample
+from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
 from dss.experiment import DataConfig, Experiment
 from dss.runs import use_data
@@ -44,6 +46,15 @@ def test_a_missing_file_says_what_to_do(tmp_path):
         register("mine", write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}])).outputs(
             "train", "t"
         )
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match="train.jsonl: a named pipe"):
+        register("piped", tmp_path).examples("train")
+    os.mkfifo(tmp_path / "spiece.model")
+    with pytest.raises(UserError, match="spiece.model: a named pipe"):
+        load_vocabulary(tmp_path / "spiece.model")
 
 
 @pytest.fixture
