@@ -50,10 +50,10 @@ def test_a_missing_file_says_what_to_do(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "train.jsonl")
-    with pytest.raises(UserError, match="train.jsonl: a named pipe"):
+    with pytest.raises(UserError, match=r"train\.jsonl: a named pipe"):
         register("piped", tmp_path).examples("train")
     os.mkfifo(tmp_path / "spiece.model")
-    with pytest.raises(UserError, match="spiece.model: a named pipe"):
+    with pytest.raises(UserError, match=r"spiece\.model: a named pipe"):
         load_vocabulary(tmp_path / "spiece.model")
 
 
