@@ -7,17 +7,16 @@ import logging
 import re
 import tokenize
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from etils import epath
 
 import gin
 from dss.data.rationales import RationaleConfig
-from dss.errors import UserError, unknown_name
+from dss.errors import UserError, first_line, unknown_name
 from dss.evaluation.evaluator import DecodingConfig
 from dss.experiment import DataConfig, Experiment
-from dss.paths import BYTE_ORDER_MARK, CONFIG_FILE, write_whole
+from dss.paths import BYTE_ORDER_MARK, CONFIG_FILE, find_gin_file, gin_root, write_whole
 from dss.student.config import T5Config
 from dss.training.mesh import MeshConfig
 from dss.training.optimizer import OptimizerConfig
@@ -27,7 +26,6 @@ from gin import config_parser
 __all__ = [
     "gin_flags",
     "gin_name",
-    "gin_root",
     "load_config",
     "parse_beside",
     "parse_gin",
@@ -101,12 +99,6 @@ gin.config._FILE_READERS[:] = [
 ]
 
 
-def gin_root() -> Path:
-    """Returns the folder of the gin files that come with dss, installed or in a checkout."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "gin"
-
-
 def _binding(flag: str) -> str:
     """Returns the gin binding of `NAME=VALUE`; a value that is no gin literal is a text."""
     name, equals, value = flag.partition("=")
@@ -118,11 +110,6 @@ def _binding(flag: str) -> str:
         except (ValueError, SyntaxError):
             value = repr(value)
     return f"{name} = {value}"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 class _NotAValueError(Exception):
@@ -172,11 +159,11 @@ def _check_run_file(path: epath.Path) -> None:
                 raise refuse(f"{statement.scope or statement.selector!r}", line)
     except _NotAValueError as error:
         where = re.search(r"line (\d+)", str(error))
-        raise refuse(f"{_first_line(error)!r}", int(where[1]) if where else 1) from None
+        raise refuse(f"{first_line(error)!r}", int(where[1]) if where else 1) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
     except (SyntaxError, ValueError, tokenize.TokenError, RecursionError) as error:
-        raise UserError(f"{path}: not a configuration: {_first_line(error)}") from None
+        raise UserError(f"{path}: not a configuration: {first_line(error)}") from None
 
 
 def _read(
@@ -187,7 +174,7 @@ def _read(
     root = gin_root()
     for folder in (str(root), *search):
         gin.add_config_file_search_path(folder)
-    paths = [_find(file, (*search, str(root))) for file in files]
+    paths = [find_gin_file(file, search) for file in files]
     for path in map(epath.Path, paths):
         if path.name == CONFIG_FILE:
             _check_run_file(path)
@@ -241,19 +228,10 @@ def _names(config: str) -> list[str]:
     return re.findall(r"^([\w.]+) = ", config, re.MULTILINE)
 
 
-def _find(file: str, folders: Sequence[str]) -> str:
-    for path in (epath.Path(file), *(epath.Path(folder) / file for folder in folders)):
-        if path.expanduser().is_file():
-            return str(path.expanduser())
-    root = gin_root()
-    have = [path.relative_to(root).as_posix() for path in root.rglob("*.gin")]
-    raise unknown_name("gin file", file, have)
-
-
 def _describe(error: Exception) -> str:
     """Returns gin's message in a line, with the file and line that it appends to it."""
     where = re.search(r"(?:file|In) \"?([^\"\n]+\.gin)\"?,? line (\d+)", str(error))
-    text = _first_line(error)
+    text = first_line(error)
     unset = re.search(r"configurable 'macro' .* in scope '(\w+)'", str(error))
     if unset and "'value'" in text:
         return f"macro {unset[1]!r} is used and never set"

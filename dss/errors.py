@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "unknown_name"]
+__all__ = ["UserError", "first_line", "unknown_name"]
 
 
 class UserError(Exception):
@@ -12,6 +12,16 @@ class UserError(Exception):
     The command line prints the message and exits with status 2; no traceback. Library callers
     may catch it like any other exception.
     """
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, shortened; its type's name if it has none.
+
+    >>> first_line(ValueError("\\n  no such thing\\nand more"))
+    'no such thing'
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

@@ -17,7 +17,7 @@ from etils import epath
 
 from dss.config import save_config
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError, unknown_name
+from dss.errors import UserError, first_line, unknown_name
 from dss.interop import comparison, ctranslate2_export, huggingface_export, t5x_export
 from dss.interop.disassemble import Params
 from dss.model_card import model_card
@@ -26,7 +26,6 @@ from dss.runs import Run
 from dss.student.network import abstract_params
 from dss.training.checkpoints import Checkpoints
 from dss.training.checksums import path_names
-from dss.training.leaves import first_line
 
 __all__ = ["FORMATS", "Exported", "export"]
 

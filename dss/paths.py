@@ -2,13 +2,13 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from etils import epath
 
-from dss.errors import UserError
+from dss.errors import UserError, unknown_name
 
 __all__ = [
     "BYTE_ORDER_MARK",
@@ -17,6 +17,8 @@ __all__ = [
     "absolute",
     "check_no_pipes",
     "create",
+    "find_gin_file",
+    "gin_root",
     "in_bucket",
     "is_stream",
     "replacing",
@@ -37,6 +39,30 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """Returns a path that means the same in any working folder; `~` is the user's home."""
     path = epath.Path(path)
     return path if in_bucket(path) else path.expanduser().resolve()
+
+
+def gin_root() -> Path:
+    """Returns the folder of the gin files that come with dss, installed or in a checkout."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "gin"
+
+
+def find_gin_file(file: str, folders: Sequence[str]) -> str:
+    """Returns the path of a gin file.
+
+    Args:
+      file: its path, or its path in one of the folders or in `gin_root`.
+      folders: where it is looked for too.
+
+    Raises:
+      UserError: if it is in none of them.
+    """
+    root = gin_root()
+    for path in (epath.Path(file), *(epath.Path(folder) / file for folder in (*folders, root))):
+        if path.expanduser().is_file():
+            return str(path.expanduser())
+    have = [path.relative_to(root).as_posix() for path in root.rglob("*.gin")]
+    raise unknown_name("gin file", file, have)
 
 
 def is_stream(path: epath.PathLike) -> bool:
@@ -110,9 +136,12 @@ def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
 
 def write_whole(path: epath.PathLike, text: str) -> None:
-    """Writes a file, whole or not at all; half characters become question marks."""
+    """Writes a file, whole or not at all; half characters become question marks.
+
+    A stream, such as /dev/stdout, is written to.
+    """
     content = text.encode(errors="replace")
-    if in_bucket(path):  # where an object appears when it is whole
+    if in_bucket(path) or is_stream(path):  # in a bucket an object appears when it is whole
         epath.Path(path).write_bytes(content)
         return
     with replacing(Path(path), binary=True) as file:

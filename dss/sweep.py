@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from etils import epath
 
 import gin
-from dss.config import gin_flags, gin_root, parse_beside, parse_gin
+from dss.config import gin_flags, parse_beside, parse_gin
 from dss.data.registry import SPLITS, dataset_names, get_dataset
 from dss.data.tasks import get_mixture, mixture_names
 from dss.errors import UserError, unknown_name
 from dss.evaluation.evaluator import evaluation_set
 from dss.experiment import Experiment
 from dss.fields import check_types
-from dss.paths import CONFIG_FILE
+from dss.paths import CONFIG_FILE, gin_root
 from dss.runs import describe_initial, load_run, run_folder, use_data
 from dss.train import check_same, training_store
 

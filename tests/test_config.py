@@ -6,10 +6,11 @@ import shutil
 import pytest
 
 from dss.cli.main import main
-from dss.config import gin_name, gin_root, load_config, parse_gin, save_config
+from dss.config import gin_name, load_config, parse_gin, save_config
 from dss.data.registry import get_dataset, set_data_root
 from dss.data.tasks import get_mixture
 from dss.errors import UserError
+from dss.paths import gin_root
 from dss.runs import load_run
 from dss.student.network import num_parameters
 from dss.train import run_experiment, settle_data, training_batches, training_store

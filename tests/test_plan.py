@@ -13,11 +13,12 @@ from jax.errors import JaxRuntimeError
 from dss import accelerators
 from dss.accelerators import Accelerator, find_accelerator, planned_devices
 from dss.cli.main import main
-from dss.config import gin_root, parse_gin
+from dss.config import parse_gin
 from dss.data.batches import Batches, paired_order
 from dss.data.typical import typical_store
 from dss.errors import UserError
 from dss.experiment import DataConfig, Experiment
+from dss.paths import gin_root
 from dss.plan import Planner, _wanted, abstract_batch, plan
 from dss.student.network import num_parameters
 from dss.training.loss import CHUNK_SLOTS

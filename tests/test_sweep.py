@@ -10,9 +10,10 @@ import pytest
 
 from dss.cli import main as cli
 from dss.cli.main import main
-from dss.config import gin_flags, gin_root, parse_gin, save_config
+from dss.config import gin_flags, parse_gin, save_config
 from dss.data.registry import get_dataset
 from dss.errors import UserError
+from dss.paths import gin_root
 from dss.sweep import Method, plan_sweep
 from dss.sweep_runner import Outcome, SweepProgress, read_outcome, run_sweep
 from dss.train import training_store

@@ -141,28 +141,10 @@ def _job(args: argparse.Namespace) -> "Job":
     if args.input is not None:
         if args.prompt is None:
             raise UserError("--input needs --prompt: a YAML file, or a shipped one's name")
-        return _with_declared(file_job(args.input, args.prompt, teacher, **placed))
+        return file_job(args.input, args.prompt, teacher, **placed)
     if args.data_root is not None:
         set_data_root(args.data_root)
     return dataset_job(args.dataset, args.split, args.prompt, teacher, **placed)
-
-
-def _with_declared(job: "Job") -> "Job":
-    """Returns a job whose prompt has the labels and the metric that the examples' folder declares.
-
-    Raises:
-      UserError: if the prompt has others, or an exemplar with another label.
-    """
-    from dss.data.registry import read_declared
-    from dss.teacher.prompt import with_labels
-    from dss.teacher.request import Writer
-
-    prompt = job.writer.prompt
-    labels = read_declared(job.source, prompt.labels, where=f"prompt {prompt.name}")
-    if labels == prompt.labels:
-        return job
-    writer = Writer(with_labels(prompt, labels), job.writer.teacher)
-    return dataclasses.replace(job, writer=writer)
 
 
 def _parameter(text: str) -> tuple[str, Any]:

@@ -1,6 +1,6 @@
-"""Checks of a command's arguments that need neither JAX nor the data, so that they come at once.
+"""Checks of a command's arguments that need neither JAX nor the data, and so take no time.
 
-A path in a bucket is left to the command itself. The library repeats what it relies on.
+A path in a bucket is left to the command itself, and so is what only the library knows.
 """
 
 import ast
@@ -8,14 +8,12 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import dss
-from dss.errors import UserError, unknown_name
+from dss.errors import UserError
 from dss.paths import CONFIG_FILE, in_bucket, is_stream
 
 __all__ = [
     "check_flags",
     "check_folders",
-    "check_gin_files",
     "check_input",
     "check_new_folder",
     "check_output",
@@ -88,23 +86,6 @@ def check_source(source: str) -> None:
         return
     if form == "t5x" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{name}: no such folder; give a checkpoint's folder or a hub id")
-
-
-def check_gin_files(files: Sequence[str], search: Sequence[str]) -> None:
-    """Raises UserError if a gin file exists neither here, nor in dss, nor in other folders.
-
-    Args:
-      files: the files.
-      search: the other folders.
-    """
-    package = Path(dss.__file__).parent
-    root = next(filter(Path.is_dir, (package / "configs", package.parent / "gin")))
-    for file in files:
-        places = (file, *(f"{folder}/{file}" for folder in search))
-        found = any(in_bucket(place) or _local(place).is_file() for place in places)
-        if not found and not (root / file).is_file():
-            have = [path.relative_to(root).as_posix() for path in root.rglob("*.gin")]
-            raise unknown_name("gin file", file, have)
 
 
 def check_vocabulary(file: str) -> None:

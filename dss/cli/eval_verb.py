@@ -10,7 +10,7 @@ from etils import epath
 from dss.cli.checks import check_flags, check_output, check_run
 from dss.cli.options import add_run_options, open_run, prepare_jax
 from dss.cli.tables import make_console, make_table
-from dss.paths import PREDICTIONS, is_stream, write_whole
+from dss.paths import PREDICTIONS, write_whole
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,16 +75,9 @@ def run(args: argparse.Namespace) -> int:
         _print_rationales(console, result.quality)
     console.print(f"predictions: {path}", markup=False)
     if args.json:
-        _write(args.json, json.dumps(result.summary()) + "\n")
+        # Whole or not at all: a sweep takes one that is there as the run's end.
+        write_whole(epath.Path(args.json).expanduser(), json.dumps(result.summary()) + "\n")
     return 0
-
-
-def _write(file: str, text: str) -> None:
-    """Writes a file, whole or not at all; a sweep takes one that is there as the run's end."""
-    if is_stream(file):
-        Path(file).write_text(text, encoding="utf-8")
-    else:
-        write_whole(epath.Path(file).expanduser(), text)
 
 
 def _describe(scored: "Scored") -> str:

@@ -2,8 +2,8 @@
 
 import argparse
 
-from dss.cli.checks import check_gin_files, check_new_folder, check_source, check_vocabulary
-from dss.cli.options import add_gin_options, prepare_jax
+from dss.cli.checks import check_new_folder, check_source, check_vocabulary
+from dss.cli.options import add_gin_options, gin_folders, prepare_jax
 
 __all__ = ["add_arguments", "run"]
 
@@ -30,8 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Imports, and says what was found."""
-    search = [folder for folder in args.gin_search_paths.split(",") if folder]
-    check_gin_files(args.gin_file, search)
+    search = gin_folders(args)
     check_source(args.source)
     check_new_folder(args.run, "import")
     if args.vocabulary is not None:

@@ -4,8 +4,8 @@ import argparse
 import contextlib
 from typing import TYPE_CHECKING
 
-from dss.cli.checks import check_flags, check_gin_files
-from dss.cli.options import add_gin_options
+from dss.cli.checks import check_flags
+from dss.cli.options import add_gin_options, gin_folders
 from dss.cli.tables import make_console, make_table
 from dss.errors import UserError
 
@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what the mixture holds."""
-    search = [folder for folder in args.gin_search_paths.split(",") if folder]
-    check_gin_files(args.gin_file, search)
+    search = gin_folders(args)
     check_flags(args.gin)
 
     from dss.config import parse_gin

@@ -3,7 +3,16 @@
 import argparse
 import os
 
-__all__ = ["add_gin_options", "add_run_options", "open_run", "prepare_jax", "quiet_tpu"]
+from dss.paths import find_gin_file, in_bucket
+
+__all__ = [
+    "add_gin_options",
+    "add_run_options",
+    "gin_folders",
+    "open_run",
+    "prepare_jax",
+    "quiet_tpu",
+]
 
 
 def add_gin_options(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +30,19 @@ def add_gin_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument_group(
         "configuration", "--gin.NAME=VALUE sets a macro or a field, such as --gin.BATCH_SIZE=32"
     )
+
+
+def gin_folders(args: argparse.Namespace) -> list[str]:
+    """Returns the folders of --gin_search_paths, having checked that all gin files exist.
+
+    Raises:
+      UserError: if one does not; files and folders in a bucket are left to the reading.
+    """
+    folders = [folder for folder in args.gin_search_paths.split(",") if folder]
+    if not any(map(in_bucket, (*args.gin_file, *folders))):
+        for file in args.gin_file:
+            find_gin_file(file, folders)
+    return folders
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

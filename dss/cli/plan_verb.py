@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dss.cli.checks import check_gin_files, check_output
-from dss.cli.options import add_gin_options, quiet_tpu
+from dss.cli.checks import check_output
+from dss.cli.options import add_gin_options, gin_folders, quiet_tpu
 from dss.errors import UserError
+from dss.paths import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,14 +63,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--mfu={args.mfu}: a share of the peak, above 0 and at most 1")
     if args.json is not None:
         check_output("--json", args.json)
-    search = [folder for folder in args.gin_search_paths.split(",") if folder]
-    files = [*([f"students/{args.student}.gin"] if args.student else []), *args.gin_file]
-    check_gin_files(files, search)
+    if args.student:
+        args.gin_file.insert(0, f"students/{args.student}.gin")
+    search = gin_folders(args)
 
     from dss.config import parse_gin
 
     flags = [*args.gin, *(f"MeshConfig.{axis}={size}" for axis, size in mesh.items())]
-    experiment = parse_gin(files, flags, search)
+    experiment = parse_gin(args.gin_file, flags, search)
     if experiment.mesh.data == -1:  # all devices, and no number of them was given
         one = dataclasses.replace(experiment.mesh, data=1)
         experiment = dataclasses.replace(experiment, mesh=one)
@@ -219,4 +220,4 @@ def _write(found: "Plan", file: str) -> None:
     values["memory"]["total"] = found.memory.total
     values["fits"] = found.fits
     text = json.dumps(values, indent=1) + "\n"
-    Path(file).expanduser().write_text(text, encoding="utf-8")
+    write_whole(Path(file).expanduser(), text)

@@ -4,8 +4,8 @@ import argparse
 import shlex
 from typing import TYPE_CHECKING
 
-from dss.cli.checks import check_flags, check_gin_files
-from dss.cli.options import add_gin_options
+from dss.cli.checks import check_flags
+from dss.cli.options import add_gin_options, gin_folders
 from dss.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does a sweep; returns 1 if a run failed, 128 + the signal's number where one stopped it."""
     part = _part(args.shard) if args.shard else None
-    search = [folder for folder in args.gin_search_paths.split(",") if folder]
-    check_gin_files(args.gin_file, search)
+    search = gin_folders(args)
     check_flags(args.gin, trains=True)
 
     from dss.cli.sweep_progress import SweepLines

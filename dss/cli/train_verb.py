@@ -2,8 +2,8 @@
 
 import argparse
 
-from dss.cli.checks import check_flags, check_gin_files
-from dss.cli.options import add_gin_options, prepare_jax
+from dss.cli.checks import check_flags
+from dss.cli.options import add_gin_options, gin_folders, prepare_jax
 
 __all__ = ["add_arguments", "run"]
 
@@ -31,8 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; returns the exit status, 128 + the signal's number where one ended it."""
-    search = [folder for folder in args.gin_search_paths.split(",") if folder]
-    check_gin_files(args.gin_file, search)
+    search = gin_folders(args)
     check_flags(args.gin, trains=True)
 
     from dss.config import parse_gin

@@ -28,6 +28,7 @@ __all__ = [
     "parsed_status",
     "read_example",
     "read_json",
+    "read_json_file",
     "read_json_lines",
     "read_teacher_outputs",
     "stream_examples",
@@ -93,12 +94,12 @@ class TeacherOutput:
     @property
     def has_label(self) -> bool:
         """Whether there is a label to learn from."""
-        return self.status == "ok" and bool((self.label or "").strip())
+        return self.status == "ok" and read_label(self.label) is not None
 
 
 def parsed_status(rationale: str, label: str | None) -> str:
     """Returns "ok" where both parts have text, else "unparsed"."""
-    return "ok" if rationale.strip() and (label or "").strip() else "unparsed"
+    return "ok" if rationale.strip() and read_label(label) else "unparsed"
 
 
 def _no_constant(name: str) -> None:
@@ -120,6 +121,19 @@ def read_json(where: str, text: str) -> Any:
         raise UserError(f"{where}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # NaN, a number too long, nested too deeply
         raise UserError(f"{where}: not JSON that can be read: {error}") from None
+
+
+def read_json_file(path: epath.PathLike) -> Any:
+    """Returns the value of a JSON file.
+
+    Raises:
+      UserError: if it is no UTF-8, or see `read_json`.
+    """
+    try:
+        text = epath.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    return read_json(str(path), text.removeprefix(BYTE_ORDER_MARK))
 
 
 OTHER_KINDS = {

@@ -12,7 +12,7 @@ from dss.data.examples import (
     Example,
     TeacherOutput,
     check_kind,
-    read_json,
+    read_json_file,
     read_teacher_outputs,
     stream_examples,
     teacher_files,
@@ -22,7 +22,7 @@ from dss.data.metrics import METRICS
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
 from dss.errors import UserError, unknown_name
-from dss.paths import BYTE_ORDER_MARK, check_no_pipes
+from dss.paths import check_no_pipes
 
 __all__ = [
     "DATASET_FILE",
@@ -256,11 +256,7 @@ def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: s
     file = (path.parent if path.is_file() else path) / DATASET_FILE
     if not file.is_file():
         return given
-    try:
-        text = file.read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 at byte {error.start}") from None
-    value = read_json(str(file), text)
+    value = read_json_file(file)
     if not isinstance(value, dict) or not {*value} <= {"labels", "metric"}:
         raise UserError(
             f"{file}: give an object with 'labels', 'metric' or both, and nothing else; dss reads "
@@ -272,8 +268,9 @@ def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: s
     if metric not in [*METRICS]:
         raise UserError(f"{file}: 'metric' must be one of {', '.join(METRICS)}, got {metric!r}")
     declared = Labels(tuple(labels), metric)
-    if len(set(declared.closed)) < len(declared.closed):
-        raise UserError(f"{file}: a label is there twice")
+    twice = [label for label in declared.closed if declared.closed.count(label) > 1]
+    if twice:
+        raise UserError(f"{file}: label {twice[0]!r} is there twice")
     mend = "leave one of them out, or make them the same"
     if given.closed and declared.closed and set(given.closed) != set(declared.closed):
         raise UserError(

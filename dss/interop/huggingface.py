@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from safetensors import safe_open
 
-from dss.data.examples import read_json
+from dss.data.examples import read_json_file
 from dss.data.vocabulary import BYTES
 from dss.errors import UserError
 from dss.interop.assemble import assemble
@@ -93,10 +93,7 @@ def _download(folder: epath.Path) -> Path:
 def _read_json(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: missing; a Hugging Face T5 folder has one")
-    try:
-        value = read_json(str(path), path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    value = read_json_file(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: a {type(value).__name__}, not a JSON object")
     return value

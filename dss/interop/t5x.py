@@ -256,11 +256,11 @@ def _refuse(experiment: Experiment, what: Mapping[str, str]) -> None:
     """Refuses what is set of an experiment and T5X would pass over.
 
     Args:
-      experiment: is asked.
-      what: fields, and why each has no place here.
+      experiment: the experiment.
+      what: the fields, with the reason why each has no place here.
 
     Raises:
-      UserError: one of the fields is not as by default.
+      UserError: if one of the fields is not as by default.
     """
     for name, why in what.items():
         value = operator.attrgetter(name)(experiment)
@@ -328,15 +328,12 @@ def feature_lengths(experiment: Experiment, split: str = "valid") -> dict[str, i
     """
     tasks = mixture(experiment).available(split).tasks
     encode = load_vocabulary(vocabulary_source(experiment.vocabulary)).encode
-    longest = {
-        feature: max(
-            (len(encode(getattr(row, feature))) for task in tasks for row in task.rows(split)),
-            default=limit,
-        )
-        for feature, limit in experiment.data.feature_lengths.items()
-    }
-    with_eos = {feature: length + 1 for feature, length in longest.items()}
-    return {f: min(with_eos[f], limit) for f, limit in experiment.data.feature_lengths.items()}
+    lengths = {}
+    for feature, limit in experiment.data.feature_lengths.items():
+        texts = (getattr(row, feature) for task in tasks for row in task.rows(split))
+        with_eos = (len(encode(text)) + 1 for text in texts)
+        lengths[feature] = min(max(with_eos, default=limit), limit)
+    return lengths
 
 
 def vocabulary(experiment: Experiment) -> seqio.Vocabulary:
@@ -348,7 +345,7 @@ def model(experiment: Experiment, **options: Any) -> StepByStepModel:
     """Returns the model of an experiment, with its loss.
 
     Args:
-      experiment: says what is learned, by which student and optimizer.
+      experiment: the experiment.
       options: more of `StepByStepModel`, such as `decode_fn`.
 
     Raises:

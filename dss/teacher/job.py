@@ -14,13 +14,13 @@ from etils import epath
 
 from dss import __version__
 from dss.data.examples import Example, read_json_lines, stream_examples
-from dss.data.registry import DATASET_FILE, SPLITS, get_dataset
+from dss.data.registry import DATASET_FILE, SPLITS, get_dataset, read_declared
 from dss.errors import UserError
 from dss.paths import check_no_pipes, in_bucket, write_whole
 from dss.teacher.journal import Journal
 from dss.teacher.outputs import Annotation, annotations, write_jsonl, write_parquet
 from dss.teacher.prices import Price, total_cost
-from dss.teacher.prompt import load_prompt
+from dss.teacher.prompt import load_prompt, with_labels
 from dss.teacher.request import Teacher, Writer, file_name
 
 __all__ = ["Job", "dataset_job", "file_job"]
@@ -276,7 +276,8 @@ def _short_hash(text: str) -> str:
 def file_job(
     path: Path, prompt: str, teacher: Teacher, *, output: Path | None, name: str | None
 ) -> Job:
-    """Returns the job of a file of JSON lines.
+    """Returns the job of a file of JSON lines; its labels may be declared beside it, see
+    `read_declared`.
 
     Args:
       path: of the file.
@@ -292,12 +293,14 @@ def file_job(
         raise UserError(f"{path}: a folder; give one of its files, such as {path / 'train.jsonl'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    found = load_prompt(prompt)
+    labels = read_declared(path, found.labels, where=f"prompt {found.name}")
     return Job(
         source=path,
         stem=path.stem,
         folder=output or path.parent,
         name=_name(name, teacher),
-        writer=Writer(load_prompt(prompt), teacher),
+        writer=Writer(with_labels(found, labels), teacher),
     )
 
 

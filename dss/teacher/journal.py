@@ -161,10 +161,10 @@ class Journal:
             self._lock.close()
 
     def make_room(self) -> None:
-        """Makes room for some answers, which may be bought then.
+        """Reserves 1 MiB in the journal, so that answers in flight can be kept on a full disk.
 
         Raises:
-          UserError: the disk is full, or the journal cannot be written for another reason.
+          UserError: if the disk is full, or the journal cannot be written for another reason.
         """
         with self._transaction():
             self._writer.execute("INSERT INTO room VALUES (zeroblob(?))", (ROOM,))

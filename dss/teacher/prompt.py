@@ -291,6 +291,8 @@ def with_labels(prompt: Prompt, labels: Labels) -> Prompt:
     Raises:
       UserError: if an exemplar's label is none of them.
     """
+    if labels == prompt.labels:
+        return prompt
     content = yaml.safe_load(prompt.source)
     content |= {"labels": [*labels.closed], "metric": labels.metric}
     text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False)

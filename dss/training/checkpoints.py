@@ -9,11 +9,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dss.errors import UserError
+from dss.errors import UserError, first_line
 from dss.memory import trim_freed_memory
-from dss.paths import absolute
+from dss.paths import absolute, check_no_pipes
 from dss.training.checksums import check_sums, checksums, path_names
-from dss.training.leaves import Leaves, first_line, is_passing, reading
+from dss.training.leaves import Leaves, is_passing, reading
 from dss.training.mesh import place
 from dss.training.processes import all_agree, is_leader, wait_for_all
 from dss.training.step import TrainState
@@ -309,6 +309,7 @@ class Checkpoints:
         tell them. So nothing is checked here, for which all must have read theirs.
         """
         where = self.folder / str(step) / item
+        check_no_pipes(where)
         saved: Any = ocp.PyTreeCheckpointHandler().metadata(where)
         return handler.restore(where, args=args), saved.custom_metadata
 

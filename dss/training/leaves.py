@@ -10,11 +10,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.errors import JaxRuntimeError
 
-from dss.errors import UserError
+from dss.errors import UserError, first_line
 from dss.paths import check_no_pipes
 from dss.training.checksums import check_sums, checksum, path_names
 
-__all__ = ["Leaves", "first_line", "is_passing", "reading"]
+__all__ = ["Leaves", "is_passing", "reading"]
 
 PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 
@@ -31,6 +31,7 @@ class Leaves(Mapping[tuple[str, ...], np.ndarray]):
     """
 
     def __init__(self, folder: epath.Path):
+        check_no_pipes(folder)
         self._folder, self._handler = folder, ocp.PyTreeCheckpointHandler()
         with reading(folder):
             metadata: Any = self._handler.metadata(folder) if folder.is_dir() else None
@@ -66,7 +67,6 @@ def reading(folder: epath.Path) -> Iterator[None]:
 
     What keeps from reading and is not in the files, such as a bucket out of reach, stays.
     """
-    check_no_pipes(folder)
     try:
         yield
     except Exception as error:
@@ -82,8 +82,3 @@ def is_passing(error: Exception) -> bool:
     return isinstance(error, (MemoryError, JaxRuntimeError)) or any(
         status in str(error) for status in PASSING
     )
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message, shortened; its type's name if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

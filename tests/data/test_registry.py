@@ -90,7 +90,7 @@ def test_a_folder_declares_its_labels_and_its_metric(declared):
         ('{"label": ["bug"]}', "give an object with 'labels', 'metric' or both, and nothing else"),
         ('{"labels": "bug, fee"}', "'labels' must be a list of texts"),
         ('{"labels": ["bug", 1]}', "'labels' must be a list of texts"),
-        ('{"labels": ["bug", "bug "]}', "a label is there twice"),
+        ('{"labels": ["bug", "bug "]}', "label 'bug' is there twice"),
         ('{"metric": ["text"]}', "'metric' must be one of text, equation"),
         ('{"labels": ', "not JSON"),
     ],

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from dss.config import gin_root
+from dss.paths import gin_root
 from dss.runs import evaluate, load_run
 from tests.integration.runs import finish, start
 

@@ -33,7 +33,7 @@ def configurable(name):
 
 
 def main(data_root):
-    from dss.config import gin_root
+    from dss.paths import gin_root
 
     logging.disable(logging.ERROR)  # gin tells of each folder in which it did not find a file
     gin.add_config_file_search_path(str(gin_root()))

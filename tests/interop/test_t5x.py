@@ -223,9 +223,10 @@ def test_paths_are_made_absolute(tmp_path, monkeypatch):
     assert plugin.absolute_path(None) is None
 
 
-def test_the_loss_is_smoothed_as_the_experiment_says(experiment, checkpoint):
+@pytest.mark.parametrize("change", [{"label_smoothing": 0.3}, {"z_loss": 0.01}])
+def test_the_loss_is_smoothed_as_the_experiment_says(change, experiment, checkpoint):
     batch, params = next(t5x_batches(experiment)), t5x_params(checkpoint)
-    smoothed = dataclasses.replace(experiment, label_smoothing=0.3, z_loss=0.01)
+    smoothed = dataclasses.replace(experiment, **change)
     plain, other = (plugin.model(e).loss_fn(params, batch, None)[0] for e in (experiment, smoothed))
     assert abs(float(plain) - float(other)) > 0.01
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dss.config import gin_root
+from dss.paths import gin_root
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from dss.config import gin_root, parse_gin
+from dss.config import parse_gin
 from dss.errors import UserError
+from dss.paths import gin_root
 from dss.train import abstract_state
 from dss.training.mesh import MeshConfig, fetch, make_mesh, put_batch
 from dss.training.optimizer import OptimizerConfig, make_optimizer
