@@ -305,7 +305,7 @@ def test_a_command_in_a_runs_configuration_does_not_run(tmp_path):
     )
     for command in ("eval", "predict"):
         assert main([command, str(run)]) == 2
-    assert main(["report", str(run.parent), "-o", str(tmp_path / "report.html")]) in (0, 2)
+    assert main(["report", str(run.parent), "-o", str(tmp_path / "report.html")]) == 2
     assert main(["train", "--gin_file", str(run / "config.gin")]) == 2
     assert not (tmp_path / "ran").exists()
 

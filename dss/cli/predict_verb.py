@@ -64,6 +64,14 @@ def _count(source: str, *, passes: int) -> int | None:
     return passes * sum(1 for _ in _read(source)) if is_file else None
 
 
+OTHER_KINDS = {  # what files of other kinds begin with
+    b"\x1f\x8b": "compressed",
+    b"\x28\xb5\x2f\xfd": "compressed",
+    b"PK\x03\x04": "compressed, or a spreadsheet",
+    b"PAR1": "a Parquet file",
+}
+
+
 def _standard_input() -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (where it stands, row) of lines that are JSON objects, JSON texts or plain texts."""
     from dss.data.examples import read_json
@@ -71,6 +79,12 @@ def _standard_input() -> Iterator[tuple[str, dict[str, Any]]]:
 
     lines = enumerate(sys.stdin.buffer, 1)
     first = list(itertools.islice(lines, 2))
+    for begins, kind in OTHER_KINDS.items():
+        if first and first[0][1].startswith(begins):
+            raise UserError(
+                f"standard input: {kind}; give JSON lines with an 'input', or the texts alone, one "
+                "a line"
+            )
     if len(first) == 2 and _is_table(*(content for _, content in first)):
         raise UserError(
             "standard input:1: the header of a table; give JSON lines with an 'input', or the "

@@ -71,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     quiet_tpu()
     jax.config.update("jax_platforms", "cpu")  # an accelerator may be training
     collected = collect(args.runs)
+    if not collected.runs and collected.problems:
+        where, why = collected.problems[0]
+        raise UserError(f"{', '.join(args.runs)}: no run that can be shown: {where}: {why}")
     options = [f"--teacher-size={text}" for text in args.teacher_size]
     if args.split != "test":
         options.append(f"--split={args.split}")

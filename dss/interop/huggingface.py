@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from dss.data.examples import read_json_file
 from dss.data.vocabulary import BYTES
-from dss.errors import UserError
+from dss.errors import UserError, first_line
 from dss.interop.assemble import assemble
 from dss.paths import check_no_pipes, in_bucket
 from dss.student.config import T5Config
@@ -74,8 +74,9 @@ def resolve(source: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # the hub's client raises many kinds, all of them the user's
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: no such folder, and the hub did not give it: {reason}") from error
+        raise UserError(
+            f"{name}: no such folder, and the hub did not give it: {first_line(error)}"
+        ) from error
 
 
 def _download(folder: epath.Path) -> Path:

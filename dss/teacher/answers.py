@@ -13,6 +13,7 @@ __all__ = [
     "is_refusal",
     "plain",
     "plain_label",
+    "plain_rationale",
     "read_json_answer",
     "without_thoughts",
 ]
@@ -21,7 +22,13 @@ THINK = re.compile(r"</?(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 FENCE = re.compile(r"\A```[\w-]*[ \t]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
 HEADING = re.compile(r"^#{1,6}[ \t]+([^\n]+)$", re.MULTILINE)
 BOLD = re.compile(r"\*\*|__(?=\S)|(?<=\S)__")
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
+LATEX = {  # what a label is without it
+    re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}"): r"\1",
+    re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"): r"\1/\2",
+}
+QUOTED = re.compile(r"^[ \t]*>[ \t]?", re.MULTILINE)  # Markdown's mark of a quotation
+BULLET = re.compile(r"\n[ \t]*(?:[-*•]|\d+[.)])[ \t]*\Z")  # of a list whose last item is gone
 QUOTES = tuple(map(tuple, ("``", "''", '""', "$$", "**", "“”", "‘’", "«»")))  # around a label
 RATIONALE_KEYS = ("rationale", "reasoning", "explanation")
 LABEL_KEYS = ("label", "answer")
@@ -94,12 +101,23 @@ def read_json_answer(text: str) -> JsonAnswer | None:
 
 
 def plain(text: str) -> str:
-    """Returns a text without Markdown's bold marks; a heading becomes a line that ends in a colon.
+    """Returns a text without Markdown's marks of bold and of quotations; a heading becomes a line
+    that ends in a colon.
 
-    >>> plain("### Reasoning\\nIt **shines**.\\n\\n**Label:** good")
+    >>> plain("### Reasoning\\nIt **shines**.\\n\\n> **Label:** good")
     'Reasoning:\\nIt shines.\\n\\nLabel: good'
     """
-    return HEADING.sub(_heading, BOLD.sub("", text))
+    return HEADING.sub(_heading, BOLD.sub("", QUOTED.sub("", text)))
+
+
+def plain_rationale(text: str) -> str:
+    """Returns a rationale without blanks around it and without the mark of the list item that the
+    label was.
+
+    >>> plain_rationale("It shines.\\n- ")
+    'It shines.'
+    """
+    return BULLET.sub("", text.rstrip()).strip()
 
 
 def _heading(match: re.Match[str]) -> str:
@@ -112,6 +130,8 @@ def plain_label(label: str) -> str:
 
     >>> [plain_label(label) for label in ("$\\\\boxed{72}$.", "`billing`", "3.5.", "U.S.")]
     ['72', 'billing', '3.5', 'U.S.']
+    >>> plain_label("$\\\\boxed{\\\\frac{1}{2}}$"), plain_label("\\\\text{Nairobi}")
+    ('1/2', 'Nairobi')
     """
     before = None
     while label != before:
@@ -123,6 +143,8 @@ def plain_label(label: str) -> str:
                 label = label[1:-1]
         boxed = BOXED.fullmatch(label)
         label = boxed[1] if boxed else label
+    for pattern, inner in LATEX.items():
+        label = pattern.sub(inner, label)
     return label
 
 

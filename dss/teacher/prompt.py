@@ -36,6 +36,7 @@ from dss.teacher.answers import (
     is_refusal,
     plain,
     plain_label,
+    plain_rationale,
     read_json_answer,
     without_thoughts,
 )
@@ -175,13 +176,13 @@ class Prompt:
                 rationale, label = self._search(plain(text), example, hinted)
             except TimeoutError:
                 return Parsed("", None, reason=f"the pattern took more than {SEARCH_SECONDS} s")
+        if self._declines(text, label, example.input):
+            return Parsed("", None, is_refusal=True)
         possible = self._possible(label, example.input) if label else None
         if hinted:
             assert example.label is not None
             wrong = label and not (possible and self.labels.is_right(possible, example.label))
             possible = None if wrong else example.label
-        if not label and is_refusal(text):
-            return Parsed("", None, is_refusal=True)
         return Parsed(rationale, possible)
 
     def _search(self, text: str, example: Example, hinted: bool) -> tuple[str, str | None]:
@@ -192,11 +193,19 @@ class Prompt:
         if match is None:
             return "", None
         found = match.groupdict()
-        rationale = (found["rationale"] or "").strip()
+        rationale = plain_rationale(found["rationale"] or "")
         cue = self.question(example, hinted=hinted).rpartition("\n")[2].strip()
         if cue.endswith(":") and rationale.casefold().startswith(cue.casefold()):
             rationale = rationale[len(cue) :].strip()
         return rationale, read_label(found.get("label"))
+
+    def _declines(self, text: str, label: str | None, given: str) -> bool:
+        """Returns whether a text declines to answer: all of it or, where any words may be a label,
+        its label. One word, such as "Sorry", may be an answer.
+        """
+        if label is None:
+            return is_refusal(text)
+        return " " in label and not self.choices(given) and is_refusal(label)
 
     def _possible(self, label: str, text: str) -> str | None:
         """Returns the label as the prompt writes it; None where it is not a possible one."""

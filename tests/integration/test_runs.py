@@ -1,6 +1,7 @@
 """Whole runs through the command line, on a small student that reads bytes."""
 
 import codecs
+import gzip
 import json
 import os
 import random
@@ -252,6 +253,7 @@ def test_predict_keeps_a_rows_fields_and_marks_what_was_cut(undisturbed, tmp_pat
     [
         (b'[{"input": "x"}]', "standard input:1: a JSON array; give one object"),
         (b"id,body,label\n1,x,a\n2,y,b\n", "standard input:1: the header of a table"),
+        (gzip.compress(b"x"), "standard input: compressed; give JSON lines"),
         (b"id\tbody\n1\tx\n", "the header of a table"),
     ],
 )

@@ -244,6 +244,30 @@ def test_the_last_conclusion_counts():
     example = Example("1", "a</s>b")
     text = "It may be neutral. So the answer is neutral. But no. So the answer is contradiction."
     assert load_prompt("anli1").parse(text, example).label == "contradiction"
+    text = "One. The answer is (1 + 2).\nWait. The answer is (2 + 3)."
+    rationale = "One. The answer is (1 + 2).\nWait."
+    assert load_prompt("svamp").parse(text, example) == Parsed(rationale, "(2 + 3)")
+
+
+@pytest.mark.parametrize(
+    ("written", "label"),
+    [
+        (r"\boxed{\frac{1}{2}}", "1/2"),
+        (r"$\boxed{\text{Nairobi}}$.", "Nairobi"),
+        ("Sorry", "Sorry"),
+        ("I'm sorry, but I can't", None),
+    ],
+)
+def test_where_any_text_is_a_label_latex_and_refusals_are_none(written, label):
+    parsed = load_prompt("free_form").parse(f"Why.\nAnswer: {written}", Example("1", "x"))
+    assert (parsed.label, parsed.is_refusal) == (label, label is None)
+
+
+@pytest.mark.parametrize(
+    "text", ["Why.\n- Label: bug", "> Why.\n> Label: bug", "Why.\n1. Label: bug"]
+)
+def test_marks_of_lists_and_quotations_are_no_part_of_a_rationale(text):
+    assert load_prompt("classification").parse(text, Example("1", "x")) == Parsed("Why.", "bug")
 
 
 @pytest.mark.parametrize(
