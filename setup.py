@@ -15,7 +15,7 @@ BEAM = [
 TFDS = [*BEAM, "mlcroissant>=1.1"]  # the `tfds` command needs both to start
 
 # The gin files live in gin/ (which is no Python package: `import gin` means gin-config) and are
-# installed as the data of dss.configs, where dss.config finds them from any directory. tasks/ is
+# installed as the data of dss.configs, where dss.paths finds them from any directory. tasks/ is
 # installed as dss.tasks, which no tasks.py of a user's hides.
 setup(
     name="dss",
