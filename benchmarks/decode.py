@@ -40,11 +40,10 @@ from typing import Any
 import numpy as np
 
 from dss.cli.options import quiet_tpu
-from dss.config import parse_gin
+from dss.config.gin_files import parse_gin
 from dss.errors import UserError
-from dss.evaluation.evaluator import DecodingConfig
-from dss.student.config import T5Config
-from dss.student.flops import forward_flops
+from dss.planning.flops import forward_flops
+from dss.student.config import DecodingConfig, T5Config
 
 EOS = 1
 SIDES = {  # what each needs installed
@@ -81,7 +80,7 @@ class DssSide:
         import jax
 
         from dss.interop.huggingface import load_params, read_config
-        from dss.memory import keep_freed_memory
+        from dss.parallel.memory import keep_freed_memory
         from dss.student import decoding
 
         keep_freed_memory()  # as the command line does
@@ -278,7 +277,7 @@ def measure_peak(cores: list[int]) -> float:
     """Returns what the matrix product of those cores does, operations a second."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
-    from dss.accelerators import matmul_peak
+    from dss.planning.hardware import matmul_peak
 
     return matmul_peak("float32")
 

@@ -25,19 +25,21 @@ import jax
 import numpy as np
 import optax
 
+from dss.batches.batches import Batches, Order, iterate, views
+from dss.batches.store import TokenStore, tokenize
 from dss.cli.options import quiet_tpu
-from dss.data.batches import Batches, Order, iterate, views
 from dss.data.registry import get_dataset, set_data_root
-from dss.data.store import TokenStore, tokenize
-from dss.data.tasks import EXPLAIN, PREDICT, TextRow
 from dss.data.vocabulary import EOS, Vocabulary, load_vocabulary
 from dss.errors import UserError
 from dss.interop import huggingface
+from dss.mixtures.tasks import EXPLAIN, PREDICT, TextRow
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh, put_batch
 from dss.student.config import T5Config
 from dss.student.decoding import generate
+from dss.training.config import OptimizerConfig
 from dss.training.loss import LossConfig
-from dss.training.mesh import MeshConfig, make_mesh, put_batch
-from dss.training.optimizer import OptimizerConfig, make_optimizer
+from dss.training.optimizer import make_optimizer
 from dss.training.step import TrainState, make_train_step, place_state, state_shardings
 
 TOLERANCE = 1e-4

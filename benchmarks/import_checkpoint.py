@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from dss.cli.options import quiet_tpu
-from dss.config import parse_gin
+from dss.config.gin_files import parse_gin
 
 FORMATS = ("hf", "t5x")
 MB = 10**6
@@ -62,8 +62,8 @@ def write(student: str, folder: Path) -> None:
     """Writes the checkpoints `folder/hf` and `folder/t5x`."""
     import jax
 
-    from dss.evaluation.evaluator import DecodingConfig
     from dss.interop import huggingface_export, t5x_export
+    from dss.student.config import DecodingConfig
     from dss.student.network import init_params
 
     config = parse_gin([f"students/{student}.gin"]).student
@@ -85,10 +85,11 @@ def read(form: str, devices: int, folder: Path, pipe: Connection) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
     from dss.interop import huggingface, t5x_checkpoint
-    from dss.memory import return_freed_memory
+    from dss.parallel.config import MeshConfig
+    from dss.parallel.memory import return_freed_memory
+    from dss.parallel.mesh import make_mesh, param_shardings
     from dss.student.network import abstract_params, logical_axes
     from dss.training.checkpoints import Checkpoints, largest_part
-    from dss.training.mesh import MeshConfig, make_mesh, param_shardings
     from dss.training.step import init_state
 
     return_freed_memory()  # as the command line does

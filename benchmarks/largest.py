@@ -4,9 +4,9 @@ from typing import Any
 
 import jax
 
-from dss.plan import Planner, abstract_batch
+from dss.parallel.mesh import put_batch
+from dss.planning.plan import Planner, abstract_batch
 from dss.student.network import init_params
-from dss.training.mesh import put_batch
 from dss.training.step import place_state
 
 

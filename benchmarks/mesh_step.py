@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dss.accelerators import find_accelerator, simulate_devices
 from dss.cli.options import quiet_tpu
-from dss.config import parse_gin
-from dss.memory import keep_freed_memory
-from dss.program import exchanges, sending_seconds
+from dss.config.gin_files import parse_gin
+from dss.parallel.memory import keep_freed_memory
+from dss.planning.hardware import find_accelerator, simulate_devices
+from dss.planning.hlo import exchanges, sending_seconds
 
 MOST = 8
 # Layout, data, model.
@@ -45,8 +45,8 @@ def prepare(student: str, batch_size: int, layout: str, data: int, model: int) -
     import jax
     from largest import compile_largest, place
 
-    from dss.data.typical import typical_store
-    from dss.plan import STEPS, Planner
+    from dss.planning.plan import STEPS, Planner
+    from dss.planning.typical import typical_store
 
     files = [f"students/{student}.gin", f"layouts/{layout}.gin", "runs/adafactor.gin"]
     sizes = [f"MeshConfig.data={data}", f"MeshConfig.model={model}"]

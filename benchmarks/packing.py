@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dss.data.batches import Batch, Batches, fill, paired_order
+from dss.batches.batches import Batch, Batches, fill, paired_order
+from dss.batches.store import TokenStore, open_store
 from dss.data.registry import set_data_root
-from dss.data.store import TokenStore, open_store
-from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
+from dss.mixtures.tasks import get_mixture
 
 SPLITS = {"cqa": "train", "svamp": "train", "esnli": "valid", "anli1": "valid"}
 

@@ -20,9 +20,9 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from dss.accelerators import simulate_devices
 from dss.cli.options import quiet_tpu
-from dss.config import parse_gin
+from dss.config.gin_files import parse_gin
+from dss.planning.hardware import simulate_devices
 
 GIB = 2**30
 TIMES = 3  # that the step is taken
@@ -76,9 +76,9 @@ def measure(student: str, row: str, pipe: Connection) -> None:
     import jax
     from largest import compile_largest, place
 
-    from dss.data.typical import typical_store
-    from dss.memory import keep_freed_memory
-    from dss.plan import STEPS, Planner
+    from dss.parallel.memory import keep_freed_memory
+    from dss.planning.plan import STEPS, Planner
+    from dss.planning.typical import typical_store
 
     keep_freed_memory()  # as the command line does
     sizes = [f"BATCH_SIZE={batch_size}", f"MeshConfig.data={data}", f"MeshConfig.model={model}"]

@@ -8,9 +8,9 @@ sends in a step, every pass of a loop counted. Each device has EXAMPLES examples
 layers are computed again backward, and the compute dtype is float32, because the CPU's compiler
 turns bfloat16 products into float32 ones.
 
-From these points and the published speeds of a chip and its links (dss/accelerators.py) the second
-table computes what was not measured: the time of a step on up to 4096 chips, with and without
-overlap.
+From these points and the published speeds of a chip and its links (dss/planning/hardware.py) the
+second table computes what was not measured: the time of a step on up to 4096 chips, with and
+without overlap.
 """
 
 import argparse
@@ -19,11 +19,11 @@ import json
 import sys
 from pathlib import Path
 
-from dss.accelerators import find_accelerator, simulate_devices
 from dss.cli.options import quiet_tpu
-from dss.config import parse_gin
-from dss.plan import Plan, plan
-from dss.program import Exchange, sending_seconds
+from dss.config.gin_files import parse_gin
+from dss.planning.hardware import find_accelerator, simulate_devices
+from dss.planning.hlo import Exchange, sending_seconds
+from dss.planning.plan import Plan, plan
 
 EXAMPLES = 8  # of a device
 LAYOUTS = ("data_parallel", "fsdp", "tensor_parallel", "two_d")

@@ -76,11 +76,13 @@ def compile_steps(repeats: int) -> dict[str, list[float]]:
     import jax
     import jax.numpy as jnp
 
-    from dss.config import parse_gin
+    from dss.config.gin_files import parse_gin
+    from dss.parallel.config import MeshConfig
+    from dss.parallel.mesh import make_mesh
     from dss.student.network import abstract_params
+    from dss.training.config import OptimizerConfig
     from dss.training.loss import LossConfig
-    from dss.training.mesh import MeshConfig, make_mesh
-    from dss.training.optimizer import OptimizerConfig, make_optimizer
+    from dss.training.optimizer import make_optimizer
     from dss.training.step import init_state, make_train_step, state_shardings
 
     experiment = parse_gin(["students/small.gin"], [])

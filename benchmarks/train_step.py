@@ -31,18 +31,18 @@ from typing import Any
 
 import numpy as np
 
-from dss.accelerators import matmul_peak
+from dss.batches.batches import Batches, fill, paired_order
+from dss.batches.store import Ragged, TokenStore, open_store
 from dss.cli.options import quiet_tpu
-from dss.config import parse_gin
-from dss.data.batches import Batches, fill, paired_order
+from dss.config.gin_files import parse_gin
 from dss.data.registry import set_data_root
-from dss.data.store import Ragged, TokenStore, open_store
-from dss.data.tasks import get_mixture
-from dss.data.typical import typical_store
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
+from dss.mixtures.tasks import get_mixture
+from dss.planning.flops import useful_flops
+from dss.planning.hardware import matmul_peak
+from dss.planning.typical import typical_store
 from dss.student.config import T5Config
-from dss.student.flops import useful_flops
 
 ALPHA, DROPOUT, LEARNING_RATE = 0.5, 0.1, 5e-5
 WARM = 2  # steps before those that count
@@ -86,11 +86,13 @@ class DssSide:
     def __init__(self, config: T5Config, args: argparse.Namespace, side: str):
         import jax
 
-        from dss.memory import keep_freed_memory
+        from dss.parallel.config import MeshConfig
+        from dss.parallel.memory import keep_freed_memory
+        from dss.parallel.mesh import make_mesh, put_batch
         from dss.student.network import init_params
+        from dss.training.config import OptimizerConfig
         from dss.training.loss import LossConfig
-        from dss.training.mesh import MeshConfig, make_mesh, put_batch
-        from dss.training.optimizer import OptimizerConfig, make_optimizer
+        from dss.training.optimizer import make_optimizer
         from dss.training.step import make_train_step, place_state, state_shardings
 
         keep_freed_memory()  # as the command line does

@@ -33,14 +33,15 @@ from pathlib import Path
 import numpy as np
 
 from dss.cli.options import prepare_jax
-from dss.config import parse_gin
+from dss.config.experiment import Experiment
+from dss.config.gin_files import parse_gin
 from dss.errors import UserError
 from dss.evaluation.significance import paired_bootstrap
-from dss.experiment import Experiment
 from dss.paths import gin_root
 from dss.quickstart import METHODS, make_data, quickstart_experiment
-from dss.runs import evaluate, load_run
-from dss.train import run_experiment
+from dss.runs.directory import load_run
+from dss.runs.student import evaluate
+from dss.runs.train import run_experiment
 from dss.training.metrics import read_metrics
 
 BASELINE = "baseline"

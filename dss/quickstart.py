@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from dss.data.store import TokenStore
-from dss.experiment import DataConfig, Experiment
+from dss.batches.store import TokenStore
+from dss.config.experiment import DataConfig, Experiment
 from dss.paths import PREDICTIONS
-from dss.runs import evaluate, load_run, use_data
+from dss.runs.directory import load_run, use_data
+from dss.runs.student import evaluate
+from dss.runs.train import run_experiment, training_store
 from dss.student.config import T5Config
-from dss.train import run_experiment, training_store
-from dss.training.optimizer import OptimizerConfig
-from dss.training.trainer import TrainerConfig
+from dss.training.config import OptimizerConfig, TrainerConfig
 
 __all__ = [
     "METHODS",

@@ -1,6 +1,6 @@
 """ANLI, round 1: importing this registers its SeqIO tasks and mixtures."""
 
-from dss.data.seqio_tasks import register_seqio
+from dss.integrations.seqio_tasks import register_seqio
 
 __all__ = ["NAMES"]
 

@@ -16,8 +16,9 @@ from xdist.scheduler import LoadScopeScheduling
 from dss.cli.options import quiet_tpu
 from dss.data import registry
 from dss.data.released import RELEASED
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh
 from dss.student.config import T5Config
-from dss.training.mesh import MeshConfig, make_mesh
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Programs of tests run for milliseconds and compile for seconds; train and eval steps are compiled
@@ -36,18 +37,18 @@ QUESTIONS = ("sum", "difference")
 
 
 def pytest_collection_modifyitems(items):
-    """Marks integration tests slow, and puts them first.
+    """Marks end-to-end tests slow, and puts them first.
 
     So no long one begins while the other process of pytest-xdist has nothing left.
     """
     for item in items:
-        if "integration" in item.path.parts:
+        if "end_to_end" in item.path.parts:
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: "integration" not in item.path.parts)
+    items.sort(key=lambda item: "end_to_end" not in item.path.parts)
 
 
 class _Scheduling(LoadScopeScheduling):
-    """Deals integration tests to processes function by function, all others file by file.
+    """Deals end-to-end tests to processes function by function, all others file by file.
 
     Files whose fixtures take long stay whole too.
     """
@@ -56,7 +57,7 @@ class _Scheduling(LoadScopeScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        if "/integration/" not in file or Path(file).stem in self.WHOLE:
+        if "/end_to_end/" not in file or Path(file).stem in self.WHOLE:
             return file
         return nodeid.partition("[")[0]
 

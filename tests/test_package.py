@@ -18,7 +18,7 @@ MODULES = sorted(
     for m in pkgutil.walk_packages(dss.__path__, "dss.")
     if not m.ispkg and "configs" not in m.name
 )
-NEEDS_T5X = "dss.interop.t5x"
+NEEDS_T5X = "dss.integrations.t5x"
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -74,7 +74,7 @@ def test_a_wheel_works_from_any_directory(tmp_path):
     packages = next(p for p in sys.path if p.endswith("site-packages"))
     (site / "dependencies.pth").write_text(packages + "\n")
     code = (
-        "import dss, dss.config as c, dss.tasks; print(dss.__file__);"
+        "import dss, dss.config.gin_files as c, dss.tasks; print(dss.__file__);"
         "print(c.parse_gin(['students/xl.gin', 'recipes/cqa_step_by_step.gin']).student.d_model)"
     )
     done = subprocess.run(

@@ -60,7 +60,7 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 def _module(verb: str):
-    return importlib.import_module(f"dss.cli.{verb}_verb")
+    return importlib.import_module(f"dss.cli.{verb}_command")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -67,7 +67,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def open_run(args: argparse.Namespace):
     """Returns the run that the options name."""
-    from dss.runs import load_run
+    from dss.runs.directory import load_run
 
     flags = list(args.gin)
     for name, value in (
@@ -97,9 +97,9 @@ def prepare_jax(*, steps: bool = True) -> None:
     import jax
     from absl import logging as absl_logging
 
-    from dss.data.store import cache_dir
-    from dss.memory import keep_freed_memory, return_freed_memory
-    from dss.training.processes import join_processes
+    from dss.batches.store import cache_dir
+    from dss.parallel.memory import keep_freed_memory, return_freed_memory
+    from dss.parallel.processes import join_processes
 
     (keep_freed_memory if steps else return_freed_memory)()
     quiet_tpu()
@@ -116,7 +116,7 @@ def quiet_tpu() -> None:
     """Has libtpu, where there is no TPU, neither look for one, saying so at length, nor keep other
     processes from loading it.
     """
-    from dss.accelerators import has_tpu
+    from dss.parallel.devices import has_tpu
 
     if not has_tpu():
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dss.cli.progress import time_left
-from dss.sweep import SweepRun
-from dss.sweep_runner import Outcome, SweepProgress
+from dss.sweeps.runner import Outcome, SweepProgress
+from dss.sweeps.sweep import SweepRun
 
 __all__ = ["SweepLines"]
 

@@ -1,7 +1,7 @@
 """How training shows itself."""
 
 from dss.cli.progress import Lines
-from dss.training.trainer import Progress
+from dss.training.loop import Progress
 
 __all__ = ["TrainProgress"]
 

@@ -9,18 +9,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dss.data.metrics import rouge_l
-from dss.data.tasks import Mixture, extract_label
 from dss.data.vocabulary import EOS, Vocabulary, encode_example
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
-from dss.fields import check_at_least, check_types
-from dss.student.config import T5Config
+from dss.mixtures.tasks import Mixture, extract_label
+from dss.parallel.mesh import fetch, put_batch
+from dss.student.config import DecodingConfig, T5Config
 from dss.student.decoding import candidate_slots, generate, score_candidates
-from dss.training.mesh import fetch, put_batch
 
 __all__ = [
     "Answer",
-    "DecodingConfig",
     "DecodingProgress",
     "EvaluationExample",
     "Predictor",
@@ -29,23 +27,6 @@ __all__ = [
     "metric_name",
     "token_metrics",
 ]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodingConfig:
-    """How a student's text is read off it."""
-
-    max_length: int = 64  # tokens of a label, EOS counted; the reference's generation length
-    rationale_length: int = 256  # tokens of a rationale, EOS counted
-    num_beams: int = 1  # 1 is greedy
-    closed: bool = True  # choose among the possible labels, where a task says what they are
-    batch_size: int = 64  # inputs decoded together
-    length_multiple: int = 16  # inputs are padded to a multiple of this, for few compiled shapes
-
-    def __post_init__(self):
-        check_types(self)
-        numbers = [field.name for field in dataclasses.fields(self) if field.type is int]
-        check_at_least(self, 1, *numbers)
 
 
 @dataclasses.dataclass(frozen=True)

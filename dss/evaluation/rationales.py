@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from dss.data.metrics import rouge_l
 from dss.data.registry import Dataset
-from dss.data.tasks import CONCLUSION, extract_label
 from dss.evaluation.evaluator import EvaluationExample
+from dss.mixtures.tasks import CONCLUSION, extract_label
 
 __all__ = ["RationaleQuality", "conclusion"]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from etils import epath
 
-from dss.data.tasks import Mixture
 from dss.data.vocabulary import Vocabulary
 from dss.evaluation.calibration import Calibration
 from dss.evaluation.confusion import Confusion
 from dss.evaluation.evaluator import Answer, EvaluationExample, Scored
 from dss.evaluation.rationales import RationaleQuality
 from dss.evaluation.teachers import TeacherOutputs, TeacherScore, score_teacher
+from dss.mixtures.tasks import Mixture
 from dss.paths import write_whole
 
 __all__ = ["Evaluation"]

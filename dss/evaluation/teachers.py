@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from dss.data.examples import TeacherOutput
-from dss.data.tasks import Mixture
 from dss.evaluation.evaluator import EvaluationExample, Scored
 from dss.evaluation.significance import mcnemar
+from dss.mixtures.tasks import Mixture
 
 __all__ = ["TeacherOutputs", "TeacherScore", "read_teachers", "score_teacher"]
 

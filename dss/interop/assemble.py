@@ -10,9 +10,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from dss.errors import UserError
+from dss.parallel.processes import all_agree
 from dss.student.config import T5Config
 from dss.student.network import abstract_params
-from dss.training.processes import all_agree
 
 __all__ = ["Name", "Tensors", "assemble"]
 

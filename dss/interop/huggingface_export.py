@@ -13,11 +13,10 @@ import numpy as np
 
 from dss.data.vocabulary import EOS, PAD, UNK, SentencePieceVocabulary, Vocabulary
 from dss.errors import UserError
-from dss.evaluation.evaluator import DecodingConfig
 from dss.interop.disassemble import Params, disassemble, placeholders
 from dss.interop.huggingface import HEAD, tensor_name
 from dss.interop.shards import write_shards
-from dss.student.config import T5Config
+from dss.student.config import DecodingConfig, T5Config
 
 __all__ = [
     "SPIECE",

@@ -8,13 +8,13 @@ from typing import Any
 
 from etils import epath
 
+from dss.config.experiment import Experiment
 from dss.data.examples import hash_input, read_json_lines
-from dss.data.ledger import Ledger
 from dss.errors import UserError
-from dss.experiment import Experiment
+from dss.mixtures.ledger import Ledger
 from dss.paths import CONFIG_FILE, PREDICTIONS, check_no_pipes
-from dss.runs import CHECKPOINTS, load_run
-from dss.sessions import read_sessions
+from dss.runs.directory import CHECKPOINTS, load_run
+from dss.runs.session import read_sessions
 from dss.student.network import num_parameters
 from dss.training.metrics import read_metrics
 

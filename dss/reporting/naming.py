@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from dss.experiment import Experiment
+from dss.config.experiment import Experiment
 from dss.reporting.collect import METHODS, RunRecord
 
 __all__ = ["count_text", "method_names", "student_names"]

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dss import __version__
-from dss.data.ledger import Ledger
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
+from dss.mixtures.ledger import Ledger
 from dss.paths import write_whole
 from dss.reporting.analysis import RELEASED_TEACHERS, Cell, Group, analyse, compare
 from dss.reporting.collect import Collected, EvaluationRecord, RunRecord

@@ -1,11 +1,28 @@
-"""The shape of a T5 student."""
+"""Configurations of a student, its decoding, and the logical axes of its parameters."""
 
 import dataclasses
 from typing import Literal
 
 from dss.fields import check_at_least, check_share, check_types
 
-__all__ = ["T5Config"]
+__all__ = ["AXES", "DecodingConfig", "T5Config"]
+
+AXES = {  # logical axes of each parameter; a layer's have "layers" before them
+    "embedding": ("vocab", "embed"),
+    "head": ("embed", "vocab"),
+    "query": ("embed", "heads"),
+    "key": ("embed", "heads"),
+    "value": ("embed", "heads"),
+    "out": ("heads", "embed"),
+    "wi_0": ("embed", "mlp"),
+    "wi_1": ("embed", "mlp"),
+    "wo": ("mlp", "embed"),
+    "relative_bias": ("buckets", "heads"),
+    "norm": ("embed",),
+    "attention_norm": ("embed",),
+    "cross_norm": ("embed",),
+    "mlp_norm": ("embed",),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,3 +56,20 @@ class T5Config:
         sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
         check_at_least(self, 1, *sizes)
         check_share(self, "dropout_rate")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How a student's text is read off it."""
+
+    max_length: int = 64  # tokens of a label, EOS counted; the reference's generation length
+    rationale_length: int = 256  # tokens of a rationale, EOS counted
+    num_beams: int = 1  # 1 is greedy
+    closed: bool = True  # choose among the possible labels, where a task says what they are
+    batch_size: int = 64  # inputs decoded together
+    length_multiple: int = 16  # inputs are padded to a multiple of this, for few compiled shapes
+
+    def __post_init__(self):
+        check_types(self)
+        numbers = [field.name for field in dataclasses.fields(self) if field.type is int]
+        check_at_least(self, 1, *numbers)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dss.student.config import T5Config
+from dss.student.config import AXES, T5Config
 from dss.student.ops import (
     PRODUCT,
     Rows,
@@ -39,7 +39,6 @@ from dss.student.ops import (
 )
 
 __all__ = [
-    "AXES",
     "T5",
     "Attention",
     "Layer",
@@ -54,23 +53,6 @@ __all__ = [
 ]
 
 Params = dict[str, Any]
-
-AXES = {  # logical axes of each parameter; a layer's have "layers" before them
-    "embedding": ("vocab", "embed"),
-    "head": ("embed", "vocab"),
-    "query": ("embed", "heads"),
-    "key": ("embed", "heads"),
-    "value": ("embed", "heads"),
-    "out": ("heads", "embed"),
-    "wi_0": ("embed", "mlp"),
-    "wi_1": ("embed", "mlp"),
-    "wo": ("mlp", "embed"),
-    "relative_bias": ("buckets", "heads"),
-    "norm": ("embed",),
-    "attention_norm": ("embed",),
-    "cross_norm": ("embed",),
-    "mlp_norm": ("embed",),
-}
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,

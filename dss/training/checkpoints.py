@@ -10,12 +10,12 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dss.errors import UserError, first_line
-from dss.memory import trim_freed_memory
+from dss.parallel.memory import trim_freed_memory
+from dss.parallel.mesh import place
+from dss.parallel.processes import all_agree, is_leader, wait_for_all
 from dss.paths import absolute, check_no_pipes
 from dss.training.checksums import check_sums, checksums, path_names
 from dss.training.leaves import Leaves, is_passing, reading
-from dss.training.mesh import place
-from dss.training.processes import all_agree, is_leader, wait_for_all
 from dss.training.step import TrainState
 
 __all__ = ["Checkpoints", "abstract_like", "largest_part"]

@@ -16,8 +16,8 @@ from pathlib import Path
 from etils import epath
 
 from dss.errors import UserError
+from dss.parallel.processes import is_leader
 from dss.paths import in_bucket, write_whole
-from dss.training.processes import is_leader
 
 __all__ = ["MetricsWriter", "read_metrics"]
 

@@ -1,42 +1,16 @@
 """Optimizers and learning-rate schedules: the reference's AdamW and T5X's Adafactor."""
 
-import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dss.fields import check_at_least, check_share, check_types
+from dss.training.config import OptimizerConfig
 
-__all__ = ["OptimizerConfig", "make_optimizer", "make_schedule"]
+__all__ = ["make_optimizer", "make_schedule"]
 
 STACKS = ("encoder", "decoder")  # parameter groups whose "layers" have a leading layer axis
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """Everything about the update. The defaults are the reference's."""
-
-    name: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: float = 5e-5  # at its peak
-    schedule: Literal["linear", "constant", "cosine", "rsqrt"] = "linear"
-    warmup_steps: int = 0  # linear from 0
-    b1: float = 0.9  # AdamW
-    b2: float = 0.999  # AdamW
-    eps: float = 1e-8  # AdamW
-    weight_decay: float = 0.0  # AdamW, decoupled, times the learning rate
-    decay_rate: float = 0.8  # Adafactor's exponent of the second-moment decay
-    clip_global_norm: float | None = 1.0  # None: no clipping
-
-    def __post_init__(self):
-        check_types(self)
-        if not self.learning_rate > 0:
-            raise ValueError(
-                f"OptimizerConfig.learning_rate must be above 0, got {self.learning_rate}"
-            )
-        check_at_least(self, 0, "warmup_steps", "weight_decay", "clip_global_norm")
-        check_share(self, "b1", "b2")
 
 
 def make_schedule(config: OptimizerConfig, train_steps: int) -> optax.Schedule:

@@ -12,6 +12,15 @@ import optax
 from jax.sharding import Mesh
 
 from dss.errors import UserError
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import (
+    batch_sharding,
+    check_split,
+    opt_state_shardings,
+    param_shardings,
+    place,
+    replicated,
+)
 from dss.student.config import T5Config
 from dss.student.network import abstract_params, bind, logical_axes
 from dss.student.ops import dropout_seeds
@@ -22,15 +31,6 @@ from dss.training.loss import (
     mixture_loss,
     token_counts,
     token_weights,
-)
-from dss.training.mesh import (
-    MeshConfig,
-    batch_sharding,
-    check_split,
-    opt_state_shardings,
-    param_shardings,
-    place,
-    replicated,
 )
 
 __all__ = [

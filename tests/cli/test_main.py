@@ -170,8 +170,8 @@ def test_options_that_cannot_be_read_are_one_line_and_status_2(args, message, ca
 
 def test_lines_are_in_a_log_file_before_the_command_ends(tmp_path):
     code = (
-        "import os, sys; from dss.cli import main, inspect_verb\n"
-        "inspect_verb.run = lambda args: (print('begun'), os._exit(0))\n"
+        "import os, sys; from dss.cli import main, inspect_command\n"
+        "inspect_command.run = lambda args: (print('begun'), os._exit(0))\n"
         "main.main(['inspect'])"
     )
     with (tmp_path / "log").open("w") as log:
@@ -187,7 +187,7 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, wrapped):
             raise ValueError("RESOURCE_EXHAUSTED: write failed") from error
         raise error
 
-    monkeypatch.setattr("dss.cli.inspect_verb.run", run)
+    monkeypatch.setattr("dss.cli.inspect_command.run", run)
     assert cli.main(["inspect"]) == 2
     printed = capsys.readouterr().err
     assert "some/file: no space left on device" in printed
@@ -228,7 +228,7 @@ def test_decoding_shows_its_rate_without_compiling_on_standard_error(capsys, mon
 
 
 def test_a_path_that_cannot_be_used_is_one_line(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr("dss.cli.inspect_verb.run", lambda _: (tmp_path / "file" / "x").mkdir())
+    monkeypatch.setattr("dss.cli.inspect_command.run", lambda _: (tmp_path / "file" / "x").mkdir())
     (tmp_path / "file").write_text("")
     assert cli.main(["inspect"]) == 2
     assert capsys.readouterr().err == f"dss inspect: {tmp_path}/file/x: not a directory\n"

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dss.batches.store import open_store
 from dss.cli.main import main
 from dss.data.registry import register
-from dss.data.store import open_store
-from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary, round_trip
 from dss.errors import UserError
+from dss.mixtures.tasks import get_mixture
 from dss.teacher.prompt import load_prompt
-from tests.integration.conftest import STUDENT
+from tests.end_to_end.conftest import STUDENT
 
 pytestmark = pytest.mark.slow
 

@@ -2,16 +2,16 @@ import re
 
 import pytest
 
+from dss.batches.statistics import describe_labels
+from dss.batches.store import open_store
 from dss.cli.main import main
 from dss.data.examples import stream_examples
 from dss.data.labels import Labels, describe_look_alikes
 from dss.data.registry import register
-from dss.data.statistics import describe_labels
-from dss.data.store import open_store
-from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary, round_trip
 from dss.errors import UserError
 from dss.evaluation.evaluator import EvaluationExample, Scored
+from dss.mixtures.tasks import get_mixture
 from tests.conftest import write_jsonl
 
 LENGTHS = {"inputs_length": 64, "targets_length": 16}

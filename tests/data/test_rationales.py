@@ -1,13 +1,13 @@
 import pytest
 
-from dss.data.batches import paired_order, sampled_order
+from dss.batches.batches import paired_order, sampled_order
+from dss.batches.store import open_store
 from dss.data.examples import read_teacher_outputs
 from dss.data.rationales import RationaleConfig
 from dss.data.registry import register
-from dss.data.store import open_store
-from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
+from dss.mixtures.tasks import get_mixture
 from tests.conftest import write_jsonl
 
 

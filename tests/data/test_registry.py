@@ -6,15 +6,15 @@ import shutil
 import pytest
 from etils import epath
 
-from dss.config import parse_gin
+from dss.config.experiment import DataConfig, Experiment
+from dss.config.gin_files import parse_gin
 from dss.data.labels import Labels
 from dss.data.registry import get_dataset, register, released_dataset, set_data_root
 from dss.data.splits import hold_out, subsample
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
-from dss.experiment import DataConfig, Experiment
-from dss.runs import use_data
-from dss.train import settle_data
+from dss.runs.directory import use_data
+from dss.runs.train import settle_data
 from tests.conftest import write_jsonl
 
 

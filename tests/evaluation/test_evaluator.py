@@ -3,15 +3,10 @@ import numpy as np
 import pytest
 
 from dss.data.registry import get_dataset
-from dss.data.tasks import get_mixture
 from dss.data.vocabulary import encode_example, load_vocabulary
-from dss.evaluation.evaluator import (
-    DecodingConfig,
-    DecodingProgress,
-    EvaluationExample,
-    Predictor,
-    token_metrics,
-)
+from dss.evaluation.evaluator import DecodingProgress, EvaluationExample, Predictor, token_metrics
+from dss.mixtures.tasks import get_mixture
+from dss.student.config import DecodingConfig
 from dss.student.decoding import score_candidates
 from dss.student.network import init_params
 from tests.conftest import tiny_config

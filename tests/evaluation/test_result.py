@@ -3,13 +3,13 @@ import json
 import pytest
 from etils import epath
 
+from dss.batches.statistics import measure_split
 from dss.data.registry import get_dataset, register
-from dss.data.statistics import measure_split
-from dss.data.tasks import get_mixture
 from dss.evaluation.evaluator import Answer, evaluation_set
 from dss.evaluation.result import Evaluation
 from dss.evaluation.significance import mcnemar
 from dss.evaluation.teachers import read_teachers
+from dss.mixtures.tasks import get_mixture
 from tests.conftest import write_jsonl
 
 

@@ -9,12 +9,12 @@ import pytest
 from flax import serialization
 from safetensors.numpy import load_file, save_file
 
-from dss.config import parse_gin
+from dss.config.experiment import Experiment
+from dss.config.gin_files import parse_gin
 from dss.errors import UserError
-from dss.experiment import Experiment
 from dss.interop import huggingface, t5x_checkpoint
-from dss.runs import read_initial
-from tests.interop.t5x_files import fixture_tensors, write_legacy, write_orbax
+from dss.runs.start import read_initial
+from tests.integrations.t5x_files import fixture_tensors, write_legacy, write_orbax
 
 WO = "encoder.layers_1.mlp.wo.kernel"
 

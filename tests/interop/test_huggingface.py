@@ -7,8 +7,9 @@ from safetensors.numpy import load_file, save_file
 
 from dss.errors import UserError
 from dss.interop import huggingface
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh, param_shardings
 from dss.student.network import abstract_params, logical_axes
-from dss.training.mesh import MeshConfig, make_mesh, param_shardings
 
 
 @pytest.fixture

@@ -10,15 +10,16 @@ import tensorstore
 from etils import epath
 from flax import serialization
 
+from dss.config.experiment import Experiment
 from dss.errors import UserError
-from dss.experiment import Experiment
 from dss.interop import t5x_checkpoint, t5x_export
 from dss.interop.assemble import assemble
 from dss.interop.t5x_checkpoint import load_params, read_config, resolve
-from dss.runs import import_checkpoint, read_initial
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh, param_shardings
+from dss.runs.start import import_checkpoint, read_initial
 from dss.student.decoding import generate
 from dss.student.network import abstract_params, bind, init_params, logical_axes
-from dss.training.mesh import MeshConfig, make_mesh, param_shardings
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.slow

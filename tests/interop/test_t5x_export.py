@@ -15,7 +15,8 @@ from dss.interop.t5x_export import train_state, write_checkpoint
 from dss.student.config import T5Config
 from dss.student.network import init_params
 from dss.training.checkpoints import Checkpoints
-from dss.training.optimizer import OptimizerConfig, make_optimizer
+from dss.training.config import OptimizerConfig
+from dss.training.optimizer import make_optimizer
 from dss.training.step import TrainState
 from tests.conftest import tiny_config
 

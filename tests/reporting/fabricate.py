@@ -8,9 +8,9 @@ from typing import Any
 
 from etils import epath
 
-from dss.config import save_config
-from dss.experiment import DataConfig, Experiment
-from dss.training.trainer import TrainerConfig
+from dss.config.experiment import DataConfig, Experiment
+from dss.config.gin_files import save_config
+from dss.training.config import TrainerConfig
 from tests.conftest import tiny_config, write_jsonl
 
 STEPS, TEST = 40, 100  # steps of a run, test examples

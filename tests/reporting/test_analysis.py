@@ -8,7 +8,7 @@ from dss.reporting.analysis import Cell, Teacher, analyse
 from dss.reporting.collect import collect
 from dss.reporting.figures import draw_figures
 from dss.reporting.words import answer, tiles
-from dss.training.trainer import TrainerConfig
+from dss.training.config import TrainerConfig
 from tests.reporting.fabricate import STEPS, verdicts, write_predictions, write_run
 
 SBS = "step_by_step_rules"

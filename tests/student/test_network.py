@@ -8,6 +8,8 @@ import pytest
 
 from dss.data.vocabulary import EOS, PAD
 from dss.interop import huggingface
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh, put_batch
 from dss.student import decoding
 from dss.student.config import T5Config
 from dss.student.decoding import (
@@ -17,7 +19,6 @@ from dss.student.decoding import (
     score_candidates,
 )
 from dss.student.network import bind, init_params, logical_axes, num_parameters
-from dss.training.mesh import MeshConfig, make_mesh, put_batch
 from tests.conftest import tiny_config
 
 TOLERANCE = 1e-4  # relative to the largest logit
@@ -314,7 +315,7 @@ def test_a_search_ends_when_no_length_lets_a_running_hypothesis_win(monkeypatch,
 
 def test_student_and_training_need_no_tensorflow():
     code = (
-        "import sys, dss.student.decoding, dss.training.trainer, dss.train;"
+        "import sys, dss.student.decoding, dss.training.loop, dss.runs.train;"
         "print([m for m in sys.modules if m.split('.')[0] in ('tensorflow', 'seqio', 'torch')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,8 +7,8 @@ import pytest
 
 from dss.data.examples import read_teacher_outputs
 from dss.data.registry import register
-from dss.data.tasks import get_mixture
 from dss.errors import UserError
+from dss.mixtures.tasks import get_mixture
 from dss.teacher.job import file_job
 from dss.teacher.journal import Journal
 from dss.teacher.outputs import Sample, vote

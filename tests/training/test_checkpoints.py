@@ -7,12 +7,14 @@ import tensorstore as ts
 from orbax.checkpoint._src.serialization import replica_slices
 
 from dss.errors import UserError
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh
+from dss.runs.train import abstract_state
 from dss.student.network import abstract_params, init_params
-from dss.train import abstract_state
 from dss.training.checkpoints import Checkpoints, abstract_like, largest_part
-from dss.training.mesh import MeshConfig, make_mesh
+from dss.training.config import OptimizerConfig
 from dss.training.metrics import MetricsWriter, read_metrics
-from dss.training.optimizer import OptimizerConfig, make_optimizer
+from dss.training.optimizer import make_optimizer
 from dss.training.step import TrainState, init_state, state_shardings
 from tests.conftest import tiny_config
 

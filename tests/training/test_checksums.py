@@ -5,9 +5,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dss.errors import UserError
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh
 from dss.training import checksums as module
 from dss.training.checksums import check_sums, checksum, checksums
-from dss.training.mesh import MeshConfig, make_mesh
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dss.program import product_bytes
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh
+from dss.planning.hlo import product_bytes
 from dss.training import loss as loss_module
 from dss.training.loss import (
     LossConfig,
@@ -19,7 +21,6 @@ from dss.training.loss import (
     token_counts,
     token_weights,
 )
-from dss.training.mesh import MeshConfig, make_mesh
 
 
 def test_cross_entropy_of_even_logits_is_the_log_of_the_vocabulary():

@@ -4,16 +4,18 @@ import jax
 import numpy as np
 import pytest
 
-from dss.data.batches import Batches, fill, paired_order, sequential_order
+from dss.batches.batches import Batches, fill, paired_order, sequential_order
+from dss.batches.store import open_store
 from dss.data.registry import register
-from dss.data.store import open_store
-from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary
+from dss.mixtures.tasks import get_mixture
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh, put_batch
 from dss.student.decoding import generate
 from dss.student.network import bind, init_params
+from dss.training.config import OptimizerConfig
 from dss.training.loss import LossConfig, cross_entropy
-from dss.training.mesh import MeshConfig, make_mesh, put_batch
-from dss.training.optimizer import OptimizerConfig, make_optimizer
+from dss.training.optimizer import make_optimizer
 from dss.training.step import make_eval_step, make_train_step, place_state, state_shardings
 from tests.conftest import tiny_config
 

@@ -5,9 +5,11 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh
 from dss.student.network import abstract_params, logical_axes
-from dss.training.mesh import MeshConfig, make_mesh
-from dss.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from dss.training.config import OptimizerConfig
+from dss.training.optimizer import make_optimizer, make_schedule
 from dss.training.step import state_shardings
 from tests.conftest import tiny_config
 

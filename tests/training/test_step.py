@@ -2,16 +2,18 @@ import jax
 import numpy as np
 import pytest
 
-from dss.data.batches import Batches, paired_order
+from dss.batches.batches import Batches, paired_order
+from dss.batches.store import open_store
 from dss.data.registry import register
-from dss.data.store import open_store
-from dss.data.tasks import get_mixture
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
+from dss.mixtures.tasks import get_mixture
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh, put_batch
 from dss.student.network import abstract_params, init_params
+from dss.training.config import OptimizerConfig
 from dss.training.loss import LossConfig
-from dss.training.mesh import MeshConfig, make_mesh, put_batch
-from dss.training.optimizer import OptimizerConfig, make_optimizer
+from dss.training.optimizer import make_optimizer
 from dss.training.step import (
     init_state,
     make_eval_step,

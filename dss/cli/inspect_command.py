@@ -1,0 +1,296 @@
+"""`dss inspect`."""
+
+import argparse
+import contextlib
+from typing import TYPE_CHECKING
+
+from dss.cli.checks import check_flags
+from dss.cli.options import add_gin_options, gin_folders
+from dss.cli.tables import make_console, make_table
+from dss.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dss.config.experiment import Experiment
+    from dss.data.vocabulary import Vocabulary
+    from dss.mixtures.ledger import Ledger
+    from dss.mixtures.tasks import Mixture, Task, TaskRows
+
+__all__ = ["add_arguments", "run"]
+
+FILL_STEPS = 8  # batches looked at to tell how full they are
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's options."""
+    parser.add_argument(
+        "mixture",
+        nargs="?",
+        metavar="MIXTURE",
+        help="its name; without one, all are listed, or those of DATASET_PATH",
+    )
+    add_gin_options(parser)
+    parser.add_argument("--examples", type=int, default=2, metavar="N", help="to show of each task")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what the mixture holds."""
+    search = gin_folders(args)
+    check_flags(args.gin)
+
+    from dss.config.gin_files import parse_gin
+    from dss.data.vocabulary import load_vocabulary
+    from dss.mixtures.tasks import get_mixture, mixture_names, with_teacher
+    from dss.runs.directory import use_data
+
+    experiment = parse_gin(args.gin_file, args.gin, search)
+    own = use_data(experiment.data)
+    name = args.mixture or experiment.mixture
+    console = make_console()
+    if name is None:
+        for known in mixture_names(own):
+            console.print(known)
+        return 0
+    if experiment.teacher is not None:
+        name = with_teacher(name, experiment.teacher)
+    mixture = get_mixture(name, experiment.alpha, one_input=experiment.data.one_encoder_pass)
+    console.print(f"[bold]{mixture.name}[/bold]")
+    _print_sources(console, mixture)
+    _print_counts(console, mixture, experiment)
+    vocabulary = None
+    if experiment.vocabulary is not None:
+        vocabulary = load_vocabulary(experiment.vocabulary)
+        mixture.dataset.labels.check_distinct(vocabulary)
+    _print_ledgers(console, mixture, experiment, vocabulary)
+    if vocabulary is None:
+        console.print("lengths, packed fill, examples: give --gin.VOCABULARY=FILE to see them")
+        return 0
+    _print_lengths(console, mixture, vocabulary, experiment)
+    _print_batches(console, mixture, vocabulary, experiment)
+    _print_examples(console, mixture, vocabulary, experiment, args.examples)
+    return 0
+
+
+def _splits(mixture: "Mixture") -> list[str]:
+    from dss.data.registry import SPLITS
+
+    return [split for split in SPLITS if mixture.dataset.has(split)]
+
+
+def _print_sources(console: "Console", mixture: "Mixture") -> None:
+    table = make_table("tasks", "task", "reads and writes", "rate")
+    wrote = {"label": "label", "rationale": "rationale", "rationale_then_label": "both in one"}
+    for task, rate in zip(mixture.tasks, mixture.rates, strict=True):
+        what = f"{task.prefix}x -> {wrote[task.kind]} of {task.teacher or 'gold'}"
+        what += ", as the decoder is told" if task.mark else ""
+        table.add_row(task.name, what, f"{rate:g}")
+    console.print(table)
+    teachers = {task.teacher for task in mixture.tasks}
+    for split in ("train", "valid", "test"):
+        files = sorted(
+            {
+                str(file)
+                for teacher in teachers
+                if mixture.dataset.has(split, teacher)
+                for file in mixture.dataset.source.files(
+                    mixture.dataset.source_split(split), teacher
+                )
+            }
+        )
+        shown = (
+            files[0] + (f" and {len(files) - 1} more" if len(files) > 1 else "") if files else ""
+        )
+        held_out = split == "valid" and not mixture.dataset.source.has("valid")
+        note = " (a tenth of train, held out)" if held_out and files else ""
+        console.print(f"  {split:<6}{shown or 'no file'}{note}", markup=False)
+    console.print()
+
+
+def _print_counts(console: "Console", mixture: "Mixture", experiment: "Experiment") -> None:
+    from dss.batches.statistics import measure_split
+
+    dataset = mixture.dataset
+    teachers = sorted({t.teacher for t in mixture.tasks if t.teacher})
+    table = make_table(
+        "examples", "split", "teacher", "examples", "labelled", "statuses", "teacher's accuracy"
+    )
+    for split in _splits(mixture):
+        here = [teacher for teacher in teachers if dataset.has(split, teacher)]
+        measured = measure_split(
+            dataset, split, here, fraction=experiment.data.fraction, seed=experiment.seed
+        )
+        counts = str(measured.examples), str(measured.labelled)
+        if not here:
+            table.add_row(split, "-", *counts, "", "")
+        for teacher, found in measured.teachers.items():
+            statuses = ", ".join(f"{count} {name}" for name, count in found.statuses.items())
+            accuracy = "" if found.accuracy is None else f"{found.accuracy:.2%}"
+            table.add_row(split, teacher, *counts, statuses, accuracy)
+    console.print(table)
+
+
+def _print_ledgers(
+    console: "Console",
+    mixture: "Mixture",
+    experiment: "Experiment",
+    vocabulary: "Vocabulary | None",
+) -> None:
+    """Prints what becomes of every row of each file."""
+    from dss.mixtures.ledger import LEFT_OUT, USED
+
+    for split in _splits(mixture):
+        if not any(task.has(split) for task in mixture.tasks):
+            continue
+        ledgers = _ledgers(mixture.available(split), split, experiment, vocabulary)
+        table = make_table(f"{split}: the file's rows", "rows", *(task.name for task, _ in ledgers))
+        for fate in (*USED, *LEFT_OUT):
+            counts = [ledger.fates.get(fate, 0) for _, ledger in ledgers]
+            if any(counts):
+                table.add_row(fate, *(f"{count:,}" for count in counts))
+        table.add_row("in all", *(f"{ledger.rows:,}" for _, ledger in ledgers))
+        console.print(table)
+        for task, ledger in ledgers:
+            if ledger.strays:
+                named = ", ".join(map(repr, ledger.stray_ids))
+                line = f"{task.teacher} has {ledger.strays:,} outputs whose id no row has: {named}"
+                console.print(f"  {line}\n", markup=False)
+
+
+def _ledgers(
+    mixture: "Mixture", split: str, experiment: "Experiment", vocabulary: "Vocabulary | None"
+) -> "list[tuple[Task, Ledger]]":
+    from dss.mixtures.ledger import make_ledger
+    from dss.runs.train import split_store
+
+    if vocabulary is not None:
+        with contextlib.suppress(UserError):  # no rows: said after the table that shows why
+            store = split_store(experiment, mixture, split, vocabulary)
+            pairs = zip(mixture.tasks, store.tasks, strict=True)
+            return [(task, tokens.ledger) for task, tokens in pairs if tokens.ledger is not None]
+    fraction = experiment.data.fraction
+    return [
+        (
+            task,
+            make_ledger(
+                task,
+                mixture.dataset,
+                split,
+                _read(task, split, experiment),
+                fraction=fraction,
+            ),
+        )
+        for task in mixture.tasks
+    ]
+
+
+def _read(task: "Task", split: str, experiment: "Experiment") -> "TaskRows":
+    """Returns what the experiment would read."""
+    data = experiment.data
+    return task.read(
+        split,
+        fraction=data.fraction,
+        seed=experiment.seed,
+        keep_unparsed=data.keep_unparsed,
+        rationales=experiment.rationales,
+    )
+
+
+def _print_lengths(
+    console: "Console", mixture: "Mixture", vocabulary: "Vocabulary", experiment: "Experiment"
+) -> None:
+    from dss.batches.statistics import measure_lengths
+
+    data = experiment.data
+    table = make_table(
+        "tokens, EOS counted",
+        *("split", "text", "rows", "50%", "90%", "99%", "longest", "total", "limit", "cut"),
+    )
+    for split in _splits(mixture):
+        for task in mixture.tasks:
+            if not task.has(split):
+                continue
+            rows = _read(task, split, experiment).rows
+            if not rows:
+                continue
+            both = measure_lengths(
+                rows,
+                vocabulary,
+                inputs_length=data.inputs_length,
+                targets_length=data.targets_length,
+            )
+            names = (f"{task.prefix}inputs", task.kind)
+            limits = (data.inputs_length, data.targets_length)
+            for name, found, limit in zip(names, both, limits, strict=True):
+                lengths = [str(p) for p in found.percentiles]
+                cells = (f"{found.total:,}", str(limit), f"{found.truncated:.1%}")
+                table.add_row(split, name, str(len(rows)), *lengths, *cells)
+    console.print(table)
+
+
+def _print_batches(
+    console: "Console", mixture: "Mixture", vocabulary: "Vocabulary", experiment: "Experiment"
+) -> None:
+    """Prints the shapes that training batches have and how full the first ones are."""
+    import dataclasses
+
+    import numpy as np
+
+    from dss.batches.batches import fill
+    from dss.batches.statistics import describe_labels
+    from dss.runs.train import training_batches, training_store
+
+    experiment = dataclasses.replace(experiment, mixture=mixture.name, teacher=None)
+    store = training_store(experiment)
+    for line in describe_labels(
+        mixture, vocabulary, store, fraction=experiment.data.fraction, seed=experiment.seed
+    ):
+        console.print(f"  {line}\n", markup=False)
+    starts = mixture.start_ids(vocabulary)
+    batches = training_batches(experiment, mixture, store, experiment.microbatches, starts)
+    kind = "packed" if batches.packed else "unpacked"
+    table = make_table(
+        f"{kind} batches of {experiment.batch_size} examples",
+        *("shape", "side", "slots", "rows of attention"),
+    )
+    for number, shape in enumerate(batches.shapes, start=1):
+        if not batches.packed:
+            encoder = decoder = str(shape.input_rows)
+            groups = shape.input_rows
+        else:
+            widths, groups = shape.widths, batches.groups
+            encoder = f"{groups * shape.input_rows} of {widths.inputs}"
+            decoder = f"{groups * shape.target_rows} of {widths.targets}, over {widths.cross}"
+        table.add_row(str(number), "encoder", str(groups * shape.inputs), encoder)
+        table.add_row("", "decoder", str(groups * shape.targets), decoder)
+    console.print(table)
+    steps = min(FILL_STEPS, len(batches))
+    encoder, decoder = np.mean([fill(batches[step]) for step in range(steps)], axis=0)
+    console.print(
+        f"  filled, mean of {steps} steps: encoder {encoder:.1%}, decoder {decoder:.1%}\n"
+    )
+
+
+def _print_examples(
+    console: "Console",
+    mixture: "Mixture",
+    vocabulary: "Vocabulary",
+    experiment: "Experiment",
+    count: int,
+) -> None:
+    from dss.data.vocabulary import encode_example
+
+    data = experiment.data
+    for task in mixture.tasks:
+        for row in _read(task, "train", experiment).rows[:count]:
+            console.print(f"{task.name} {row.id}", style="bold", markup=False)
+            sides = (
+                ("inputs", row.inputs, data.inputs_length),
+                ("targets", row.targets, data.targets_length),
+            )
+            for side, text, length in sides:
+                ids = encode_example(vocabulary, text, length)
+                pieces = " ".join(vocabulary.pieces(ids))
+                console.print(f"  {side}: {text!r}", markup=False)
+                console.print(f"    ids: {ids}", style="dim", markup=False)
+                console.print(f"    pieces: {pieces}", style="dim", markup=False)

@@ -1,0 +1,117 @@
+"""The configuration of an experiment: all that decides a run."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from dss.data.labels import Labels
+from dss.data.rationales import RationaleConfig
+from dss.fields import check_at_least, check_share, check_types
+from dss.parallel.config import MeshConfig
+from dss.student.config import DecodingConfig, T5Config
+from dss.training.config import OptimizerConfig, TrainerConfig
+
+__all__ = ["DataConfig", "Experiment"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the data are, and how they become batches."""
+
+    root: str | None = None  # folder of the released datasets
+    dataset_path: str | None = None  # a user's JSON lines: a folder or a file; its name is theirs
+    labels: tuple[str, ...] = ()  # closed label set of the user's dataset
+    metric: str = "text"  # of the user's dataset: "text" or "equation"
+    feature_lengths: Mapping[str, int] = dataclasses.field(  # longest input and target, tokens
+        default_factory=lambda: {"inputs": 1024, "targets": 256}
+    )
+    fraction: float = 1.0  # of the training examples, (0, 1]
+    keep_unparsed: bool = False  # train on blanks where a teacher's text has no target
+    batches: Literal["paired", "sampled"] = "paired"  # each example in all views; or by rate
+    packed: bool = True  # sequences one after another; or a row each, padded
+    one_encoder_pass: bool = (
+        False  # an example's views have one input; the decoder is told the task
+    )
+
+    def __post_init__(self):
+        if isinstance(self.labels, str):  # as on a command line: billing,bug
+            object.__setattr__(self, "labels", tuple(self.labels.split(",")))
+        check_types(self)
+        object.__setattr__(self, "labels", Labels(tuple(self.labels)).closed)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"TRAIN_FRACTION must be in (0, 1], got {self.fraction}")
+        lengths = self.feature_lengths
+        if set(lengths) != {"inputs", "targets"} or min(lengths.values()) < 2:
+            raise ValueError(
+                "TASK_FEATURE_LENGTHS must be {'inputs': N, 'targets': N} of at least 2 tokens, "
+                f"got {dict(lengths)}"
+            )
+        if self.one_encoder_pass and self.batches != "paired":
+            raise ValueError(
+                "DataConfig.one_encoder_pass needs DataConfig.batches 'paired': sequences that are "
+                "sampled share no input"
+            )
+
+    @property
+    def inputs_length(self) -> int:
+        """The longest input in tokens, EOS counted."""
+        return self.feature_lengths["inputs"]
+
+    @property
+    def targets_length(self) -> int:
+        """The longest target in tokens, EOS counted."""
+        return self.feature_lengths["targets"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """All that decides a run. gin fills it in; library code may too."""
+
+    mixture: str | None = None  # name of a mixture or task; None for an imported checkpoint
+    teacher: str | None = None  # takes the place of the teacher in the mixture's name
+    run_dir: str | None = None  # where the run is kept
+    student: T5Config | None = None  # None: as the initial checkpoint says
+    initial_checkpoint: str | None = None  # hf:PATH, t5x:PATH, a hub id, a run; None: from scratch
+    vocabulary: str | None = None  # a SentencePiece file or "bytes"; None: the checkpoint's
+    dropout_rate: float = 0.1  # in [0, 1)
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the computation; None: the student's
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 needs dtype bfloat16
+    remat: Literal["none", "full", "dots"] | None = None  # recomputed backward; None: the student's
+    alpha: float = 0.5  # the label task's rate; the rationale's is 1 - alpha
+    alpha_end: float | None = None  # its value at the last step, reached linearly; None: constant
+    batch_size: int = 64  # examples (paired) or sequences (sampled) a step
+    microbatches: int = 1  # parts of a batch that go through the device one after another
+    seed: int = 0  # of parameters, order, subsample and dropout
+    label_smoothing: float = 0.0  # in [0, 1)
+    z_loss: float = 0.0  # weight of (log Z)^2
+    eval_examples: int | None = None  # validation examples decoded at an evaluation; None: all
+    data: DataConfig = DataConfig()
+    rationales: RationaleConfig = RationaleConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    mesh: MeshConfig = MeshConfig()
+    decoding: DecodingConfig = DecodingConfig()
+
+    def __post_init__(self):
+        check_types(self)
+        check_at_least(self, 1, "batch_size", "microbatches", "eval_examples")
+        check_at_least(self, 0, "seed", "z_loss")
+        check_share(self, "dropout_rate", "label_smoothing")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"ALPHA must be in [0, 1], got {self.alpha}")
+        if self.alpha_end is not None and not 0 <= self.alpha_end <= 1:
+            raise ValueError(f"ALPHA_END must be in [0, 1], got {self.alpha_end}")
+        if self.alpha_end is not None and self.data.batches != "paired":
+            raise ValueError(
+                "ALPHA_END needs DataConfig.batches 'paired': sequences that are sampled by rate "
+                "keep to ALPHA"
+            )
+
+    def settle(self, student: T5Config) -> T5Config:
+        """Returns a student with what the experiment says of its training."""
+        return dataclasses.replace(
+            student,
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype or student.dtype,
+            remat=self.remat or student.remat,
+        )

@@ -1,0 +1,177 @@
+"""Exporting a run's student to where people use T5s: put together here.
+
+hf            a Hugging Face directory: config.json, safetensors, tokenizer, model card
+t5x           T5X's Orbax checkpoint, with Adafactor's state where the run has one
+ctranslate2   CTranslate2's model, with the tokenizer
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from dss.config.gin_files import save_config
+from dss.data.vocabulary import load_vocabulary
+from dss.errors import UserError, first_line, unknown_name
+from dss.export import comparison
+from dss.export.model_card import model_card
+from dss.interop import ctranslate2_export, huggingface_export, t5x_export
+from dss.interop.disassemble import Params
+from dss.paths import absolute, in_bucket
+from dss.runs.directory import Run
+from dss.student.network import abstract_params
+from dss.training.checkpoints import Checkpoints
+from dss.training.checksums import path_names
+
+__all__ = ["FORMATS", "Exported", "export"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    path: Path  # the folder, of T5X the checkpoint in it
+    step: int
+    note: str = ""  # what its user should know
+
+
+@contextlib.contextmanager
+def _whole(folder: Path) -> Iterator[Path]:
+    """Yields a folder beside `folder`, which takes its place when all went well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial"
+    if partial.is_symlink():
+        partial.unlink()
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():  # and is empty
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _new_folder(path: epath.PathLike) -> Path:
+    if in_bucket(path):
+        raise UserError(
+            f"{path}: exports are written to this machine; export, then copy the folder"
+        )
+    folder = Path(absolute(path))
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{path}: not empty; export into a new folder")
+    return folder
+
+
+def _write_model(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
+    experiment, vocabulary = run.experiment, load_vocabulary(run.vocabulary_source)
+    length = experiment.data.inputs_length
+    huggingface_export.write_tokenizer(folder, run.config, vocabulary, length)
+    note = huggingface_export.check_tokenizer(folder, vocabulary)
+    params = checkpoints.leaves(step, "params")
+    huggingface_export.write_model(folder, run.config, params, experiment.decoding)
+    return note
+
+
+def _write_about(run: Run, step: int, form: str, folder: Path) -> None:
+    """Writes the model card, and what decided the run without where things lay on this machine."""
+    (folder / "README.md").write_text(model_card(run, step, form), encoding="utf-8")
+    experiment = run.experiment
+    data = dataclasses.replace(experiment.data, root=None, dataset_path=None)
+    save_config(dataclasses.replace(experiment, run_dir=None, data=data), epath.Path(folder))
+
+
+def _hugging_face(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
+    note = _write_model(run, checkpoints, step, folder)
+    _write_about(run, step, "hf", folder)
+    return note
+
+
+def _t5x(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
+    params, opt_state = (checkpoints.leaves(step, item) for item in ("params", "opt_state"))
+    state, kept = t5x_export.train_state(run.config, params, opt_state, step)
+    t5x_export.write_checkpoint(folder, state, step)
+    return "" if kept else "without the run's optimizer state: Adafactor begins anew"
+
+
+def _ctranslate2(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
+    ctranslate2_export.check_installed()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as between:
+        note = _write_model(run, checkpoints, step, Path(between))
+        folder.rmdir()  # the converter makes it
+        ctranslate2_export.convert(Path(between), folder, run.config)
+    _write_about(run, step, "ctranslate2", folder)
+    return note
+
+
+FORMATS: dict[str, Callable[[Run, Checkpoints, int, Path], str]] = {
+    "hf": _hugging_face,
+    "t5x": _t5x,
+    "ctranslate2": _ctranslate2,
+}
+
+
+def _compare(run: Run, params: Params, to: str, written: Path) -> str:
+    """Compares a few logits of an export, as another program computes them, with the student's.
+
+    Returns:
+      Why they could not be compared; empty if they were.
+
+    Raises:
+      UserError: if they differ.
+    """
+    config, vocabulary = run.config, load_vocabulary(run.vocabulary_source)
+    if not comparison.enough_memory(config):
+        return "not compared with the student's own logits, for which memory is short"
+    probes = comparison.Probes.of(vocabulary.size)
+    try:  # on the host, which has the memory, and whatever mesh the run was trained on
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            tree = jax.tree_util.tree_map_with_path(
+                lambda path, _: params[path_names(path)], abstract_params(config)
+            )
+            ours = comparison.logits(config, tree, probes)
+            comparison.check(to, written, ours, probes, config)
+    except UserError:
+        raise
+    except Exception as error:  # such as of another program's version, or a lack of memory
+        return f"not compared with the student's own logits: {first_line(error)}"
+    return ""
+
+
+def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Exported:
+    """Writes a run's student in another program's format; all of it, or nothing.
+
+    Before it is called written, a few logits are computed from it, by that program where it is
+    installed (for T5X by dss's own reader), and compared; a note says if they could not be.
+
+    Args:
+      run: has the student.
+      to: a name of `FORMATS`.
+      folder: where; new or empty.
+      which: the checkpoint "best", "latest" or a step.
+
+    Raises:
+      UserError: if the format is unknown, the folder holds something or is in a bucket, there is
+        no such checkpoint or it is of another size, the format cannot hold the student, or other
+        logits are computed from the export.
+    """
+    if to not in FORMATS:
+        raise unknown_name("--to", to, FORMATS)
+    target = _new_folder(folder)
+    if jax.process_count() > 1:
+        raise UserError("an export is the work of one process; start it without the others")
+    with contextlib.closing(run.checkpoints()) as checkpoints:
+        step = checkpoints.find(which)
+        checkpoints.check_shapes(step, abstract_params(run.config))
+        name = f"checkpoint_{step}" if to == "t5x" else ""
+        with _whole(target) as partial:
+            notes = [FORMATS[to](run, checkpoints, step, partial)]
+            params = checkpoints.leaves(step, "params")
+            notes.append(_compare(run, params, to, partial / name))
+    return Exported(target / name, step, "; ".join(filter(None, notes)))

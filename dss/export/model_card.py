@@ -1,0 +1,217 @@
+"""The model card of an exported student: what it is, how well it does, how to use and repeat it."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dss import __version__
+from dss.data.examples import read_json_lines
+from dss.data.released import RELEASED
+from dss.data.vocabulary import BYTES, load_vocabulary
+from dss.errors import UserError
+from dss.evaluation.significance import wilson_interval
+from dss.interop.huggingface_export import SPIECE
+from dss.mixtures.tasks import CONCLUSION, EXPLAIN, Mixture
+from dss.paths import CONFIG_FILE, PREDICTIONS
+from dss.runs.directory import Run, use_data
+from dss.student.network import num_parameters
+from dss.training.metrics import read_metrics
+
+__all__ = ["USES", "model_card"]
+
+PAPER = "[Hsieh et al., 2023](https://arxiv.org/abs/2305.02301)"
+USES = {  # how a student is asked, by format
+    "hf": """\
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+FOLDER = "."  # this folder, or its name on the hub
+TEXTS = ["the text of an example"]
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForSeq2SeqLM.from_pretrained(FOLDER).eval()
+texts = [PREFIX + text for text in TEXTS]
+inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+outputs = model.generate(**inputs)
+print(tokenizer.batch_decode(outputs, skip_special_tokens=True))
+""",
+    "ctranslate2": """\
+import ctranslate2
+from transformers import AutoTokenizer
+
+FOLDER = "."  # this folder
+TEXTS = ["the text of an example"]
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+translator = ctranslate2.Translator(FOLDER)
+ids = tokenizer([PREFIX + text for text in TEXTS], truncation=True).input_ids
+pieces = [tokenizer.convert_ids_to_tokens(row) for row in ids]
+results = translator.translate_batch(pieces, beam_size=BEAMS, max_decoding_length=LENGTH)
+tokens = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+""",
+}
+CHOSEN = """\
+Where the possible labels are known, these answers are the likeliest of them; `generate` writes
+freely and may answer otherwise.
+"""
+NLI = ("anli1", "esnli")
+VOCABULARY = f" --gin.Experiment.vocabulary={SPIECE}"
+METHODS = {
+    ("label",): "finetuning on labels",
+    ("label", "rationale"): f"distilling step-by-step ({PAPER}): labels and rationales, two tasks",
+    ("rationale_then_label",): "a rationale and then the label, as one target",
+    ("rationale",): "rationales alone",
+}
+
+
+def _front_matter(run: Run, form: str) -> str:
+    library = "transformers" if form == "hf" else form
+    lines = [f"library_name: {library}", "tags: [t5, distilling-step-by-step]"]
+    base = (run.experiment.initial_checkpoint or "").removeprefix("hf:")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not Path(base).exists():  # on the hub
+        lines.append(f"base_model: {base}")
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _shape(run: Run) -> str:
+    config = run.config
+    kind = "T5 1.1" if config.gated else "T5 1.0"
+    return (
+        f"A {kind} student of {num_parameters(config) / 1e6:.1f}M parameters, "
+        f"{config.num_encoder_layers} + {config.num_decoder_layers} layers of {config.d_model}"
+    )
+
+
+def _training(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
+    """Yields what decided the student, for a table."""
+    experiment, dataset = run.experiment, mixture.dataset.name
+    yield "data", f"{dataset}, released with the paper" if dataset in RELEASED else dataset
+    if experiment.data.fraction < 1:
+        yield "share of the training data", f"{experiment.data.fraction:g}"
+    yield "mixture", f"`{mixture.name}`"
+    yield "method", METHODS[mixture.short_names]
+    for task in mixture.tasks:
+        source = f"the teacher {task.teacher}" if task.teacher else "gold labels"
+        yield f"{task.kind.replace('_', ' ')} from", source
+    if len(mixture.tasks) > 1:
+        label, rationale = mixture.rates
+        moves = "" if experiment.alpha_end is None else f", moving to {experiment.alpha_end:g}"
+        yield "alpha", f"{label:g} for the label's loss, {rationale:g} for the rationale's{moves}"
+    yield "began from", experiment.initial_checkpoint or "random parameters"
+    yield (
+        "steps",
+        f"{step} of {experiment.trainer.train_steps}, {experiment.batch_size} examples each",
+    )
+    optimizer = experiment.optimizer
+    yield "optimizer", f"{optimizer.name}, {optimizer.schedule} {optimizer.learning_rate:g}"
+    yield "seed", f"{experiment.seed}"
+
+
+def _scores(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
+    """Yields what the run measured of this step: in training, and by `dss eval`."""
+    values: dict[str, float] = {}
+    for line in read_metrics(run.folder / "metrics.jsonl"):
+        values |= line if line["step"] == step else {}
+    for name in ("accuracy", "rouge_l", "loss"):
+        if (value := values.get(f"valid/{name}")) is not None:
+            shown = f"{value:.4f}" if name == "loss" else f"{value:.2%}"
+            yield f"valid {name.replace('_', '-')}, in training", shown
+    for split in ("valid", "test"):
+        path = run.folder / PREDICTIONS / f"{mixture.name}-{split}-{step}.jsonl"
+        if not path.is_file():
+            continue
+        rows = list(read_json_lines(path))
+        scores = [_score(where, row) for where, row in rows]
+        if not scores:
+            continue
+        mean = sum(scores) / len(scores)
+        if mixture.short_names[0] == "rationale":
+            yield f"{split} ROUGE-L", f"{mean:.2%} of {len(rows)}"
+        else:
+            low, high = wilson_interval(int(sum(scores)), len(scores))
+            interval = f"95%: {low:.2%} to {high:.2%}; {int(sum(scores))} of {len(scores)}"
+            yield f"{split} accuracy", f"{mean:.2%} ({interval})"
+
+
+def _score(where: str, row: dict[str, Any]) -> float:
+    score = row.get("score")
+    if not isinstance(score, int | float):
+        raise UserError(f"{where}: no score; delete the file, and evaluate the run again")
+    return score
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> str:
+    return "| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
+
+
+def _use(run: Run, form: str, prefix: str) -> str:
+    decoding = run.experiment.decoding
+    code = USES[form]
+    values = {
+        "PREFIX": json.dumps(prefix),
+        "BEAMS": decoding.num_beams,
+        "LENGTH": decoding.max_length,
+    }
+    for name, value in values.items():
+        code = code.replace(name, str(value))
+    return f"```python\n{code}```\n"
+
+
+def _notes(run: Run, mixture: Mixture) -> str:
+    notes = ["A text is what `dss` calls an example's input."]
+    if mixture.dataset.name in NLI:
+        notes.append("It is the premise, `</s>` and the hypothesis.")
+    if "rationale" in mixture.short_names[1:]:
+        task = mixture.tasks[1]
+        told = f"With `{EXPLAIN}` before it"
+        if task.mark:
+            start = task.start_id(load_vocabulary(run.vocabulary_source))
+            told = f"Where the decoder starts from the id {start} and not 0,"
+        notes.append(f"{told} the student writes the rationale.")
+    if mixture.short_names[0] == "rationale_then_label":
+        notes.append(f"The label is what follows `{CONCLUSION}`.")
+    return textwrap.fill(" ".join(notes), 100) + "\n"
+
+
+def _command(run: Run) -> str:
+    experiment = run.experiment
+    data = "dataset_path" if experiment.data.dataset_path is not None else "root"
+    vocabulary = "" if experiment.vocabulary == BYTES else VOCABULARY
+    lines = [
+        f"dss train --gin_file={CONFIG_FILE} --gin.Experiment.run_dir=runs/again",
+        f"  --gin.DataConfig.{data}=$DATA{vocabulary}",
+    ]
+    command = " \\\n".join(lines)
+    return f"In this folder, with the data in `$DATA`:\n\n```bash\n{command}\n```\n"
+
+
+def model_card(run: Run, step: int, form: str = "hf") -> str:
+    """Returns a model card, Markdown with the hub's front matter.
+
+    Args:
+      run: has the student.
+      step: of the exported checkpoint.
+      form: a name of `USES`.
+    """
+    experiment = run.experiment
+    parts = [_front_matter(run, form), f"# {run.folder.name}\n", f"{_shape(run)}.\n"]
+    if experiment.mixture is None:
+        parts.append("It was imported, and not trained by `dss`.\n")
+        parts += ["## Use\n", _use(run, form, "")]
+    else:
+        use_data(experiment.data, must_exist=False)
+        mixture = run.mixture()
+        parts += ["## Use\n", _use(run, form, mixture.tasks[0].prefix), _notes(run, mixture)]
+        parts += ["## Training\n", _table(_training(run, mixture, step))]
+        scores = list(_scores(run, mixture, step))
+        if scores:
+            parts += ["## Scores\n", _table(scores), CHOSEN if experiment.decoding.closed else ""]
+        parts += ["## The same again\n", _command(run)]
+    versions = {"dss": __version__, "jax": jax.__version__}
+    parts.append("Exported by " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".\n")
+    return "\n".join(part for part in parts if part)

@@ -1,0 +1,1 @@
+"""dss inside SeqIO, TensorFlow Datasets and T5X."""

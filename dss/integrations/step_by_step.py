@@ -1,0 +1,97 @@
+"""A TFDS builder: the released datasets, or a user's JSON lines, as a versioned dataset.
+
+    tfds build step_by_step --imports=dss.integrations.step_by_step --config=svamp --manual_dir=DIR
+
+DIR is the root of the released datasets, or with `--config=jsonl` the folder of `train.jsonl` and
+its kin (see `dss.data.registry.JsonlSource`). The splits are those of `dss train`; counts by
+status and the teachers' accuracy are in the dataset's metadata.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from dss.batches.statistics import measure_split
+from dss.data.registry import SPLITS, Dataset, JsonlSource, released_dataset
+from dss.data.released import RELEASED
+
+__all__ = ["StepByStep"]
+
+HOMEPAGE = "https://arxiv.org/abs/2305.02301"  # not in TFDS's catalogue, which is the default
+
+
+class StepByStep(tfds.core.GeneratorBasedBuilder):
+    """Examples with the labels and rationales of their teachers."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Examples, gold labels and every teacher's outputs with status."}  # noqa: RUF012
+    BUILDER_CONFIGS = [  # noqa: RUF012
+        *(tfds.core.BuilderConfig(name=name) for name in RELEASED),
+        tfds.core.BuilderConfig(name="jsonl", description="A user's own JSON lines."),
+    ]
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "The root of the released datasets, or for the config `jsonl` a folder with train.jsonl."
+    )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text()
+        output = dict.fromkeys(("teacher", "rationale", "label", "raw", "status"), text)
+        return self.dataset_info_from_configs(
+            features=tfds.features.FeaturesDict(
+                {
+                    "id": text,
+                    "input": text,
+                    "label": text,  # empty where has_label is false
+                    "has_label": tfds.features.Scalar(dtype=np.bool_),
+                    "outputs": tfds.features.Sequence(output),
+                }
+            ),
+            metadata=tfds.core.MetadataDict(),
+            homepage=HOMEPAGE,
+        )
+
+    def _dataset(self, manual_dir: Any) -> Dataset:
+        if self.builder_config.name == "jsonl":
+            return Dataset("jsonl", JsonlSource(manual_dir))
+        return released_dataset(self.builder_config.name, manual_dir)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        dataset = self._dataset(dl_manager.manual_dir)
+        splits = {}
+        for split in SPLITS:
+            if not dataset.has(split):
+                continue
+            teachers = [t for t in dataset.source.teachers if dataset.has(split, t)]
+            measured = measure_split(dataset, split, teachers)
+            self.info.metadata[split] = dataclasses.asdict(measured)
+            splits[split] = self._generate_examples(dataset, split, teachers)
+        return splits
+
+    def _generate_examples(
+        self, dataset: Dataset, split: str, teachers: list[str]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        outputs = {teacher: dataset.outputs(split, teacher) for teacher in teachers}
+        for example in dataset.examples(split):
+            written = [outputs[t][example.id] for t in teachers if example.id in outputs[t]]
+            yield (
+                example.id,
+                {
+                    "id": example.id,
+                    "input": example.input,
+                    "label": example.label or "",
+                    "has_label": example.label is not None,
+                    "outputs": [
+                        {
+                            "teacher": o.teacher,
+                            "rationale": o.rationale,
+                            "label": o.label or "",
+                            "raw": o.raw,
+                            "status": o.status,
+                        }
+                        for o in written
+                    ],
+                },
+            )

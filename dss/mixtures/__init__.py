@@ -1,0 +1,1 @@
+"""Tasks and mixtures: what a student reads and learns to write."""

@@ -1,0 +1,31 @@
+"""Configuration of the device mesh and of the sharding rules."""
+
+import dataclasses
+
+from dss.fields import check_types
+from dss.student.config import AXES
+
+__all__ = ["DEFAULT_RULES", "LOGICAL_AXES", "MeshConfig"]
+
+DEFAULT_RULES = (("vocab", "model"), ("heads", "model"), ("mlp", "model"))
+LOGICAL_AXES = {"layers"} | {name for names in AXES.values() for name in names}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """A mesh of `data` x `model` devices. -1 for `data` takes all the devices that are left."""
+
+    data: int = -1  # shards of the batch
+    model: int = 1  # shards of each layer
+    rules: tuple[tuple[str, str], ...] = DEFAULT_RULES  # logical axis -> mesh axis
+
+    def __post_init__(self):
+        check_types(self)
+        if self.model < 1 or (self.data < 1 and self.data != -1):
+            raise ValueError(f"a mesh of data={self.data}, model={self.model} has no devices")
+        for axis, where in self.rules:
+            if axis not in LOGICAL_AXES:
+                known = ", ".join(sorted(LOGICAL_AXES))
+                raise ValueError(f"rule {axis!r} -> {where!r}: logical axes are {known}")
+            if where not in ("data", "model"):
+                raise ValueError(f"rule {axis!r} -> {where!r}: mesh axes are 'data' and 'model'")

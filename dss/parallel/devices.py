@@ -1,0 +1,10 @@
+"""The devices of this machine, without JAX."""
+
+import glob
+
+__all__ = ["has_tpu"]
+
+
+def has_tpu() -> bool:
+    """Returns whether this machine has TPU chips; JAX is not asked, which would take them."""
+    return bool(glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*"))

@@ -1,0 +1,1 @@
+"""Planning a step: memory, time and communication, from the compiled program."""

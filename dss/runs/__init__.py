@@ -1,0 +1,1 @@
+"""Run directories: training, resuming and using a student."""

@@ -1,0 +1,208 @@
+"""Run directories: a student with its configuration, vocabulary and checkpoints, whole by itself.
+
+config.gin            the configuration, complete
+vocabulary.model      the SentencePiece model (none for bytes)
+checkpoints/          Orbax: the latest two and the best
+metrics.jsonl         what was computed: losses, accuracy
+speed.jsonl           what the clock said
+sessions.jsonl        what each session began with and how it ended
+tensorboard/          both, for TensorBoard
+predictions/          of `dss eval`
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from dss.config.experiment import DataConfig, Experiment
+from dss.config.gin_files import load_config, save_config
+from dss.data.registry import register, set_data_root
+from dss.data.vocabulary import BYTES, load_vocabulary
+from dss.errors import UserError
+from dss.evaluation.evaluator import (
+    DecodingProgress,
+    Predictor,
+)
+from dss.mixtures.tasks import Mixture, get_mixture
+from dss.parallel.config import MeshConfig
+from dss.parallel.mesh import make_mesh, param_shardings
+from dss.parallel.processes import is_leader, wait_for_all
+from dss.paths import CONFIG_FILE, absolute, check_no_pipes
+from dss.student.config import T5Config
+from dss.student.network import abstract_params, logical_axes
+from dss.training.checkpoints import Checkpoints, abstract_like
+
+__all__ = [
+    "CHECKPOINTS",
+    "VOCABULARY_FILE",
+    "Run",
+    "is_run",
+    "load_run",
+    "run_folder",
+    "save_run",
+    "student_shardings",
+    "use_data",
+]
+
+VOCABULARY_FILE = "vocabulary.model"
+CHECKPOINTS = "checkpoints"
+
+
+def use_data(config: DataConfig, *, must_exist: bool = True) -> str | None:
+    """Makes the datasets known that a configuration names; returns the name of the user's own.
+
+    Args:
+      config: names them.
+      must_exist: False for predicting, which reads no data.
+
+    Raises:
+      UserError: they are not where the configuration says.
+    """
+    if config.root is not None:
+        if must_exist and not epath.Path(config.root).expanduser().is_dir():
+            raise UserError(f"DATA_ROOT {config.root}: no such folder")
+        set_data_root(config.root)
+    if config.dataset_path is None:
+        return None
+    path = epath.Path(config.dataset_path).expanduser()
+    name = absolute(path).stem.replace("-", "_")
+    return register(
+        name, path, labels=config.labels, metric=config.metric, must_exist=must_exist
+    ).name
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory that has a checkpoint."""
+
+    folder: epath.Path
+    experiment: Experiment
+
+    @property
+    def config(self) -> T5Config:
+        """The student's shape."""
+        assert self.experiment.student is not None
+        return self.experiment.student
+
+    @property
+    def vocabulary_source(self) -> str:
+        """The run's vocabulary, a path or "bytes"."""
+        source = self.experiment.vocabulary
+        return BYTES if source == BYTES else str(self.folder / VOCABULARY_FILE)
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether any step was saved."""
+        folder = self.folder / CHECKPOINTS
+        return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
+    def mixture(self) -> Mixture:
+        """Returns the mixture that the student learnt; its data must be known, see `use_data`.
+
+        Raises:
+          UserError: the run has none, or there is no such mixture.
+        """
+        experiment = self.experiment
+        if experiment.mixture is None:
+            raise UserError(
+                f"{self.folder}: no mixture; say with --mixture what the student predicts"
+            )
+        one_input = experiment.data.one_encoder_pass
+        return get_mixture(experiment.mixture, experiment.alpha, one_input=one_input)
+
+    def checkpoints(self) -> Checkpoints:
+        """Returns the run's checkpoints, for reading."""
+        return Checkpoints(self.folder / CHECKPOINTS, read_only=True)
+
+    def predictor(
+        self, which: str = "best", progress: DecodingProgress | None = None
+    ) -> tuple[Predictor, int]:
+        """Returns the student of a checkpoint, and the checkpoint's step.
+
+        Args:
+          which: the checkpoint "best", "latest" or a step.
+          progress: the callbacks for its batches; None for none.
+
+        Raises:
+          UserError: there is no such checkpoint, or it is of another size.
+        """
+        mesh = make_mesh(self.experiment.mesh)
+        shardings = student_shardings(self.config, mesh, self.experiment.mesh)
+        checkpoints = self.checkpoints()
+        step = checkpoints.find(which)
+        abstract = abstract_like(abstract_params(self.config), shardings)
+        params = checkpoints.restore_params(step, abstract)
+        checkpoints.close()
+        vocabulary = load_vocabulary(self.vocabulary_source)
+        decoding, progress = self.experiment.decoding, progress or DecodingProgress()
+        return Predictor(self.config, params, vocabulary, mesh, decoding, progress), step
+
+
+def student_shardings(config: T5Config, mesh: Mesh, mesh_config: MeshConfig) -> Any:
+    """Returns the shardings of a student's parameters."""
+    shapes = abstract_params(config)
+    return param_shardings(mesh, mesh_config, logical_axes(config), shapes)
+
+
+def load_run(folder: str | epath.Path, flags: Sequence[str] = ()) -> Run:
+    """Returns a run directory's run.
+
+    Args:
+      folder: the run directory.
+      flags: `NAME=VALUE` of gin values to read differently.
+
+    Raises:
+      UserError: if it is none, its configuration names no student, or a file is a named pipe.
+    """
+    folder = epath.Path(folder).expanduser()
+    check_no_pipes(folder, below=False)
+    experiment = load_config(folder, flags)
+    if experiment.student is None:
+        raise UserError(f"{folder}: no run: its {CONFIG_FILE} names no student")
+    return Run(folder, experiment)
+
+
+def save_run(folder: epath.Path, experiment: Experiment) -> Run:
+    """Writes a run directory's configuration, from which the run is found from any folder.
+
+    Of several processes the leader writes, and the others wait until it has.
+
+    Raises:
+      UserError: another process cannot see it.
+    """
+    paths = {n: getattr(experiment.data, n) for n in ("root", "dataset_path")}
+    settled: dict[str, Any] = {n: str(absolute(p)) for n, p in paths.items() if p is not None}
+    data = dataclasses.replace(experiment.data, **settled)
+    experiment = dataclasses.replace(experiment, data=data)
+    if is_leader():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(experiment, folder)
+    wait_for_all(CONFIG_FILE)
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"{folder}: process 0 has written its {CONFIG_FILE} and process {jax.process_index()} "
+            "does not see it; MODEL_DIR must be a folder that all processes share"
+        )
+    return Run(folder, experiment)
+
+
+def run_folder(experiment: Experiment) -> epath.Path:
+    """Returns the run directory that an experiment names.
+
+    Raises:
+      UserError: it names none.
+    """
+    if experiment.run_dir is None:
+        raise UserError("no run directory: give --gin.MODEL_DIR=FOLDER")
+    return epath.Path(experiment.run_dir).expanduser()
+
+
+def is_run(source: str) -> bool:
+    """Returns whether a path is a run directory."""
+    if source.startswith(("hf:", "t5x:")):
+        return False
+    return (epath.Path(source).expanduser() / CONFIG_FILE).is_file()

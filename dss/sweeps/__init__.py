@@ -1,0 +1,1 @@
+"""Sweeps: one experiment across students, sizes, methods and seeds."""

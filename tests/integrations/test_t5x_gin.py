@@ -1,0 +1,61 @@
+"""The gin files for T5X, parsed in every run; stand-ins bear its names where it is missing."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dss.paths import gin_root
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+OWN = {"CHECKPOINT_PATH", "EVAL_OUTPUT_DIR", "INFER_OUTPUT_DIR", "SPLIT"}  # not `dss train`'s
+
+
+def macros_of(file: str) -> dict[str, str]:
+    lines = (gin_root() / file).read_text().splitlines()
+    pairs = [line.partition(" = ") for line in lines if line[:1].isupper()]
+    return {name: value for name, _, value in pairs if name.isupper()}
+
+
+@pytest.fixture(scope="module")
+def parsed(small_root):
+    """What each file sets, as `parse_t5x_gin` prints it."""
+    command = [sys.executable, "-m", "tests.integrations.parse_t5x_gin", str(small_root)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "infer"])
+def test_every_recipe_and_variant_is_read_with_all_macros_bound(mode, parsed):
+    rows = [row for row in parsed if row["mode"] == mode]
+    recipes, variants = (
+        sorted(path.stem for path in (gin_root() / folder).glob("*.gin"))
+        for folder in ("recipes", "variants")
+    )
+    assert [row["file"] for row in rows] == [*recipes, *variants]
+    found = rows[: len(recipes)]
+    assert all("model" in row["given"] for row in rows)
+    known = set(macros_of("runs/train.gin")) | OWN
+    for row in found:
+        recipe = macros_of(f"recipes/{row['file']}.gin")
+        assert set(recipe) <= set(row["macros"]) <= known
+        assert row["macros"]["MIXTURE_OR_TASK_NAME"] == recipe["MIXTURE_OR_TASK_NAME"].strip("'")
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "infer"])
+def test_a_file_opens_with_its_purpose_and_command(name):
+    lines = (gin_root() / "t5x" / f"{name}.gin").read_text().splitlines()
+    assert lines[0].startswith("# Purpose:")
+    assert lines[1].startswith(f"# Command:  python -m t5x.{name} ")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("t5x") is not None, reason="T5X is installed")
+def test_without_t5x_the_plug_in_says_in_a_line_how_to_install_it():
+    with pytest.raises(ImportError, match="pip install") as error:
+        importlib.import_module("dss.integrations.t5x")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,163 @@
+"""What the loop does with numbers that are not finite; the rest is in tests/end_to_end."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dss.errors import UserError
+from dss.training.checkpoints import Checkpoints
+from dss.training.config import TrainerConfig
+from dss.training.loop import Progress, train
+from dss.training.metrics import MetricsWriter
+from dss.training.step import TrainState
+
+
+class Clock:
+    """Time that goes on when it is told."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Recorded(Progress):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+        self.rates: dict[int, float | None] = {}
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def update(self, step, values):
+        self.rates[step] = values.get("examples_per_second")
+
+
+class StopAt:
+    """A stop signal that comes before a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def before(self, step: int) -> bool:
+        return step >= self.step
+
+
+def run(
+    folder,
+    bad: dict[int, str],
+    stop: int = 100,
+    start: int = 0,
+    scores=None,
+    progress=None,
+    batches=({},) * 10,
+    clock=None,
+    **periods: int,
+) -> None:
+    """Trains 10 steps, of which some have a metric that is no number; writes what was saved."""
+
+    shapes = set()
+
+    def train_step(state: TrainState, batch):
+        step = int(state.step) + 1
+        if clock is not None:
+            shape = tuple(array.shape for array in batch.values())
+            clock.now += 2 if shape in shapes else 100
+            shapes.add(shape)
+        values = {"loss": jnp.ones(()), "grad_norm": jnp.ones(()), "task_loss": jnp.ones(1)}
+        if step in bad:
+            values[bad[step]] = jnp.asarray(np.nan)
+        return TrainState(jnp.asarray(step), state.params, state.opt_state), values
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        if clock is not None:
+            clock.now += 50
+        accuracy = scores[int(state.step)] if scores else 0.5
+        return {"valid/loss": 1.0, "valid/accuracy": accuracy}
+
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        train(
+            TrainState(jnp.asarray(start), {"w": jnp.ones(3)}, {}),
+            config=TrainerConfig(train_steps=10, **periods),
+            train_step=train_step,
+            batches=iter(batches),
+            num_shapes=2,
+            task_names=("label",),
+            examples_per_step=2,
+            evaluate=evaluate,
+            score="valid/accuracy",
+            checkpoints=checkpoints,
+            metrics=MetricsWriter(folder, start),
+            progress=progress or Progress(),
+            stop=StopAt(stop),
+            row_ids=lambda step: [f"row-{step}-{i}" for i in range(2)],
+            earlier_scores={k: v for k, v in (scores or {}).items() if k <= start},
+        )
+    finally:
+        checkpoints.wait()
+        (folder / "steps").write_text(" ".join(map(str, checkpoints.steps)))
+        checkpoints.close()
+
+
+def saved(folder) -> str:
+    return (folder / "steps").read_text()
+
+
+def test_steps_are_saved_at_evaluations_and_at_the_end(tmp_path):
+    run(tmp_path, {}, eval_period=4, log_period=10)
+    assert saved(tmp_path) == "4 8 10"
+
+
+def test_a_run_that_gets_no_better_ends_with_its_patience(tmp_path):
+    scores = {2: 0.1, 4: 0.5, 6: 0.4, 8: 0.5, 10: 0.9}
+    options = {"scores": scores, "eval_period": 2, "log_period": 10, "patience": 2}
+    run(tmp_path, {}, **options)
+    assert saved(tmp_path) == "4 6 8"  # the best and the latest two
+    run(tmp_path, {}, start=8, **options)  # the same command does not go on
+    assert saved(tmp_path) == "4 6 8"
+    run(tmp_path / "other", {}, **options | {"patience": 3})
+    assert saved(tmp_path / "other").endswith(" 10")
+    better = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.4, 10: 0.5}  # each in time
+    run(tmp_path / "better", {}, **options | {"patience": 1, "scores": better})
+    assert saved(tmp_path / "better").endswith(" 10")
+
+
+def test_the_rate_is_of_steps_that_neither_compile_nor_evaluate(tmp_path, monkeypatch):
+    clock, progress = Clock(), Recorded()
+    monkeypatch.setattr("dss.training.loop.time", clock)
+    narrow, wide = ({"tokens": np.zeros((1, width))} for width in (8, 16))
+    batches = [narrow] * 6 + [wide] * 4
+    periods = {"log_period": 2, "eval_period": 3}
+    run(tmp_path, {}, progress=progress, batches=batches, clock=clock, **periods)
+    assert progress.rates == dict.fromkeys((2, 4, 6, 8, 10), 1.0)  # 2 examples in 2 seconds
+    assert progress.lines == [
+        "step 1: compiling shape 1 of 2",
+        "step 3: evaluating, which compiles the first time",
+        "step 7: compiling shape 2 of 2",
+    ]
+
+
+def test_no_rate_is_given_where_every_step_compiled(tmp_path):
+    progress = Recorded()
+    run(tmp_path, {}, stop=1, progress=progress, log_period=1)
+    assert progress.rates == {1: None}
+
+
+@pytest.mark.parametrize(("metric", "name"), [("loss", "loss"), ("grad_norm", "gradient's norm")])
+def test_a_step_at_fault_is_named_before_it_is_evaluated_or_saved(tmp_path, metric, name):
+    with pytest.raises(UserError) as error:
+        run(tmp_path, {7: metric}, eval_period=4, log_period=10)
+    said = str(error.value)
+    assert said.startswith(f"step 7: the {name} is nan; step 4 is saved; ")
+    assert said.endswith("; the examples of that step: row-6-0, row-6-1")
+    assert saved(tmp_path) == "4"
+
+
+def test_nothing_is_saved_on_a_stop_signal_after_a_step_at_fault(tmp_path):
+    with pytest.raises(UserError, match="step 2: the loss is nan; no checkpoint was saved yet"):
+        run(tmp_path, {2: "loss"}, stop=3, eval_period=8, log_period=10)
+    assert saved(tmp_path) == ""
