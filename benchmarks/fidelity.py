@@ -28,7 +28,7 @@ import optax
 from dss.batches.batches import Batches, Order, iterate, views
 from dss.batches.store import TokenStore, tokenize
 from dss.cli.options import quiet_tpu
-from dss.data.registry import get_dataset, set_data_root
+from dss.data.datasets import Dataset
 from dss.data.vocabulary import EOS, Vocabulary, load_vocabulary
 from dss.errors import UserError
 from dss.interop import huggingface
@@ -49,9 +49,9 @@ NORMS = ("grad_norm, exact", "grad_norm, PyTorch")  # how the squares are added
 LOSSES = ("label_loss", "rationale_loss", "loss")
 
 
-def reference_store(trajectory: dict, vocabulary: Vocabulary) -> TokenStore:
+def reference_store(trajectory: dict, vocabulary: Vocabulary, root: Path | None) -> TokenStore:
     """Returns all rows of the reference's split in the file's order, blanks kept."""
-    dataset = get_dataset(trajectory["dataset"])
+    dataset = Dataset.released(trajectory["dataset"], root)
     examples = dataset.source.examples(trajectory["split"])
     outputs = dataset.source.outputs(trajectory["split"], TEACHER)
     if trajectory["label_type"] == "llm":
@@ -181,7 +181,6 @@ def main() -> int:
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
-    set_data_root(args.data_root)
     try:
         trajectory = json.loads((args.reference / "trajectory.json").read_text())
         model = args.reference / "model"
@@ -189,7 +188,7 @@ def main() -> int:
             huggingface.read_config(model), dropout_rate=trajectory["dropout"]
         )
         params = huggingface.load_params(model, config)
-        store = reference_store(trajectory, load_vocabulary(args.vocab))
+        store = reference_store(trajectory, load_vocabulary(args.vocab), args.data_root)
     except (UserError, OSError, ValueError, KeyError) as error:
         print(f"fidelity: {error}", file=sys.stderr)
         return 2

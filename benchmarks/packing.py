@@ -21,10 +21,10 @@ import numpy as np
 
 from dss.batches.batches import Batch, Batches, fill, paired_order
 from dss.batches.store import TokenStore, open_store
-from dss.data.registry import set_data_root
+from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import Method, make_mixture
 
 SPLITS = {"cqa": "train", "svamp": "train", "esnli": "valid", "anli1": "valid"}
 
@@ -91,10 +91,11 @@ def main() -> int:
         "datasets": {},
     }
     try:
-        set_data_root(args.data_root)
         vocabulary = load_vocabulary(str(args.vocab))
         for name, split in SPLITS.items():
-            mixture = get_mixture(f"{name}_step_by_step_palm")
+            mixture = make_mixture(
+                Dataset.released(name, args.data_root), Method.STEP_BY_STEP, "palm"
+            )
             store = open_store(mixture, split, vocabulary, inputs_length=1024, targets_length=256)
             result["datasets"][name] = measure(store, args)
     except UserError as error:

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from dss.data.registry import get_dataset, set_data_root
+from dss.data.datasets import Dataset
 from dss.errors import UserError
 
 TEACHER = "palm"
@@ -21,9 +21,9 @@ def sha256(texts: list) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def measure(name: str, split: str) -> dict:
+def measure(name: str, split: str, root: Path | None) -> dict:
     """Returns what the reference recorded of a split, from our own parse."""
-    dataset = get_dataset(name)
+    dataset = Dataset.released(name, root)
     examples = dataset.source.examples(split)
     outputs = dataset.source.outputs(split, TEACHER)
     labels = [o.label or "" for o in outputs]
@@ -51,12 +51,11 @@ def main() -> int:
     parser.add_argument("--expected", type=Path, required=True)
     parser.add_argument("--json", type=Path, help="write the rows there too")
     args = parser.parse_args()
-    set_data_root(args.data_root)
     rows = []
     try:
         expected = json.loads(args.expected.read_text())
         for key, wanted in expected.items():
-            got = measure(*key.split("/"))
+            got = measure(*key.split("/"), args.data_root)
             rows.append({"split": key, "differs": [k for k in got if got[k] != wanted[k]], **got})
     except (UserError, OSError, ValueError) as error:
         print(f"parse_released: {error}", file=sys.stderr)

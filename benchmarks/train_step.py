@@ -35,10 +35,10 @@ from dss.batches.batches import Batches, fill, paired_order
 from dss.batches.store import Ragged, TokenStore, open_store
 from dss.cli.options import quiet_tpu
 from dss.config.gin_files import parse_gin
-from dss.data.registry import set_data_root
+from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import Method, make_mixture
 from dss.planning.flops import useful_flops
 from dss.planning.hardware import matmul_peak
 from dss.planning.typical import typical_store
@@ -61,8 +61,8 @@ def open_data(
     one_input = side == ONE_PASS
     if args.random:
         return typical_store(vocab_size), (0, vocab_size - 1) if one_input else None
-    set_data_root(args.data_root)
-    mixture = get_mixture(f"{args.dataset}_step_by_step_palm", ALPHA, one_input=one_input)
+    dataset = Dataset.released(args.dataset, args.data_root)
+    mixture = make_mixture(dataset, Method.STEP_BY_STEP, "palm", ALPHA, one_input=one_input)
     vocabulary = load_vocabulary(str(args.vocab))
     store = open_store(mixture, args.split, vocabulary, inputs_length=1024, targets_length=256)
     return store, mixture.start_ids(vocabulary)

@@ -20,8 +20,9 @@ import sentencepiece
 
 from dss.batches.store import TokenStore
 from dss.config.experiment import DataConfig, Experiment
+from dss.mixtures.methods import Method
 from dss.paths import PREDICTIONS
-from dss.runs.directory import load_run, use_data
+from dss.runs.directory import load_run
 from dss.runs.student import evaluate
 from dss.runs.train import run_experiment, training_store
 from dss.student.config import T5Config
@@ -131,12 +132,12 @@ def quickstart_experiment(
     folder: Path, method: str, examples: int, seed: int, steps: int = STEPS
 ) -> Experiment:
     """Returns the experiment of a student; the data must be made, see `make_data`."""
-    name = f"step_by_step_{TEACHER}" if method == METHODS[2] else "finetune"
     vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(folder / "vocabulary.model"))
     run = f"{method.replace(', ', '-').replace(' ', '-')}-{examples}-{seed}"
     fraction = min(1.0, (examples + 0.5) / TRAIN)  # so that rounding loses no example
     return Experiment(
-        mixture=f"{DATASET}_{name}",
+        method=Method.STEP_BY_STEP if method == METHODS[2] else Method.FINETUNE,
+        teacher=TEACHER if method == METHODS[2] else None,
         run_dir=str(folder / "runs" / run),
         student=T5Config(
             vocab_size=-(-vocabulary.get_piece_size() // 32) * 32,
@@ -172,7 +173,6 @@ def _students(folder: Path, sizes: Sequence[int], seeds: int) -> list[Student]:
     for size in sizes:
         for seed in range(seeds):
             pair = quickstart_experiment(folder, METHODS[2], size, seed, STEPS)
-            use_data(pair.data)
             same_compute = round(STEPS * _compute_ratio(training_store(pair)))
             steps = dict(zip(METHODS, (STEPS, same_compute, STEPS), strict=True))
             out += [
@@ -185,7 +185,6 @@ def _students(folder: Path, sizes: Sequence[int], seeds: int) -> list[Student]:
 def _train(student: Student) -> Outcome:
     """Trains a student to the end and tests it, in a process of its own."""
     experiment = student.experiment
-    use_data(experiment.data)
     result = run_experiment(experiment)
     if result.stopped_by is not None:
         raise KeyboardInterrupt

@@ -78,7 +78,7 @@ no_other_options() {
 need_train_arguments() {
   if ((${#train[@]} == 0)); then
     fail "nothing to train: give the arguments of dss train after --, such as" \
-      "-- --gin_file=recipes/cqa_step_by_step.gin --gin.MODEL_DIR=DIR"
+      "-- --gin_file=datasets/cqa.gin --gin_file=methods/step_by_step.gin --gin.MODEL_DIR=DIR"
   elif [[ "${train[0]}" != -* ]]; then
     fail "'${train[0]}' after --: give the arguments of dss train only, without 'dss train'"
   fi

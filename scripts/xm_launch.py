@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not train:
         parser.error(
             "nothing to train: give the arguments of dss train after --, such as "
-            "-- --gin_file=recipes/cqa_step_by_step.gin --gin.MODEL_DIR=DIR"
+            "-- --gin_file=datasets/cqa.gin --gin_file=methods/step_by_step.gin --gin.MODEL_DIR=DIR"
         )
     if not train[0].startswith("-"):
         parser.error(

@@ -1,7 +1,8 @@
 """ANLI, round 1: importing this registers its SeqIO tasks and mixtures."""
 
+from dss.data.datasets import Dataset
 from dss.integrations.seqio_tasks import register_seqio
 
 __all__ = ["NAMES"]
 
-NAMES = register_seqio("anli1")
+NAMES = register_seqio(Dataset.released("anli1"))

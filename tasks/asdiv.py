@@ -1,7 +1,8 @@
 """ASDiv: importing this registers its SeqIO tasks and mixtures."""
 
+from dss.data.datasets import Dataset
 from dss.integrations.seqio_tasks import register_seqio
 
 __all__ = ["NAMES"]
 
-NAMES = register_seqio("asdiv")
+NAMES = register_seqio(Dataset.released("asdiv"))

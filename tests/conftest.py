@@ -14,7 +14,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from dss.cli.options import quiet_tpu
-from dss.data import registry
+from dss.data.datasets import Dataset
 from dss.data.released import RELEASED
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh
@@ -78,22 +78,15 @@ def shared() -> Path:
 
 
 @pytest.fixture
-def data_root(shared):
+def data_root(shared, monkeypatch):
     """The real data, made the data root for a test."""
-    registry.set_data_root(shared / "data" / "datasets")
-    yield shared / "data" / "datasets"
-    registry.set_data_root(None)
+    monkeypatch.setenv("DSS_DATA_ROOT", str(shared / "data" / "datasets"))
+    return shared / "data" / "datasets"
 
 
 @pytest.fixture(scope="session")
 def vocab_path(shared) -> Path:
     return shared / "data" / "vocab" / "t5_cc_all_32000.model"
-
-
-@pytest.fixture(autouse=True)
-def _no_registered_datasets():
-    yield
-    registry._registered.clear()
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
@@ -121,8 +114,8 @@ def toy_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def toy(toy_folder):
-    """The toy dataset, registered."""
-    return registry.register("toy", toy_folder, labels=("yes", "no"))
+    """The toy dataset."""
+    return Dataset.from_files(toy_folder, name="toy", labels=("yes", "no"))
 
 
 RELEASED_ROWS = {

@@ -28,7 +28,7 @@ LIGHT_LIBRARIES = {"jax", "flax", "optax", "orbax", "numpy", "etils", "tensorboa
 
 def room_of(module: str) -> str:
     """Returns the room of `dss.room.module`; that of `dss` itself is its `__init__`."""
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 def imports() -> Iterator[tuple[str, str]]:
@@ -53,6 +53,9 @@ def test_a_room_imports_rooms_on_lower_floors_only():
 
 
 def test_the_student_and_its_training_import_few_libraries():
-    theirs = {m.split(".")[0] for r, m in imports() if r in LIGHT} - {"dss", *sys.stdlib_module_names}
+    theirs = {m.split(".")[0] for r, m in imports() if r in LIGHT} - {
+        "dss",
+        *sys.stdlib_module_names,
+    }
     assert "flax" in theirs
     assert theirs <= LIGHT_LIBRARIES

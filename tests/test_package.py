@@ -75,7 +75,7 @@ def test_a_wheel_works_from_any_directory(tmp_path):
     (site / "dependencies.pth").write_text(packages + "\n")
     code = (
         "import dss, dss.config.gin_files as c, dss.tasks; print(dss.__file__);"
-        "print(c.parse_gin(['students/xl.gin', 'recipes/cqa_step_by_step.gin']).student.d_model)"
+        "print(c.parse_gin(['students/xl.gin', 'datasets/cqa.gin']).student.d_model)"
     )
     done = subprocess.run(
         [python, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True

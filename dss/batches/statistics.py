@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dss.batches.store import TokenStore
+from dss.data.datasets import Dataset
 from dss.data.examples import STATUSES, Example, TeacherOutput
 from dss.data.labels import describe_look_alikes
-from dss.data.registry import Dataset
 from dss.data.vocabulary import UNK, Vocabulary, round_trip
-from dss.mixtures.tasks import Mixture, TextRow
+from dss.mixtures.methods import Mixture
+from dss.mixtures.tasks import TextRow
 
 __all__ = [
     "Lengths",

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from dss.data.rationales import ALL_RATIONALES, RationaleConfig
-from dss.data.registry import get_dataset
 from dss.data.vocabulary import Vocabulary, cut, is_cut, round_trip
 from dss.errors import UserError
 from dss.mixtures.ledger import Ledger, make_ledger
-from dss.mixtures.tasks import Mixture, Task, TaskRows, TextRow
+from dss.mixtures.methods import Mixture
+from dss.mixtures.tasks import Task, TaskRows, TextRow
 
 __all__ = ["Ragged", "TaskTokens", "TokenStore", "cache_dir", "open_store", "tokenize"]
 
@@ -223,11 +223,11 @@ def _key(
 ) -> str:
     parts: list = [FORMAT, split, vocabulary.fingerprint, lengths, sorted(options.items())]
     for task in mixture.tasks:
-        dataset = get_dataset(task.dataset)
+        dataset = task.dataset
         files = dataset.files(split, task.teacher)
         hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
         held_out = not dataset.source.has("valid")
-        parts.append([task.dataset, task.kind, task.teacher, task.prefix, hashes, held_out])
+        parts.append([dataset.name, task.kind, task.teacher, task.prefix, hashes, held_out])
         parts.append(dataset.labels.closed)  # reading checks them
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -311,7 +311,7 @@ def _ledger(
         written = {label: round_trip(vocabulary, label) for label in labels}
     return make_ledger(
         task,
-        get_dataset(task.dataset),
+        task.dataset,
         split,
         read,
         fraction=fraction,

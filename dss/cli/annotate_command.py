@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> "Job":
-    from dss.data.registry import set_data_root
+    from dss.data.datasets import Dataset
     from dss.teacher.job import dataset_job, file_job
     from dss.teacher.request import Teacher
 
@@ -142,9 +142,8 @@ def _job(args: argparse.Namespace) -> "Job":
         if args.prompt is None:
             raise UserError("--input needs --prompt: a YAML file, or a shipped one's name")
         return file_job(args.input, args.prompt, teacher, **placed)
-    if args.data_root is not None:
-        set_data_root(args.data_root)
-    return dataset_job(args.dataset, args.split, args.prompt, teacher, **placed)
+    dataset = Dataset.released(args.dataset, args.data_root)
+    return dataset_job(dataset, args.split, args.prompt, teacher, **placed)
 
 
 def _parameter(text: str) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 from typing import TYPE_CHECKING
 
 from dss.cli.checks import check_flags
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from dss.config.experiment import Experiment
     from dss.data.vocabulary import Vocabulary
     from dss.mixtures.ledger import Ledger
-    from dss.mixtures.tasks import Mixture, Task, TaskRows
+    from dss.mixtures.methods import Mixture
+    from dss.mixtures.tasks import Task, TaskRows
 
 __all__ = ["add_arguments", "run"]
 
@@ -39,22 +41,23 @@ def run(args: argparse.Namespace) -> int:
     search = gin_folders(args)
     check_flags(args.gin)
 
+    from dss.config.data import open_datasets, open_mixture
     from dss.config.gin_files import parse_gin
     from dss.data.vocabulary import load_vocabulary
-    from dss.mixtures.tasks import get_mixture, mixture_names, with_teacher
-    from dss.runs.directory import use_data
+    from dss.mixtures.methods import mixture_names
 
     experiment = parse_gin(args.gin_file, args.gin, search)
-    own = use_data(experiment.data)
-    name = args.mixture or experiment.mixture
     console = make_console()
-    if name is None:
-        for known in mixture_names(own):
-            console.print(known)
+    if args.mixture is not None:
+        experiment = dataclasses.replace(experiment, mixture=args.mixture, method=None)
+    if not experiment.has_task:
+        datasets = open_datasets(experiment.data, experiment.dataset)
+        own = experiment.data.dataset_path is not None
+        for dataset in [*datasets.values()][: 1 if own else None]:
+            for name in mixture_names(dataset):
+                console.print(name)
         return 0
-    if experiment.teacher is not None:
-        name = with_teacher(name, experiment.teacher)
-    mixture = get_mixture(name, experiment.alpha, one_input=experiment.data.one_encoder_pass)
+    mixture = open_mixture(experiment)
     console.print(f"[bold]{mixture.name}[/bold]")
     _print_sources(console, mixture)
     _print_counts(console, mixture, experiment)
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _splits(mixture: "Mixture") -> list[str]:
-    from dss.data.registry import SPLITS
+    from dss.data.datasets import SPLITS
 
     return [split for split in SPLITS if mixture.dataset.has(split)]
 

@@ -167,14 +167,12 @@ def run(args: argparse.Namespace) -> int:
     from dss.data.vocabulary import is_cut
     from dss.evaluation.evaluator import DecodingProgress
     from dss.parallel.processes import is_leader
-    from dss.runs.directory import use_data
     from dss.runs.student import explain, label
 
     prepare_jax()
     found = open_run(args)
     experiment = found.experiment
-    use_data(experiment.data, must_exist=False)
-    mixture = found.mixture()
+    mixture = found.mixture(must_exist=False)
     progress = DecodingProgress()
     if is_leader():
         progress = DecodeProgress()

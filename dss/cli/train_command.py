@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whether a run may go on (no, the default) after the files that it reads have changed",
     )
     parser.epilog = (
-        "dss train --gin_file=students/tiny.gin --gin_file=recipes/svamp_step_by_step.gin "
+        "dss train --gin_file=students/tiny.gin --gin_file=datasets/svamp.gin "
+        "--gin_file=methods/step_by_step.gin "
         "--gin.MODEL_DIR=runs/svamp --gin.DATA_ROOT=DIR --gin.VOCABULARY=FILE"
     )
 

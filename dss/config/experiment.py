@@ -67,8 +67,10 @@ class DataConfig:
 class Experiment:
     """All that decides a run. gin fills it in; library code may too."""
 
-    mixture: str | None = None  # name of a mixture or task; None for an imported checkpoint
-    teacher: str | None = None  # takes the place of the teacher in the mixture's name
+    dataset: str | None = None  # a released dataset, or a name for data.dataset_path
+    method: str | None = None  # a method of dss.mixtures.methods; None for an imported checkpoint
+    mixture: str | None = None  # a mixture or task by its name, in place of dataset and method
+    teacher: str | None = None  # of rationales and labels; None: the mixture's, or the only one
     run_dir: str | None = None  # where the run is kept
     student: T5Config | None = None  # None: as the initial checkpoint says
     initial_checkpoint: str | None = None  # hf:PATH, t5x:PATH, a hub id, a run; None: from scratch
@@ -94,6 +96,8 @@ class Experiment:
 
     def __post_init__(self):
         check_types(self)
+        if self.mixture is not None and self.method is not None:
+            raise ValueError("give MIXTURE_OR_TASK_NAME, or METHOD with DATASET, not both")
         check_at_least(self, 1, "batch_size", "microbatches", "eval_examples")
         check_at_least(self, 0, "seed", "z_loss")
         check_share(self, "dropout_rate", "label_smoothing")
@@ -106,6 +110,18 @@ class Experiment:
                 "ALPHA_END needs DataConfig.batches 'paired': sequences that are sampled by rate "
                 "keep to ALPHA"
             )
+
+    @property
+    def mixture_name(self) -> str | None:
+        """The name of its mixture, once it is resolved; None for an imported checkpoint."""
+        if self.method is None:
+            return self.mixture
+        return "_".join(part for part in (self.dataset, self.method, self.teacher) if part)
+
+    @property
+    def has_task(self) -> bool:
+        """Whether it names what a student learns; an imported checkpoint's does not."""
+        return self.mixture is not None or self.method is not None
 
     def settle(self, student: T5Config) -> T5Config:
         """Returns a student with what the experiment says of its training."""

@@ -373,4 +373,8 @@ def load_config(run: epath.PathLike, flags: Sequence[str] = ()) -> Experiment:
     for flag in flags:
         name, equals, value = flag.partition("=")
         bindings.append(_binding(fields.get(name, name) + equals + value))
+    # A mixture takes the place of the run's method, and a method that of its mixture.
+    for given, other in (("mixture", "method"), ("method", "mixture")):
+        if any(binding.startswith(f"Experiment.{given} = ") for binding in bindings):
+            bindings.insert(0, f"Experiment.{other} = None")
     return _parse([str(path)], bindings, ())

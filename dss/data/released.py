@@ -10,6 +10,7 @@ with it is row for row; nothing but fixed patterns is looked for in a text.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -177,11 +178,12 @@ class ReleasedSource:
     """One dataset in the released layout.
 
     Attributes:
-      root: the folder that holds the datasets.
-      name: one of `RELEASED`.
+      root: the folder that holds the datasets; None for the environment variable DSS_DATA_ROOT, or
+        else the folder `data`.
+      name: the name of the dataset, one of `RELEASED`.
     """
 
-    root: epath.Path
+    root: epath.Path | None
     name: str
     remedy: ClassVar[str] = (
         "say where the released data are with --gin.DATA_ROOT=FOLDER or the variable DSS_DATA_ROOT"
@@ -206,9 +208,9 @@ class ReleasedSource:
             return [self._examples_file(split)]
         examples = self._examples_file(split)
         if teacher == "palm":
-            missing = self.root / self.name / "llm" / f"{split}_CoT_0.json"
+            missing = self._root / self.name / "llm" / f"{split}_CoT_0.json"
         elif teacher == "gpt_neox":
-            missing = self.root / "gpt-neox" / self.name / f"{split}.json"
+            missing = self._root / "gpt-neox" / self.name / f"{split}.json"
         else:
             missing = examples.with_suffix(f".{teacher}.jsonl")
         return [examples, *(self._teacher_files(split, teacher) or [missing])]
@@ -256,17 +258,21 @@ class ReleasedSource:
         """Returns none: the reference holds rows out one by one."""
         del examples
 
+    @property
+    def _root(self) -> epath.Path:
+        return self.root or epath.Path(os.environ.get("DSS_DATA_ROOT", "data")).expanduser()
+
     def _examples_file(self, split: str) -> epath.Path:
-        return self.root / self.name / f"{self.name}_{split}.json"
+        return self._root / self.name / f"{self.name}_{split}.json"
 
     def _teacher_files(self, split: str, teacher: str) -> list[epath.Path]:
         if teacher == "gpt_neox":
-            path = self.root / "gpt-neox" / self.name / f"{split}.json"
+            path = self._root / "gpt-neox" / self.name / f"{split}.json"
             return [path] if path.is_file() else []
         if teacher != "palm":
             own = teacher_files(self._examples_file(split)).get(teacher)
             return [own] if own else []
-        found = (self.root / self.name / "llm").glob(f"{split}_CoT_*.json")
+        found = (self._root / self.name / "llm").glob(f"{split}_CoT_*.json")
         numbered = [(re.fullmatch(r".*_CoT_(\d+)", path.stem), path) for path in found]
         return [path for _, path in sorted((int(m[1]), path) for m, path in numbered if m)]
 

@@ -12,7 +12,8 @@ from dss.data.metrics import rouge_l
 from dss.data.vocabulary import EOS, Vocabulary, encode_example
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
-from dss.mixtures.tasks import Mixture, extract_label
+from dss.mixtures.methods import Mixture
+from dss.mixtures.tasks import extract_label
 from dss.parallel.mesh import fetch, put_batch
 from dss.student.config import DecodingConfig, T5Config
 from dss.student.decoding import candidate_slots, generate, score_candidates

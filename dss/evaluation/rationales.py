@@ -5,8 +5,8 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 
+from dss.data.datasets import Dataset
 from dss.data.metrics import rouge_l
-from dss.data.registry import Dataset
 from dss.evaluation.evaluator import EvaluationExample
 from dss.mixtures.tasks import CONCLUSION, extract_label
 

@@ -13,7 +13,7 @@ from dss.evaluation.confusion import Confusion
 from dss.evaluation.evaluator import Answer, EvaluationExample, Scored
 from dss.evaluation.rationales import RationaleQuality
 from dss.evaluation.teachers import TeacherOutputs, TeacherScore, score_teacher
-from dss.mixtures.tasks import Mixture
+from dss.mixtures.methods import Mixture
 from dss.paths import write_whole
 
 __all__ = ["Evaluation"]

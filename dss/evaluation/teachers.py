@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dss.data.examples import TeacherOutput
 from dss.evaluation.evaluator import EvaluationExample, Scored
 from dss.evaluation.significance import mcnemar
-from dss.mixtures.tasks import Mixture
+from dss.mixtures.methods import Mixture
 
 __all__ = ["TeacherOutputs", "TeacherScore", "read_teachers", "score_teacher"]
 

@@ -16,9 +16,10 @@ from dss.data.vocabulary import BYTES, load_vocabulary
 from dss.errors import UserError
 from dss.evaluation.significance import wilson_interval
 from dss.interop.huggingface_export import SPIECE
-from dss.mixtures.tasks import CONCLUSION, EXPLAIN, Mixture
+from dss.mixtures.methods import Method, Mixture
+from dss.mixtures.tasks import CONCLUSION, EXPLAIN
 from dss.paths import CONFIG_FILE, PREDICTIONS
-from dss.runs.directory import Run, use_data
+from dss.runs.directory import Run
 from dss.student.network import num_parameters
 from dss.training.metrics import read_metrics
 
@@ -62,11 +63,13 @@ freely and may answer otherwise.
 NLI = ("anli1", "esnli")
 VOCABULARY = f" --gin.Experiment.vocabulary={SPIECE}"
 METHODS = {
-    ("label",): "finetuning on labels",
-    ("label", "rationale"): f"distilling step-by-step ({PAPER}): labels and rationales, two tasks",
-    ("rationale_then_label",): "a rationale and then the label, as one target",
-    ("rationale",): "rationales alone",
+    Method.FINETUNE: "finetuning on labels",
+    Method.DISTILL: "finetuning on labels",
+    Method.STEP_BY_STEP: f"distilling step-by-step ({PAPER}): labels and rationales, two tasks",
+    Method.SINGLE_TARGET: "a rationale and then the label, as one target",
+    Method.RATIONALE: "rationales alone",
 }
+METHODS[Method.STEP_BY_STEP_UNLABELED] = METHODS[Method.STEP_BY_STEP]
 
 
 def _front_matter(run: Run, form: str) -> str:
@@ -94,7 +97,7 @@ def _training(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]
     if experiment.data.fraction < 1:
         yield "share of the training data", f"{experiment.data.fraction:g}"
     yield "mixture", f"`{mixture.name}`"
-    yield "method", METHODS[mixture.short_names]
+    yield "method", METHODS[mixture.method]
     for task in mixture.tasks:
         source = f"the teacher {task.teacher}" if task.teacher else "gold labels"
         yield f"{task.kind.replace('_', ' ')} from", source
@@ -200,12 +203,11 @@ def model_card(run: Run, step: int, form: str = "hf") -> str:
     """
     experiment = run.experiment
     parts = [_front_matter(run, form), f"# {run.folder.name}\n", f"{_shape(run)}.\n"]
-    if experiment.mixture is None:
+    if not experiment.has_task:
         parts.append("It was imported, and not trained by `dss`.\n")
         parts += ["## Use\n", _use(run, form, "")]
     else:
-        use_data(experiment.data, must_exist=False)
-        mixture = run.mixture()
+        mixture = run.mixture(must_exist=False)
         parts += ["## Use\n", _use(run, form, mixture.tasks[0].prefix), _notes(run, mixture)]
         parts += ["## Training\n", _table(_training(run, mixture, step))]
         scores = list(_scores(run, mixture, step))

@@ -1,8 +1,8 @@
 """The tasks and mixtures as SeqIO objects, for every tool that takes them by name.
 
-The rows, the ids of their tokens and the metrics are those of `dss train`. Where the data and the
-vocabulary are is asked when a task is first read: DSS_DATA_ROOT (or `dss.data.set_data_root`) and
-DSS_VOCABULARY, a SentencePiece file or "bytes"; without it T5's vocabulary on Google Cloud.
+The rows, the ids of their tokens and the metrics are those of `dss train`. When a task is first
+read, the environment variable DSS_DATA_ROOT gives the released data, and DSS_VOCABULARY the
+vocabulary, a SentencePiece file or "bytes"; without it T5's vocabulary on Google Cloud.
 """
 
 import functools
@@ -13,8 +13,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from dss.data.datasets import Dataset
 from dss.data.metrics import equation_accuracy, rouge_l_mean, text_accuracy
-from dss.data.registry import get_dataset
 from dss.data.vocabulary import (
     BYTES,
     EOS,
@@ -23,7 +23,8 @@ from dss.data.vocabulary import (
     Vocabulary,
     load_vocabulary,
 )
-from dss.mixtures.tasks import Mixture, Task, extract_label, get_mixture, mixture_names
+from dss.mixtures.methods import mixture_names, named_mixture
+from dss.mixtures.tasks import Task, extract_label
 
 __all__ = ["SPLITS", "get_vocabulary", "register_seqio", "vocabulary_source"]
 
@@ -84,33 +85,29 @@ class _Source(seqio.FunctionDataSource):
     """A task's rows. Its splits are those whose files are there when it is asked."""
 
     def __init__(self, task: Task):
-        self._task = task
+        self.task = task
         super().__init__(self._rows, splits=tuple(SPLITS))
 
     @property
     def splits(self) -> Sequence[str]:
         """The splits that there are; where there is none, all, so that reading says what lacks."""
-        return [s for s, ours in SPLITS.items() if self._task.has(ours)] or list(SPLITS)
+        return [s for s, ours in SPLITS.items() if self.task.has(ours)] or list(SPLITS)
 
     def num_input_examples(self, split: str) -> int | None:
         """Returns how many rows a split has; None where its files are not there."""
         ours = SPLITS[split]
-        return len(self._task.rows(ours)) if self._task.has(ours) else None
+        return len(self.task.rows(ours)) if self.task.has(ours) else None
 
     def _rows(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         del shuffle_files, seed  # the rows are few; SeqIO shuffles them later
-        rows = self._task.rows(SPLITS[split])
+        rows = self.task.rows(SPLITS[split])
         columns = {n: [getattr(row, n) for row in rows] for n in ("id", "inputs", "targets")}
         texts = {name: tf.constant(column, tf.string) for name, column in columns.items()}
         return tf.data.Dataset.from_tensor_slices(texts)
 
 
 def _metric(task: Task) -> Callable:
-    return (
-        rouge_l_mean
-        if task.kind == "rationale"
-        else METRIC_FNS[get_dataset(task.dataset).labels.metric]
-    )
+    return rouge_l_mean if task.kind == "rationale" else METRIC_FNS[task.dataset.labels.metric]
 
 
 def _label_of(text: str, **_: object) -> str:
@@ -136,14 +133,15 @@ def _add_task(task: Task, vocabulary: seqio.Vocabulary) -> None:
 
 
 def register_seqio(
-    dataset: str, *, alpha: float | None = None, vocabulary: str | None = None
+    dataset: Dataset, *, alpha: float | None = None, vocabulary: str | None = None
 ) -> list[str]:
     """Registers every task and mixture of a dataset.
 
-    Those that are registered stay, unless another alpha or vocabulary is given than theirs.
+    Those that are registered stay, unless they are of other files, or another alpha or vocabulary
+    is given than theirs.
 
     Args:
-      dataset: a released one, or one given to `dss.data.register`.
+      dataset: the dataset.
       alpha: rate of the label task in the mixtures of two; None: as registered, or 0.5.
       vocabulary: of inputs and targets; None: as registered, or see `vocabulary_source`.
 
@@ -151,15 +149,17 @@ def register_seqio(
       Their names.
 
     Raises:
-      UserError: there is no such dataset.
+      UserError: if one name is that of two mixtures, by the names of the teachers.
     """
     names = mixture_names(dataset)
-    mixtures: list[Mixture] = [get_mixture(n, 0.5 if alpha is None else alpha) for n in names]
+    mixtures = [named_mixture(n, [dataset], 0.5 if alpha is None else alpha) for n in names]
     renewed = set()
     for task in {task.name: task for mixture in mixtures for task in mixture.tasks}.values():
         if task.name in seqio.TaskRegistry.names():
-            found = seqio.TaskRegistry.get(task.name).output_features["inputs"].vocabulary
-            if vocabulary is None or found == get_vocabulary(vocabulary):
+            found = seqio.TaskRegistry.get(task.name)
+            known = found.output_features["inputs"].vocabulary
+            same = isinstance(found.source, _Source) and found.source.task == task
+            if same and (vocabulary is None or known == get_vocabulary(vocabulary)):
                 continue
             seqio.TaskRegistry.remove(task.name)
         _add_task(task, get_vocabulary(vocabulary))

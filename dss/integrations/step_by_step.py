@@ -3,7 +3,7 @@
     tfds build step_by_step --imports=dss.integrations.step_by_step --config=svamp --manual_dir=DIR
 
 DIR is the root of the released datasets, or with `--config=jsonl` the folder of `train.jsonl` and
-its kin (see `dss.data.registry.JsonlSource`). The splits are those of `dss train`; counts by
+its kin (see `dss.data.datasets.JsonlSource`). The splits are those of `dss train`; counts by
 status and the teachers' accuracy are in the dataset's metadata.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dss.batches.statistics import measure_split
-from dss.data.registry import SPLITS, Dataset, JsonlSource, released_dataset
+from dss.data.datasets import SPLITS, Dataset, JsonlSource
 from dss.data.released import RELEASED
 
 __all__ = ["StepByStep"]
@@ -56,7 +56,7 @@ class StepByStep(tfds.core.GeneratorBasedBuilder):
     def _dataset(self, manual_dir: Any) -> Dataset:
         if self.builder_config.name == "jsonl":
             return Dataset("jsonl", JsonlSource(manual_dir))
-        return released_dataset(self.builder_config.name, manual_dir)
+        return Dataset.released(self.builder_config.name, manual_dir)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         dataset = self._dataset(dl_manager.manual_dir)

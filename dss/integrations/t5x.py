@@ -19,6 +19,7 @@ import seqio
 from etils import epath
 
 from dss.batches.batches import Batch, Batches
+from dss.config.data import open_mixture, resolve
 from dss.config.experiment import Experiment
 from dss.config.gin_files import gin_name
 from dss.data.vocabulary import load_vocabulary
@@ -26,9 +27,9 @@ from dss.errors import UserError
 from dss.integrations.seqio_features import StepByStepFeatureConverter
 from dss.integrations.seqio_tasks import get_vocabulary, register_seqio, vocabulary_source
 from dss.interop.t5x_export import DATASET, DATASET_FILE
-from dss.mixtures.tasks import Mixture, get_mixture
+from dss.mixtures.methods import Mixture
 from dss.paths import absolute
-from dss.runs.train import settle_data, training_batches, training_store
+from dss.runs.train import training_batches, training_store
 from dss.student.config import T5Config
 from dss.training.loss import cross_entropy, task_sums, token_counts, token_weights
 from dss.training.optimizer import make_optimizer, make_schedule
@@ -283,9 +284,7 @@ def mixture(experiment: Experiment) -> Mixture:
     Raises:
       UserError: there is no such mixture.
     """
-    experiment = settle_data(experiment)
-    assert experiment.mixture is not None
-    return get_mixture(experiment.mixture, experiment.alpha)
+    return open_mixture(experiment)
 
 
 def mixture_name(experiment: Experiment, split: str = "train") -> str:
@@ -300,7 +299,7 @@ def mixture_name(experiment: Experiment, split: str = "train") -> str:
       UserError: there is no such mixture, or no data for the split.
     """
     found = mixture(experiment)
-    register_seqio(found.dataset.name, alpha=experiment.alpha, vocabulary=experiment.vocabulary)
+    register_seqio(found.dataset, alpha=experiment.alpha, vocabulary=experiment.vocabulary)
     whole = len(found.available(split).tasks) == len(found.tasks)
     return found.name if whole else found.tasks[0].name
 
@@ -312,7 +311,7 @@ def task_name(experiment: Experiment) -> str:
       UserError: there is no such mixture.
     """
     found = mixture(experiment)
-    register_seqio(found.dataset.name, alpha=experiment.alpha, vocabulary=experiment.vocabulary)
+    register_seqio(found.dataset, alpha=experiment.alpha, vocabulary=experiment.vocabulary)
     return found.tasks[0].name
 
 
@@ -446,7 +445,7 @@ def get_dataset(
     del feature_converter_cls
     _refuse(experiment, NOT_IN_TRAINING)
     experiment = dataclasses.replace(
-        settle_data(experiment),
+        resolve(experiment),
         batch_size=cfg.batch_size,
         vocabulary=vocabulary_source(experiment.vocabulary),
     )

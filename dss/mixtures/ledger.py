@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from dss.data.datasets import Dataset
 from dss.data.examples import STATUSES
 from dss.data.rationales import REASONS
-from dss.data.registry import Dataset
 from dss.mixtures.tasks import EMPTY_INPUT, MISSING, NO_LABEL, OUTSIDE, Task, TaskRows, TextRow
 
 __all__ = ["LEFT_OUT", "USED", "Ledger", "make_ledger"]

@@ -20,6 +20,7 @@ from jax.errors import JaxRuntimeError
 
 from dss.batches.batches import Batches
 from dss.batches.store import TokenStore
+from dss.config.data import open_mixture
 from dss.config.experiment import Experiment
 from dss.errors import UserError
 from dss.parallel.mesh import batch_sharding, make_mesh
@@ -27,7 +28,7 @@ from dss.planning.flops import computed_flops, useful_flops
 from dss.planning.hardware import Accelerator, find_accelerator, planned_devices
 from dss.planning.hlo import Exchange, exchanges, product_bytes, sending_seconds
 from dss.planning.typical import INPUTS_MEAN, TARGETS_MEAN, typical_store
-from dss.runs.train import abstract_state, settle_data, training_order, training_store
+from dss.runs.train import abstract_state, training_order, training_store
 from dss.student.config import T5Config
 from dss.student.network import num_parameters
 from dss.training.loss import LossConfig
@@ -361,11 +362,10 @@ def _open_data(
     """Returns the tokens to plan with, where their lengths are from, and if they are the run's."""
     data = experiment.data
     there = data.root or data.dataset_path or os.environ.get("DSS_DATA_ROOT")
-    if tokens is None and there and experiment.mixture and experiment.vocabulary:
-        experiment = settle_data(experiment)
-        return training_store(experiment), f"{experiment.mixture}'s", True
+    if tokens is None and there and experiment.has_task and experiment.vocabulary:
+        return training_store(experiment), f"{open_mixture(experiment).name}'s", True
     inputs, targets = tokens or (INPUTS_MEAN, TARGETS_MEAN)
-    where = "as given" if tokens else "CQA's, assumed: no MIXTURE_OR_TASK_NAME with its data"
+    where = "as given" if tokens else "CQA's, assumed: no DATASET and METHOD with their data"
     return typical_store(config.vocab_size, inputs, targets), where, False
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from dss.config.experiment import Experiment
 from dss.data.examples import hash_input, read_json_lines
 from dss.errors import UserError
 from dss.mixtures.ledger import Ledger
+from dss.mixtures.methods import Method, read_name
 from dss.paths import CONFIG_FILE, PREDICTIONS, check_no_pipes
 from dss.runs.directory import CHECKPOINTS, load_run
 from dss.runs.session import read_sessions
@@ -21,18 +23,6 @@ from dss.training.metrics import read_metrics
 __all__ = ["SHOWN_EXAMPLES", "Collected", "EvaluationRecord", "RunRecord", "collect", "find_runs"]
 
 SHOWN_EXAMPLES = 300  # of an evaluation, whose texts are kept
-# What a mixture's name says after its dataset; the longer before what it begins with.
-METHODS = {
-    "finetune": "finetuning",
-    "label_gold": "finetuning",
-    "distill": "distillation",
-    "step_by_step_unlabeled": "step-by-step, unlabeled",
-    "step_by_step": "step-by-step",
-    "single_target": "single target",
-    "rationale_then_label": "single target",
-    "label": "distillation",
-    "rationale": "rationales only",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +95,7 @@ class RunRecord:
     @property
     def is_imported(self) -> bool:
         """Whether it holds a checkpoint that was never trained here."""
-        return self.experiment.mixture is None
+        return not self.experiment.has_task
 
     @property
     def is_done(self) -> bool:
@@ -166,7 +156,7 @@ class RunRecord:
         """Returns the evaluation that counts: of the step that validation chose or, where that
         was not evaluated, of the last one. What the split itself scores has no say.
         """
-        mixture = self.experiment.mixture
+        mixture = self.experiment.mixture_name
         found = [e for e in self.evaluations if e.split == split and mixture in (None, e.mixture)]
         best = self.best_step
         return max(found, key=lambda e: (e.step == best, e.step), default=None)
@@ -324,14 +314,16 @@ def _read_run(folder: epath.Path, problems: list[tuple[str, str]]) -> RunRecord:
                 evaluations.append(_read_evaluation(path))
             except Exception as error:
                 problems.append((str(path), str(error) or type(error).__name__))
-    mixture = experiment.mixture or next((e.mixture for e in evaluations), "")
+    mixture = experiment.mixture_name or next((e.mixture for e in evaluations), "")
     dataset, method, teacher = _parse_mixture(mixture, _dataset_name(experiment, sessions))
+    if experiment.method is not None:
+        method, teacher = Method.parse(experiment.method).display_name, experiment.teacher
     return RunRecord(
         name=str(folder),
         experiment=experiment,
         config_text=(folder / CONFIG_FILE).read_text(encoding="utf-8"),
         dataset=dataset,
-        method="as imported" if experiment.mixture is None else method,
+        method=method if experiment.has_task else "as imported",
         teacher=teacher,
         parameters=num_parameters(run.config),
         metrics=_read_numbers(folder / "metrics.jsonl"),
@@ -355,21 +347,21 @@ def _dataset_name(experiment: Experiment, sessions: Sequence[Mapping[str, Any]])
     for session in sessions:
         if "data" in session:
             return str(session["data"]["dataset"])
-    if experiment.data.dataset_path is None:
-        return None
+    if experiment.dataset is not None or experiment.data.dataset_path is None:
+        return experiment.dataset
     return epath.Path(experiment.data.dataset_path).stem.replace("-", "_")
 
 
 def _parse_mixture(name: str, dataset: str | None) -> tuple[str, str, str | None]:
-    """Returns what a mixture's name says: dataset, method in words, teacher."""
+    """Returns the parts of a mixture's name: dataset, method in words, teacher."""
     if dataset is None or not name.startswith(f"{dataset}_"):
-        at = [i for form in METHODS if (i := f"{name}_".find(f"_{form}_")) > 0]
-        dataset = name[: min(at)] if at else name
+        starts = (match.start() for match in re.finditer("_", name))
+        dataset = next((name[:i] for i in starts if read_name(name[i + 1 :])), name)
     rest = name[len(dataset) + 1 :]
-    for form, words in METHODS.items():
-        if rest == form or rest.startswith(f"{form}_"):
-            return dataset, words, rest[len(form) + 1 :] or None
-    return dataset, rest.replace("_", " ") or "unknown", None
+    found = read_name(rest)
+    if found is None:
+        return dataset, rest.replace("_", " ") or "unknown", None
+    return dataset, found[0].display_name, found[1]
 
 
 def _read_evaluation(path: epath.Path) -> EvaluationRecord:

@@ -8,7 +8,8 @@ from typing import Any
 from etils import epath
 
 from dss.config.experiment import Experiment
-from dss.reporting.collect import METHODS, RunRecord
+from dss.mixtures.methods import Method
+from dss.reporting.collect import RunRecord
 
 __all__ = ["count_text", "method_names", "student_names"]
 
@@ -20,7 +21,7 @@ IGNORED = {
     "trainer.eval_period", "trainer.log_period",
 }  # fmt: skip
 NEARLY = 1.1  # numbers within this ratio are one setting: steps of the same compute differ a little
-ORDER = [*dict.fromkeys(METHODS.values())]
+ORDER = [method.display_name for method in Method]
 
 
 def count_text(number: float) -> str:

@@ -18,16 +18,16 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from dss.config.experiment import DataConfig, Experiment
+from dss.config.data import open_mixture
+from dss.config.experiment import Experiment
 from dss.config.gin_files import load_config, save_config
-from dss.data.registry import register, set_data_root
 from dss.data.vocabulary import BYTES, load_vocabulary
 from dss.errors import UserError
 from dss.evaluation.evaluator import (
     DecodingProgress,
     Predictor,
 )
-from dss.mixtures.tasks import Mixture, get_mixture
+from dss.mixtures.methods import Mixture
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh, param_shardings
 from dss.parallel.processes import is_leader, wait_for_all
@@ -45,34 +45,10 @@ __all__ = [
     "run_folder",
     "save_run",
     "student_shardings",
-    "use_data",
 ]
 
 VOCABULARY_FILE = "vocabulary.model"
 CHECKPOINTS = "checkpoints"
-
-
-def use_data(config: DataConfig, *, must_exist: bool = True) -> str | None:
-    """Makes the datasets known that a configuration names; returns the name of the user's own.
-
-    Args:
-      config: names them.
-      must_exist: False for predicting, which reads no data.
-
-    Raises:
-      UserError: they are not where the configuration says.
-    """
-    if config.root is not None:
-        if must_exist and not epath.Path(config.root).expanduser().is_dir():
-            raise UserError(f"DATA_ROOT {config.root}: no such folder")
-        set_data_root(config.root)
-    if config.dataset_path is None:
-        return None
-    path = epath.Path(config.dataset_path).expanduser()
-    name = absolute(path).stem.replace("-", "_")
-    return register(
-        name, path, labels=config.labels, metric=config.metric, must_exist=must_exist
-    ).name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,19 +76,20 @@ class Run:
         folder = self.folder / CHECKPOINTS
         return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
-    def mixture(self) -> Mixture:
-        """Returns the mixture that the student learnt; its data must be known, see `use_data`.
+    def mixture(self, *, must_exist: bool = True) -> Mixture:
+        """Returns the mixture that the student learnt.
+
+        Args:
+          must_exist: False for predicting, which reads no data.
 
         Raises:
-          UserError: the run has none, or there is no such mixture.
+          UserError: if the run has none, there is no such mixture, or its data are not there.
         """
-        experiment = self.experiment
-        if experiment.mixture is None:
+        if not self.experiment.has_task:
             raise UserError(
                 f"{self.folder}: no mixture; say with --mixture what the student predicts"
             )
-        one_input = experiment.data.one_encoder_pass
-        return get_mixture(experiment.mixture, experiment.alpha, one_input=one_input)
+        return open_mixture(self.experiment, must_exist=must_exist)
 
     def checkpoints(self) -> Checkpoints:
         """Returns the run's checkpoints, for reading."""

@@ -20,8 +20,8 @@ from etils import epath
 
 from dss import __version__
 from dss.batches.store import TokenStore
-from dss.data.registry import get_dataset
-from dss.mixtures.tasks import Mixture, Task
+from dss.mixtures.methods import Mixture
+from dss.mixtures.tasks import Task
 from dss.parallel.processes import is_leader
 from dss.paths import check_no_pipes, write_whole
 from dss.training.metrics import read_metrics
@@ -110,7 +110,7 @@ def _usage(task: Task) -> dict[str, Any] | None:
     """
     if task.teacher is None:
         return None
-    outputs = get_dataset(task.dataset).files("train", task.teacher)[-1]
+    outputs = task.dataset.files("train", task.teacher)[-1]
     path = outputs.with_suffix(".usage.json")
     check_no_pipes(path)
     try:

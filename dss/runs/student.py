@@ -21,9 +21,10 @@ from dss.evaluation.evaluator import (
 )
 from dss.evaluation.result import Evaluation
 from dss.evaluation.teachers import read_teachers
-from dss.mixtures.tasks import Mixture, Task, extract_rationale
+from dss.mixtures.methods import Mixture
+from dss.mixtures.tasks import Task, extract_rationale
 from dss.paths import CONFIG_FILE
-from dss.runs.directory import Run, is_run, load_run, use_data
+from dss.runs.directory import Run, is_run, load_run
 from dss.runs.start import import_checkpoint
 
 __all__ = [
@@ -91,7 +92,6 @@ def evaluate(
       UserError: no checkpoint, no such split, no labels in it, or no rationales learnt.
     """
     experiment = run.experiment
-    use_data(experiment.data)
     mixture = run.mixture()
     if rationales:
         _rationale_task(mixture)

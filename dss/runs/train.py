@@ -18,9 +18,9 @@ from dss.batches.batches import (
 )
 from dss.batches.statistics import describe_labels
 from dss.batches.store import TokenStore, open_store
-from dss.config.experiment import DataConfig, Experiment
+from dss.config.data import open_mixture, resolve
+from dss.config.experiment import Experiment
 from dss.config.gin_files import gin_name
-from dss.data.registry import get_dataset
 from dss.data.vocabulary import Vocabulary, load_vocabulary
 from dss.errors import UserError
 from dss.evaluation.evaluator import (
@@ -30,11 +30,11 @@ from dss.evaluation.evaluator import (
     metric_name,
     token_metrics,
 )
-from dss.mixtures.tasks import Mixture, get_mixture, with_teacher
+from dss.mixtures.methods import Mixture
 from dss.parallel.mesh import make_mesh, put_batch
 from dss.parallel.processes import StopSignal, all_agree, is_leader, leaders_text
 from dss.paths import CONFIG_FILE
-from dss.runs.directory import CHECKPOINTS, Run, load_run, run_folder, save_run, use_data
+from dss.runs.directory import CHECKPOINTS, Run, load_run, run_folder, save_run
 from dss.runs.session import (
     Session,
     changed_files,
@@ -64,7 +64,6 @@ __all__ = [
     "abstract_state",
     "check_same",
     "run_experiment",
-    "settle_data",
     "split_store",
     "training_batches",
     "training_order",
@@ -105,7 +104,7 @@ def _open_run(experiment: Experiment, resume: Resume) -> tuple[Run, Any | None]:
         raise UserError(
             f"{folder}: holds a run with checkpoints; use a new MODEL_DIR, or resume this one"
         )
-    if run.experiment.mixture is None:
+    if not run.experiment.has_task:
         raise UserError(f"{folder}: holds an imported checkpoint; train in another MODEL_DIR")
     check_same(run, experiment)
     # Where the data lie and the mesh may change.
@@ -130,6 +129,16 @@ def _differences(prefix: str, before: Any, now: Any, may_change: tuple[str, ...]
 def check_same(run: Run, now: Experiment) -> None:
     """Raises the user's error where a run is not of the experiment that would continue it."""
     before = run.experiment
+    if before.mixture is not None:  # written before runs kept dataset and method
+        named = resolve(dataclasses.replace(before, data=now.data))
+        before = dataclasses.replace(
+            before,
+            mixture=None,
+            dataset=named.dataset,
+            method=named.method,
+            teacher=named.teacher,
+        )
+    now = resolve(now)
     check_size(str(run.folder), run.config, now.student)
     settled = ("run_dir", "student", "vocabulary", "data", "mesh")
     differs = _differences("", before, now, settled)
@@ -145,7 +154,7 @@ def check_same(run: Run, now: Experiment) -> None:
         vocabularies = load_vocabulary(run.vocabulary_source), load_vocabulary(now.vocabulary)
         if vocabularies[0].fingerprint != vocabularies[1].fingerprint:
             raise UserError(f"{now.vocabulary}: wrong vocabulary: {run.folder} began with another")
-    data = _declared(now.data)
+    data = now.data
     if set(data.labels) == set(before.data.labels):  # their order is the run's
         data = dataclasses.replace(data, labels=before.data.labels)
     differs += _differences("data.", before.data, data, ("root", "dataset_path"))
@@ -174,42 +183,11 @@ def split_store(
     )
 
 
-def _declared(data: DataConfig) -> DataConfig:
-    """Makes data known, and returns them with the labels and the metric that they declare."""
-    name = use_data(data)
-    if name is None:
-        return data
-    labels = get_dataset(name).labels
-    return dataclasses.replace(data, labels=labels.closed, metric=labels.metric)
-
-
-def settle_data(experiment: Experiment) -> Experiment:
-    """Makes an experiment's data known, and returns it with the mixture that its TEACHER makes and
-    with the labels and the metric that the data declare.
-
-    Raises:
-      UserError: no mixture, one without a teacher, or its data are not there.
-    """
-    experiment = dataclasses.replace(experiment, data=_declared(experiment.data))
-    if experiment.mixture is None:
-        raise UserError("no mixture: give --gin_file=recipes/NAME.gin or MIXTURE_OR_TASK_NAME")
-    if experiment.teacher is None:
-        return experiment
-    name = with_teacher(experiment.mixture, experiment.teacher)
-    return dataclasses.replace(experiment, mixture=name, teacher=None)
-
-
-def _mixture(experiment: Experiment) -> Mixture:
-    assert experiment.mixture is not None
-    one_input = experiment.data.one_encoder_pass
-    return get_mixture(experiment.mixture, experiment.alpha, one_input=one_input)
-
-
 def training_store(experiment: Experiment) -> TokenStore:
-    """Returns the tokens an experiment trains on; its data must be known, see `use_data`."""
+    """Returns the tokens that an experiment trains on."""
     assert experiment.vocabulary is not None
     vocabulary = load_vocabulary(experiment.vocabulary)
-    return split_store(experiment, _mixture(experiment), "train", vocabulary)
+    return split_store(experiment, open_mixture(experiment), "train", vocabulary)
 
 
 def training_order(experiment: Experiment, store: TokenStore, rates: tuple[float, ...]) -> Order:
@@ -384,8 +362,8 @@ def _run(
     accept_changed_data: bool,
 ) -> Result:
     # Data and student.
-    experiment = settle_data(experiment)
-    mixture = _mixture(experiment)
+    experiment = resolve(experiment)
+    mixture = open_mixture(experiment)
     progress.say(f"reading {mixture.name}")
     valid_mixture = mixture.available("valid")
     files = hash_files({"train": mixture, "valid": valid_mixture})

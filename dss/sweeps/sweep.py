@@ -13,27 +13,27 @@ from collections.abc import Sequence
 from etils import epath
 
 import gin
+from dss.config.data import open_dataset, open_mixture, resolve
 from dss.config.experiment import Experiment
 from dss.config.gin_files import gin_flags, parse_beside, parse_gin
-from dss.data.registry import SPLITS, dataset_names, get_dataset
+from dss.data.datasets import SPLITS
 from dss.errors import UserError, unknown_name
 from dss.evaluation.evaluator import evaluation_set
 from dss.fields import check_types
-from dss.mixtures.tasks import get_mixture, mixture_names
+from dss.mixtures.methods import Method, mixture_names, read_name
 from dss.paths import CONFIG_FILE, gin_root
-from dss.runs.directory import load_run, run_folder, use_data
+from dss.runs.directory import load_run, run_folder
 from dss.runs.start import describe_initial
 from dss.runs.train import check_same, training_store
 
-__all__ = ["Method", "Student", "Sweep", "SweepConfig", "SweepRun", "plan_sweep"]
+__all__ = ["Student", "Sweep", "SweepConfig", "SweepMethod", "SweepRun", "plan_sweep"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     """What a sweep varies. gin fills it in; see gin/runs/sweep.gin."""
 
-    dataset: str | None = None  # its name; None: that of DATASET_PATH
-    methods: tuple[str, ...] = ()  # see `Method.parse`
+    methods: tuple[str, ...] = ()  # see `SweepMethod.parse`
     students: tuple[str, ...] = ()  # see `Student.parse`
     fractions: tuple[float, ...] = (1.0,)  # of the training examples, each in (0, 1]
     seeds: tuple[int, ...] = (0,)  # of parameters, order, subsample and dropout
@@ -66,35 +66,35 @@ def _file_name(text: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
+class SweepMethod:
     """A way to train.
 
     Attributes:
-      name: in folders and tables.
-      mixture: what follows the dataset in the mixture's name, the teacher left out or not; None
-        where a gin file sets the mixture.
+      name: the name in folders and tables.
+      method: the name of a method, with or without a teacher's after it; None where a gin file
+        sets the method.
       files: gin files that are read after the sweep's.
-      steps: TRAIN_STEPS is multiplied by it.
-      compute: another mixture, of as many tokens as which this one reads and writes in all.
+      steps: the factor of TRAIN_STEPS.
+      compute: another method, whose total of input and target tokens this one is trained on.
     """
 
     name: str
-    mixture: str | None
+    method: str | None
     files: tuple[str, ...] = ()
     steps: float = 1.0
     compute: str | None = None
 
     @classmethod
-    def parse(cls, text: str) -> "Method":
-        """Returns the method of a text: a mixture or gin files joined by `+`, and `*STEPS`.
+    def parse(cls, text: str) -> "SweepMethod":
+        """Returns the method of a text: a method or gin files joined by `+`, and `*STEPS`.
 
-        STEPS is a factor of TRAIN_STEPS, or a mixture whose compute is to be reached.
+        STEPS is a factor of TRAIN_STEPS, or a method whose compute is to be reached.
 
-        >>> Method.parse("finetune*3.5")
-        Method(name='finetune_x3.5', mixture='finetune', files=(), steps=3.5, compute=None)
-        >>> Method.parse("finetune*step_by_step").name
+        >>> SweepMethod.parse("finetune*3.5")
+        SweepMethod(name='finetune_x3.5', method='finetune', files=(), steps=3.5, compute=None)
+        >>> SweepMethod.parse("finetune*step_by_step").name
         'finetune_as_step_by_step'
-        >>> Method.parse("step_by_step+mine/long.gin").name
+        >>> SweepMethod.parse("step_by_step+mine/long.gin").name
         'step_by_step_long'
 
         Raises:
@@ -102,22 +102,22 @@ class Method:
         """
         parts, star, factor = text.partition("*")
         files = tuple(part for part in parts.split("+") if part.endswith(".gin"))
-        mixtures = [part for part in parts.split("+") if not part.endswith(".gin")]
+        methods = [part for part in parts.split("+") if not part.endswith(".gin")]
         compute = factor if re.fullmatch(r"(?!nan|inf)[A-Za-z]\w*", factor, re.ASCII) else None
         try:
             steps = float(factor) if star and not compute else 1.0
         except ValueError:
             steps = math.nan
-        if len(mixtures) > 1 or not all([*mixtures, *files]) or not 0 < steps < math.inf:
+        if len(methods) > 1 or not all([*methods, *files]) or not 0 < steps < math.inf:
             raise UserError(
-                f"method {text!r}: give a mixture's name without its dataset, then +FILE.gin and "
+                f"method {text!r}: give a method's name, then +FILE.gin and "
                 "*STEPS if you like, such as 'step_by_step', 'step_by_step+mine.gin', "
                 "'finetune*3.5' or 'finetune*step_by_step'"
             )
-        names = [*mixtures, *(epath.Path(file).stem for file in files)]
+        names = [*methods, *(epath.Path(file).stem for file in files)]
         longer = f"_as_{compute}" if compute else f"_x{factor}" if star else ""
         name = _file_name("_".join(names)) + longer
-        return cls(name, mixtures[0] if mixtures else None, files, steps, compute)
+        return cls(name, methods[0] if methods else None, files, steps, compute)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,8 +238,8 @@ def plan_sweep(
     config = parse_beside(SweepConfig, files, flags, search_paths)
     students = list(map(Student.parse, config.students))
     bases = {
-        (method, student): _base(config, method, student, files, flags, search_paths)
-        for method in map(Method.parse, config.methods)
+        (method, student): _base(method, student, files, flags, search_paths)
+        for method in map(SweepMethod.parse, config.methods)
         for student in students
     }
     sizes = _check_data(config, list(bases.values()))
@@ -270,8 +270,7 @@ def _identity(experiment: Experiment) -> str:
 
 
 def _base(
-    config: SweepConfig,
-    method: Method,
+    method: SweepMethod,
     student: Student,
     files: Sequence[str],
     flags: Sequence[str],
@@ -279,22 +278,17 @@ def _base(
 ) -> Experiment:
     """Returns what the runs of a method and a student have in common, checked.
 
-    The recipe comes first, so that the sweep's files can say otherwise; the method's files last.
+    The dataset's file is read first, so that the sweep's files may override it; the method's files
+    are read last.
     """
     own = [student.file] if student.file else []
     read = [*own, *files, *method.files]
     first = parse_gin(read, flags, search_paths, beside=[SweepConfig])
-    dataset = use_data(first.data)
-    dataset = config.dataset or dataset
-    if method.mixture is not None:
-        if dataset is None:
-            raise UserError("no dataset: give DATASET or DATASET_PATH")
-        recipe = _recipe(dataset, method.mixture)
-        first = parse_gin([*recipe, *read], flags, search_paths, beside=[SweepConfig])
+    if method.method is not None and first.dataset is not None:
+        read = [*_dataset_file(first.dataset), *read]
+        first = parse_gin(read, flags, search_paths, beside=[SweepConfig])
     base = dataclasses.replace(
-        first,
-        mixture=_mixture(first, dataset, method.mixture),
-        teacher=None,
+        _with_method(first, method.method),
         initial_checkpoint=student.checkpoint or first.initial_checkpoint,
     )
     run_folder(base)
@@ -307,48 +301,43 @@ def _base(
     _, vocabulary = describe_initial(base)
     factor = method.steps
     if method.compute is not None:
-        other = dataclasses.replace(first, mixture=_mixture(first, dataset, method.compute))
-        factor = _tokens(other, vocabulary) / _tokens(base, vocabulary)
+        factor = _tokens(_with_method(first, method.compute), vocabulary) / _tokens(
+            base, vocabulary
+        )
     steps = round(base.trainer.train_steps * factor)
     trainer = dataclasses.replace(base.trainer, train_steps=max(1, steps))
     return dataclasses.replace(base, trainer=trainer)
 
 
-def _recipe(dataset: str, method: str) -> list[str]:
-    """Returns the recipe that is shipped for a dataset and a method, if there is one."""
-    recipe = f"recipes/{dataset}_{method}.gin"
-    return [recipe] if (gin_root() / recipe).is_file() else []
+def _dataset_file(dataset: str) -> list[str]:
+    """Returns the gin file that dss has for a dataset, if it has one."""
+    file = f"datasets/{dataset}.gin"
+    return [file] if (gin_root() / file).is_file() else []
 
 
-def _mixture(base: Experiment, dataset: str | None, method: str | None) -> str:
-    """Returns the mixture of a method, the teacher found that its name leaves out."""
-    if method is None:
-        if base.mixture is None:
-            raise UserError("a method of gin files alone must set MIXTURE_OR_TASK_NAME")
-        return get_mixture(base.mixture).name
-    if dataset not in dataset_names():
-        raise unknown_name("dataset", str(dataset), dataset_names())
-    teachers = get_dataset(dataset).source.teachers
-    known = [name.removeprefix(f"{dataset}_") for name in mixture_names(dataset)]
-    if method in known:
-        return f"{dataset}_{method}"
-    having = [teacher for teacher in teachers if f"{method}_{teacher}" in known]
-    wanted = base.teacher
-    if wanted is None and (recipe := _recipe(dataset, method)):
-        default = parse_gin(recipe).mixture
-        wanted = next((t for t in having if default == f"{dataset}_{method}_{t}"), None)
-    if wanted is not None and wanted in having:
-        return f"{dataset}_{method}_{wanted}"
-    if wanted is not None and having:
-        raise unknown_name("teacher", wanted, having)
-    if len(having) > 1:
-        raise UserError(
-            f"method {method!r}: several teachers wrote about {dataset!r}: {', '.join(having)}; "
-            "choose one with TEACHER"
-        )
-    if not having:
-        raise unknown_name("method", method, known)
-    return f"{dataset}_{method}_{having[0]}"
+def _with_method(base: Experiment, name: str | None) -> Experiment:
+    """Returns an experiment with a sweep's method, resolved.
+
+    Args:
+      base: the experiment; without a name, its own method counts.
+      name: the name of a method, with or without a teacher's after it.
+
+    Raises:
+      UserError: if there is no such method or dataset, or no one teacher.
+    """
+    if name is None:
+        if not base.has_task:
+            raise UserError("a method of gin files alone must set METHOD")
+        return resolve(base)
+    dataset = open_dataset(base)
+    if name in [*Method]:
+        method, teacher = Method(name), base.teacher
+    elif (found := read_name(name, dataset.source.teachers)) is not None:
+        method, teacher = found
+    else:
+        known = [x.removeprefix(f"{dataset.name}_") for x in mixture_names(dataset)]
+        raise unknown_name("method", name, [*Method, *known])
+    return resolve(dataclasses.replace(base, mixture=None, method=method.value, teacher=teacher))
 
 
 def _tokens(experiment: Experiment, vocabulary: str) -> int:
@@ -360,8 +349,8 @@ def _tokens(experiment: Experiment, vocabulary: str) -> int:
 def _check_data(config: SweepConfig, bases: Sequence[Experiment]) -> dict[float, int]:
     """Returns the number of training examples of each fraction; raises what the data lack."""
     seed, sizes = config.seeds[0], {}
-    for number, name in enumerate(dict.fromkeys(str(base.mixture) for base in bases)):
-        mixture = get_mixture(name)
+    mixtures = {mixture.name: mixture for mixture in map(open_mixture, bases)}
+    for number, mixture in enumerate(mixtures.values()):
         for task in mixture.tasks:
             mixture.dataset.files("train", task.teacher)
         evaluation_set(mixture, config.split)
@@ -375,7 +364,7 @@ def _check_data(config: SweepConfig, bases: Sequence[Experiment]) -> dict[float,
 
 def _run(
     config: SweepConfig,
-    method: Method,
+    method: SweepMethod,
     student: Student,
     base: Experiment,
     fraction: float,

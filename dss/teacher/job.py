@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 
 from dss import __version__
+from dss.data.datasets import DATASET_FILE, SPLITS, Dataset, read_declared
 from dss.data.examples import Example, read_json_lines, stream_examples
-from dss.data.registry import DATASET_FILE, SPLITS, get_dataset, read_declared
 from dss.errors import UserError
 from dss.paths import check_no_pipes, in_bucket, write_whole
 from dss.teacher.journal import Journal
@@ -305,7 +305,7 @@ def file_job(
 
 
 def dataset_job(
-    dataset: str,
+    dataset: Dataset,
     split: str,
     prompt: str | None,
     teacher: Teacher,
@@ -318,12 +318,12 @@ def dataset_job(
     Raises:
       UserError: something of it is missing or wrong.
     """
-    found = get_dataset(dataset)
-    if found.source_split(split) != split:
+    if dataset.source_split(split) != split:
         raise UserError(
-            f"{dataset} has no file for {split}: it is a tenth of train; annotate --split train"
+            f"{dataset.name} has no file for {split}: it is a tenth of train; annotate --split "
+            "train"
         )
-    (file,) = found.files(split)
+    (file,) = dataset.files(split)
     if in_bucket(file):
         raise UserError(f"{file}: in a bucket; annotate a copy on this machine")
     source = Path(file)
@@ -332,8 +332,8 @@ def dataset_job(
         stem=source.stem if output is None else split,
         folder=output or source.parent,
         name=_name(name, teacher),
-        writer=Writer(load_prompt(prompt or PROMPT_OF.get(dataset, dataset)), teacher),
-        rows=tuple(found.source.examples(split)),
+        writer=Writer(load_prompt(prompt or PROMPT_OF.get(dataset.name, dataset.name)), teacher),
+        rows=tuple(dataset.source.examples(split)),
     )
 
 

@@ -15,7 +15,8 @@ from dss.batches.packing import PackedShape, RowWidths
 from dss.batches.store import TokenStore, open_store, tokenize
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
-from dss.mixtures.tasks import TextRow, get_mixture
+from dss.mixtures.methods import named_mixture
+from dss.mixtures.tasks import TextRow
 
 ROWS = ("encoder", "decoder", "cross")
 
@@ -94,7 +95,7 @@ def test_unpacked_rows_hold_one_sequence(store):
 
 @pytest.fixture
 def toy_store(toy):
-    mixture = get_mixture("toy_step_by_step_rules")
+    mixture = named_mixture("toy_step_by_step_rules", [toy])
     return open_store(
         mixture, "train", load_vocabulary("bytes"), inputs_length=64, targets_length=32
     )
@@ -199,7 +200,7 @@ def test_sampling_follows_the_rates(toy_store):
 
 def test_a_store_is_read_back_from_the_cache_and_keyed_by_its_settings(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("DSS_CACHE", str(tmp_path))
-    mixture, bytes_ = get_mixture("toy_step_by_step_rules"), load_vocabulary("bytes")
+    mixture, bytes_ = named_mixture("toy_step_by_step_rules", [toy]), load_vocabulary("bytes")
     lengths = {"inputs_length": 64, "targets_length": 32}
     first = open_store(mixture, "train", bytes_, **lengths)
     again = open_store(mixture, "train", bytes_, **lengths)
@@ -216,7 +217,7 @@ def is_cut(vocabulary, row, limit):
 
 
 def test_a_store_keeps_what_was_cut_and_what_could_not_be_parsed(data_root, vocab_path):
-    mixture, vocabulary = get_mixture("svamp_step_by_step_palm"), load_vocabulary(vocab_path)
+    mixture, vocabulary = named_mixture("svamp_step_by_step_palm"), load_vocabulary(vocab_path)
     store = open_store(mixture, "train", vocabulary, inputs_length=40, targets_length=40)
     for task, tokens in zip(mixture.tasks, store.tasks, strict=True):
         rows = task.rows("train")
@@ -235,14 +236,14 @@ def test_a_store_keeps_what_was_cut_and_what_could_not_be_parsed(data_root, voca
 def test_a_store_knows_whether_a_tenth_was_held_out_and_what_labels_there_are(toy_folder, tmp_path):
     import shutil
 
-    from dss.data.registry import register
+    from dss.data.datasets import Dataset
 
     folder = tmp_path / "mine"
     shutil.copytree(toy_folder, folder)
 
     def train_ids(**options) -> set[str]:
-        register("mine", folder, **options)
-        mixture = get_mixture("mine_finetune")
+        mine = Dataset.from_files(folder, name="mine", **options)
+        mixture = named_mixture("mine_finetune", [mine])
         return set(
             open_store(
                 mixture, "train", load_vocabulary("bytes"), inputs_length=64, targets_length=32
@@ -259,14 +260,14 @@ def test_a_store_knows_whether_a_tenth_was_held_out_and_what_labels_there_are(to
 def test_a_validation_split_may_lack_rationales(toy_folder, tmp_path):
     import shutil
 
-    from dss.data.registry import register
+    from dss.data.datasets import Dataset
 
     folder = tmp_path / "mine"
     shutil.copytree(toy_folder, folder)
     (folder / "valid.rules.jsonl").write_text("")
-    register("mine", folder)
+    mine = Dataset.from_files(folder, name="mine")
     mixture, lengths = (
-        get_mixture("mine_step_by_step_rules"),
+        named_mixture("mine_step_by_step_rules", [mine]),
         dict.fromkeys(("inputs_length", "targets_length"), 64),
     )
     valid = open_store(mixture, "valid", load_vocabulary("bytes"), **lengths)
@@ -276,15 +277,15 @@ def test_a_validation_split_may_lack_rationales(toy_folder, tmp_path):
 
 
 def test_a_task_without_rows_is_an_error(tmp_path):
-    from dss.data.registry import register
+    from dss.data.datasets import Dataset
     from tests.conftest import write_jsonl
 
     write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x"}])
     write_jsonl(tmp_path / "valid.jsonl", [{"id": "a", "input": "x"}])
-    register("bare", tmp_path)
+    bare = Dataset.from_files(tmp_path, name="bare")
     with pytest.raises(UserError, match="bare_label_gold: no train rows"):
         open_store(
-            get_mixture("bare_finetune"),
+            named_mixture("bare_finetune", [bare]),
             "train",
             load_vocabulary("bytes"),
             inputs_length=8,

@@ -6,20 +6,23 @@ import shutil
 import pytest
 
 from dss.cli.main import main
+from dss.config.data import open_mixture, resolve
 from dss.config.gin_files import gin_name, load_config, parse_gin, save_config
-from dss.data.registry import get_dataset, set_data_root
+from dss.data.datasets import Dataset
 from dss.errors import UserError
-from dss.mixtures.tasks import get_mixture
 from dss.paths import gin_root
 from dss.runs.directory import load_run
-from dss.runs.train import run_experiment, settle_data, training_batches, training_store
+from dss.runs.train import run_experiment, training_batches, training_store
 from dss.student.network import num_parameters
 from tests.conftest import tiny_config, write_jsonl
 
 STUDENTS = sorted(p.stem for p in (gin_root() / "students").glob("*.gin"))
 VARIANTS = sorted(p.stem for p in (gin_root() / "variants").glob("*.gin"))
-RECIPES = sorted(p.stem for p in (gin_root() / "recipes").glob("*.gin"))
-ONE_OF_EACH_KIND = {"svamp_step_by_step", "cqa_single_target", "esnli_finetune"}
+DATASETS = sorted(p.stem for p in (gin_root() / "datasets").glob("*.gin"))
+METHODS = sorted(p.stem for p in (gin_root() / "methods").glob("*.gin"))
+PAIRS = [(dataset, method) for dataset in DATASETS for method in METHODS]
+TWO_PAIRS = [("cqa", "step_by_step"), ("svamp", "step_by_step")]
+ONE_OF_EACH_KIND = [("svamp", "step_by_step"), ("cqa", "single_target"), ("esnli", "finetune")]
 MILLIONS = {
     "tiny": 9,
     "small": 77,
@@ -59,38 +62,56 @@ def opening(path):
     return [line.split(":")[0] for line in lines if re.match(r"# [A-Z]\w+: ", line)]
 
 
+def as_id(name):
+    return name if isinstance(name, str) else "-".join(name)
+
+
 def some(names, always):
     """Returns test cases of which all but some run only with the exhaustive tests."""
     return [
-        pytest.param(name, marks=() if name in always else pytest.mark.exhaustive) for name in names
+        pytest.param(name, marks=() if name in always else pytest.mark.exhaustive, id=as_id(name))
+        for name in names
     ]
 
 
 def assert_makes_batches(experiment):
     """Checks that a step of an experiment has examples of each of its tasks."""
-    experiment = settle_data(experiment)
-    mixture = get_mixture(experiment.mixture, one_input=experiment.data.one_encoder_pass)
+    experiment = resolve(experiment)
+    mixture = open_mixture(experiment)
     batches = training_batches(experiment, mixture, training_store(experiment), groups=1)
     assert set(batches.order(0)[0].tolist()) == set(range(len(mixture.tasks)))
     assert batches[0]["decoder_target_tokens"].any()
 
 
-def parse_recipe(name, root):
-    return parse_gin([f"recipes/{name}.gin"], [f"DATA_ROOT={root}", "VOCABULARY=bytes"])
+def files_of(pair):
+    """Returns the gin files of a dataset and a method."""
+    return [f"datasets/{pair[0]}.gin", f"methods/{pair[1]}.gin"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_opens_with_its_purpose_and_makes_batches(name, small_root, tmp_path):
-    assert opening(f"recipes/{name}.gin") == ["# Purpose", "# Score", "# Cost", "# Command"]
-    experiment = parse_recipe(name, small_root)
-    assert get_mixture(experiment.mixture).name.startswith(name.split("_")[0])
+def parse_pair(pair, root):
+    return parse_gin(files_of(pair), [f"DATA_ROOT={root}", "VOCABULARY=bytes"])
+
+
+@pytest.mark.parametrize("file", files_of(("*", "*")))
+def test_the_file_of_a_dataset_or_a_method_opens_with_its_purpose(file):
+    paths = [*gin_root().glob(file)]
+    assert len(paths) == 5
+    for path in paths:
+        assert opening(path) == ["# Purpose", "# Score", "# Cost", "# Command"]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_every_method_of_every_dataset_makes_batches(pair, small_root, tmp_path):
+    experiment = parse_pair(pair, small_root)
+    teacher = [] if pair[1] == "finetune" else ["palm"]
+    assert open_mixture(experiment).name == "_".join([*pair, *teacher])
     assert_makes_batches(small(experiment, tmp_path))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", some(RECIPES, ONE_OF_EACH_KIND))
-def test_every_recipe_trains_a_step(name, small_root, tmp_path):
-    result = run_experiment(small(parse_recipe(name, small_root), tmp_path))
+@pytest.mark.parametrize("pair", some(PAIRS, ONE_OF_EACH_KIND))
+def test_every_method_of_every_dataset_trains_a_step(pair, small_root, tmp_path):
+    result = run_experiment(small(parse_pair(pair, small_root), tmp_path))
     assert (result.step, result.best_step) == (1, 1)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
 
@@ -98,7 +119,7 @@ def test_every_recipe_trains_a_step(name, small_root, tmp_path):
 @pytest.mark.slow
 def test_a_new_run_keeps_its_vocabulary(small_root, vocab_path, tmp_path):
     macros = [f"DATA_ROOT={small_root}", f"VOCABULARY={vocab_path}"]
-    experiment = small(parse_gin(["recipes/cqa_finetune.gin"], macros), tmp_path)
+    experiment = small(parse_gin(["datasets/cqa.gin", "methods/finetune.gin"], macros), tmp_path)
     student = dataclasses.replace(experiment.student, vocab_size=32128)
     assert run_experiment(dataclasses.replace(experiment, student=student)).step == 1
     run = load_run(tmp_path / "run")
@@ -123,35 +144,30 @@ def sampled_root(small_root, tmp_path_factory):
 
 
 def get_examples(root, name):
-    set_data_root(root)
-    examples = get_dataset(name).source.examples("train")
-    set_data_root(None)
-    return examples
+    return Dataset.released(name, root).source.examples("train")
 
 
-def parse_variant(name, recipe, root):
-    """Returns the experiment of a recipe with a variant, and without it."""
+def parse_variant(name, pair, root):
+    """Returns the experiment of a dataset and a method with a variant, and without it."""
     macros = [f"DATA_ROOT={root}", "VOCABULARY=bytes", "TEACHER=thrice"]
-    files = [f"recipes/{recipe}.gin"]
+    files = files_of(pair)
     return parse_gin([*files, f"variants/{name}.gin"], macros), parse_gin(files, macros)
 
 
-@pytest.mark.parametrize("recipe", ["cqa_step_by_step", "svamp_step_by_step"])
+@pytest.mark.parametrize("pair", TWO_PAIRS, ids="-".join)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_stacks_on_recipes_and_makes_batches(name, recipe, sampled_root, tmp_path):
+def test_every_variant_stacks_on_a_method_and_makes_batches(name, pair, sampled_root, tmp_path):
     assert opening(f"variants/{name}.gin") == ["# Purpose", "# Source", "# Measured", "# Command"]
-    experiment, plain = parse_variant(name, recipe, sampled_root)
+    experiment, plain = parse_variant(name, pair, sampled_root)
     assert experiment != plain
     assert_makes_batches(small(experiment, tmp_path))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "recipe", some(["cqa_step_by_step", "svamp_step_by_step"], ["cqa_step_by_step"])
-)
+@pytest.mark.parametrize("pair", some(TWO_PAIRS, TWO_PAIRS[:1]))
 @pytest.mark.parametrize("name", some(VARIANTS, ["alpha_schedule", "several_rationales"]))
-def test_every_variant_trains_a_step(name, recipe, sampled_root, tmp_path):
-    experiment, plain = parse_variant(name, recipe, sampled_root)
+def test_every_variant_trains_a_step(name, pair, sampled_root, tmp_path):
+    experiment, plain = parse_variant(name, pair, sampled_root)
     experiment = small(experiment, tmp_path)
     result = run_experiment(experiment)
     assert (result.step, result.best_step) == (1, 1)
@@ -164,19 +180,19 @@ def test_every_variant_trains_a_step(name, recipe, sampled_root, tmp_path):
 
 @pytest.mark.slow
 def test_a_vocabulary_that_leaves_no_id_to_start_from_is_an_error(small_root, tmp_path):
-    files = ["recipes/cqa_step_by_step.gin", "variants/one_encoder_pass.gin"]
+    files = ["datasets/cqa.gin", "methods/step_by_step.gin", "variants/one_encoder_pass.gin"]
     experiment = small(parse_gin(files, [f"DATA_ROOT={small_root}", "VOCABULARY=bytes"]), tmp_path)
     full = dataclasses.replace(experiment, student=tiny_config(vocab_size=259))
     message = r"starts from the id 259 past the vocabulary, and the student has 259 embeddings"
     with pytest.raises(UserError, match=message):
         run_experiment(full)
     # A mixture of one task has nothing to tell apart.
-    assert run_experiment(dataclasses.replace(full, mixture="cqa_finetune")).step == 1
+    assert run_experiment(dataclasses.replace(full, method="finetune")).step == 1
 
 
 def test_a_run_keeps_its_whole_configuration(tmp_path):
     experiment = parse_gin(
-        ["students/tiny.gin", "recipes/cqa_step_by_step.gin", "runs/adafactor.gin"],
+        ["students/tiny.gin", "datasets/cqa.gin", "methods/step_by_step.gin", "runs/adafactor.gin"],
         ["ALPHA=0.3", "MODEL_DIR=runs/a b", "OptimizerConfig.b2=0.95", "MeshConfig.model=2"],
     )
     assert experiment.optimizer.name == "adafactor"

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from dss.batches.store import open_store
 from dss.cli.main import main
-from dss.data.registry import register
+from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary, round_trip
 from dss.errors import UserError
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from dss.teacher.prompt import load_prompt
 from tests.end_to_end.conftest import STUDENT
 
@@ -128,11 +128,13 @@ def inspect_and_read(vocab_path, rows, outputs, encoding, end, read, refusals):
         command = ["inspect", "any_step_by_step_t", f"--gin.DATASET_PATH={folder}"]
         command += [f"--gin.VOCABULARY={vocab_path}", "--gin.TRAIN_STEPS=8"]
         assert main(command) in (0, 2)
-        register("any", folder)
+        any = Dataset.from_files(folder, name="any")
         for method in ("finetune", "step_by_step_t"):
             try:
                 read.append(
-                    check_store(get_mixture(f"any_{method}"), vocab_path, folder, len(rows))
+                    check_store(
+                        named_mixture(f"any_{method}", [any]), vocab_path, folder, len(rows)
+                    )
                 )
             except UserError as error:
                 refusals.append(str(error))

@@ -5,13 +5,13 @@ import pytest
 from dss.batches.statistics import describe_labels
 from dss.batches.store import open_store
 from dss.cli.main import main
+from dss.data.datasets import Dataset
 from dss.data.examples import stream_examples
 from dss.data.labels import Labels, describe_look_alikes
-from dss.data.registry import register
 from dss.data.vocabulary import load_vocabulary, round_trip
 from dss.errors import UserError
 from dss.evaluation.evaluator import EvaluationExample, Scored
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from tests.conftest import write_jsonl
 
 LENGTHS = {"inputs_length": 64, "targets_length": 16}
@@ -46,8 +46,8 @@ def braces(tmp_path):
     rows = [{"id": str(i), "input": f"is {i} < 9", "label": labels[i % 3]} for i in range(12)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     write_jsonl(tmp_path / "valid.jsonl", rows)
-    register("braces", tmp_path)
-    return get_mixture("braces_finetune")
+    braces = Dataset.from_files(tmp_path, name="braces")
+    return named_mixture("braces_finetune", [braces])
 
 
 def test_what_the_vocabulary_cannot_write_is_said_in_numbers(braces, vocab_path):
@@ -90,8 +90,8 @@ def test_labels_that_their_metric_cannot_read_are_counted(tmp_path):
     rows = [{"input": f"x {i}", "label": label} for i, label in enumerate(labels)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     write_jsonl(tmp_path / "valid.jsonl", rows)
-    register("sums", tmp_path, metric="equation")
-    mixture, bytes_ = get_mixture("sums_finetune"), load_vocabulary("bytes")
+    sums = Dataset.from_files(tmp_path, name="sums", metric="equation")
+    mixture, bytes_ = named_mixture("sums_finetune", [sums]), load_vocabulary("bytes")
     (line,) = describe_labels(mixture, bytes_, open_store(mixture, "train", bytes_, **LENGTHS))
     assert line == (
         "the metric 'equation' cannot read 2 of 4 different labels: '12 apples', 'a dozen'; each "

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dss.data.datasets import Dataset
 from dss.data.equations import EquationError, evaluate
 from dss.data.metrics import (
     equation_equal,
@@ -12,7 +13,6 @@ from dss.data.metrics import (
     text_accuracy,
     text_equal,
 )
-from dss.data.registry import get_dataset
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_values_are_pythons(text):
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
 def test_the_verdict_on_every_released_label_is_the_references(data_root):
     """The reference calls `eval`; what raises is wrong. Here it is called on the released texts."""
-    dataset = get_dataset("svamp")
+    dataset = Dataset.released("svamp")
     for split in ("train", "test"):
         examples, outputs = dataset.source.examples(split), dataset.source.outputs(split, "palm")
         for example, output in zip(examples, outputs, strict=True):

@@ -2,12 +2,12 @@ import pytest
 
 from dss.batches.batches import paired_order, sampled_order
 from dss.batches.store import open_store
+from dss.data.datasets import Dataset
 from dss.data.examples import read_teacher_outputs
 from dss.data.rationales import RationaleConfig
-from dss.data.registry import register
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import Method, make_mixture, named_mixture
 from tests.conftest import write_jsonl
 
 
@@ -42,12 +42,15 @@ def folder(tmp_path):
     for split in ("train", "valid"):
         write_jsonl(tmp_path / f"{split}.jsonl", examples)
         write_jsonl(tmp_path / f"{split}.t.jsonl", OUTPUTS)
-    register("mine", tmp_path)
     return tmp_path
 
 
-def rows(kind="step_by_step", split="train", **config):
-    task = get_mixture(f"mine_{kind}_t").tasks[-1]
+def mixture_of(folder, method=Method.STEP_BY_STEP):
+    return make_mixture(Dataset.from_files(folder, name="mine"), method, "t")
+
+
+def rows(folder, method=Method.STEP_BY_STEP, split="train", **config):
+    task = mixture_of(folder, method).tasks[-1]
     found = task.rows(split, rationales=RationaleConfig(**config))
     return [(row.id, row.targets) for row in found]
 
@@ -75,27 +78,31 @@ AGREED, WRONG, ONCE = ((o["id"], o["rationale"]) for o in OUTPUTS[:3])
     ids=str,
 )
 def test_which_rationales_are_trained_on(folder, config, kept):
-    assert rows(**config) == kept
+    assert rows(folder, **config) == kept
 
 
 def test_filters_leave_labels_other_splits_and_the_references_blanks_alone(folder):
     config = RationaleConfig(right_only=True, max_words=1)
-    label, rationale = get_mixture("mine_step_by_step_t").tasks
+    label, rationale = mixture_of(folder).tasks
     assert len(label.rows("train", rationales=config)) == 5
-    assert rows("distill", max_words=1) == [("agreed", "a"), ("wrong", "b"), ("asked once", "a")]
-    assert rows(split="valid", max_words=1) == [AGREED, WRONG, ONCE]
+    assert rows(folder, Method.DISTILL, max_words=1) == [
+        ("agreed", "a"),
+        ("wrong", "b"),
+        ("asked once", "a"),
+    ]
+    assert rows(folder, split="valid", max_words=1) == [AGREED, WRONG, ONCE]
     kept = rationale.rows("train", keep_unparsed=True, rationales=config)
     assert [row.id for row in kept] == ["refused"]
 
 
 def test_single_targets_are_filtered_whole(folder):
-    found = rows("single_target", right_only=True, min_words=3)
+    found = rows(folder, Method.SINGLE_TARGET, right_only=True, min_words=3)
     assert found == [("asked once", "one two three four So the answer is a")]
 
 
 def test_what_was_left_out_is_counted(folder):
     config = RationaleConfig(right_only=True, max_words=2, several=True)
-    rationale = get_mixture("mine_step_by_step_t").tasks[1]
+    rationale = mixture_of(folder).tasks[1]
     read = rationale.read("train", rationales=config)
     assert [row.id for row in read.rows] == ["agreed", "agreed", "wrong"]
     left_out = {"asked once": "too long", "refused": "refused", "never asked": "missing"}
@@ -103,7 +110,7 @@ def test_what_was_left_out_is_counted(folder):
 
 
 def test_a_teacher_that_was_asked_once_has_no_agreement_and_no_others(toy):
-    rationale = get_mixture("toy_step_by_step_rules").tasks[1]
+    rationale = named_mixture("toy_step_by_step_rules", [toy]).tasks[1]
     for config in ({"min_agreement": 0.5}, {"several": True}):
         (name,) = config
         with pytest.raises(UserError, match=f"{name} needs several samples an example, and rules"):
@@ -141,7 +148,7 @@ def test_values_out_of_range(config, message):
 @pytest.fixture
 def several(folder):
     return open_store(
-        get_mixture("mine_step_by_step_t"),
+        mixture_of(folder),
         "train",
         load_vocabulary("bytes"),
         inputs_length=32,
@@ -186,7 +193,7 @@ def test_the_examples_of_any_of_several_rationales_are_found(several):
 def test_filters_are_part_of_a_stores_key(folder):
     def count(**config):
         store = open_store(
-            get_mixture("mine_step_by_step_t"),
+            mixture_of(folder),
             "train",
             load_vocabulary("bytes"),
             inputs_length=32,

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dss.data.registry import get_dataset, set_data_root
+from dss.data.datasets import Dataset
 from dss.data.released import RELEASED
 from dss.errors import UserError
 from tests.conftest import write_jsonl
@@ -34,14 +34,12 @@ def test_gpt_neox_text_on_anli_may_conclude_otherwise():
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_every_dataset_and_teacher_is_read(small_root, name):
-    set_data_root(small_root)
-    dataset = get_dataset(name)
+    dataset = Dataset.released(name, small_root)
     for teacher in ("palm", "gpt_neox"):
         outputs = dataset.outputs("train", teacher)
         examples = dataset.examples("train")
         assert {output.status for output in outputs.values()} == {"ok"}
         assert all(example.id in outputs for example in examples)
-    set_data_root(None)
 
 
 def test_another_number_of_texts_than_rows_is_an_error(small_root, tmp_path):
@@ -50,26 +48,22 @@ def test_another_number_of_texts_than_rows_is_an_error(small_root, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(small_root, root)
     (root / "svamp" / "llm" / "train_CoT_1.json").unlink()
-    set_data_root(root)
     with pytest.raises(UserError, match=r"12 texts of palm for the 20 examples"):
-        get_dataset("svamp").outputs("train", "palm")
+        Dataset.released("svamp", root).outputs("train", "palm")
     (root / "svamp" / "svamp_train.json").write_text('{"input": "x"}\n')
     with pytest.raises(UserError, match=r"svamp_train.json:1: not a row of svamp"):
-        get_dataset("svamp").examples("train")
+        Dataset.released("svamp", root).examples("train")
     (root / "svamp" / "llm" / "train_CoT_0.json").write_text("[1]")
     with pytest.raises(UserError, match="not a list of texts"):
-        get_dataset("svamp").outputs("train", "palm")
-    set_data_root(None)
+        Dataset.released("svamp", root).outputs("train", "palm")
 
 
 def test_an_nli_row_without_a_gold_label_is_an_error(tmp_path):
     (tmp_path / "esnli").mkdir()
     rows = tmp_path / "esnli" / "esnli_test.json"
     rows.write_text('{"premise": "p", "hypothesis": "h", "label": -1}\n')
-    set_data_root(tmp_path)
     with pytest.raises(UserError, match=r"esnli_test.json:1: not a row of esnli"):
-        get_dataset("esnli").examples("test")
-    set_data_root(None)
+        Dataset.released("esnli", tmp_path).examples("test")
 
 
 @pytest.mark.parametrize(
@@ -83,10 +77,8 @@ def test_an_nli_row_without_a_gold_label_is_an_error(tmp_path):
 )
 def test_a_row_without_its_texts_is_an_error(tmp_path, name, row):
     write_jsonl(tmp_path / name / f"{name}_test.json", [row])
-    set_data_root(tmp_path)
     with pytest.raises(UserError, match=rf"{name}_test.json:1: not a row of {name}: .* no text"):
-        get_dataset(name).examples("test")
-    set_data_root(None)
+        Dataset.released(name, tmp_path).examples("test")
 
 
 def test_splits_are_the_references(shared, data_root):
@@ -96,10 +88,10 @@ def test_splits_are_the_references(shared, data_root):
         name, fraction, seed = key.split("/")
         options = {"fraction": float(fraction.split("=")[1]), "seed": int(seed.split("=")[1])}
         for split in ("train", "valid"):
-            examples = get_dataset(name).examples(split, **options)
+            examples = Dataset.released(name).examples(split, **options)
             assert [int(e.id.split("-")[1]) for e in examples] == wanted[split], key
 
 
 def test_every_cqa_label_is_among_its_choices(data_root):
-    dataset = get_dataset("cqa")
+    dataset = Dataset.released("cqa")
     assert all(e.label in dataset.choices(e.input) for e in dataset.examples("test"))

@@ -1,6 +1,6 @@
 import pytest
 
-from dss.data.registry import get_dataset
+from dss.data.datasets import Dataset
 from dss.data.vocabulary import encode_example, load_vocabulary
 from dss.errors import UserError
 
@@ -12,7 +12,7 @@ def test_ids_are_those_of_transformers_on_real_inputs(vocab_path, data_root, tmp
     theirs = T5Tokenizer.from_pretrained(tmp_path)
     ours = load_vocabulary(vocab_path)
     for name in ("cqa", "svamp", "anli1", "esnli"):
-        for example in get_dataset(name).examples("test")[:150]:
+        for example in Dataset.released(name).examples("test")[:150]:
             text = f"predict: {example.input}"
             assert encode_example(ours, text, 1024) == theirs(text).input_ids, text
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from dss.batches.batches import Batches, paired_order
 from dss.batches.store import TokenStore, open_store
-from dss.data import registry
+from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import Method, make_mixture
 from dss.parallel.config import DEFAULT_RULES, MeshConfig
 from dss.parallel.mesh import fetch, make_mesh, put_batch
 from dss.parallel.processes import is_leader, join_processes, wait_for_all
@@ -117,8 +117,8 @@ def is_trained(layout: str, optimizer: str) -> bool:
 def main(out: Path, selection: str, layouts: list[str]) -> None:
     """Trains, saves, restores."""
     shared = Path(os.environ["DSS_SHARED"])
-    registry.set_data_root(shared / "data" / "datasets")
-    mixture = get_mixture("cqa_step_by_step_palm", ALPHA)
+    cqa = Dataset.released("cqa", shared / "data" / "datasets")
+    mixture = make_mixture(cqa, Method.STEP_BY_STEP, "palm", ALPHA)
     vocabulary = load_vocabulary("bytes")
     store = open_store(mixture, "train", vocabulary, inputs_length=128, targets_length=64)
     meshes = dict(map(mesh_config, layouts))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from dss.data.registry import get_dataset
+from dss.data.datasets import Dataset
 
 ADAM = {"b1": 0.9, "b2": 0.999, "eps": 1e-8, "weight_decay": 0.0}
 KINDS = {
@@ -87,7 +87,7 @@ def record(
     """
     (folder / "spiece.model").write_bytes(vocabulary.read_bytes())
     tokenizer = transformers.T5Tokenizer.from_pretrained(folder)
-    source = get_dataset(dataset).source
+    source = Dataset.released(dataset).source
     examples, outputs = source.examples(split), source.outputs(split, "palm")
     labels = [
         o.label if label_type == "llm" else e.label for e, o in zip(examples, outputs, strict=True)

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from dss.data.datasets import Dataset
 from dss.data.equations import plain_equation
 from dss.data.examples import read_teacher_outputs
 from dss.data.metrics import is_readable
-from dss.data.registry import get_dataset
 from dss.testing import FakeEndpoint, FakeReply, chat_reply, last_question
 from tests.conftest import write_jsonl
 from tests.teacher.conftest import PROMPT, numbers_file
@@ -175,7 +175,7 @@ def test_released_texts_come_through_the_chain_as_the_released_parse(
     shared, data_root, vocab_path, tmp_path
 ):
     """Annotate SVAMP with a teacher that says what PaLM said, then train the tiny student."""
-    source = get_dataset("svamp").source
+    source = Dataset.released("svamp").source
     texts = {
         example.input: output.raw
         for example, output in zip(
@@ -331,7 +331,7 @@ def served(tmp_path):
 @pytest.mark.exhaustive
 def test_a_real_server_answers_500_questions_of_cqa(served, data_root, tmp_path):
     model, url = served
-    examples = itertools.islice(get_dataset("cqa").source.examples("train"), 500)
+    examples = itertools.islice(Dataset.released("cqa").source.examples("train"), 500)
     rows = [{"id": e.id, "input": e.input, "label": e.label} for e in examples]
     source = write_jsonl(tmp_path / "asked" / "questions.jsonl", rows)
     args = [

@@ -14,9 +14,9 @@ import pytest
 import seqio
 import tensorflow_datasets as tfds
 
-from dss.data.registry import register
+from dss.data.datasets import Dataset
 from dss.integrations.seqio_tasks import register_seqio
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from dss.runs.directory import load_run
 from dss.runs.student import evaluate
 from dss.student.decoding import generate
@@ -84,7 +84,7 @@ def test_cached_tasks_are_the_tasks_row_for_row(dataset, data_root, vocab_path, 
     assert sorted(path.name for path in cache.iterdir()) == sorted(names)
     for name in names:
         assert_cached_as_uncached(name, ["train", "validation", "test"])
-        rows = get_mixture(name).tasks[0].rows("train")
+        rows = named_mixture(name).tasks[0].rows("train")
         stats = json.loads((cache / name / "stats.train.json").read_text())
         assert stats["examples"] == len(rows)
     mixture = seqio.get_mixture_or_task(f"{dataset}_step_by_step_palm")
@@ -101,17 +101,16 @@ def test_all_tasks_of_ones_own_data_are_cached(toy_folder, cache, tmp_path, monk
     shutil.copytree(toy_folder, folder)
     (folder / "test.rules.jsonl").unlink()
     module = (
-        "import dss.data, dss.integrations.seqio_tasks\n"
-        f"dss.data.register('own', {str(folder)!r}, labels=('yes', 'no'))\n"
-        "dss.integrations.seqio_tasks.register_seqio('own')\n"
+        "from dss.data.datasets import Dataset\n"
+        "from dss.integrations.seqio_tasks import register_seqio\n"
+        f"register_seqio(Dataset.from_files({str(folder)!r}, labels=('yes', 'no')))\n"
     )
     (tmp_path / "my_tasks.py").write_text(module)
     env = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "DSS_VOCABULARY": "bytes"}
     arguments = ["--module_import=my_tasks", f"--output_cache_dir={cache}", "--min_shards=1"]
     run(CACHE, *arguments, **env)
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
-    register("own", folder, labels=("yes", "no"))
-    register_seqio("own")
+    register_seqio(Dataset.from_files(folder, labels=("yes", "no")))
     names = {"own_label_gold", "own_label_rules", "own_rationale_rules"}
     names.add("own_rationale_then_label_rules")
     assert {path.name for path in cache.iterdir()} == names
@@ -124,8 +123,8 @@ def test_all_tasks_of_ones_own_data_are_cached(toy_folder, cache, tmp_path, monk
 def test_the_evaluator_measures_a_student_as_dss_eval_does(undisturbed, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
     found = load_run(undisturbed, ["DecodingConfig.closed=False"])
-    wanted = evaluate(found, split="valid", which="latest")  # registers the data
-    register_seqio("toy")
+    wanted = evaluate(found, split="valid", which="latest")
+    register_seqio(found.mixture().dataset)
     student, _ = found.predictor("latest")
 
     def predict(dataset, model_feature_shapes=None):

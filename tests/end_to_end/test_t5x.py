@@ -92,16 +92,16 @@ def checkpoint(shared):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "files", "raw"),
+    ("method", "files", "raw"),
     [
-        ("cqa_step_by_step", [], []),
-        ("cqa_step_by_step", ["runs/adafactor.gin"], ["trainer.Trainer.num_microbatches=2"]),
-        ("cqa_finetune", [], []),
+        ("step_by_step", [], []),
+        ("step_by_step", ["runs/adafactor.gin"], ["trainer.Trainer.num_microbatches=2"]),
+        ("finetune", [], []),
     ],
     ids=["adamw", "adafactor in microbatches", "finetune"],
 )
-def test_the_same_run_has_the_losses_of_dss(recipe, files, raw, shared, checkpoint, tmp_path):
-    files = [f"recipes/{recipe}.gin", *files]
+def test_the_same_run_has_the_losses_of_dss(method, files, raw, shared, checkpoint, tmp_path):
+    files = ["datasets/cqa.gin", f"methods/{method}.gin", *files]
     t5x(
         "train",
         files,
@@ -116,7 +116,7 @@ def test_the_same_run_has_the_losses_of_dss(recipe, files, raw, shared, checkpoi
     command += ["--gin.TrainerConfig.log_period=1", "--gin.Experiment.eval_examples=8"]
     finish(start("train", *command))
     found, wanted = t5x_metrics(tmp_path / "t5x"), dss_metrics(tmp_path / "dss")
-    tasks = ["label"] if recipe == "cqa_finetune" else ["label", "rationale"]
+    tasks = ["label"] if method == "finetune" else ["label", "rationale"]
     for name in ("loss", *(f"{task}_loss" for task in tasks)):
         steps = range(1, STEPS + 1)
         pairs = [(found[name][step], wanted[name][step]) for step in steps]
@@ -124,7 +124,7 @@ def test_the_same_run_has_the_losses_of_dss(recipe, files, raw, shared, checkpoi
 
 
 def test_a_run_resumes_with_the_data_it_had_not_seen(shared, checkpoint, tmp_path):
-    files = ["recipes/cqa_step_by_step.gin", "runs/adafactor.gin"]
+    files = ["datasets/cqa.gin", "methods/step_by_step.gin", "runs/adafactor.gin"]
     for folder, stops in (("whole", (STEPS,)), ("resumed", (STEPS // 2, STEPS))):
         for steps in stops:
             given = values(
@@ -143,7 +143,7 @@ def test_a_run_resumes_with_the_data_it_had_not_seen(shared, checkpoint, tmp_pat
 def test_an_exported_run_goes_on_under_t5x(shared, checkpoint, tmp_path, monkeypatch):
     """From a working folder that has a folder `runs`, with a relative MODEL_DIR."""
     monkeypatch.chdir(tmp_path)
-    files = ["recipes/cqa_step_by_step.gin", "runs/adafactor.gin"]
+    files = ["datasets/cqa.gin", "methods/step_by_step.gin", "runs/adafactor.gin"]
     ours = {"INITIAL_CHECKPOINT_PATH": f"t5x:{checkpoint}"}
     for folder, steps in (("half", STEPS // 2), ("whole", STEPS)):
         given = values(shared, MODEL_DIR=f"runs/{folder}", TRAIN_STEPS=steps, **ours)
@@ -172,7 +172,7 @@ def test_eval_and_infer_say_what_dss_says(shared, checkpoint, tmp_path):
         TASK_FEATURE_LENGTHS={"inputs": 256, "targets": 24},
         BATCH_SIZE=50,
     )
-    files = ["recipes/svamp_step_by_step.gin"]
+    files = ["datasets/svamp.gin", "methods/step_by_step.gin"]
     t5x("eval", files, given | {"EVAL_OUTPUT_DIR": str(tmp_path / "eval")})
     t5x("infer", files, given | {"INFER_OUTPUT_DIR": str(tmp_path / "infer")})
     (written,) = (tmp_path / "infer").glob("svamp_label_gold-predict.jsonl-00000-of-00001")

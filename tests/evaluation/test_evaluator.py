@@ -2,10 +2,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dss.data.registry import get_dataset
+from dss.data.datasets import Dataset
 from dss.data.vocabulary import encode_example, load_vocabulary
 from dss.evaluation.evaluator import DecodingProgress, EvaluationExample, Predictor, token_metrics
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from dss.student.config import DecodingConfig
 from dss.student.decoding import score_candidates
 from dss.student.network import init_params
@@ -16,14 +16,14 @@ def test_whether_a_label_is_chosen_is_decided_input_by_input(one_device):
     config = tiny_config()
     student = Predictor(config, init_params(config, 0), load_vocabulary("bytes"), one_device)
     closed = "Where?\nAnswer Choices:\n(a) here\n(b) there"
-    mixture = get_mixture("cqa_finetune")
+    mixture = named_mixture("cqa_finetune")
 
     def predict(*texts: str) -> list[str]:
         return student.predict(mixture, [EvaluationExample(t, t, "") for t in texts], 64)
 
     both = predict("no choices", closed)
     assert both == [*predict("no choices"), *predict(closed)]
-    assert both[1] in get_dataset("cqa").choices(closed)
+    assert both[1] in Dataset.released("cqa").choices(closed)
 
 
 def test_choosing_gives_the_share_of_each_candidates_likelihood(one_device):
@@ -68,7 +68,7 @@ def test_progress_counts_every_answer_and_tells_shapes_apart(one_device, monkeyp
     vocabulary = load_vocabulary("bytes")
     student = Predictor(config, {}, vocabulary, one_device, decoding, progress)
     examples = [EvaluationExample(text, text, "") for text in ("a", "b", "c" * 10, "d" * 11, "e")]
-    student.predict(get_mixture("svamp_finetune"), examples, 64)
+    student.predict(named_mixture("svamp_finetune"), examples, 64)
     assert progress.counts == [2, 2, 1]
     assert len(set(progress.shapes)) == 2
     student.choose([[5, 1]] * 3, [("yes", "no")] * 3)
@@ -81,7 +81,7 @@ def test_an_answer_that_an_input_offers_twice_is_one_candidate(one_device):
     student = Predictor(config, init_params(config, 0), load_vocabulary("bytes"), one_device)
     text = "Where?\nAnswer Choices:\n(a) here\n(b) there\n(c) here"
     examples = [EvaluationExample("1", text, "here"), EvaluationExample("2", "no choices", "")]
-    closed, written = student.answer(get_mixture("cqa_finetune"), examples, 64)
+    closed, written = student.answer(named_mixture("cqa_finetune"), examples, 64)
     assert tuple(closed.probabilities) == ("here", "there")
     assert sum(closed.probabilities.values()) == pytest.approx(1)
     assert written.probabilities == {}

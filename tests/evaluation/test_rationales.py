@@ -1,6 +1,6 @@
 import pytest
 
-from dss.data.registry import get_dataset
+from dss.data.datasets import Dataset
 from dss.evaluation.evaluator import EvaluationExample
 from dss.evaluation.rationales import RationaleQuality, conclusion
 
@@ -26,7 +26,7 @@ def test_the_conclusion_of_a_rationale(rationale, choices, label):
 
 def test_teachers_conclude_their_own_labels(data_root):
     """The rule is of some use where rationales name the answers that were offered."""
-    cqa = get_dataset("cqa")
+    cqa = Dataset.released("cqa")
     outputs = cqa.outputs("test", "palm")
     concluded, agreed = 0, 0
     for example in cqa.examples("test"):

@@ -4,12 +4,12 @@ import pytest
 from etils import epath
 
 from dss.batches.statistics import measure_split
-from dss.data.registry import get_dataset, register
+from dss.data.datasets import Dataset
 from dss.evaluation.evaluator import Answer, evaluation_set
 from dss.evaluation.result import Evaluation
 from dss.evaluation.significance import mcnemar
 from dss.evaluation.teachers import read_teachers
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from tests.conftest import write_jsonl
 
 
@@ -20,10 +20,10 @@ def _evaluate(mixture, split, answers, rationales=None) -> Evaluation:
 
 def test_a_teacher_is_judged_as_dss_inspect_does(data_root):
     for name, split in (("svamp", "test"), ("cqa", "valid"), ("anli1", "test")):
-        mixture = get_mixture(f"{name}_finetune")
+        mixture = named_mixture(f"{name}_finetune")
         examples = evaluation_set(mixture, split)
         found = _evaluate(mixture, split, [Answer(e.target) for e in examples])
-        wanted = measure_split(get_dataset(name), split, ["palm"]).teachers["palm"]
+        wanted = measure_split(Dataset.released(name), split, ["palm"]).teachers["palm"]
         teacher = found.teachers["palm"]
         assert list(found.teachers) == ["palm"]
         assert (sum(teacher.scored.verdicts), len(teacher.scored.verdicts)) == (
@@ -45,8 +45,8 @@ def test_only_what_a_teacher_wrote_about_counts_for_it(tmp_path):
         {"id": "6", "rationale": "r", "label": "a"},  # there is no gold label
     ]
     write_jsonl(tmp_path / "test.t.jsonl", outputs)
-    register("mine", tmp_path)
-    found = _evaluate(get_mixture("mine_finetune"), "test", [Answer(a) for a in "aaaabb"])
+    mine = Dataset.from_files(tmp_path, name="mine")
+    found = _evaluate(named_mixture("mine_finetune", [mine]), "test", [Answer(a) for a in "aaaabb"])
     assert found.teachers["t"].scored.verdicts == (1, 0, 0)
     assert found.teachers["t"].p_value == mcnemar([1, 0, 1], [1, 0, 0])
     assert found.confusion is None, "the labels are an open set"
@@ -57,13 +57,13 @@ def test_a_teachers_labels_are_not_judged_against_themselves(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"id": "0", "input": "q"}, {"id": "1", "input": "r"}])
     write_jsonl(tmp_path / "train.t.jsonl", [{"id": i, "label": "a"} for i in "01"])
     write_jsonl(tmp_path / "valid.jsonl", [{"id": "0", "input": "q"}])
-    register("mine", tmp_path)
-    mixture = get_mixture("mine_distill_t")
+    mine = Dataset.from_files(tmp_path, name="mine")
+    mixture = named_mixture("mine_distill_t", [mine])
     assert _evaluate(mixture, "train", [Answer("a"), Answer("b")]).teachers == {}
 
 
 def test_an_evaluation_is_saved_line_by_line_and_summed_up(toy, tmp_path):
-    mixture = get_mixture("toy_step_by_step_rules")
+    mixture = named_mixture("toy_step_by_step_rules", [toy])
     examples = evaluation_set(mixture, "test")
     shares = [0.9, 0.8, 0.7, 0.6, 0.9, 0.8, 0.7, 0.6]  # of yes; right where the number is no 3 k
     answers = [Answer("yes", {"yes": p, "no": 1 - p}) for p in shares]

@@ -33,7 +33,7 @@ from dss.interop import (
     t5x_export,
 )
 from dss.interop.huggingface_export import model_config, write_model, write_tokenizer
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from dss.parallel.config import MeshConfig
 from dss.paths import PREDICTIONS
 from dss.runs.directory import load_run
@@ -199,7 +199,7 @@ def test_the_tokenizer_gives_our_ids_on_the_released_data(kind, data_root, vocab
         ("anli1", "test"),
         ("esnli", "valid"),
     ):
-        for row in get_mixture(f"{name}_finetune").tasks[0].rows(split)[:600]:
+        for row in named_mixture(f"{name}_finetune").tasks[0].rows(split)[:600]:
             texts += [row.inputs, row.targets]
     theirs = tokenizer(texts).input_ids
     ours = [encode_example(vocabulary, text, 10_000) for text in texts]
@@ -271,7 +271,7 @@ def test_a_folder_as_it_is_predicts_what_dss_does(toy, tmp_path, num_beams):
     run = make_run(tmp_path / "run", tiny_config())
     run = load_run(run.folder, [f"DecodingConfig.num_beams={num_beams}"])
     folder = export(run, "hf", tmp_path / "out").path
-    mixture = get_mixture("toy_finetune")
+    mixture = named_mixture("toy_finetune", [toy])
     ours = label(run.predictor()[0], mixture, TEXTS, 1024)
     assert len(set(ours)) > 1
     assert outputs(*load(folder), ["predict: " + t for t in TEXTS]) == ours
@@ -284,7 +284,7 @@ def test_ctranslate2_writes_what_dss_does(words, kind, toy, vocab_path, tmp_path
     run = make_run(tmp_path / "run", config, BYTES if words == "bytes" else vocab_path)
     folder = export(run, "ctranslate2", tmp_path / "out").path
     assert capsys.readouterr().err == ""
-    ours = label(run.predictor()[0], get_mixture("toy_finetune"), TEXTS, 1024)
+    ours = label(run.predictor()[0], named_mixture("toy_finetune", [toy]), TEXTS, 1024)
     assert run_card(folder, TEXTS) == ours
 
 

@@ -1,5 +1,5 @@
-"""Parses gin/t5x/ with every recipe, and one recipe with every variant, as T5X would, to train, to
-evaluate and to infer; prints what each sets, a JSON line for each.
+"""Parses gin/t5x/ with every dataset, method and variant, as T5X would, to train, to evaluate and to
+infer; prints what each sets, a JSON line for each.
 
 python -m tests.integrations.parse_t5x_gin DATA_ROOT
 """
@@ -44,9 +44,14 @@ def main(data_root):
 
 def parse_all(mode, script, root, data_root):
     data = [f"DATA_ROOT = '{data_root}'", "VOCABULARY = 'bytes'"]
-    recipes = [[path] for path in sorted(root.glob("recipes/*.gin"))]
-    variants = sorted(root.glob("variants/*.gin"))
-    for given_files in (*recipes, *([*recipes[0], path] for path in variants)):
+    datasets, methods, variants = (
+        sorted(root.glob(f"{folder}/*.gin")) for folder in ("datasets", "methods", "variants")
+    )
+    for given_files in (
+        *([methods[0], path] for path in datasets),
+        *([datasets[0], path] for path in methods),
+        *([datasets[0], methods[0], path] for path in variants),
+    ):
         gin.clear_config()
         files = [f"t5x/{mode}.gin", *map(str, given_files)]
         gin.parse_config_files_and_bindings(files, [*VALUES[mode], *data])

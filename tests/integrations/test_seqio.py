@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import seqio
 
+from dss.data.datasets import Dataset
 from dss.data.metrics import rouge_l_mean
-from dss.data.registry import register
 from dss.data.vocabulary import encode_example, load_vocabulary
 from dss.errors import UserError
 from dss.evaluation.evaluator import Scored, evaluation_set
 from dss.integrations.seqio_tasks import register_seqio
-from dss.mixtures.tasks import extract_label, get_mixture
+from dss.mixtures.methods import named_mixture
+from dss.mixtures.tasks import extract_label
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +33,7 @@ def test_tokens_are_those_of_the_token_store(shared, data_root, vocab_path, monk
         ("anli1_label_gold", "test", "test"),
     ):
         found = seqio.get_mixture_or_task(name).get_dataset(lengths, split, shuffle=False)
-        rows = get_mixture(name).tasks[0].rows(ours)
+        rows = named_mixture(name).tasks[0].rows(ours)
         for theirs, row in zip(found.as_numpy_iterator(), rows, strict=True):
             assert theirs["inputs"].tolist() == encode_example(vocabulary, row.inputs, 64)
             assert theirs["targets"].tolist() == encode_example(vocabulary, row.targets, 20)
@@ -43,8 +44,8 @@ def test_tokens_are_those_of_the_token_store(shared, data_root, vocab_path, monk
 
 def test_metrics_and_labels_of_a_users_dataset(toy, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
-    names = register_seqio("toy")
-    assert names == register_seqio("toy")
+    names = register_seqio(toy)
+    assert names == register_seqio(toy)
     task = seqio.get_mixture_or_task("toy_label_gold")
     assert task.metric_fns[0](["yes", "no"], ["yes", "yes"]) == {"accuracy": 50.0}
     single = seqio.get_mixture_or_task("toy_rationale_then_label_rules")
@@ -66,20 +67,20 @@ def test_what_is_given_later_counts_and_what_is_not_given_stays(toy, vocab_path,
         rates = dict(mixture._task_to_rate.items())
         return rates["toy_label_gold"], mixture.output_features["inputs"].vocabulary.vocab_size
 
-    register_seqio("toy", alpha=0.5, vocabulary="bytes")
+    register_seqio(toy, alpha=0.5, vocabulary="bytes")
     assert registered() == (0.5, 259)
-    register_seqio("toy", alpha=0.9)
+    register_seqio(toy, alpha=0.9)
     assert registered() == (0.9, 259)
-    register_seqio("toy")
+    register_seqio(toy)
     assert registered() == (0.9, 259)
-    register_seqio("toy", vocabulary=str(vocab_path), alpha=0.9)
+    register_seqio(toy, vocabulary=str(vocab_path), alpha=0.9)
     assert registered() == (0.9, 32100)
-    register_seqio("toy", alpha=0.5, vocabulary="bytes")
+    register_seqio(toy, alpha=0.5, vocabulary="bytes")
 
 
 def test_examples_are_counted(toy, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
-    register_seqio("toy")
+    register_seqio(toy)
     mixture = seqio.get_mixture_or_task("toy_step_by_step_rules")
     assert mixture.num_input_examples("train") == 80
     assert seqio.mixing_rate_num_examples(seqio.get_mixture_or_task("toy_label_gold")) == 40
@@ -122,7 +123,7 @@ def test_the_evaluator_scores_equations_and_rationales_as_dss_does(
     import dss.tasks.svamp  # noqa: F401
 
     vocabulary = load_vocabulary(vocab_path)
-    mixture = get_mixture("svamp_step_by_step_palm")
+    mixture = named_mixture("svamp_step_by_step_palm")
     rows = {task.name: task.rows("test") for task in mixture.tasks}
     assert len({len(r) for r in rows.values()}) == 2, "the tasks are told apart by their rows"
     tokens = {n: _written(vocabulary, [row.targets for row in r]) for n, r in rows.items()}
@@ -135,7 +136,7 @@ def test_the_evaluator_scores_equations_and_rationales_as_dss_does(
     assert 20 < label["accuracy"] < 80
     name = "svamp_rationale_palm"
     assert rationale == rouge_l_mean([row.targets for row in rows[name]], texts[name])
-    explaining = get_mixture(name)
+    explaining = named_mixture(name)
     scored = Scored.of(explaining, evaluation_set(explaining, "test"), texts[name])
     assert rationale["rouge_l"] == pytest.approx(100 * scored.value)
     assert 20 < rationale["rouge_l"] < 90
@@ -143,10 +144,10 @@ def test_the_evaluator_scores_equations_and_rationales_as_dss_does(
 
 def test_the_evaluator_scores_labels_and_single_targets_as_dss_does(toy, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
-    register_seqio("toy")
+    register_seqio(toy)
     vocabulary = load_vocabulary("bytes")
     for name, end in (("toy_finetune", ""), ("toy_single_target_rules", "so. So the answer is ")):
-        mixture = get_mixture(name)
+        mixture = named_mixture(name, [toy])
         answers = [end + ("yes" if i % 2 else "no") for i in range(8)]
         tokens = _written(vocabulary, answers)
         texts = [extract_label(vocabulary.decode(ids.tolist())) for ids in tokens]
@@ -162,8 +163,7 @@ def test_a_task_has_the_splits_whose_files_are_there(toy_folder, tmp_path, monke
     shutil.copytree(toy_folder, folder)
     (folder / "test.rules.jsonl").unlink()
     (folder / "valid.rules.jsonl").write_text("")
-    register("part", folder)
-    register_seqio("part")
+    register_seqio(Dataset.from_files(folder, name="part"))
     mixture = seqio.get_mixture_or_task("part_step_by_step_rules")
     assert [list(task.splits) for task in mixture.tasks] == [
         ["train", "validation", "test"],

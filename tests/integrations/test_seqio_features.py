@@ -47,7 +47,7 @@ def test_an_input_of_no_task_is_refused(inputs):
 
 def test_a_mixture_packs_every_row_with_its_task(toy, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
-    register_seqio("toy")
+    register_seqio(toy)
     vocabulary = get_vocabulary()
     prefixes = [vocabulary.encode(prefix.rstrip()) for prefix in (PREDICT, EXPLAIN)]
     ds = seqio.get_dataset(

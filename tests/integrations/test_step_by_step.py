@@ -3,7 +3,6 @@
 import pytest
 import tensorflow_datasets as tfds
 
-from dss.data import registry
 from dss.integrations.step_by_step import StepByStep
 
 
@@ -46,4 +45,3 @@ def test_a_dataset_has_its_version_statistics_and_statuses(small_root, toy_folde
             assert teacher["statuses"] == {"ok": rows}
         read = list(tfds.as_numpy(builder.as_dataset("train")))
         assert all(len(row["outputs"]["rationale"]) for row in read)
-    assert registry._data_root is None, "the builder keeps what it was told to itself"

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 import seqio
 
+from dss.config.data import open_mixture
 from dss.config.experiment import DataConfig, Experiment
 from dss.data.rationales import RationaleConfig
 from dss.errors import UserError
 from dss.interop.t5x_checkpoint import load_params
 from dss.interop.t5x_export import write_checkpoint
-from dss.mixtures.tasks import get_mixture
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import put_batch
-from dss.runs.directory import use_data
 from dss.runs.train import training_batches, training_store
 from dss.student.config import DecodingConfig, T5Config
 from dss.training.config import OptimizerConfig, TrainerConfig
@@ -80,8 +79,7 @@ def t5x_params(checkpoint):
 
 
 def test_a_batch_has_the_losses_of_dss(experiment, student, checkpoint, one_device):
-    use_data(experiment.data)
-    mixture = get_mixture(experiment.mixture, experiment.alpha)
+    mixture = open_mixture(experiment)
     batch = training_batches(experiment, mixture, training_store(experiment), 1)[0]
     config = experiment.settle(student)
     optimizer = make_optimizer(experiment.optimizer, 20)

@@ -1,5 +1,6 @@
 """The gin files for T5X, parsed in every run; stand-ins bear its names where it is missing."""
 
+import ast
 import importlib.util
 import json
 import subprocess
@@ -31,20 +32,21 @@ def parsed(small_root):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "infer"])
-def test_every_recipe_and_variant_is_read_with_all_macros_bound(mode, parsed):
+def test_every_dataset_method_and_variant_is_read_with_all_macros_bound(mode, parsed):
     rows = [row for row in parsed if row["mode"] == mode]
-    recipes, variants = (
-        sorted(path.stem for path in (gin_root() / folder).glob("*.gin"))
-        for folder in ("recipes", "variants")
-    )
-    assert [row["file"] for row in rows] == [*recipes, *variants]
-    found = rows[: len(recipes)]
+    paths = [
+        path
+        for folder in ("datasets", "methods", "variants")
+        for path in sorted((gin_root() / folder).glob("*.gin"))
+    ]
+    assert [row["file"] for row in rows] == [path.stem for path in paths]
     assert all("model" in row["given"] for row in rows)
     known = set(macros_of("runs/train.gin")) | OWN
-    for row in found:
-        recipe = macros_of(f"recipes/{row['file']}.gin")
-        assert set(recipe) <= set(row["macros"]) <= known
-        assert row["macros"]["MIXTURE_OR_TASK_NAME"] == recipe["MIXTURE_OR_TASK_NAME"].strip("'")
+    for row, path in zip(rows, paths, strict=True):
+        assert set(row["macros"]) <= known
+        for name, value in macros_of(f"{path.parent.name}/{path.name}").items():
+            if path.parent.name != "variants":
+                assert row["macros"][name] == ast.literal_eval(value.partition("#")[0].strip())
 
 
 @pytest.mark.parametrize("name", ["train", "eval", "infer"])

@@ -6,13 +6,13 @@ import pytest
 
 from dss.batches.store import open_store
 from dss.config.gin_files import parse_gin
+from dss.data.datasets import Dataset
 from dss.data.examples import hash_input, stream_examples
 from dss.data.rationales import DISPUTED, LONG, NONE, SHORT, WRONG, RationaleConfig
-from dss.data.registry import register
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
 from dss.mixtures.ledger import LEFT_OUT, USED
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from tests.conftest import write_jsonl
 from tests.end_to_end.runs import call
 
@@ -60,9 +60,9 @@ def counted(fates):
 
 def test_every_row_has_one_fate(folder, vocab_path, tmp_path, monkeypatch):
     monkeypatch.setenv("DSS_CACHE", str(tmp_path / "cache"))
-    register("fates", folder)
+    fates = Dataset.from_files(folder, name="fates")
     store = open_store(
-        get_mixture("fates_step_by_step_t"),
+        named_mixture("fates_step_by_step_t", [fates]),
         "train",
         load_vocabulary(vocab_path),
         inputs_length=32,
@@ -84,8 +84,8 @@ def test_every_row_has_one_fate(folder, vocab_path, tmp_path, monkeypatch):
 def test_held_out_rows_and_those_outside_the_fraction_are_counted(tmp_path):
     rows = [{"input": f"x {i}", "label": "a"} for i in range(40)]
     write_jsonl(tmp_path / "train.jsonl", rows)
-    register("held", tmp_path)
-    mixture = get_mixture("held_finetune")
+    held = Dataset.from_files(tmp_path, name="held")
+    mixture = named_mixture("held_finetune", [held])
     for split, trained in (("train", 18), ("valid", 2)):
         (tokens,) = open_store(
             mixture,
@@ -108,8 +108,8 @@ def test_a_teachers_label_outside_the_closed_set_is_not_trained_on(tmp_path):
     outputs = [{"id": i, "label": label} for i, label in enumerate(("yes", "maybe", "no"))]
     write_jsonl(tmp_path / "train.t.jsonl", outputs)
     write_jsonl(tmp_path / "valid.jsonl", [{"input": "v", "label": "yes"}])
-    register("closed", tmp_path, labels=("yes", "no"))
-    (task,) = get_mixture("closed_distill_t").tasks
+    closed = Dataset.from_files(tmp_path, name="closed", labels=("yes", "no"))
+    (task,) = named_mixture("closed_distill_t", [closed]).tasks
     read = task.read("train")
     assert [row.targets for row in read.rows] == ["yes", "no"]
     assert read.left_out == {"1": "label outside the set"}
@@ -152,8 +152,8 @@ def test_outputs_for_inputs_that_moved_are_stale(tmp_path):
     ):
         write_jsonl(tmp_path / "train.jsonl", [{"input": text, "label": "a"} for text in rows])
         write_jsonl(tmp_path / "valid.jsonl", [{"input": "v", "label": "a"}])
-        register("moved", tmp_path)
-        (task,) = get_mixture("moved_rationale_t").tasks
+        moved = Dataset.from_files(tmp_path, name="moved")
+        (task,) = named_mixture("moved_rationale_t", [moved]).tasks
         read = task.read("train")
         assert len(read.rows) == joined
         assert all(
@@ -174,13 +174,15 @@ def test_a_whole_number_is_read_as_one(tmp_path, value, text):
 
 def test_ids_that_no_row_has_are_named(shared, tmp_path):
     folder = shared / "faults" / "data" / "ids_1_and_1.0"
-    register("numbers", folder)
-    whole, padded = (get_mixture(f"numbers_rationale_{t}").tasks[0] for t in ("rules", "pad"))
+    numbers = Dataset.from_files(folder, name="numbers")
+    whole, padded = (
+        named_mixture(f"numbers_rationale_{t}", [numbers]).tasks[0] for t in ("rules", "pad")
+    )
     assert len(whole.rows("train")) == 5  # one of six is held out
     assert not padded.rows("train")
     with pytest.raises(UserError, match=r"no train rows: of 6 5 missing, .*6 outputs for no row"):
         open_store(
-            get_mixture("numbers_step_by_step_pad"),
+            named_mixture("numbers_step_by_step_pad", [numbers]),
             "train",
             load_vocabulary("bytes"),
             inputs_length=64,
@@ -191,7 +193,7 @@ def test_ids_that_no_row_has_are_named(shared, tmp_path):
 def test_equal_inputs_are_in_one_split(tmp_path):
     rows = [{"input": f"x {i % 30}", "label": "a"} for i in range(60)]
     write_jsonl(tmp_path / "train.jsonl", rows)
-    dataset = register("twice", tmp_path)
+    dataset = Dataset.from_files(tmp_path, name="twice")
     train, valid = ({e.input for e in dataset.examples(split)} for split in ("train", "valid"))
     assert train | valid == {row["input"] for row in rows}
     assert not train & valid
@@ -201,7 +203,10 @@ def test_equal_inputs_are_in_one_split(tmp_path):
 @pytest.mark.parametrize("name", ["tickets.csv", "train.jsonl.gz", "train.parquet", "t.xlsx"])
 def test_a_file_of_another_kind_is_refused_by_its_kind(tmp_path, name):
     (tmp_path / name).write_bytes(b"PAR1")
-    for read in (lambda p: register("other", p), lambda p: list(stream_examples(p, "train"))):
+    for read in (
+        lambda p: Dataset.from_files(p, name="other"),
+        lambda p: list(stream_examples(p, "train")),
+    ):
         with pytest.raises(UserError, match=r"not JSON lines; write it as lines of"):
             read(tmp_path / name)
 
@@ -219,7 +224,7 @@ def test_labels_may_be_given_with_commas():
 
 def test_blanks_around_labels_are_no_part_of_them(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"input": f"x {i}", "label": "yes "} for i in range(4)])
-    dataset = register("blanks", tmp_path, labels=("yes ", " no"))
+    dataset = Dataset.from_files(tmp_path, name="blanks", labels=("yes ", " no"))
     assert dataset.labels.closed == ("yes", "no")
     assert {e.label for e in dataset.examples("train")} == {"yes"}
 

@@ -1,13 +1,19 @@
+import dataclasses
+import shutil
+
 import pytest
 
-from dss.data.registry import register
+from dss.config.data import open_mixture
+from dss.config.experiment import DataConfig, Experiment
+from dss.data.datasets import Dataset
 from dss.errors import UserError
-from dss.mixtures.tasks import extract_label, get_mixture, mixture_names, with_teacher
+from dss.mixtures.methods import Method, make_mixture, mixture_names, named_mixture
+from dss.mixtures.tasks import extract_label
 from tests.conftest import write_jsonl
 
 
 def test_the_names_of_a_dataset(toy):
-    assert mixture_names("toy") == [
+    assert mixture_names(toy) == [
         "toy_finetune",
         "toy_label_gold",
         "toy_distill_rules",
@@ -21,7 +27,7 @@ def test_the_names_of_a_dataset(toy):
 
 
 def test_step_by_step_predicts_and_explains(toy):
-    mixture = get_mixture("toy_step_by_step_rules", alpha=0.3)
+    mixture = named_mixture("toy_step_by_step_rules", [toy], alpha=0.3)
     assert mixture.rates == (0.3, 0.7)
     label, rationale = (task.rows("test")[1] for task in mixture.tasks)
     assert (label.inputs, label.targets) == ("predict: is 1 good", "yes")
@@ -29,7 +35,7 @@ def test_step_by_step_predicts_and_explains(toy):
 
 
 def test_single_target_holds_rationale_and_label(toy):
-    row = get_mixture("toy_single_target_rules").tasks[0].rows("test")[1]
+    row = named_mixture("toy_single_target_rules", [toy]).tasks[0].rows("test")[1]
     assert row.targets == "1 is 1 mod 3 So the answer is yes"
     assert extract_label(row.targets) == "yes"
 
@@ -52,11 +58,11 @@ def gaps(tmp_path):
         },
     ]
     write_jsonl(tmp_path / "train.t.jsonl", journal)
-    return register("gaps", tmp_path)
+    return Dataset.from_files(tmp_path, name="gaps")
 
 
 def test_what_the_teacher_did_not_give_is_not_trained_on(gaps):
-    label, rationale = get_mixture("gaps_step_by_step_unlabeled_t").tasks
+    label, rationale = named_mixture("gaps_step_by_step_unlabeled_t", [gaps]).tasks
     assert [row.id for row in rationale.rows("train")] == ["ok", "no label"]
     assert [row.id for row in label.rows("train")] == ["ok"]
     kept = rationale.rows("train", keep_unparsed=True)
@@ -65,35 +71,86 @@ def test_what_the_teacher_did_not_give_is_not_trained_on(gaps):
 
 
 def test_a_split_without_rationales_keeps_its_labels(gaps):
-    mixture = get_mixture("gaps_step_by_step_t", alpha=0.3).available("valid")
+    mixture = named_mixture("gaps_step_by_step_t", [gaps], alpha=0.3).available("valid")
     assert [task.name for task in mixture.tasks] == ["gaps_label_gold"]
     assert mixture.rates == (0.3,)
 
 
 def test_unknown_mixtures_name_the_nearest(toy):
     with pytest.raises(UserError, match="did you mean 'toy_step_by_step_rules'"):
-        get_mixture("toy_step_by_step_rulse")
+        named_mixture("toy_step_by_step_rulse", [toy])
     with pytest.raises(UserError, match="ALPHA is 2"):
-        get_mixture("toy_finetune", alpha=2)
+        named_mixture("toy_finetune", [toy], alpha=2)
 
 
 def test_a_name_says_its_teacher_where_no_files_do(tmp_path):
-    register("gone", tmp_path / "gone", labels=("a",), must_exist=False)
-    both = get_mixture("gone_step_by_step_unlabeled_my_llm").tasks
+    gone = Dataset.from_files(tmp_path / "gone", name="gone", labels=("a",), must_exist=False)
+    both = named_mixture("gone_step_by_step_unlabeled_my_llm", [gone]).tasks
     assert [task.name for task in both] == ["gone_label_my_llm", "gone_rationale_my_llm"]
-    assert get_mixture("gone_single_target_t").tasks[0].kind == "rationale_then_label"
-    assert get_mixture("gone_label_gold").tasks[0].teacher is None
+    assert named_mixture("gone_single_target_t", [gone]).tasks[0].kind == "rationale_then_label"
+    assert named_mixture("gone_label_gold", [gone]).tasks[0].teacher is None
     with pytest.raises(UserError, match="unknown mixture 'gone_step_by'"):
-        get_mixture("gone_step_by")
+        named_mixture("gone_step_by", [gone])
     with pytest.raises(UserError, match="gone: no such file"):
-        get_mixture("gone_distill_t").tasks[0].rows("train")
+        named_mixture("gone_distill_t", [gone]).tasks[0].rows("train")
 
 
 def test_the_teacher_of_a_name_can_be_replaced():
-    name = with_teacher("cqa_step_by_step_palm", "gpt_neox")
-    assert name == "cqa_step_by_step_gpt_neox"
+    experiment = Experiment(mixture="cqa_step_by_step_palm", teacher="gpt_neox")
+    assert open_mixture(experiment).name == "cqa_step_by_step_gpt_neox"
     with pytest.raises(UserError, match="has no teacher"):
-        with_teacher("cqa_finetune", "palm")
+        open_mixture(dataclasses.replace(experiment, mixture="cqa_finetune"))
+
+
+def test_two_teachers_of_one_name_are_not_confused(tmp_path):
+    """`step_by_step_unlabeled_x` may be of the teacher x or of the teacher unlabeled_x."""
+    folder = tmp_path / "two"
+    write_jsonl(folder / "train.jsonl", [{"id": "a", "input": "x", "label": "l"}])
+    for teacher in ("x", "unlabeled_x"):
+        row = {"id": "a", "rationale": f"by {teacher}", "label": "l"}
+        write_jsonl(folder / f"train.{teacher}.jsonl", [row])
+    two = Dataset.from_files(folder)
+    with pytest.raises(UserError, match="TEACHER unlabeled_x or METHOD step_by_step_unlabeled"):
+        named_mixture("two_step_by_step_unlabeled_x", [two])
+    rationales = {
+        make_mixture(two, method, teacher).tasks[1].rows("train")[0].targets
+        for method, teacher in (
+            (Method.STEP_BY_STEP, "unlabeled_x"),
+            (Method.STEP_BY_STEP_UNLABELED, "x"),
+        )
+    }
+    assert rationales == {"by x", "by unlabeled_x"}
+
+
+def test_a_method_takes_the_only_teacher_and_asks_where_there_are_several(toy_folder, tmp_path):
+    folder = shutil.copytree(toy_folder, tmp_path / "toy")
+    experiment = Experiment(method="step_by_step", data=DataConfig(dataset_path=str(folder)))
+    assert open_mixture(experiment).name == "toy_step_by_step_rules"
+    shutil.copy(folder / "train.rules.jsonl", folder / "train.other.jsonl")
+    with pytest.raises(UserError, match=r"needs a teacher: give TEACHER; .*'toy': other, rules"):
+        open_mixture(experiment)
+    with pytest.raises(UserError, match="unknown teacher 'rule'; did you mean 'rules'"):
+        open_mixture(dataclasses.replace(experiment, teacher="rule"))
+    with pytest.raises(UserError, match="unknown method 'step_by_stp'; did you mean"):
+        open_mixture(dataclasses.replace(experiment, method="step_by_stp"))
+    with pytest.raises(UserError, match="no dataset: give"):
+        open_mixture(Experiment(method="finetune"))
+    with pytest.raises(UserError, match="no method: give --gin_file=methods/NAME.gin"):
+        open_mixture(Experiment(dataset="cqa"))
+
+
+def test_two_folders_of_one_name_keep_their_own_labels(tmp_path):
+    experiments = []
+    for folder, labels in (("a", ("billing", "bug")), ("b", ("spam", "ham"))):
+        rows = [{"input": f"{label}?", "label": label} for label in labels]
+        path = write_jsonl(tmp_path / folder / "data" / "train.jsonl", rows * 10).parent
+        data = DataConfig(dataset_path=str(path), labels=labels)
+        experiments.append(Experiment(method="finetune", data=data))
+    first, second = map(open_mixture, experiments)
+    assert first.dataset.choices("x") == ("billing", "bug")
+    assert second.dataset.choices("x") == ("spam", "ham")
+    assert {row.targets for row in first.tasks[0].rows("train")} == {"billing", "bug"}
+    assert first.name == second.name == "data_finetune"
 
 
 def test_a_blank_label_is_no_label(tmp_path):
@@ -102,6 +159,8 @@ def test_a_blank_label_is_no_label(tmp_path):
     ]
     write_jsonl(tmp_path / "train.jsonl", rows)
     write_jsonl(tmp_path / "valid.jsonl", rows[:1])
-    dataset = register("blank", tmp_path, labels=("a",))
+    dataset = Dataset.from_files(tmp_path, name="blank", labels=("a",))
     assert [e.label for e in dataset.examples("train")] == ["a", None, None]
-    assert [row.id for row in get_mixture("blank_finetune").tasks[0].rows("train")] == ["0"]
+    assert [
+        row.id for row in named_mixture("blank_finetune", [dataset]).tasks[0].rows("train")
+    ] == ["0"]

@@ -1,7 +1,7 @@
 import pytest
 
 from dss.errors import UserError
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from dss.runs.student import explain
 
 
@@ -30,14 +30,16 @@ def test_a_rationale_is_asked_for_as_it_was_learnt(toy):
         ("toy_single_target_rules", "2 is 2 mod 3 So the answer is yes", "predict: is 2 good"),
     ):
         student = Writer(written)
-        assert explain(student, get_mixture(mixture), ["is 2 good"], 64) == ["2 is 2 mod 3"]
+        assert explain(student, named_mixture(mixture, [toy]), ["is 2 good"], 64) == [
+            "2 is 2 mod 3"
+        ]
         assert student.read == [asked]
 
 
 def test_a_rationale_is_asked_for_by_the_start_where_the_input_is_shared(toy):
     student = Writer("2 is 2 mod 3")
     for shared in (False, True):
-        mixture = get_mixture("toy_step_by_step_rules", one_input=shared)
+        mixture = named_mixture("toy_step_by_step_rules", [toy], one_input=shared)
         assert explain(student, mixture, ["is 2 good"], 64) == ["2 is 2 mod 3"]
     assert student.read == ["explain: is 2 good", "predict: is 2 good"]
     assert student.started == [0, 100]
@@ -45,4 +47,4 @@ def test_a_rationale_is_asked_for_by_the_start_where_the_input_is_shared(toy):
 
 def test_who_learnt_no_rationales_cannot_explain(toy):
     with pytest.raises(UserError, match="toy_finetune: its students learn no rationales"):
-        explain(Writer(""), get_mixture("toy_finetune"), ["is 2 good"], 64)
+        explain(Writer(""), named_mixture("toy_finetune", [toy]), ["is 2 good"], 64)

@@ -4,10 +4,10 @@ import pytest
 from etils import epath
 
 from dss.batches.store import tokenize
-from dss.data.registry import register
+from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from dss.runs.session import SESSIONS_FILE, Session, describe_data, describe_machine
 from dss.training.metrics import read_metrics
 from tests.conftest import write_jsonl
@@ -56,7 +56,7 @@ def test_a_machine_has_devices_and_versions():
 
 
 def test_data_are_counted_with_what_is_missing_and_what_is_cut(toy):
-    mixture = get_mixture("toy_step_by_step_rules")
+    mixture = named_mixture("toy_step_by_step_rules", [toy])
     rows = [task.rows("train") for task in mixture.tasks]
     store = tokenize(
         [rows[0], rows[1][5:]], load_vocabulary("bytes"), inputs_length=64, targets_length=13
@@ -78,8 +78,8 @@ def test_what_a_teachers_outputs_took_is_recorded(tmp_path):
     outputs = [{"id": i, "rationale": "r", "label": "a"} for i in numbers]
     write_jsonl(tmp_path / "train.gpt-9.jsonl", outputs)
     (tmp_path / "train.gpt-9.usage.json").write_text('{"outputs": 1, "cost": 0.5}\n')
-    register("mine", tmp_path)
-    mixture = get_mixture("mine_step_by_step_gpt_9")
+    mine = Dataset.from_files(tmp_path, name="mine")
+    mixture = named_mixture("mine_step_by_step_gpt_9", [mine])
     rows = [task.rows("train") for task in mixture.tasks]
     bytes_ = load_vocabulary("bytes")
     store = tokenize(rows, bytes_, inputs_length=64, targets_length=64)

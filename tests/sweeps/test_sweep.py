@@ -11,7 +11,7 @@ import pytest
 from dss.cli import main as cli
 from dss.cli.main import main
 from dss.config.gin_files import gin_flags, parse_gin, save_config
-from dss.data.registry import get_dataset
+from dss.data.datasets import Dataset
 from dss.errors import UserError
 from dss.paths import gin_root
 from dss.runs.train import training_store
@@ -425,4 +425,4 @@ def test_examples_of_a_point_are_counted_after_those_held_out(settings, toy_fold
     copy = shutil.copytree(toy_folder, tmp_path / "toy")
     (copy / "valid.jsonl").unlink()
     runs = plan(settings, f"DATASET_PATH={copy}", "FRACTIONS=(0.5,)").runs
-    assert runs[0].examples == len(get_dataset("toy").examples("train", fraction=0.5)) == 18
+    assert runs[0].examples == len(Dataset.released("toy").examples("train", fraction=0.5)) == 18

@@ -5,10 +5,10 @@ import sqlite3
 import pyarrow.parquet as pq
 import pytest
 
+from dss.data.datasets import Dataset
 from dss.data.examples import read_teacher_outputs
-from dss.data.registry import register
 from dss.errors import UserError
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from dss.teacher.job import file_job
 from dss.teacher.journal import Journal
 from dss.teacher.outputs import Sample, vote
@@ -49,8 +49,8 @@ def test_what_is_exported_is_what_training_reads(numbers):
         numbers.ask(job)
     outputs = read_teacher_outputs(job.file("jsonl"), "m")
     assert [output.id for output in outputs] == [f"n{i}" for i in range(20)]
-    register("numbers", job.source, labels=("even", "odd"))
-    rows = get_mixture("numbers_step_by_step_m").tasks[1].rows("train")
+    numbers = Dataset.from_files(job.source, name="numbers", labels=("even", "odd"))
+    rows = named_mixture("numbers_step_by_step_m", [numbers]).tasks[1].rows("train")
     assert {row.targets for row in rows} <= {f"It is {i}." for i in range(20)}
     assert len(rows) == 18
 
@@ -130,7 +130,7 @@ def test_output_elsewhere_is_a_dataset_of_its_own(numbers, tmp_path):
         numbers.ask(job)
     names = {path.name for path in elsewhere.iterdir()}
     assert {"numbers.jsonl", "numbers.the-teacher.jsonl", "journal.sqlite"} <= names
-    dataset = register("numbers", elsewhere / "numbers.jsonl")
+    dataset = Dataset.from_files(elsewhere / "numbers.jsonl", name="numbers")
     assert dataset.source.teachers == ("the_teacher",)
     assert len(dataset.outputs("train", "the_teacher")) == 20
     with pytest.raises(UserError, match="--name 'a/b'"):
@@ -151,7 +151,7 @@ def test_examples_without_an_id_get_the_one_that_training_gives_them(numbers, na
         numbers.ask(file_job(source, prompt, teacher, output=None, name=None))
     split = {"mine": "train", "mine-valid": "valid"}.get(name, name)
     path = source.parent if split == name else source.parent / "mine.jsonl"
-    dataset = register("own_numbers", path)
+    dataset = Dataset.from_files(path, name="own_numbers")
     ids = {example.id for example in dataset.source.examples(split)}
     assert dataset.outputs(split, "m").keys() == ids
 

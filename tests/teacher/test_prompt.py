@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
+from dss.data.datasets import Dataset
 from dss.data.equations import plain_equation
 from dss.data.examples import Example
 from dss.data.metrics import is_readable
-from dss.data.registry import get_dataset
 from dss.data.released import RELEASED
 from dss.errors import UserError
 from dss.teacher.outputs import read_sample
@@ -67,7 +67,7 @@ def test_exemplars_of_cqa_and_svamp_are_balanced_over_letters_and_operations():
 
 @pytest.mark.parametrize("name", SPLITS)
 def test_no_exemplar_is_in_any_split(name, data_root):
-    prompt, dataset = load_prompt(name), get_dataset(name)
+    prompt, dataset = load_prompt(name), Dataset.released(name)
     seen = {
         part.strip().casefold()
         for split in SPLITS[name]
@@ -92,7 +92,7 @@ def plain(label):
 @pytest.mark.parametrize("name", SPLITS)
 def test_released_texts_parse_as_the_released_code_parses_them(name, data_root):
     """The rationale is the same; so is the label, where it is one that the input allows."""
-    prompt, dataset = load_prompt(name), get_dataset(name)
+    prompt, dataset = load_prompt(name), Dataset.released(name)
     different = collections.Counter()
     for split in SPLITS[name]:
         outputs = dataset.source.outputs(split, "palm")

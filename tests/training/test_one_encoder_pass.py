@@ -6,9 +6,9 @@ import pytest
 
 from dss.batches.batches import Batches, fill, paired_order, sequential_order
 from dss.batches.store import open_store
-from dss.data.registry import register
+from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh, put_batch
 from dss.student.decoding import generate
@@ -27,8 +27,8 @@ CONFIG = tiny_config(num_encoder_layers=1, num_decoder_layers=1)
 
 @pytest.fixture(scope="module")
 def mixture(toy_folder):
-    register("toy", toy_folder, labels=("yes", "no"))
-    return get_mixture("toy_step_by_step_rules", RATES[0], one_input=True)
+    toy = Dataset.from_files(toy_folder, name="toy", labels=("yes", "no"))
+    return named_mixture("toy_step_by_step_rules", [toy], RATES[0], one_input=True)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def store(mixture):
 
 def test_only_the_decoder_tells_the_tasks_apart(toy, mixture, store, starts):
     assert starts == (0, 259)
-    assert get_mixture("toy_step_by_step_rules").start_ids(load_vocabulary("bytes")) is None
+    assert (
+        named_mixture("toy_step_by_step_rules", [toy]).start_ids(load_vocabulary("bytes")) is None
+    )
     assert [task.prefix for task in mixture.tasks] == ["predict: ", "predict: "]
     np.testing.assert_array_equal(store.tasks[0].inputs.tokens, store.tasks[1].inputs.tokens)
 

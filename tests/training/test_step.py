@@ -4,10 +4,10 @@ import pytest
 
 from dss.batches.batches import Batches, paired_order
 from dss.batches.store import open_store
-from dss.data.registry import register
+from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
-from dss.mixtures.tasks import get_mixture
+from dss.mixtures.methods import named_mixture
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh, put_batch
 from dss.student.network import abstract_params, init_params
@@ -32,8 +32,8 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def run(toy_folder):
     """Trains a few steps; returns losses, final parameters and the optimizer's state."""
-    register("toy", toy_folder, labels=("yes", "no"))
-    mixture = get_mixture("toy_step_by_step_rules", alpha=0.3)
+    toy = Dataset.from_files(toy_folder, name="toy", labels=("yes", "no"))
+    mixture = named_mixture("toy_step_by_step_rules", [toy], alpha=0.3)
     store = open_store(
         mixture, "train", load_vocabulary("bytes"), inputs_length=64, targets_length=32
     )
@@ -222,7 +222,7 @@ def test_a_mesh_that_does_not_fit_is_an_error():
 
 
 def test_evaluation_sums_add_up(toy, one_device):
-    mixture = get_mixture("toy_step_by_step_rules")
+    mixture = named_mixture("toy_step_by_step_rules", [toy])
     store = open_store(
         mixture, "test", load_vocabulary("bytes"), inputs_length=64, targets_length=32
     )

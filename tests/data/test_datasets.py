@@ -6,15 +6,14 @@ import shutil
 import pytest
 from etils import epath
 
+from dss.config.data import open_dataset, resolve
 from dss.config.experiment import DataConfig, Experiment
 from dss.config.gin_files import parse_gin
+from dss.data.datasets import Dataset
 from dss.data.labels import Labels
-from dss.data.registry import get_dataset, register, released_dataset, set_data_root
 from dss.data.splits import hold_out, subsample
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
-from dss.runs.directory import use_data
-from dss.runs.train import settle_data
 from tests.conftest import write_jsonl
 
 
@@ -22,12 +21,12 @@ def test_jsonl_examples_and_journal_are_joined_by_id(toy):
     assert len(toy.examples("train")) == 40
     assert toy.source.teachers == ("rules",)
     assert toy.outputs("train", "rules")["train-5"].rationale == "5 is 2 mod 3"
-    assert get_dataset("toy") is toy
+    assert Dataset.from_files(toy.source.path, labels=("yes", "no")) == toy
 
 
 def test_one_file_is_train_with_a_tenth_held_out(tmp_path):
     rows = [{"input": f"x{i}", "label": "a"} for i in range(20)]
-    dataset = register("mine", write_jsonl(tmp_path / "mine.jsonl", rows))
+    dataset = Dataset.from_files(write_jsonl(tmp_path / "mine.jsonl", rows), name="mine")
     train, valid = dataset.examples("train"), dataset.examples("valid")
     assert (len(train), len(valid)) == (18, 2)
     assert not {e.id for e in train} & {e.id for e in valid}
@@ -36,22 +35,20 @@ def test_one_file_is_train_with_a_tenth_held_out(tmp_path):
 
 
 def test_a_missing_file_says_what_to_do(tmp_path):
-    set_data_root(tmp_path)
     with pytest.raises(
         UserError, match=r"cqa_train.json: no such file; .*--gin.DATA_ROOT=FOLDER .*DSS_DATA_ROOT"
     ):
-        get_dataset("cqa").examples("train")
-    set_data_root(None)
+        Dataset.released("cqa", tmp_path).examples("train")
     with pytest.raises(UserError, match=r"train.t.jsonl: no such file; .*write it"):
-        register("mine", write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}])).outputs(
-            "train", "t"
-        )
+        Dataset.from_files(
+            write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}]), name="mine"
+        ).outputs("train", "t")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "train.jsonl")
     with pytest.raises(UserError, match=r"train\.jsonl: a named pipe"):
-        register("piped", tmp_path).examples("train")
+        Dataset.from_files(tmp_path, name="piped").examples("train")
     os.mkfifo(tmp_path / "spiece.model")
     with pytest.raises(UserError, match=r"spiece\.model: a named pipe"):
         load_vocabulary(tmp_path / "spiece.model")
@@ -72,13 +69,13 @@ def declared(tmp_path):
 def test_a_folder_declares_its_labels_and_its_metric(declared):
     folder = declared('\ufeff{"labels": ["bug", " billing "], "metric": "equation"}')
     for path in (folder, folder / "train.jsonl"):
-        dataset = register("tickets", path)
+        dataset = Dataset.from_files(path, name="tickets")
         assert dataset.labels == Labels(("bug", "billing"), "equation")
         assert dataset.source.labels == dataset.labels
     labels = ("billing", "bug")
-    assert register("tickets", folder, labels=labels).labels.closed == labels
+    assert Dataset.from_files(folder, name="tickets", labels=labels).labels.closed == labels
     folder = declared('{"metric": "text"}')
-    assert register("tickets", folder, labels=("bug",)).labels == Labels(("bug",))
+    assert Dataset.from_files(folder, name="tickets", labels=("bug",)).labels == Labels(("bug",))
 
 
 @pytest.mark.parametrize(
@@ -98,24 +95,24 @@ def test_a_folder_declares_its_labels_and_its_metric(declared):
 def test_what_a_folder_cannot_declare_is_refused_by_its_file(declared, text, message):
     folder = declared(text)
     with pytest.raises(UserError) as error:
-        register("tickets", folder, labels=("bug", "fee"), metric="equation")
+        Dataset.from_files(folder, name="tickets", labels=("bug", "fee"), metric="equation")
     assert str(error.value).startswith(f"{folder / 'dataset.json'}: {message}")
 
 
 def test_a_run_keeps_the_labels_that_its_folder_declared(declared):
     folder = declared('{"labels": ["bug", "fee"]}')
     data = DataConfig(dataset_path=str(folder))
-    experiment = settle_data(Experiment(mixture="tickets_finetune", data=data))
+    experiment = resolve(Experiment(mixture="tickets_finetune", data=data))
     assert experiment.data.labels == ("bug", "fee")
-    assert settle_data(experiment) == experiment
+    assert (experiment.dataset, experiment.method) == ("tickets", "finetune")
+    assert resolve(experiment) == experiment
     # A student predicts by the labels that it learnt, whatever the folder says since.
     declared('{"labels": ["bug"]}')
-    assert use_data(experiment.data, must_exist=False) == "tickets"
-    assert get_dataset("tickets").labels.closed == ("bug", "fee")
+    assert open_dataset(experiment, must_exist=False).labels.closed == ("bug", "fee")
     with pytest.raises(UserError, match="its labels are bug, and the configuration has bug, fee"):
-        use_data(experiment.data)
-    use_data(DataConfig(dataset_path=str(folder)), must_exist=False)
-    assert get_dataset("tickets").labels.closed == ()  # it learnt from an open set
+        open_dataset(experiment)
+    learnt = Experiment(data=DataConfig(dataset_path=str(folder)))  # from an open set
+    assert open_dataset(learnt, must_exist=False).labels.closed == ()
 
 
 def test_labels_are_kept_as_they_are_read():
@@ -156,26 +153,26 @@ def test_subsets_are_nested_whatever_the_fractions_round_to(n):
 def test_malformed_lines_name_file_and_line(tmp_path, line, message):
     (tmp_path / "train.jsonl").write_text('{"id": "one", "input": "x"}\n' + line + "\n")
     with pytest.raises(UserError, match=message):
-        register("bad", tmp_path).examples("train")
+        Dataset.from_files(tmp_path, name="bad").examples("train")
 
 
 def test_a_label_outside_the_closed_set_is_an_error(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"input": "x", "label": "maybe"}])
     with pytest.raises(UserError, match=r"train.jsonl:1: label 'maybe' is none of yes, no"):
-        register("bad", tmp_path, labels=("yes", "no")).examples("train")
+        Dataset.from_files(tmp_path, name="bad", labels=("yes", "no")).examples("train")
 
 
 def test_an_empty_split_is_an_error(tmp_path):
     (tmp_path / "test.jsonl").write_text("")
     with pytest.raises(UserError, match="no examples for the test split"):
-        register("empty", tmp_path).examples("test")
+        Dataset.from_files(tmp_path, name="empty").examples("test")
 
 
 def test_unknown_status_and_later_lines_of_a_journal(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x"}])
     journal = [{"id": "a", "status": "error"}, {"id": "a", "rationale": "r", "label": "l"}]
     write_jsonl(tmp_path / "train.t.jsonl", journal)
-    dataset = register("mine", tmp_path)
+    dataset = Dataset.from_files(tmp_path, name="mine")
     assert dataset.outputs("train", "t")["a"].status == "ok"
     write_jsonl(tmp_path / "train.t.jsonl", [{"id": "a", "status": "fine"}])
     with pytest.raises(UserError, match=r"train.t.jsonl:1: status 'fine'"):
@@ -185,7 +182,7 @@ def test_unknown_status_and_later_lines_of_a_journal(tmp_path):
 def test_a_teachers_name_is_made_one_that_tasks_can_have(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x"}])
     write_jsonl(tmp_path / "train.gpt-4o.jsonl", [{"id": "a", "rationale": "r", "label": "l"}])
-    dataset = register("mine", tmp_path)
+    dataset = Dataset.from_files(tmp_path, name="mine")
     assert dataset.source.teachers == ("gpt_4o",)
     assert dataset.outputs("train", "gpt_4o")["a"].rationale == "r"
 
@@ -194,21 +191,21 @@ def test_null_is_nothing_in_a_journal_too(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x", "label": None}])
     journal = [{"id": "a", "rationale": None, "label": None, "status": "refused"}]
     write_jsonl(tmp_path / "train.t.jsonl", journal)
-    dataset = register("mine", tmp_path)
+    dataset = Dataset.from_files(tmp_path, name="mine")
     assert dataset.outputs("train", "t")["a"].rationale == ""
 
 
 def test_bad_names_and_paths(tmp_path):
     with pytest.raises(UserError, match="letters, digits"):
-        register("my data", tmp_path)
+        Dataset.from_files(tmp_path, name="my data")
     with pytest.raises(UserError, match="released dataset"):
-        register("cqa", tmp_path)
+        Dataset.from_files(tmp_path, name="cqa")
     with pytest.raises(UserError, match="no such file or folder"):
-        register("mine", tmp_path / "nowhere")
+        Dataset.from_files(tmp_path / "nowhere", name="mine")
     with pytest.raises(UserError, match=r"unknown metric 'equatoin'; did you mean 'equation'"):
-        register("mine", tmp_path, metric="equatoin")
+        Dataset.from_files(tmp_path, name="mine", metric="equatoin")
     with pytest.raises(UserError, match=r"unknown dataset 'cqaa'; did you mean 'cqa'"):
-        get_dataset("cqaa")
+        Dataset.released("cqaa")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
@@ -216,7 +213,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", rows)
     path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
     write_jsonl(tmp_path / "valid.jsonl", rows)
-    assert [e.id for e in register("marked", tmp_path).examples("train")] == ["a", "b"]
+    assert [e.id for e in Dataset.from_files(tmp_path, name="marked").examples("train")] == [
+        "a",
+        "b",
+    ]
     (tmp_path / "x.gin").write_bytes(codecs.BOM_UTF8 + b"# c\nBATCH_SIZE = 3\n")
     assert parse_gin([str(tmp_path / "x.gin")]).batch_size == 3
 
@@ -226,7 +226,7 @@ def test_texts_of_another_teacher_are_not_read_in_place_of_those_that_are_missin
 ):
     root = shutil.copytree(small_root, tmp_path / "root")
     shutil.rmtree(root / "gpt-neox" / "anli1")
-    dataset = released_dataset("anli1", epath.Path(root))
+    dataset = Dataset.released("anli1", epath.Path(root))
     assert dataset.outputs("train", "palm")
     with pytest.raises(UserError, match=r"gpt-neox/anli1/train\.json: no such file"):
         dataset.outputs("train", "gpt_neox")

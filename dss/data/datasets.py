@@ -1,7 +1,6 @@
-"""The datasets there are: the released ones under the data root, and the user's own files."""
+"""Datasets: the released ones under the data root, and the user's own files."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
@@ -22,7 +21,7 @@ from dss.data.metrics import METRICS
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
 from dss.errors import UserError, unknown_name
-from dss.paths import check_no_pipes
+from dss.paths import absolute, check_no_pipes
 
 __all__ = [
     "DATASET_FILE",
@@ -30,12 +29,7 @@ __all__ = [
     "Dataset",
     "JsonlSource",
     "Source",
-    "dataset_names",
-    "get_dataset",
     "read_declared",
-    "register",
-    "released_dataset",
-    "set_data_root",
 ]
 
 SPLITS = ("train", "valid", "test")
@@ -126,12 +120,12 @@ class JsonlSource:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A dataset by its name.
+    """A dataset: its name, its files and its labels.
 
     Attributes:
       name: the first part of its tasks' names.
       source: its files.
-      labels: which there may be, and when a prediction counts as one.
+      labels: the labels that are possible, and when a prediction equals one.
       candidates: returns the answers that an input offers, where inputs do.
     """
 
@@ -139,6 +133,64 @@ class Dataset:
     source: Source
     labels: Labels = ANY_LABEL
     candidates: Callable[[str], tuple[str, ...]] | None = None
+
+    @classmethod
+    def released(cls, name: str, root: str | epath.Path | None = None) -> "Dataset":
+        """Returns one of the datasets that Hsieh et al. (2023) released.
+
+        Args:
+          name: the name of the dataset, one of `RELEASED`.
+          root: the folder of the released datasets; None for the environment variable
+            DSS_DATA_ROOT, or else the folder `data`, looked up when files are read.
+
+        Raises:
+          UserError: if no released dataset has this name.
+        """
+        if name not in RELEASED:
+            raise unknown_name("dataset", name, RELEASED)
+        form = RELEASED[name]
+        source = ReleasedSource(None if root is None else epath.Path(root).expanduser(), name)
+        return cls(name, source, form.labels, form.candidates)
+
+    @classmethod
+    def from_files(
+        cls,
+        path: str | epath.Path,
+        *,
+        name: str | None = None,
+        labels: Sequence[str] = (),
+        metric: str = "text",
+        must_exist: bool = True,
+    ) -> "Dataset":
+        """Returns the dataset of a user's JSON lines.
+
+        Args:
+          path: a folder or a file, see `JsonlSource`.
+          name: the name of the dataset: letters, digits and underscores; None for the name of the
+            folder or file, a hyphen written as an underscore.
+          labels: the closed set of labels, among which predictions are chosen. Empty for those of
+            the data's `dataset.json`, see `read_declared`.
+          metric: "text" or "equation".
+          must_exist: False where only names and labels are needed, as in predicting.
+
+        Raises:
+          UserError: if the name is not valid or is a released dataset's, nothing is at the path,
+            the metric is unknown, or `dataset.json` contradicts the arguments.
+        """
+        path = epath.Path(path).expanduser()
+        name = absolute(path).stem.replace("-", "_") if name is None else name
+        if must_exist and path.is_file():
+            check_kind(path)
+        if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
+            raise UserError(f"dataset name {name!r}: use letters, digits and underscores")
+        if name in RELEASED:
+            raise UserError(f"dataset name {name!r} is that of a released dataset; choose another")
+        if must_exist and not path.exists():
+            raise UserError(f"{path}: no such file or folder; dataset {name!r} should be there")
+        known = Labels(tuple(labels), metric)
+        if must_exist:  # a student that predicts keeps the labels that it learnt
+            known = read_declared(path, known, where="the configuration")
+        return cls(name, JsonlSource(path, known), known)
 
     def choices(self, text: str) -> tuple[str, ...]:
         """Returns the labels that are possible for an input; none where any text is."""
@@ -224,20 +276,6 @@ class Dataset:
         return outputs
 
 
-_registered: dict[str, Dataset] = {}
-_data_root: epath.Path | None = None
-
-
-def set_data_root(root: str | epath.Path | None) -> None:
-    """Says where the released data are; without it, DSS_DATA_ROOT or `data` in this folder."""
-    global _data_root
-    _data_root = None if root is None else epath.Path(root).expanduser()
-
-
-def _root() -> epath.Path:
-    return _data_root or epath.Path(os.environ.get("DSS_DATA_ROOT", "data")).expanduser()
-
-
 def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: str) -> Labels:
     """Returns what the labels of a user's data may be.
 
@@ -282,69 +320,3 @@ def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: s
             f"{file}: its metric is {declared.metric}, and {where} has {given.metric}; {mend}"
         )
     return dataclasses.replace(declared, closed=given.closed or declared.closed)
-
-
-def register(
-    name: str,
-    path: str | epath.Path,
-    *,
-    labels: Sequence[str] = (),
-    metric: str = "text",
-    must_exist: bool = True,
-) -> Dataset:
-    """Makes a user's JSON lines a dataset, with all the task and mixture names that go with it.
-
-    Args:
-      name: of the dataset: letters, digits and underscores.
-      path: a folder or a file, see `JsonlSource`.
-      labels: the closed set of labels; predictions are then chosen among them. Empty for those of
-        the data's `dataset.json`, see `read_declared`.
-      metric: "text" or "equation".
-      must_exist: False where only names and labels are asked for, as in predicting.
-
-    Returns:
-      The dataset.
-
-    Raises:
-      UserError: the name cannot be one, there is nothing at the path, no such metric, or
-        `dataset.json` contradicts what is given.
-    """
-    path = epath.Path(path).expanduser()
-    if must_exist and path.is_file():
-        check_kind(path)
-    if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
-        raise UserError(f"dataset name {name!r}: use letters, digits and underscores")
-    if name in RELEASED:
-        raise UserError(f"dataset name {name!r} is that of a released dataset; choose another")
-    if must_exist and not path.exists():
-        raise UserError(f"{path}: no such file or folder; dataset {name!r} should be there")
-    known = Labels(tuple(labels), metric)
-    if must_exist:  # a student that predicts keeps the labels that it learnt
-        known = read_declared(path, known, where="the configuration")
-    _registered[name] = Dataset(name, JsonlSource(path, known), known)
-    return _registered[name]
-
-
-def dataset_names() -> list[str]:
-    """Returns the names of all datasets, the released ones first."""
-    return [*RELEASED, *_registered]
-
-
-def get_dataset(name: str) -> Dataset:
-    """Returns the dataset of a name.
-
-    Raises:
-      UserError: there is none.
-    """
-    if name in _registered:
-        return _registered[name]
-    if name not in RELEASED:
-        raise unknown_name("dataset", name, dataset_names())
-    return released_dataset(name, _root())
-
-
-def released_dataset(name: str, root: epath.Path) -> Dataset:
-    """Returns the dataset of `RELEASED` whose data lie under a root of their own."""
-    form = RELEASED[name]
-    source = ReleasedSource(root, name)
-    return Dataset(name, source, form.labels, form.candidates)
