@@ -9,7 +9,8 @@ import dss
 
 PACKAGE = Path(dss.__file__).parent
 FLOORS = (
-    {"errors", "fields", "paths", "testing", "__init__"},
+    {"errors", "testing", "__init__"},
+    {"fields", "paths"},
     {"data"},
     {"teacher", "mixtures", "student"},
     {"batches", "parallel"},

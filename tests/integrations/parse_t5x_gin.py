@@ -1,5 +1,5 @@
-"""Parses gin/t5x/ with every dataset, method and variant, as T5X would, to train, to evaluate and to
-infer; prints what each sets, a JSON line for each.
+"""Parses gin/t5x/ with every dataset, method and variant, as T5X would, to train, to evaluate and
+to infer; prints what each sets, a JSON line for each.
 
 python -m tests.integrations.parse_t5x_gin DATA_ROOT
 """

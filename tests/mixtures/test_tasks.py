@@ -20,8 +20,8 @@ def test_the_names_of_a_dataset(toy):
         "toy_step_by_step_rules",
         "toy_step_by_step_unlabeled_rules",
         "toy_single_target_rules",
-        "toy_label_rules",
         "toy_rationale_rules",
+        "toy_label_rules",
         "toy_rationale_then_label_rules",
     ]
 
@@ -105,7 +105,8 @@ def test_the_teacher_of_a_name_can_be_replaced():
 def test_two_teachers_of_one_name_are_not_confused(tmp_path):
     """`step_by_step_unlabeled_x` may be of the teacher x or of the teacher unlabeled_x."""
     folder = tmp_path / "two"
-    write_jsonl(folder / "train.jsonl", [{"id": "a", "input": "x", "label": "l"}])
+    for split in ("train", "valid"):
+        write_jsonl(folder / f"{split}.jsonl", [{"id": "a", "input": "x", "label": "l"}])
     for teacher in ("x", "unlabeled_x"):
         row = {"id": "a", "rationale": f"by {teacher}", "label": "l"}
         write_jsonl(folder / f"train.{teacher}.jsonl", [row])
@@ -135,15 +136,15 @@ def test_a_method_takes_the_only_teacher_and_asks_where_there_are_several(toy_fo
         open_mixture(dataclasses.replace(experiment, method="step_by_stp"))
     with pytest.raises(UserError, match="no dataset: give"):
         open_mixture(Experiment(method="finetune"))
-    with pytest.raises(UserError, match="no method: give --gin_file=methods/NAME.gin"):
+    with pytest.raises(UserError, match=r"no method: give --gin_file=methods/NAME.gin"):
         open_mixture(Experiment(dataset="cqa"))
 
 
 def test_two_folders_of_one_name_keep_their_own_labels(tmp_path):
     experiments = []
     for folder, labels in (("a", ("billing", "bug")), ("b", ("spam", "ham"))):
-        rows = [{"input": f"{label}?", "label": label} for label in labels]
-        path = write_jsonl(tmp_path / folder / "data" / "train.jsonl", rows * 10).parent
+        rows = [{"input": f"{i}?", "label": labels[i % 2]} for i in range(20)]
+        path = write_jsonl(tmp_path / folder / "data" / "train.jsonl", rows).parent
         data = DataConfig(dataset_path=str(path), labels=labels)
         experiments.append(Experiment(method="finetune", data=data))
     first, second = map(open_mixture, experiments)
