@@ -14,9 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST = 0.02  # of the descriptions may open with a function word
-FUNCTION_WORDS = set(
-    "of which that what how where who whose when if as with by from for in on at to into and or but "
-    "it its is are was were be so than such see".split()
+FUNCTION_WORDS = re.compile(
+    "of|which|that|what|how|where|who|whose|when|if|as|with|by|from|for|in|on|at|to|into|and|or|but"
+    "|it|its|is|are|was|were|be|so|than|such|see"
 )
 # Phrases that the glossary replaces; each is a regular expression.
 GLOSSARY = {
@@ -37,7 +37,7 @@ GLOSSARY = {
     r"\btaken out\b": "disabled (of an ablation)",
     r"\bfrom nothing\b": "from scratch, randomly initialised",
     r"\bgo(?:es)? on from\b|\bcontinues? where\b": "resume",
-    r"\b(?:says|tells|is told|knows) (?:what|which|how|where|that|of)\b": "returns, gives, holds: code does not speak",
+    r"\b(?:says|tells|is told|knows) (?:what|which|how|where|that|of)\b": "code does not speak",
 }
 
 
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> int:
             for number, name, description in descriptions(text):
                 count += 1
                 first = re.split(r"\W", description.lower(), maxsplit=1)[0]
-                if first in FUNCTION_WORDS:
+                if FUNCTION_WORDS.fullmatch(first):
                     opens.append(f"{path}:{start + number}: {name}: {description}")
             for pattern, better in GLOSSARY.items():
                 for match in re.finditer(pattern, text, re.IGNORECASE):
