@@ -28,7 +28,8 @@ from dss.planning.flops import computed_flops, useful_flops
 from dss.planning.hardware import Accelerator, find_accelerator, planned_devices
 from dss.planning.hlo import Exchange, exchanges, product_bytes, sending_seconds
 from dss.planning.typical import INPUTS_MEAN, TARGETS_MEAN, typical_store
-from dss.runs.train import abstract_state, training_order, training_store
+from dss.runs.data import training_order, training_store
+from dss.runs.train import abstract_state
 from dss.student.config import T5Config
 from dss.student.network import num_parameters
 from dss.training.loss import LossConfig

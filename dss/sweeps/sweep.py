@@ -22,9 +22,10 @@ from dss.evaluation.evaluator import evaluation_set
 from dss.fields import check_types
 from dss.mixtures.methods import Method, mixture_names, read_name
 from dss.paths import CONFIG_FILE, gin_root
+from dss.runs.data import training_store
 from dss.runs.directory import load_run, run_folder
+from dss.runs.resume import check_same
 from dss.runs.start import describe_initial
-from dss.runs.train import check_same, training_store
 
 __all__ = ["Student", "Sweep", "SweepConfig", "SweepMethod", "SweepRun", "plan_sweep"]
 
