@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.mixture is not None:
         experiment = dataclasses.replace(experiment, mixture=args.mixture, method=None)
     if not experiment.has_task:
-        datasets = open_datasets(experiment.data, experiment.dataset)
+        datasets = open_datasets(experiment.data, experiment.dataset_name)
         own = experiment.data.dataset_path is not None
         for dataset in [*datasets.values()][: 1 if own else None]:
             for name in mixture_names(dataset):

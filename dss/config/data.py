@@ -53,8 +53,8 @@ def open_dataset(experiment: Experiment, *, must_exist: bool = True) -> Dataset:
     Raises:
       UserError: if there is none, or no files are where the configuration points to.
     """
-    known = open_datasets(experiment.data, experiment.dataset, must_exist=must_exist)
-    name = experiment.dataset
+    known = open_datasets(experiment.data, experiment.dataset_name, must_exist=must_exist)
+    name = experiment.dataset_name
     if name is None and experiment.data.dataset_path is None:
         raise UserError("no dataset: give DATASET, or DATASET_PATH for your own")
     if name is not None and name not in known:
@@ -88,7 +88,7 @@ def open_mixture(experiment: Experiment, *, must_exist: bool = True) -> Mixture:
             experiment.alpha,
             one_input=one_input,
         )
-    datasets = open_datasets(experiment.data, experiment.dataset, must_exist=must_exist)
+    datasets = open_datasets(experiment.data, experiment.dataset_name, must_exist=must_exist)
     mixture = named_mixture(
         experiment.mixture, datasets.values(), experiment.alpha, one_input=one_input
     )

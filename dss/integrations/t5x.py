@@ -369,7 +369,7 @@ def transformer(experiment: Experiment) -> network.Transformer:
     Raises:
       UserError: no student, or one that T5X's network cannot be.
     """
-    student = experiment.student
+    student = experiment.config
     if student is None:
         raise UserError("no student: give --gin_file=students/SIZE.gin")
     for name, value in FIXED.items():

@@ -81,11 +81,11 @@ def check_same(run: Run, now: Experiment) -> None:
             teacher=named.teacher,
         )
     now = resolve(now)
-    check_size(str(run.folder), run.config, now.student)
+    check_size(str(run.folder), run.config, now.config)
     settled = ("run_dir", "student", "vocabulary", "data", "mesh")
     differs = _differences("", before, now, settled)
-    if now.student is not None:
-        wanted = now.settle(now.student)
+    if now.config is not None:
+        wanted = now.settle(now.config)
         differs += [
             f"{gin_name(f'student.{name}')} was {getattr(run.config, name)!r} and is "
             f"{getattr(wanted, name)!r}"

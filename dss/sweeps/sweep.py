@@ -285,8 +285,8 @@ def _base(
     own = [student.file] if student.file else []
     read = [*own, *files, *method.files]
     first = parse_gin(read, flags, search_paths, beside=[SweepConfig])
-    if method.method is not None and first.dataset is not None:
-        read = [*_dataset_file(first.dataset), *read]
+    if method.method is not None and first.dataset_name is not None:
+        read = [*_dataset_file(first.dataset_name), *read]
         first = parse_gin(read, flags, search_paths, beside=[SweepConfig])
     base = dataclasses.replace(
         _with_method(first, method.method),
