@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -319,7 +320,7 @@ def annotate(
         replace=replace,
     )
     return Annotation(
-        teacher=job.name.replace("-", "_").replace(".", "_"),
+        teacher=re.sub(r"\W", "_", job.name, flags=re.ASCII),
         path=job.file("jsonl"),
         counts=session.counts if session.counts is not None else _count(job.file("jsonl")),
         cost=session.state.cost,

@@ -55,7 +55,9 @@ def test_an_evaluation_scores_every_example(names):
     evaluation = names["evaluation"]
     assert evaluation.scored.metric == "accuracy"
     assert len(evaluation.predictions) == 12
-    verdicts = [p == e.target for p, e in zip(evaluation.predictions, evaluation.examples)]
+    verdicts = [
+        p == e.target for p, e in zip(evaluation.predictions, evaluation.examples, strict=True)
+    ]
     assert evaluation.scored.value == pytest.approx(np.mean(verdicts))
 
 
