@@ -29,11 +29,13 @@ def open_datasets(
     root = data.root
     if root is not None and must_exist and not epath.Path(root).expanduser().is_dir():
         raise UserError(f"DATA_ROOT {root}: no such folder")
-    own = []
-    if data.dataset_path is not None:
+    own, path = [], data.dataset_path
+    if path is None and not must_exist and name not in RELEASED:
+        path = name  # of an export, which keeps the name and the labels of its data alone
+    if path is not None:
         own.append(
             Dataset.from_files(
-                data.dataset_path,
+                path,
                 name=None if name in RELEASED else name,
                 labels=data.labels,
                 metric=data.metric,
