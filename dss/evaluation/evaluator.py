@@ -329,9 +329,7 @@ def token_metrics(
     present = np.flatnonzero(totals["counts"])
     losses = totals["sums"][present] / totals["counts"][present]
     weights = np.asarray(rates)[present]
-    if (
-        not weights.any()
-    ):  # the tasks present have rate 0: alpha is 0 and the split has no rationales
+    if not weights.any():  # all tasks present have rate 0, as with alpha 0 and no rationales
         weights = np.ones_like(weights)
     metrics = {f"{prefix}/loss": float(np.average(losses, weights=weights))}
     for k, loss in zip(present.tolist(), losses, strict=True):

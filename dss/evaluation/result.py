@@ -107,7 +107,7 @@ class Evaluation:
         )
 
     def save(self, folder: epath.Path) -> epath.Path:
-        """Writes predictions as JSON lines and the summary as JSON; returns the path of the former."""
+        """Writes predictions (JSON lines) and summary (JSON); returns the path of the former."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.mixture}-{self.split}-{self.step}.jsonl"
         lines = []
