@@ -47,11 +47,11 @@ def test_the_least_data_is_read_off_the_line(swept):
     group = _group(swept)
     data, teacher = group.data_reaches
     assert isinstance(data.target, Cell)
-    assert data.at is not None
-    assert (data.value, data.at.examples, data.before.examples) == (0.7, 500, 250)
+    assert data.reached is not None
+    assert (data.value, data.reached.examples, data.previous.examples) == (0.7, 500, 250)
     assert data.estimate == pytest.approx(250 * 2 ** (5 / 15))
     assert data.comparison.difference == pytest.approx(0.1)
-    assert teacher.at is None
+    assert teacher.reached is None
     assert (teacher.value, teacher.best.mean, teacher.estimate) == (0.9, 0.85, None)
     said = answer(group)
     assert said.headline == (
@@ -59,7 +59,7 @@ def test_the_least_data_is_read_off_the_line(swept):
     )
     assert "Interpolated between the measured 250 (65.0%) and 500 (80.0%)" in said.basis
     assert "+10.0 points" in said.basis
-    assert "two seeds" in said.doubts[0]
+    assert "two seeds" in said.caveats[0]
 
 
 def test_the_first_point_may_be_enough_and_none_may_be(swept, tmp_path_factory):
@@ -68,7 +68,7 @@ def test_the_first_point_may_be_enough_and_none_may_be(swept, tmp_path_factory):
         write_run(swept, SBS, 60, examples=examples, width=32)
     headline = answer(_group(swept)).headline
     assert headline.startswith(
-        "Finetuning on all 1,000 examples is not surely better than the most"
+        "Finetuning on all 1,000 examples is not significantly better than the most"
     )
     other = tmp_path_factory.mktemp("runs")
     write_run(other, "finetune", 80)
@@ -86,8 +86,8 @@ def test_the_first_point_may_be_enough_and_none_may_be(swept, tmp_path_factory):
     write_run(worse, "finetune", 80)
     write_run(worse, SBS, 75)
     said = answer(_group(worse))
-    assert said.headline == "Step-by-step did not match finetuning on all 1,000 examples, here."
-    assert "At best it has 75.0%" in said.basis
+    assert said.headline == "Step-by-step did not match finetuning on all 1,000 examples."
+    assert "The best accuracy of step-by-step is 75.0%" in said.basis
 
 
 def test_the_smallest_student_is_held_against_finetuning_of_the_largest(tmp_path):
@@ -97,7 +97,7 @@ def test_the_smallest_student_is_held_against_finetuning_of_the_largest(tmp_path
     group = _group(tmp_path)
     size, _ = group.size_reaches
     small, middle, _ = [c for c in group.cells if c.method == "step-by-step"]
-    assert (size.target.student, size.at) == (group.student_order[-1], middle)
+    assert (size.target.student, size.reached) == (group.student_order[-1], middle)
     share = (75 - 60) / (80 - 60)
     ends = math.log(small.parameters), math.log(middle.parameters)
     assert math.log(size.estimate) == pytest.approx(ends[0] + share * (ends[1] - ends[0]))
@@ -207,8 +207,8 @@ def test_a_teacher_is_compared_with_that_answered_nearly_all_examples(tmp_path, 
     names = {r.target.name for r in group.data_reaches if isinstance(r.target, Teacher)}
     assert names == ({"palm", "rules"} if compared else {"rules"})
     notes = {tile.label: tile.note for tile in tiles(group)}
-    assert notes["teacher rules"] == "95%: 80.0% to 95.0%, on 100 test examples"
-    shown = f"95%: 60.0% to 100.0%, on {answered} of 100 test examples"
+    assert notes["teacher rules"] == "95% CI: 80.0% to 95.0%, on 100 test examples"
+    shown = f"95% CI: 60.0% to 100.0%, on {answered} of 100 test examples"
     assert notes["teacher palm"] == shown + ("" if compared else ": too few to compare with")
     (figure, *_) = draw_figures(group)
     assert ("teacher palm" in figure.svg) == compared

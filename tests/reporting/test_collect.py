@@ -44,7 +44,7 @@ def test_how_far_a_run_got_is_said(tmp_path):
         "done",
         "unfinished, step 20 of 40",
         "failed at step 20 of 40: the loss is nan",
-        "not begun",
+        "not started",
         "imported, not trained",
     ]
     assert [run.is_done for run in runs] == [True, False, False, False, False]
@@ -71,7 +71,7 @@ def test_runs_of_a_sweep_that_have_no_directory_are_named(tmp_path):
     write_jsonl(tmp_path / "sweep" / "sweep.jsonl", lines)
     write_jsonl(tmp_path / "sweep" / "sweep-0-of-2.jsonl", lines[1:2])
     assert collect([str(tmp_path)]).problems == [
-        (str(tmp_path / "sweep" / "later"), "of the sweep, and not begun"),
+        (str(tmp_path / "sweep" / "later"), "a run of a sweep, not started"),
         (str(tmp_path / "sweep" / "broken"), "failed: train.jsonl:3: not JSON"),
     ]
     (tmp_path / "sweep" / "sweep.jsonl").write_text("{\n")
@@ -103,7 +103,7 @@ def test_what_cannot_be_read_is_said_and_the_rest_is_read(tmp_path):
     assert len(whys) == 7
     assert "ALPHA must be in [0, 1]" in whys[0]
     assert "empty" in whys[1]
-    assert "no id and score" in whys[2]
+    assert "no id or no score" in whys[2]
     assert "not JSON" in whys[3]
 
 
@@ -123,7 +123,7 @@ def test_a_run_without_a_student_or_with_a_pipe_is_left_out(tmp_path):
         [
             "names no student",
             "a named pipe",
-            "has a step, and numbers",
+            "must have a step, and numbers only",
             "recursion",
             "a named pipe",
         ],
@@ -181,6 +181,7 @@ def test_examples_that_changed_between_evaluations_are_named_and_not_compared(tm
     collected = collect([str(tmp_path)])
     ((run, why),) = collected.problems
     assert run == str(runs[1])
-    assert why.startswith(f"3 of its 100 test examples have the ids of {runs[0]}'s and another")
+    assert why.startswith("3 of its 100 test examples have another input or target")
+    assert f"of the same id in {runs[0]}" in why
     (comparison,) = analyse(collected)[0].comparisons
     assert comparison.examples == 97

@@ -102,9 +102,9 @@ def test_runs_without_an_evaluation_are_shown_as_not_measured(tmp_path):
     (tmp_path / "broken" / "config.gin").write_text("nonsense = [\n")
     text, data = _write(tmp_path, tmp_path / "report.html")
     for said in (
-        "No run of toy is finished and evaluated on the test split: dss eval RUN --split=test",
+        "No run of toy is finished and evaluated on the test split. Evaluate one with dss eval RUN",
         "failed at step 20 of 40: <b>disk</b>",
-        "not begun",
+        "not started",
         "2 of 3 runs did not finish",
         "1 finished run not evaluated on test yet",
         "not measured",
