@@ -271,7 +271,7 @@ def collect(folders: Sequence[str]) -> Collected:
             problems.append((str(folder), f"the sweep's status cannot be read: {error}"))
     for run in [run for run in runs if run.is_imported and not run.evaluations]:
         runs.remove(run)
-        problems.append((run.name, "an imported checkpoint that was not evaluated; left out"))
+        problems.append((run.name, "an imported checkpoint that was not evaluated"))
     problems += _changed_examples(runs)
     return Collected(runs, problems)
 

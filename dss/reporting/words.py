@@ -10,11 +10,11 @@ from dss.reporting.naming import count_text
 __all__ = [
     "NOT_MEASURED",
     "NOT_RECORDED",
-    "Answer",
+    "MainResult",
     "Tile",
-    "answer",
     "duration",
     "interval_text",
+    "main_result",
     "p_text",
     "percent",
     "points",
@@ -75,7 +75,7 @@ def duration(seconds: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class MainResult:
     """Main result of a dataset: how much data step-by-step needs to match finetuning.
 
     Attributes:
@@ -107,11 +107,11 @@ def _main_reach(group: Group) -> Reach | None:
     return max(reaches, key=lambda r: (order.index(r.student or ""), r.best.mean), default=None)
 
 
-def answer(group: Group) -> Answer:
+def main_result(group: Group) -> MainResult:
     """Returns the main result of a dataset."""
     main = _main_reach(group)
     if main is None:
-        return Answer("Nothing to compare yet.", _missing(group))
+        return MainResult("Nothing to compare yet.", _missing(group))
     full = main.target
     assert isinstance(full, Cell)
     method, baseline = _capitalize(main.method), f"{full.method} on {_data_text(full)} examples"
@@ -130,13 +130,13 @@ def answer(group: Group) -> Answer:
             "Always predicting the most frequent label has an accuracy of "
             f"{percent(group.majority)}, so matching finetuning would mean little."
         )
-        return Answer(_capitalize(headline), setup + basis, *remarks)
+        return MainResult(_capitalize(headline), setup + basis, *remarks)
     if main.reached is None:
         basis = (
             f"The best accuracy of {main.method} is {percent(main.best.mean)}, with "
             f"{_count(main.best)} examples."
         )
-        return Answer(f"{method} did not match {baseline}.", setup + basis, *remarks)
+        return MainResult(f"{method} did not match {baseline}.", setup + basis, *remarks)
     if main.estimate is None or main.previous is None:
         percentage = _percentage(main.reached.examples, full.examples)
         headline = f"{method} matches {baseline} with {_count(main.reached)} or fewer{percentage}."
@@ -152,7 +152,7 @@ def answer(group: Group) -> Answer:
         )
     if main.comparison:
         basis += " " + _difference(main.comparison)
-    return Answer(headline, setup + basis, *remarks)
+    return MainResult(headline, setup + basis, *remarks)
 
 
 def _details(group: Group, main: Reach) -> tuple[str, ...]:
@@ -256,9 +256,8 @@ def tiles(group: Group) -> list[Tile]:
     if not group.teachers:
         out.append(Tile(NOT_MEASURED, "teacher", f"no outputs for the {group.split} split"))
     if group.majority is not None:
-        out.append(
-            Tile(percent(group.majority), "most frequent label", "predicted for every example")
-        )
+        note = "predicted for every example"
+        out.append(Tile(percent(group.majority), "most frequent label", note))
     return out
 
 

@@ -7,7 +7,7 @@ from dss.evaluation.significance import mcnemar, wilson_interval
 from dss.reporting.analysis import Cell, Teacher, analyse
 from dss.reporting.collect import collect
 from dss.reporting.figures import draw_figures
-from dss.reporting.words import answer, tiles
+from dss.reporting.words import main_result, tiles
 from dss.training.config import TrainerConfig
 from tests.reporting.fabricate import STEPS, verdicts, write_predictions, write_run
 
@@ -53,7 +53,7 @@ def test_the_least_data_is_read_off_the_line(swept):
     assert data.comparison.difference == pytest.approx(0.1)
     assert teacher.reached is None
     assert (teacher.value, teacher.best.mean, teacher.estimate) == (0.9, 0.85, None)
-    said = answer(group)
+    said = main_result(group)
     assert said.headline == (
         "Step-by-step needs about 310 (31%) to match finetuning on all 1,000 examples."
     )
@@ -66,26 +66,26 @@ def test_the_first_point_may_be_enough_and_none_may_be(swept, tmp_path_factory):
     for examples in (125, 250, 500, 1000):
         write_run(swept, "finetune", 45, examples=examples, width=32)
         write_run(swept, SBS, 60, examples=examples, width=32)
-    headline = answer(_group(swept)).headline
+    headline = main_result(_group(swept)).headline
     assert headline.startswith(
         "Finetuning on all 1,000 examples is not significantly better than the most"
     )
     other = tmp_path_factory.mktemp("runs")
     write_run(other, "finetune", 80)
     write_run(other, SBS, 85, examples=250)
-    headline = answer(_group(other)).headline
+    headline = main_result(_group(other)).headline
     assert headline == (
         "Step-by-step matches finetuning on all 1,000 examples with 250 or fewer (25%)."
     )
     part = tmp_path_factory.mktemp("runs")
     write_run(part, "finetune", 80, examples=500)
     write_run(part, SBS, 85, examples=250)
-    headline = answer(_group(part)).headline
+    headline = main_result(_group(part)).headline
     assert headline == "Step-by-step matches finetuning on 500 examples with 250 or fewer (50%)."
     worse = tmp_path_factory.mktemp("runs")
     write_run(worse, "finetune", 80)
     write_run(worse, SBS, 75)
-    said = answer(_group(worse))
+    said = main_result(_group(worse))
     assert said.headline == "Step-by-step did not match finetuning on all 1,000 examples."
     assert "The best accuracy of step-by-step is 75.0%" in said.basis
 
@@ -112,7 +112,7 @@ def test_only_finished_runs_count_and_each_seed_once(tmp_path):
     group = _group(tmp_path)
     (cell,) = group.cells
     assert (cell.mean, len(cell.runs), len(group.runs)) == (0.6, 1, 5)
-    assert answer(group).headline == "Nothing to compare yet."
+    assert main_result(group).headline == "Nothing to compare yet."
 
 
 def test_two_methods_are_compared_on_the_examples_that_both_have(tmp_path):
@@ -182,7 +182,7 @@ def test_methods_on_the_same_data_have_the_same_examples(tmp_path):
         write_run(tmp_path, method, right, examples=187, total=187, unlabelled=11)
     group = _group(tmp_path)
     assert [c.examples for c in group.cells] == [187, 187]
-    assert answer(group).headline == (
+    assert main_result(group).headline == (
         "Step-by-step matches finetuning on all 187 examples with 187 or fewer (100%)."
     )
 
@@ -190,7 +190,7 @@ def test_methods_on_the_same_data_have_the_same_examples(tmp_path):
 def test_more_examples_than_finetuning_had_are_no_part_of_them(tmp_path):
     write_run(tmp_path, "finetune", 80, examples=500)
     write_run(tmp_path, SBS, 85, examples=1000)
-    headline = answer(_group(tmp_path)).headline
+    headline = main_result(_group(tmp_path)).headline
     assert headline == "Step-by-step matches finetuning on 500 examples with 1,000 or fewer."
 
 

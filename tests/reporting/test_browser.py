@@ -132,7 +132,7 @@ def test_the_filter_shows_the_right_the_wrong_and_what_differs(shown):
     assert (_count(browser), _rows(browser)) == ("100 of 100", 20)  # the best run: 80 are right
     _click(browser, "[data-verdict=wrong]")
     assert (_count(browser), _rows(browser)) == ("20 of 100", 20)
-    assert {e.text for e in browser.find_elements("css selector", "dd.wrong")} == {"no · wrong"}
+    assert {e.text for e in browser.find_elements("css selector", "dd.wrong")} == {"no · incorrect"}
     _click(browser, "[data-verdict=right]")
     assert (_count(browser), _rows(browser)) == ("80 of 100", 20)
     assert browser.find_elements("css selector", "dd.wrong") == []

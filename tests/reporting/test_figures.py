@@ -31,7 +31,7 @@ def test_a_sweep_is_drawn_by_data_and_size_with_its_losses(tmp_path):
     for text in ("training examples (logarithmic)", "accuracy on the test split, %", "finetuning",
                  "teacher rules: 90.0%", "most frequent: 50.0%", "1,000"):  # fmt: skip
         assert f">{text}<" in data.svg
-    for text in ("step", "loss, nats a token (log)", "loss of the rationale task"):
+    for text in ("step", "loss, nats per token (log)", "loss of the rationale task"):
         assert f">{text}<" in figures[-1].svg
     with (tmp_path / "figures" / f"{data.name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -66,7 +66,11 @@ def test_a_page_says_the_answer_first_and_holds_every_run(tmp_path):
     text, data = _write(tmp_path, tmp_path / "report.html", command="dss report x")
     wanted = "Step-by-step needs about 310 (31%) to match finetuning on all 1,000 examples."
     assert wanted in text
-    assert text.index(wanted) < text.index("Accuracy and data") < text.index("Every run")
+    assert (
+        text.index(wanted)
+        < text.index("Accuracy by training examples")
+        < text.index("Comparison of methods")
+    )
     for said in ("8 TPU v4, 2 processes", "1 min 15 s", "497 of 500", "dss 0.1.0, jax 9.9",
                  "Experiment.mixture = 'toy_finetune'", "dss report x",
                  "rules: 30,000, cost 2.00 EUR", "none used"):  # fmt: skip
@@ -106,11 +110,11 @@ def test_runs_without_an_evaluation_are_shown_as_not_measured(tmp_path):
         "failed at step 20 of 40: <b>disk</b>",
         "not started",
         "2 of 3 runs did not finish",
-        "1 finished run not evaluated on test yet",
+        "1 finished run not evaluated on test:",
         "not measured",
         "validation: 50.0%",
         "over 0 s",
-        "Left out",
+        "Excluded files and runs",
         "/broken",
     ):
         assert said in text, said
@@ -118,7 +122,7 @@ def test_runs_without_an_evaluation_are_shown_as_not_measured(tmp_path):
 
 
 def test_a_large_page_holds_some_of_the_answers_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("dss.reporting.page.SHOWN_ANSWERS", 60)
+    monkeypatch.setattr("dss.reporting.page.SHOWN_PREDICTIONS", 60)
     monkeypatch.setattr("dss.reporting.page.SHOWN_TEXT", 10)
     for seed in range(4):
         write_run(tmp_path, "finetune", 50 + seed, seed=seed, texts=["long " * 100] * 100)
@@ -126,8 +130,8 @@ def test_a_large_page_holds_some_of_the_answers_and_says_so(tmp_path, monkeypatc
     assert [run["label"][-5:] for run in data["runs"]] == ["53.0%", "52.0%", "51.0%"]
     assert [len(run["answers"]) for run in data["runs"]] == [20] * 3
     assert data["runs"][0]["answers"][0][1] == "long long … (490 more characters)"
-    assert "This page holds 60 of the 400 answers" in text
-    assert "none of 1 more runs" in text
+    assert "60 of 400 predictions" in text
+    assert "none of 1 further runs" in text
 
 
 def test_several_datasets_each_have_their_answer_and_another_split_is_said(tmp_path):
@@ -190,5 +194,5 @@ def test_without_jinja2_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "runs", "finetune", 80)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "report.html")]) == 2
-    error = "dss report: the report needs jinja2; pip install 'dss[report]', then give this again\n"
-    assert capsys.readouterr().err == error
+    error = "dss report: the report needs jinja2; pip install 'dss[report]', then run the command "
+    assert capsys.readouterr().err == f"{error}again\n"
