@@ -36,7 +36,7 @@ def in_bucket(path: epath.PathLike) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Returns the absolute path of a path relative to the working folder or to `~`."""
+    """Returns an absolute path, with `~` as the home directory; paths in a bucket are unchanged."""
     path = epath.Path(path)
     return path if in_bucket(path) else path.expanduser().resolve()
 

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("report.html"),
         metavar="FILE",
         help="HTML file to write (default: report.html); figures and their data go to "
-        "report-figures/ beside it",
+        "a folder beside it (report-figures/ for report.html)",
     )
     parser.add_argument("--split", default="test", help="split: train, valid or test (default)")
     parser.add_argument(
