@@ -65,16 +65,7 @@ def test_a_teacher_is_not_scored_against_its_own_labels(tmp_path):
 def test_predictions_and_metrics_are_saved(toy, tmp_path):
     mixture = named_mixture("toy_step_by_step_rules", [toy])
     examples = evaluation_set(mixture, "test")
-    confidences = [
-        0.9,
-        0.8,
-        0.7,
-        0.6,
-        0.9,
-        0.8,
-        0.7,
-        0.6,
-    ]  # of yes, which is correct unless the number is a multiple of 3
+    confidences = [0.9, 0.8, 0.7, 0.6] * 2  # of yes; correct unless 3 divides the number
     answers = [Answer("yes", {"yes": p, "no": 1 - p}) for p in confidences]
     rationales = [f"{i} is {i % 3} mod 3, so yes" for i in range(8)]
     found = _evaluate(mixture, "test", answers, rationales)
