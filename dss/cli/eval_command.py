@@ -102,7 +102,8 @@ def _print_confusion(console: "Console", confusion: "Confusion") -> None:
     predicted = [*confusion.labels, *(["other"] if has_other else [])]
     headings = [escape(f"-> {label}") for label in predicted] if matrix else []
     columns = ("target label", "examples", "accuracy", "95% CI", *headings)
-    table = make_table("by target label (-> predicted label)", *columns, texts=1)
+    title = "by target label (-> predicted label)" if matrix else "by target label"
+    table = make_table(title, *columns, texts=1)
     rows = zip(confusion.labels, confusion.counts, confusion.examples, confusion.right, strict=True)
     for label, counts, examples, right in rows:
         cells = ["", ""]
