@@ -66,7 +66,7 @@ def find_gin_file(file: str, folders: Sequence[str]) -> str:
 
 
 def is_stream(path: epath.PathLike) -> bool:
-    """Returns whether a path is a stream, such as a pipe or /dev/stdout, and cannot be replaced."""
+    """Returns whether a path is a device, a pipe or a stream such as /dev/stdout: not replaceable."""
     if in_bucket(path):
         return False
     path = Path(path)
