@@ -66,7 +66,7 @@ def find_gin_file(file: str, folders: Sequence[str]) -> str:
 
 
 def is_stream(path: epath.PathLike) -> bool:
-    """Returns whether a path is a device, a pipe or a stream such as /dev/stdout: not replaceable."""
+    """Returns whether a path is written in place: a device, a pipe or /dev/stdout."""
     if in_bucket(path):
         return False
     path = Path(path)
