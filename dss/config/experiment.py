@@ -9,7 +9,7 @@ from dss.data.datasets import Dataset, JsonlSource, name_of
 from dss.data.labels import ANY_LABEL, Labels
 from dss.data.rationales import RationaleConfig
 from dss.data.released import ReleasedSource
-from dss.fields import check_at_least, check_share, check_types
+from dss.fields import check_at_least, check_rate, check_types
 from dss.parallel.config import MeshConfig
 from dss.student.config import DecodingConfig, T5Config
 from dss.training.config import OptimizerConfig, TrainerConfig
@@ -110,7 +110,7 @@ class Experiment:
             raise ValueError("give MIXTURE_OR_TASK_NAME, or METHOD with DATASET, not both")
         check_at_least(self, 1, "batch_size", "microbatches", "eval_examples")
         check_at_least(self, 0, "seed", "z_loss")
-        check_share(self, "dropout_rate", "label_smoothing")
+        check_rate(self, "dropout_rate", "label_smoothing")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"ALPHA must be in [0, 1], got {self.alpha}")
         if self.alpha_end is not None and not 0 <= self.alpha_end <= 1:
