@@ -190,7 +190,7 @@ def test_what_t5x_cannot_be_is_said(experiment, student):
     ):
         with pytest.raises(UserError, match=message):
             plugin.transformer(dataclasses.replace(experiment, **changes))
-    with pytest.raises(UserError, match="no mixture"):
+    with pytest.raises(UserError, match="no method"):
         plugin.mixture(dataclasses.replace(experiment, mixture=None))
 
 
