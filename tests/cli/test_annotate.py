@@ -29,7 +29,7 @@ def given(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--base-url=http://u:p@h/v1"], "holds a key or a query; give the key in the environment"),
+        (["--base-url=http://u:p@h/v1"], "contains a user name, a query or a fragment"),
         (["--base-url=localhost:8000"], "give one like https://host/v1"),
         ([], "OPENAI_API_KEY is not set"),
         (["--samples=0"], "--samples 0: give at least 1"),
@@ -49,9 +49,9 @@ def given(tmp_path, monkeypatch):
         (["--report"], "no such journal; nothing was annotated there yet"),
         (["--name=a b", "--dry-run"], "--name 'a b'"),
         (["--max-cost=nan", "--base-url=http://127.0.0.1:9/v1"], "--max-cost nan: give more"),
-        (["--batch-export=."], "--batch-export .: give a folder of its own"),
+        (["--batch-export=."], "--batch-export .: give another folder"),
         (["--pipeline-options='", "--base-url=http://127.0.0.1:9/v1"], "--pipeline-options: No"),
-        (["--output=other", "--base-url=http://127.0.0.1:9/v1"], "other/numbers.jsonl: is there"),
+        (["--output=other", "--base-url=http://127.0.0.1:9/v1"], "other/numbers.jsonl: exists"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line_and_buys_nothing(given, options, message, capsys):
@@ -80,7 +80,7 @@ def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
         declared.write_text(text)
         capsys.readouterr()
         assert cli.main(reparse) == 0
-        said.append("nothing new" in capsys.readouterr().out)
+        said.append("unchanged" in capsys.readouterr().out)
     assert said == [True, False]
     with (tmp_path / "numbers.jsonl").open("a") as file:
         file.write('{"id": "x", "input": "7", "label": "seven"}\n')
@@ -142,7 +142,7 @@ def test_a_changed_prompt_and_few_requests_keep_the_answers_that_are_there(given
         other = [*given, url, "--param=max_tokens=60"]
         capsys.readouterr()
         assert cli.main([*other, "--max-requests=5"]) == 2  # said before any is sent
-        assert "kept as it was: 20 of its ok lines" in capsys.readouterr().err
+        assert "not overwritten: 20 of its ok lines" in capsys.readouterr().err
         assert (endpoint.count, outputs.read_text()) == (20, good)
         assert cli.main([*other, "--max-requests=5", "--replace"]) == 0
         assert len(outputs.read_text().splitlines()) == 5
@@ -166,7 +166,7 @@ def test_a_dead_port_keeps_the_answers_that_are_there_and_says_that_none_came(
     with FakeEndpoint(lambda _: failure(500)) as endpoint:
         flags = (f"--base-url={endpoint.url}", "--param=top_p=2", "--max-requests=2")
         assert cli.main([*given, *flags]) == 1
-    assert "2 requests brought no answer" in capsys.readouterr().out
+    assert "2 requests got no answer" in capsys.readouterr().out
 
 
 def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
@@ -175,7 +175,7 @@ def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
         assert cli.main([*given, url, "--name=rules"]) == 2
-        assert "journal.sqlite beside it did not write it" in capsys.readouterr().err
+        assert "journal.sqlite beside it has no record of it" in capsys.readouterr().err
         assert cli.main([*given, url]) == 0
         # Another model with the same name; another file with the same stem, in one folder.
         assert cli.main([*given[:-1], "--teacher=n", url, "--name=m"]) == 2
@@ -184,7 +184,7 @@ def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
         assert cli.main([*given, url, made]) == 0
         write_jsonl(tmp_path / "b" / "numbers.jsonl", [{"input": "1"}])
         assert cli.main([*given, f"--input={tmp_path / 'b' / 'numbers.jsonl'}", url, made]) == 2
-        assert "name another folder with --output" in capsys.readouterr().err
+        assert "give another folder with --output" in capsys.readouterr().err
         # A journal that was deleted: what is there was paid for.
         (tmp_path / "journal.sqlite").unlink()
         asked = endpoint.count
@@ -235,8 +235,8 @@ def test_a_dry_run_shows_prompts_tokens_and_price_and_sends_nothing(given, tmp_p
     assert out.count("[user] Number: two\nWhy:") == 2
     assert "---- n1" in out
     assert "requests: 20, of which 0 have an answer" in out
-    assert "at 4 characters a token; to write: at most 1,000" in out
-    assert "price: unknown; give a file" in out
+    assert "at 4 characters per token; output tokens: at most 1,000" in out
+    assert "cost: unknown; give a file" in out
     assert sorted(tmp_path.iterdir()) == before
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
@@ -246,8 +246,8 @@ def test_a_dry_run_shows_prompts_tokens_and_price_and_sends_nothing(given, tmp_p
     out = capsys.readouterr().out
     assert "of which 5 have an answer" in out
     # The endpoint counted 100 tokens a prompt; 15 prompts and 15 answers of 50 are left.
-    assert "tokens to read: about 1,509, as counted so far; to write: at most 750" in out
-    assert "price: at most about 0.3009 EUR" in out
+    assert "by the endpoint's counts so far; output tokens: at most 750" in out
+    assert "cost: at most about 0.3009 EUR" in out
     assert endpoint.count == 5
 
 
@@ -256,7 +256,7 @@ def test_asking_says_what_it_did_and_stops_where_it_should(given, tmp_path, caps
         url = f"--base-url={endpoint.url}"
         assert cli.main([*given, url, "--max-requests=7", "--prices=prices.yaml"]) == 0
         out = capsys.readouterr().out
-        assert "--max-requests 7 reached; the same command goes on" in out
+        assert "--max-requests 7 reached; run the same command again to resume" in out
         assert "numbers.m.jsonl: 7 lines: 7 ok" in out
         assert cli.main([*given, url, "--prices=prices.yaml", "--parquet"]) == 0
         out = capsys.readouterr().out
@@ -267,7 +267,7 @@ def test_asking_says_what_it_did_and_stops_where_it_should(given, tmp_path, caps
         assert (tmp_path / "numbers.m.parquet").is_file()
         assert cli.main([*given, url, "--reparse"]) == 0
     assert endpoint.count == 20
-    assert "numbers.m.jsonl: nothing new" in capsys.readouterr().out
+    assert "numbers.m.jsonl: unchanged" in capsys.readouterr().out
 
 
 def test_a_report_prints_numbers_and_writes_a_page(given, tmp_path, capsys):
@@ -290,7 +290,7 @@ def test_a_batch_goes_out_and_comes_back(given, tmp_path, capsys):
     (tmp_path / "back.jsonl").write_text("\n".join(lines))
     assert cli.main([*given, url, "--batch-import", "back.jsonl"]) == 0
     out = capsys.readouterr().out
-    assert "20 results read; 0 were there before, 0 are of requests" in out
+    assert "20 results imported; 0 were imported before, 0 are of requests" in out
     assert "numbers.m.jsonl: 20 lines: 20 ok" in out
 
 

@@ -46,7 +46,7 @@ def attempts(job) -> collections.Counter:
         return collections.Counter(dict(rows.fetchall()))
 
 
-class Said(Progress):
+class RecordedProgress(Progress):
     def __init__(self):
         self.lines = []
 
@@ -145,21 +145,23 @@ def test_each_fault_has_its_status_and_the_others_go_on(numbers):
     expected.update(status for _, status, _ in ALWAYS.values())
     expected["answered"] += 20 - len(ALWAYS)
     assert attempts(job) == expected
-    assert state.kinds == expected
+    assert state.status_counts == expected
     statuses = {int(line["id"][1:]): line["status"] for line in lines_of(job)}
     assert statuses == {n: ALWAYS[n][2] if n in ALWAYS else "ok" for n in range(20)}
     assert all(seen[n] == (2 if n in ONCE else 1) for n in range(20))
-    assert state.no_answer == 1
+    assert state.unanswered == 1
     raw = {line["id"]: line["raw"] for line in lines_of(job)}
     assert raw["n13"] == "HTTP 400: too long"
     assert raw["n18"] == "It is 18.\nLabel: both"
-    assert state.usage.silent == 8  # the 200 without a count, the timeout and the broken connection
+    assert (
+        state.usage.uncounted == 8
+    )  # the 200 without a count, the timeout and the broken connection
 
 
 def test_retry_after_is_waited_for_as_told_however_long_and_said(numbers):
     date = email.utils.formatdate(time.time() + 3600, usegmt=True)
     waits = iter(["2", "300", date])
-    clock, said = FastClock(), Said()
+    clock, progress = FastClock(), RecordedProgress()
 
     def answer(body):
         wait = next(waits, None)
@@ -169,15 +171,15 @@ def test_retry_after_is_waited_for_as_told_however_long_and_said(numbers):
 
     with FakeEndpoint(answer) as endpoint:
         job = numbers.job(endpoint.url)
-        state = numbers.ask(job, clock=clock, progress=said, concurrency=1)
-    assert (state.done, state.no_answer, endpoint.count) == (20, 0, 23)
+        state = numbers.ask(job, clock=clock, progress=progress, concurrency=1)
+    assert (state.done, state.unanswered, endpoint.count) == (20, 0, 23)
     long = sorted(wait for wait in clock.waits if wait > 1)
     assert long == pytest.approx([2, 300, 3600], abs=2)
-    assert [line.split(", until")[0] for line in said.lines][:2] == [
-        "the endpoint asks to wait 2 s",
-        "the endpoint asks to wait 300 s",
+    assert [line.split(", until")[0] for line in progress.lines][:2] == [
+        "HTTP 429 with Retry-After: waiting 2 s",
+        "HTTP 429 with Retry-After: waiting 300 s",
     ]
-    assert "HTTP 429" in said.lines[2]
+    assert "HTTP 429" in progress.lines[2]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def test_a_server_that_never_answers_ends_the_run_after_some_requests(numbers):
         with pytest.raises(UserError, match=r"20 requests in a row.*no model m"):
             numbers.ask(job)
     assert endpoint.count < 100
-    with pytest.raises(UserError, match=r"no server answers there: ConnectError"):
+    with pytest.raises(UserError, match=r"cannot connect to a server: ConnectError"):
         numbers.ask(numbers.job("http://127.0.0.1:9/v1"), attempts=2)
 
 
@@ -228,14 +230,14 @@ def test_failures_are_tried_again_up_to_the_limit_and_by_the_next_run(numbers):
     with FakeEndpoint(answer) as endpoint:
         job = numbers.job(endpoint.url)
         state = numbers.ask(job, attempts=3, clock=clock)
-        assert (state.no_answer, endpoint.count) == (1, 22)
+        assert (state.unanswered, endpoint.count) == (1, 22)
         assert len(clock.waits) == 2
         assert 0.5 <= clock.waits[0] <= 1
         assert 1 <= clock.waits[1] <= 2
         assert lines_of(job)[3]["status"] == "error"
         broken = False
         state = numbers.ask(job)
-    assert (state.no_answer, endpoint.count) == (0, 23)
+    assert (state.unanswered, endpoint.count) == (0, 23)
     assert lines_of(job)[3]["status"] == "ok"
 
 
@@ -300,7 +302,7 @@ def test_attempts_that_brought_no_count_are_in_the_cost_at_their_most(numbers):
     price = Price(input=1000.0, output=1000.0)
     with FakeEndpoint(answer) as endpoint:
         state = numbers.ask(numbers.job(endpoint.url), price=price)
-    assert state.usage.silent == 2
+    assert state.usage.uncounted == 2
     assert state.cost == pytest.approx(2 * 0.105 + 2 * (0.1 + 0.05), rel=0.02)
 
 
@@ -361,9 +363,9 @@ def test_concurrency_finds_the_limit_of_the_endpoint(numbers):
     with FakeEndpoint(answer) as endpoint:
         job = numbers.job(endpoint.url)
         state = numbers.ask(job, concurrency=64)
-    assert (state.done, state.no_answer) == (400, 0)
+    assert (state.done, state.unanswered) == (400, 0)
     assert endpoint.at_once <= 64
-    assert state.kinds["limited"] < 150
+    assert state.status_counts["limited"] < 150
     assert {line["status"] for line in lines_of(job)} == {"ok"}
 
 
@@ -401,10 +403,10 @@ def test_money_is_foreseen_for_what_is_in_flight_and_for_dense_prompts(numbers):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"n": 5}, "'n': is not yours to set"),
-        ({"messages": []}, "'messages': is not yours to set"),
-        ({"model": "x"}, "'model': is not yours to set"),
-        ({"stream": True}, "'stream': is not yours to set"),
+        ({"n": 5}, "'n': is set by dss"),
+        ({"messages": []}, "'messages': is set by dss"),
+        ({"model": "x"}, "'model': is set by dss"),
+        ({"stream": True}, "'stream': is set by dss"),
         ({"max_tokens": -5}, "'max_tokens': is -5; give a whole number"),
         ({"max_tokens": "50"}, "'max_tokens': is '50'"),
         ({"temperature": float("nan")}, "cannot be sent as JSON"),
@@ -489,14 +491,14 @@ def test_a_key_that_comes_back_in_escapes_is_hidden_too(numbers, written):
 
 def test_a_packed_reply_and_a_long_one_are_not_read(numbers):
     bomb = FakeReply(body=gzip.compress(b" " * 10_000_000), headers={"content-encoding": "gzip"})
-    for reply, said in (
-        (bomb, "packed with gzip, which was not asked for"),
+    for reply, message in (
+        (bomb, "compressed with gzip, which was not requested"),
         (FakeReply(body=b" " * (2**24 + 1)), "a reply of more than 16,777,216 bytes"),
     ):
         with FakeEndpoint(lambda _, reply=reply: reply) as endpoint:
             job = numbers.job(endpoint.url)
             numbers.ask(job, max_requests=1, attempts=1)
-        assert said in lines_of(job)[0]["raw"]
+        assert message in lines_of(job)[0]["raw"]
         assert lines_of(job)[0]["status"] == "error"
 
 
@@ -533,7 +535,7 @@ def test_a_broken_record_of_usage_is_written_again(numbers):
 def test_a_name_too_long_for_a_file_is_said_before_asking(numbers):
     job = numbers.job()
     teacher = dataclasses.replace(job.writer.teacher, model="m" * 300)
-    with pytest.raises(UserError, match="300 characters are too many for a file's name"):
+    with pytest.raises(UserError, match="300 characters are too many for a file name"):
         file_job(job.source, str(job.folder / "prompt.yaml"), teacher, output=None, name=None)
 
 
@@ -548,7 +550,7 @@ def test_a_proxy_is_not_asked_for_this_machine(numbers, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with FakeEndpoint(right) as endpoint:
-        assert numbers.ask(numbers.job(endpoint.url)).no_answer == 0
+        assert numbers.ask(numbers.job(endpoint.url)).unanswered == 0
 
 
 def test_an_example_that_does_not_fit_ends_the_run_and_keeps_the_answers(numbers):

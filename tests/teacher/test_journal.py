@@ -58,9 +58,9 @@ def test_usage_counts_every_attempt_that_was_paid_for(opened):
         prompt=20,
         completion=2,
         characters=2 * length,
-        silent=1,
-        silent_characters=length,
-        silent_completion=50,
+        uncounted=1,
+        uncounted_characters=length,
+        uncounted_completion=50,
     )
     assert journal.usage(teacher, batch=True) == Usage(prompt=7, completion=1, characters=length)
     assert journal.counts(teacher) == {"answered": 3, "failed": 1, "timeout": 1}
@@ -87,7 +87,7 @@ def test_the_prompt_and_the_parameters_are_kept_with_the_requests(opened):
 def test_two_writers_are_refused_and_readers_are_not(opened):
     job, journal, requests = opened
     journal.add(requests[:1], [attempt(requests[0])])
-    with pytest.raises(UserError, match="another process is annotating there"):
+    with pytest.raises(UserError, match="another process is writing to this journal"):
         Journal(job.journal_path)
     reader = Journal(job.journal_path, create=False)
     assert reader.outcome(requests[0].key) is not None
@@ -106,7 +106,7 @@ def test_the_lock_is_the_journals_own(opened, tmp_path):
     other_names[0].symlink_to(job.journal_path)
     other_names[1].hardlink_to(job.journal_path)
     for path in (job.journal_path, *other_names):
-        with pytest.raises(UserError, match="another process is annotating there"):
+        with pytest.raises(UserError, match="another process is writing to this journal"):
             Journal(path)
     assert kept.read_text() == "mine"
 
@@ -119,7 +119,7 @@ def test_what_is_no_journal_is_one_line(tmp_path):
         Journal(tmp_path / "journal.sqlite")
     os.mkfifo(tmp_path / "pipe.sqlite")
     for create in (True, False):
-        with pytest.raises(UserError, match="no journal, which is a file"):
+        with pytest.raises(UserError, match="not a regular file, so not a journal"):
             Journal(tmp_path / "pipe.sqlite", create=create)
 
 

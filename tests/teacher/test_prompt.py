@@ -156,7 +156,7 @@ def test_a_hint_shows_the_gold_label_and_a_text_that_concludes_another_one_has_n
         ("form:", "parameters: {a: 2024-13-45}\nform:", "not YAML"),
         ("form:", "choices_pattern: '(a)(b)'\nform:", "has 2 groups; give it one"),
         ("(?P<label>", "(?P<answer>", "has no group"),
-        ('["\\nText:"]', '[""]', "an empty text stops at once"),
+        ('["\\nText:"]', '[""]', "an empty text would end every answer"),
         ('stop: ["\\nText:"]', "stop: text", "should be a list"),
         ("form:", "parameters: 3\nform:", "parameters: should be NAME: VALUE"),
     ],

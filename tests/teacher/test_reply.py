@@ -88,7 +88,7 @@ def test_a_count_that_is_missing_or_impossible_is_none_and_paid_for_at_its_most(
     choice = {"message": {"content": "a"}, "finish_reason": "stop"}
     reply = read_reply(200, json.dumps({"choices": [choice], "usage": usage}))
     assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens) == (None,) * 3
-    assert (reply.text, reply.is_silent) == ("a", True)
+    assert (reply.text, reply.is_uncounted) == ("a", True)
 
 
 @pytest.mark.parametrize(
@@ -145,5 +145,5 @@ def test_the_key_comes_from_the_environment_alone(monkeypatch):
     assert api_key("MY_KEY", "https://api.openai.com/v1") == "k"
     for wrong in ("sk-a\nsk-b", "ключ"):
         monkeypatch.setenv("MY_KEY", wrong)
-        with pytest.raises(UserError, match="holds a character that no key has"):
+        with pytest.raises(UserError, match="contains a character that no API key has"):
             api_key("MY_KEY", "https://api.openai.com/v1")

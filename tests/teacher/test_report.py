@@ -14,7 +14,7 @@ from tests.teacher.test_annotate import number_of, right
 
 @pytest.fixture
 def reported(numbers):
-    """A report over 20 outputs: 0 to 2 unparsed, 3 refused, 4 wrong, 5 cut off, the rest right."""
+    """A report over 20 outputs: 0 to 2 unparsed, 3 refused, 4 wrong, 5 truncated, the rest right."""
 
     def answer(body):
         n = number_of(body)
@@ -38,13 +38,13 @@ def reported(numbers):
 def test_a_report_counts_what_there_is(reported):
     _, report = reported
     assert report.statuses == {"ok": 16, "unparsed": 3, "refused": 1}
-    assert (report.right, report.with_gold, report.cut_off) == (15, 20, 1)
+    assert (report.right, report.with_gold, report.truncated) == (15, 20, 1)
     assert sorted(report.words)[-1] == 4
     assert report.attempts == {"answered": 19, "refused": 1}
     lines = dict(report.lines())
     assert lines["teacher's accuracy"] == "75.00% (15 of 20 with a gold label)"
     assert lines["cost"].endswith("EUR")
-    assert lines["tokens"].startswith("2,000 read")
+    assert lines["tokens"].startswith("2,000 input")
 
 
 def test_the_worst_parse_failures_come_first_with_their_raw_text(reported):
@@ -81,7 +81,7 @@ def test_a_large_page_holds_some_of_the_outputs_and_says_so(reported, monkeypatc
     assert report.statuses.total() == 20
     assert dict(report.lines())["cost"] == "unknown: no price was given"
     write_page(report, job.file("html"))
-    assert "holds 6 of the 20 outputs" in job.file("html").read_text()
+    assert "shows 6 of the 20 outputs" in job.file("html").read_text()
 
 
 def test_a_price_is_for_a_million_tokens_and_the_cache_may_have_its_own():
