@@ -246,7 +246,8 @@ def test_a_dry_run_shows_prompts_tokens_and_price_and_sends_nothing(given, tmp_p
     out = capsys.readouterr().out
     assert "of which 5 have an answer" in out
     # The endpoint counted 100 tokens a prompt; 15 prompts and 15 answers of 50 are left.
-    assert "by the endpoint's counts so far; output tokens: at most 750" in out
+    assert "input tokens: about 1,509, by the endpoint's counts so far" in out
+    assert "; output tokens: at most 750" in out
     assert "cost: at most about 0.3009 EUR" in out
     assert endpoint.count == 5
 

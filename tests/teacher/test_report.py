@@ -14,7 +14,7 @@ from tests.teacher.test_annotate import number_of, right
 
 @pytest.fixture
 def reported(numbers):
-    """A report over 20 outputs: 0 to 2 unparsed, 3 refused, 4 wrong, 5 truncated, the rest right."""
+    """A report over 20 outputs: 0-2 unparsed, 3 refused, 4 wrong, 5 truncated, the others right."""
 
     def answer(body):
         n = number_of(body)
