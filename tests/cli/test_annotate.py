@@ -15,13 +15,13 @@ from tests.teacher.test_batch import result
 
 @pytest.fixture
 def given(tmp_path, monkeypatch):
-    """A folder with numbers.jsonl, prompt.yaml and prices.yaml, and the options that name them."""
+    """Arguments of `dss annotate` in a folder with numbers.jsonl, prompt.yaml and prices.yaml."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
     numbers_file(tmp_path, 20)
     (tmp_path / "prompt.yaml").write_text(PROMPT)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "numbers.jsonl").write_text("somebody else's")
+    (tmp_path / "other" / "numbers.jsonl").write_text("of another job")
     (tmp_path / "prices.yaml").write_text("currency: EUR\nmodels: {m: {input: 100, output: 200}}")
     return ["annotate", "--input=numbers.jsonl", "--prompt=prompt.yaml", "--teacher=m"]
 
@@ -54,14 +54,14 @@ def given(tmp_path, monkeypatch):
         (["--output=other", "--base-url=http://127.0.0.1:9/v1"], "other/numbers.jsonl: exists"),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line_and_buys_nothing(given, options, message, capsys):
+def test_a_user_error_is_one_line_and_sends_no_request(given, options, message, capsys):
     assert cli.main([*given, *options]) == 2
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
 
 
-def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
+def test_labels_declared_in_the_folder_are_the_prompts_labels(given, tmp_path, capsys):
     declared = tmp_path / "dataset.json"
     declared.write_text('{"labels": ["odd", "even", "neither"]}')
     assert "labels: [even, odd]\n" in PROMPT
@@ -75,13 +75,13 @@ def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
         assert cli.main([*given, f"--base-url={endpoint.url}", f"--output={made}"]) == 2
         assert "dataset.json: differs from" in capsys.readouterr().err
         reparse = [*given, f"--base-url={endpoint.url}", "--reparse"]
-    said = []
+    unchanged = []
     for text in (declared.read_text(), '{"labels": ["odd", "even"]}'):
         declared.write_text(text)
         capsys.readouterr()
         assert cli.main(reparse) == 0
-        said.append("unchanged" in capsys.readouterr().out)
-    assert said == [True, False]
+        unchanged.append("unchanged" in capsys.readouterr().out)
+    assert unchanged == [True, False]
     with (tmp_path / "numbers.jsonl").open("a") as file:
         file.write('{"id": "x", "input": "7", "label": "seven"}\n')
     assert cli.main([*given, "--dry-run"]) == 2
@@ -97,7 +97,7 @@ def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
     assert printed.count("\n") == 1
 
 
-def test_an_input_with_a_wrong_line_buys_nothing(given, tmp_path, capsys):
+def test_an_input_with_an_invalid_line_sends_no_request(given, tmp_path, capsys):
     with (tmp_path / "numbers.jsonl").open("a") as file:
         file.write('{"id": "x", "input": "7", "label": "seven"}\n')
     with FakeEndpoint(right) as endpoint:
@@ -106,7 +106,7 @@ def test_an_input_with_a_wrong_line_buys_nothing(given, tmp_path, capsys):
     assert endpoint.count == 0
 
 
-def test_an_empty_input_and_a_hint_without_a_label_buy_nothing(given, tmp_path, capsys):
+def test_an_empty_input_and_a_hint_without_a_label_send_no_request(given, tmp_path, capsys):
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
         with (tmp_path / "numbers.jsonl").open("a") as file:
@@ -120,7 +120,7 @@ def test_an_empty_input_and_a_hint_without_a_label_buy_nothing(given, tmp_path, 
     assert endpoint.count == 0
 
 
-def test_outputs_are_not_replaced_by_fewer(given, tmp_path, capsys):
+def test_outputs_are_not_replaced_by_fewer_answers(given, tmp_path, capsys):
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
         assert cli.main([*given, url]) == 0
@@ -133,7 +133,7 @@ def test_outputs_are_not_replaced_by_fewer(given, tmp_path, capsys):
     assert (tmp_path / "numbers.m.jsonl").read_text() == good
 
 
-def test_a_changed_prompt_and_few_requests_keep_the_answers_that_are_there(given, tmp_path, capsys):
+def test_a_changed_prompt_and_few_requests_keep_existing_answers(given, tmp_path, capsys):
     outputs = tmp_path / "numbers.m.jsonl"
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
@@ -141,7 +141,7 @@ def test_a_changed_prompt_and_few_requests_keep_the_answers_that_are_there(given
         good = outputs.read_text()
         other = [*given, url, "--param=max_tokens=60"]
         capsys.readouterr()
-        assert cli.main([*other, "--max-requests=5"]) == 2  # said before any is sent
+        assert cli.main([*other, "--max-requests=5"]) == 2  # before any request is sent
         assert "not overwritten: 20 of its ok lines" in capsys.readouterr().err
         assert (endpoint.count, outputs.read_text()) == (20, good)
         assert cli.main([*other, "--max-requests=5", "--replace"]) == 0
@@ -151,9 +151,7 @@ def test_a_changed_prompt_and_few_requests_keep_the_answers_that_are_there(given
         assert endpoint.count == 40
 
 
-def test_a_dead_port_keeps_the_answers_that_are_there_and_says_that_none_came(
-    given, tmp_path, capsys
-):
+def test_an_unreachable_endpoint_keeps_existing_answers_and_is_reported(given, tmp_path, capsys):
     outputs = tmp_path / "numbers.m.jsonl"
     with FakeEndpoint(right) as endpoint:
         assert cli.main([*given, f"--base-url={endpoint.url}"]) == 0
@@ -169,7 +167,7 @@ def test_a_dead_port_keeps_the_answers_that_are_there_and_says_that_none_came(
     assert "2 requests got no answer" in capsys.readouterr().out
 
 
-def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
+def test_files_of_other_jobs_are_not_overwritten(given, tmp_path, capsys):
     rows = [{"id": "n1", "rationale": "by hand", "label": "odd"}]
     mine = write_jsonl(tmp_path / "numbers.rules.jsonl", rows).read_text()
     with FakeEndpoint(right) as endpoint:
@@ -185,7 +183,7 @@ def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
         write_jsonl(tmp_path / "b" / "numbers.jsonl", [{"input": "1"}])
         assert cli.main([*given, f"--input={tmp_path / 'b' / 'numbers.jsonl'}", url, made]) == 2
         assert "give another folder with --output" in capsys.readouterr().err
-        # A journal that was deleted: what is there was paid for.
+        # Without its journal, an output file is still not overwritten.
         (tmp_path / "journal.sqlite").unlink()
         asked = endpoint.count
         assert cli.main([*given, url]) == 2
@@ -193,7 +191,9 @@ def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
     assert (tmp_path / "numbers.rules.jsonl").read_text() == mine
 
 
-def test_a_parquet_file_of_others_and_outputs_of_removed_examples_are_kept(given, tmp_path, capsys):
+def test_another_jobs_parquet_file_and_outputs_of_removed_examples_are_kept(
+    given, tmp_path, capsys
+):
     table = tmp_path / "numbers.m.parquet"
     table.write_bytes(b"mine")
     with FakeEndpoint(right) as endpoint:
@@ -209,7 +209,7 @@ def test_a_parquet_file_of_others_and_outputs_of_removed_examples_are_kept(given
     assert len((tmp_path / "numbers.m.jsonl").read_text().splitlines()) == 19
 
 
-def test_names_that_differ_stay_different(tmp_path):
+def test_different_model_names_have_different_file_names(tmp_path):
     assert file_name("模型") != file_name("モデ")
     for name in ("my-model", "my_model"):
         write_jsonl(tmp_path / f"train.{name}.jsonl", [])
@@ -217,7 +217,7 @@ def test_names_that_differ_stay_different(tmp_path):
         teacher_files(tmp_path / "train.jsonl")
 
 
-def test_parquet_follows_the_json_lines(given, tmp_path, capsys):
+def test_parquet_is_updated_after_the_json_lines(given, tmp_path, capsys):
     import pyarrow.parquet as pq
 
     with FakeEndpoint(right) as endpoint:
@@ -228,7 +228,7 @@ def test_parquet_follows_the_json_lines(given, tmp_path, capsys):
     assert pq.read_table(tmp_path / "numbers.m.parquet").num_rows == 20
 
 
-def test_a_dry_run_shows_prompts_tokens_and_price_and_sends_nothing(given, tmp_path, capsys):
+def test_a_dry_run_shows_prompts_tokens_and_cost_and_sends_no_request(given, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     assert cli.main([*given, "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -252,7 +252,7 @@ def test_a_dry_run_shows_prompts_tokens_and_price_and_sends_nothing(given, tmp_p
     assert endpoint.count == 5
 
 
-def test_asking_says_what_it_did_and_stops_where_it_should(given, tmp_path, capsys):
+def test_a_run_reports_its_progress_and_stops_at_the_limit(given, tmp_path, capsys):
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
         assert cli.main([*given, url, "--max-requests=7", "--prices=prices.yaml"]) == 0
@@ -271,7 +271,7 @@ def test_asking_says_what_it_did_and_stops_where_it_should(given, tmp_path, caps
     assert "numbers.m.jsonl: unchanged" in capsys.readouterr().out
 
 
-def test_a_report_prints_numbers_and_writes_a_page(given, tmp_path, capsys):
+def test_a_report_prints_statistics_and_writes_a_page(given, tmp_path, capsys):
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
         assert cli.main([*given, url]) == 0
@@ -282,7 +282,7 @@ def test_a_report_prints_numbers_and_writes_a_page(given, tmp_path, capsys):
     assert "n19" in (tmp_path / "numbers.m.html").read_text()
 
 
-def test_a_batch_goes_out_and_comes_back(given, tmp_path, capsys):
+def test_a_batch_is_exported_and_imported(given, tmp_path, capsys):
     url = "--base-url=http://127.0.0.1:9/v1"
     assert cli.main([*given, url, "--batch-export=out"]) == 0
     assert "out/numbers.m.batch-000.jsonl: 20 requests" in capsys.readouterr().out
@@ -295,7 +295,7 @@ def test_a_batch_goes_out_and_comes_back(given, tmp_path, capsys):
     assert "numbers.m.jsonl: 20 lines: 20 ok" in out
 
 
-def test_what_the_outputs_took_lies_beside_them_and_a_known_cost_stays(given, tmp_path, capsys):
+def test_usage_is_written_beside_the_outputs_and_a_known_cost_is_kept(given, tmp_path, capsys):
     file = tmp_path / "numbers.m.usage.json"
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
