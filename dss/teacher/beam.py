@@ -237,8 +237,8 @@ def run_pipeline(
         return pipeline | f"Read {name}" >> source
 
     examples = read(EXAMPLES) | "Decode" >> beam.Map(lambda line: Example(**json.loads(line)))
-    known = read(KNOWN) | "DecodeKnown" >> beam.Map(read_attempt_line)
-    _ = {"examples": examples, "attempts": known} | annotate
+    attempts = read(KNOWN) | "DecodeKnown" >> beam.Map(read_attempt_line)
+    _ = {"examples": examples, "attempts": attempts} | annotate
     result = pipeline.run()
     result.wait_until_finish()
     _read_attempts(folder, journal)
