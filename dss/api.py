@@ -288,7 +288,7 @@ def annotate(
       UserError: if an argument, an example or the key is wrong, or the endpoint refuses to answer.
     """
     from dss.teacher.annotate import Limits
-    from dss.teacher.ask import ask
+    from dss.teacher.ask import ask, open_journal
     from dss.teacher.job import dataset_job, file_job
     from dss.teacher.prices import load_price
     from dss.teacher.prompt import with_labels
@@ -312,19 +312,30 @@ def annotate(
             job = dataclasses.replace(job, writer=Writer(labelled, teacher))
     else:
         job = dataset_job(dataset, split, prompt, teacher, output=folder, name=name)
-    session = ask(
-        job,
-        Limits(concurrency=concurrency, max_requests=max_requests, max_cost=max_cost),
-        key_env=key_env,
-        price=None if prices is None else load_price(Path(prices), model),
-        replace=replace,
-    )
+    price = None if prices is None else load_price(Path(prices), model)
+    with open_journal(job) as journal:
+
+        def export() -> Mapping[str, int] | None:
+            counts = job.export(journal, replace=replace)
+            job.save_usage(journal, price)
+            return counts
+
+        state = ask(
+            job,
+            journal,
+            Limits(concurrency=concurrency, max_requests=max_requests, max_cost=max_cost),
+            key_env=key_env,
+            price=price,
+            export=export,
+            replace=replace,
+        )
+        counts = export()
     return Annotation(
         teacher=re.sub(r"\W", "_", job.name, flags=re.ASCII),
         path=job.file("jsonl"),
-        counts=session.counts if session.counts is not None else _count(job.file("jsonl")),
-        cost=session.state.cost,
-        stopped=session.state.stopped,
+        counts=_count(job.file("jsonl")) if counts is None else counts,
+        cost=state.cost,
+        stopped=state.stopped,
     )
 
 

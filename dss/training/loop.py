@@ -162,7 +162,7 @@ class FiniteGuard(Hook):
             for what, name in (("loss", "loss"), ("gradient's norm", "grad_norm")):
                 if not np.isfinite(values[name]):
                     fault = f"step {i + 1}: the {what} is {values[name]}"
-                    raise not_finite(fault, self._checkpoints, ", ".join(self._row_ids(i)))
+                    raise _not_finite(fault, self._checkpoints, ", ".join(self._row_ids(i)))
         self._pending.clear()
 
 
@@ -252,7 +252,7 @@ class Validation(Hook):
             self._is_first = False
             numbers = self._evaluate(state)
             if not np.isfinite(loss := numbers["valid/loss"]):
-                raise not_finite(f"step {step}: the validation loss is {loss}", self._checkpoints)
+                raise _not_finite(f"step {step}: the validation loss is {loss}", self._checkpoints)
             self._metrics.write(step, numbers)
             self._progress.evaluated(step, numbers)
             self._metrics.sync()
@@ -307,7 +307,7 @@ def train(
     return state
 
 
-def not_finite(fault: str, checkpoints: Checkpoints, ids: str | None = None) -> UserError:
+def _not_finite(fault: str, checkpoints: Checkpoints, ids: str | None = None) -> UserError:
     """Returns the error of a number that is not finite, with what is saved and what to try.
 
     Args:
