@@ -85,7 +85,7 @@ def check_same(run: Run, now: Experiment) -> None:
     settled = ("run_dir", "student", "vocabulary", "data", "mesh")
     differs = _differences("", before, now, settled)
     if now.config is not None:
-        wanted = now.settle(now.config)
+        wanted = now.resolve_student(now.config)
         differs += [
             f"{gin_name(f'student.{name}')} was {getattr(run.config, name)!r} and is "
             f"{getattr(wanted, name)!r}"

@@ -101,7 +101,7 @@ def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], A
             "folder spiece.model is read, tokenizer.json is not"
         )
     check_vocabulary(vocabulary, student)
-    return experiment.settle(student), vocabulary, load
+    return experiment.resolve_student(student), vocabulary, load
 
 
 def _open_checkpoint(

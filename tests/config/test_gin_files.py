@@ -209,7 +209,7 @@ def test_a_run_keeps_its_whole_configuration(tmp_path):
 
 def test_an_experiment_says_how_its_student_computes():
     experiment = parse_gin(["students/tiny.gin"], ["Experiment.dtype=bfloat16", "DROPOUT_RATE=0.2"])
-    student = experiment.settle(experiment.student)
+    student = experiment.resolve_student(experiment.student)
     assert (student.dtype, student.remat, student.dropout_rate) == ("bfloat16", "none", 0.2)
 
 
@@ -268,8 +268,8 @@ def test_a_field_is_named_as_it_is_set(path, name):
         ("DATASET_LABELS=3", "DataConfig.labels must be of type tuple"),
         ("DATASET_LABELS=(0, 1)", "DataConfig.labels must be of type tuple"),
         ("MeshConfig.rules=(('embed',),)", "MeshConfig.rules must be of type tuple"),
-        ("T5Config.dtype=bfloat16", "T5Config.dtype is set and nothing reads it"),
-        ("ALPHA=%NOPE", "macro 'NOPE' is used and never set"),
+        ("T5Config.dtype=bfloat16", "T5Config.dtype is set but not used"),
+        ("ALPHA=%NOPE", "macro 'NOPE' is used but not set"),
     ],
 )
 def test_values_out_of_range(flag, message):
