@@ -180,7 +180,7 @@ class Experiment:
         return self.mixture is not None or self.method is not None
 
     def resolve_student(self, student: T5Config) -> T5Config:
-        """Returns a student with the dropout rate, dtype and rematerialization of the experiment."""
+        """Returns a student with the experiment's dropout rate, dtype and rematerialization."""
         return dataclasses.replace(
             student,
             dropout_rate=self.dropout_rate,

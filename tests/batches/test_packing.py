@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from dss.batches.packing import (
     PackedShape,
     RowWidths,
+    balance_groups,
+    balance_steps,
     choose_shapes,
     choose_widths,
-    deal,
-    exchange,
-    members,
+    group_members,
     next_fit,
 )
 
@@ -40,8 +40,8 @@ def test_padding_of_a_list_takes_no_row():
 
 def test_groups_get_nearly_equal_shares_of_both_sides():
     lengths = np.random.default_rng(0).integers(1, 60, (5, 64, 2))
-    groups = deal(lengths, 4)
-    assert deal(lengths, 1).max() == 0
+    groups = balance_groups(lengths, 4)
+    assert balance_groups(lengths, 1).max() == 0
     for one, group in zip(lengths, groups, strict=True):
         loads = np.stack([one[group == g].sum(axis=0) for g in range(4)])
         assert (loads.max(axis=0) <= 1.03 * loads.mean(axis=0)).all()
@@ -50,7 +50,7 @@ def test_groups_get_nearly_equal_shares_of_both_sides():
 def test_steps_exchange_items_until_they_are_nearly_equal_on_both_sides():
     rng = np.random.default_rng(0)
     lengths = np.stack([rng.integers(20, 90, (16, 36)), rng.integers(2, 40, (16, 36))], axis=-1)
-    taken = exchange(lengths, np.zeros((16, 36), int))
+    taken = balance_steps(lengths, np.zeros((16, 36), int))
     assert np.sort(taken, axis=0).tolist() == [[step] * 36 for step in range(16)]
     before = lengths.sum(axis=1).std(axis=0)
     after = np.take_along_axis(lengths, taken[..., None], axis=0).sum(axis=1).std(axis=0)
@@ -58,19 +58,19 @@ def test_steps_exchange_items_until_they_are_nearly_equal_on_both_sides():
 
 
 def test_items_that_are_all_alike_stay_where_they_are():
-    taken = exchange(np.full((5, 3, 2), 7), np.zeros((5, 3), int))
+    taken = balance_steps(np.full((5, 3, 2), 7), np.zeros((5, 3), int))
     assert taken.tolist() == [[step] * 3 for step in range(5)]
 
 
 def test_steps_without_targets_exchange_by_their_inputs():
     lengths = np.array([[[9, 0], [8, 0]], [[2, 0], [1, 0]]])
-    assert exchange(lengths, np.zeros((2, 2), int)).tolist() == [[0, 1], [1, 0]]
+    assert balance_steps(lengths, np.zeros((2, 2), int)).tolist() == [[0, 1], [1, 0]]
 
 
 def test_items_of_different_epochs_are_not_exchanged():
     lengths = np.random.default_rng(0).integers(1, 90, (8, 12, 2))
     epochs = np.arange(8 * 12).reshape(8, 12) // 37
-    taken = exchange(lengths, epochs)
+    taken = balance_steps(lengths, epochs)
     assert (np.take_along_axis(epochs, taken, axis=0) == epochs).all()
     assert (taken != np.arange(8)[:, None]).any()
 
@@ -148,7 +148,7 @@ def test_what_a_shape_holds_and_its_work():
 @pytest.mark.parametrize("groups", [8, 64, 96, 127])
 def test_many_groups_are_nearly_equal_too(groups):
     lengths = np.random.default_rng(0).integers(2, [60, 30], (3, 8 * groups, 2))
-    group = deal(lengths, groups)
+    group = balance_groups(lengths, groups)
     load = np.zeros((3, groups, 2))
     for x in range(3):
         np.add.at(load[x], group[x], lengths[x])
@@ -156,7 +156,7 @@ def test_many_groups_are_nearly_equal_too(groups):
 
 
 def test_the_members_of_groups_are_their_items_in_order():
-    items, there = members(np.array([[1, 0, 1, 1], [2, 2, 0, 0]]), 3)
+    items, there = group_members(np.array([[1, 0, 1, 1], [2, 2, 0, 0]]), 3)
     found = [
         [row[t].tolist() for row, t in zip(*both, strict=True)]
         for both in zip(items, there, strict=True)
