@@ -180,7 +180,9 @@ def test_ids_that_no_row_has_are_named(shared, tmp_path):
     )
     assert len(whole.rows("train")) == 5  # one of six is held out
     assert not padded.rows("train")
-    with pytest.raises(UserError, match=r"no train rows: of 6 5 missing, .*6 outputs for no row"):
+    with pytest.raises(
+        UserError, match=r"no train rows; of 6 rows in the file: 5 missing, .*6 outputs for no row"
+    ):
         open_store(
             named_mixture("numbers_step_by_step_pad", [numbers]),
             "train",
@@ -237,7 +239,10 @@ def test_inspect_shows_the_ledger_where_a_task_has_no_rows(tmp_path, vocab_path)
     flags = [f"--gin.DATASET_PATH={tmp_path / 'data'}", f"--gin.VOCABULARY={vocab_path}"]
     said = call("inspect", "data_step_by_step_t", *flags, status=2)
     assert ["refused", "0", "3"] in [line.split() for line in said.splitlines()]
-    assert "data_rationale_t: no train rows: of 4 3 refused, 1 in another split" in said
+    assert (
+        "data_rationale_t: no train rows; of 4 rows in the file: 3 refused, 1 in another split"
+        in said
+    )
 
 
 def test_inspect_passes_over_a_split_that_no_task_has(folder):
