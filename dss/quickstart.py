@@ -191,7 +191,7 @@ def _train(student: Student) -> Outcome:
         raise KeyboardInterrupt
     assert experiment.run_dir is not None
     run = load_run(experiment.run_dir)
-    measured = evaluate(run, split="test", which="latest")
+    measured = evaluate(run, split="test", checkpoint="latest")
     measured.save(run.folder / PREDICTIONS)  # for `dss report`
     accuracy = measured.scored.value
     return Outcome(student.method, student.examples, student.seed, result.step, accuracy)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     result = evaluate(
         found,
         split=args.split,
-        which=args.checkpoint,
+        checkpoint=args.checkpoint,
         rationales=args.rationales,
         progress=DecodeProgress() if is_leader() else DecodingProgress(),
     )

@@ -156,7 +156,7 @@ def test_what_one_process_cannot_read_is_set_aside_by_all(train_together, both, 
         os.truncate(file, 0)
     processes = train_together(run, f"--gin.MeshConfig.rules=({rules})")
     leader, other = [finish(process) for process in processes]
-    assert "set aside as 60.damaged, and step 50 taken" in leader
+    assert "quarantined as 60.damaged, and training resumes from step 50" in leader
     assert "damaged" not in other
     if not rules:
         assert_same_training(run, both)
