@@ -164,7 +164,7 @@ def test_a_step_at_fault_is_named_before_it_is_evaluated_or_saved(tmp_path, metr
     with pytest.raises(UserError) as error:
         run(tmp_path, {7: metric}, eval_period=4, log_period=10)
     said = str(error.value)
-    assert said.startswith(f"step 7: the {name} is nan; step 4 is saved; ")
+    assert said.startswith(f"step 7: the {name} is nan; the last checkpoint is step 4; ")
     assert said.endswith("; the examples of that step: row-6-0, row-6-1")
     assert saved(tmp_path) == "4"
 
