@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         )
     sweep = plan_sweep(args.gin_file, args.gin, search)
     if part is not None:
-        sweep = sweep.take(*part)
+        sweep = sweep.select_part(*part)
     if args.print_commands:
         for one in sweep.runs:
             print(" && ".join(shlex.join(["dss", *command]) for command in one.commands))
