@@ -239,12 +239,12 @@ def test_predict_keeps_a_rows_fields_and_marks_what_was_cut(undisturbed, tmp_pat
     assert found[0].keys() == {"id", "input", "who", "gold", "label"}
     assert (found[0]["who"], found[0]["gold"]) == ("Ann", "yes")
     assert [row.get("truncated") for row in found] == [None, True]
-    assert "1 of 2 inputs (50.0%) are longer than 48 tokens and were cut" in said
+    assert "1 of 2 inputs (50.0%) are longer than 48 tokens and were truncated" in said
     # An output is not replaced by fewer lines.
     before = output.read_text()
     shorter = ("predict", undisturbed, f"--output={output}")
     said = call(*shorter, stdin=b"is 3 good", status=2)
-    assert "kept, as it has 2 lines and these are 1, which are in out.jsonl.partial" in said
+    assert "not replaced: it has 2 lines, and the 1 predictions are in out.jsonl.partial" in said
     assert output.read_text() == before
     call(*shorter, "--replace", stdin=b"is 3 good")
     assert len(output.read_text().splitlines()) == 1

@@ -248,5 +248,5 @@ def test_inspect_shows_the_ledger_where_a_task_has_no_rows(tmp_path, vocab_path)
 def test_inspect_passes_over_a_split_that_no_task_has(folder):
     name = folder.name.replace("-", "_")
     said = call("inspect", f"{name}_rationale_t", f"--gin.DATASET_PATH={folder}")
-    assert "train: the file's rows" in said
-    assert "valid: the file's rows" not in said  # it has no outputs of the teacher
+    assert "train: rows of the file" in said
+    assert "valid: rows of the file" not in said  # it has no outputs of the teacher

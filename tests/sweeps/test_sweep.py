@@ -292,9 +292,7 @@ def test_gin_flags_has_only_the_changes_of_a_shipped_student():
         ("FRACTION=(1,)", "unknown macro 'FRACTION'"),
     ],
 )
-def test_errors_of_a_sweep_are_found_before_training(
-    settings, flag, message, capsys, tmp_path
-):
+def test_errors_of_a_sweep_are_found_before_training(settings, flag, message, capsys, tmp_path):
     before = sorted(tmp_path.iterdir())
     flags = [f"--gin.{setting}" for setting in [*settings, flag]]
     assert main(["sweep", "--gin_file=runs/sweep.gin", *flags]) == 2
@@ -363,7 +361,7 @@ def test_finished_runs_are_shown_and_not_repeated(settings, capsys, monkeypatch)
     flags = [f"--gin.{setting}" for setting in [*settings, *only]]
     assert cli.main(["sweep", "--gin_file=runs/sweep.gin", *flags]) == 0
     out = capsys.readouterr().out
-    assert "4 runs, 4 of them done before" in out
+    assert "4 runs, 4 of them already done" in out
     rows = [line.split() for line in out.splitlines() if line.split()[1:2] == ["one"]]
     assert [row[:5] for row in rows] == [
         ["finetune", "one", "20", "2/2", "62.5%"],  # 4 and 6 of 8
