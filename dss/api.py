@@ -206,7 +206,7 @@ def train(
       experiment: the dataset, the method, the student and the hyperparameters.
       run_dir: the run directory; None for `experiment.run_dir`.
       progress: the callbacks for steps and evaluations; None for none.
-      resume: "auto" to resume a run if there is one, "must" to require one, "never" to refuse one.
+      resume: "auto" to resume a run if there is one, "must" to require one, "never" to fail on one.
 
     Raises:
       UserError: if the experiment is incomplete or inconsistent.

@@ -361,7 +361,7 @@ class Batches:
         """
         needed = self._slots_needed(grouped)[0]
         for shape in itertools.chain(self.shapes, _growing_shapes(self.shapes[-1])):
-            if shape.holds(needed):
+            if shape.fits(needed):
                 rows = self._rows_needed(grouped, shape.widths)[0]
                 if rows[0] <= shape.input_rows and rows[1] <= shape.target_rows:
                     return shape

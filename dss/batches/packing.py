@@ -71,7 +71,7 @@ class PackedShape:
             self.widths,
         )
 
-    def holds(self, needed: np.ndarray) -> np.ndarray:
+    def fits(self, needed: np.ndarray) -> np.ndarray:
         """Returns whether each step fits into the slots and row widths, [...] bool; the number of
         rows is not checked.
 
@@ -292,7 +292,7 @@ def choose_shapes(
     shapes, fits = [], []
     for N, M in ladder.tolist():
         for w, width in enumerate(widths):
-            is_fit = PackedShape(N, M, 0, 0, width).holds(needed)
+            is_fit = PackedShape(N, M, 0, 0, width).fits(needed)
             R, Q = rows[is_fit, w].max(axis=0, initial=0).tolist()
             shapes.append(PackedShape(N, M, R, Q, width))
             fits.append(is_fit)

@@ -50,15 +50,15 @@ class Method(enum.StrEnum):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any of the tasks reads a teacher's outputs."""
+        """Whether a task uses a teacher's outputs."""
         return self is not Method.FINETUNE
 
     def tasks(self, dataset: Dataset, teacher: str | None) -> tuple[Task, ...]:
-        """Returns the tasks that a student learns; it predicts with the first.
+        """Returns the tasks of the method; the first one is used for prediction.
 
         Args:
           dataset: the dataset of the examples.
-          teacher: the name of the teacher; None where the method needs none.
+          teacher: the name of the teacher; None if the method needs none.
         """
         return tuple(
             Task(dataset, kind, teacher if by_teacher else None) for kind, by_teacher in TASKS[self]
@@ -73,7 +73,7 @@ TITLES = {
     Method.SINGLE_TARGET: "single target",
     Method.RATIONALE: "rationales only",
 }
-TASKS: dict[Method, tuple[tuple[Kind, bool], ...]] = {  # kind, and whether it reads a teacher
+TASKS: dict[Method, tuple[tuple[Kind, bool], ...]] = {  # kind, uses a teacher
     Method.FINETUNE: (("label", False),),
     Method.DISTILL: (("label", True),),
     Method.STEP_BY_STEP: (("label", False), ("rationale", True)),

@@ -35,14 +35,14 @@ def open_run(experiment: Experiment, resume: Resume) -> tuple[Run, Any | None]:
 
     Args:
       experiment: the resolved experiment.
-      resume: "auto" to resume a run if there is one, "must" to require one, "never" to refuse one.
+      resume: "auto" to resume a run if there is one, "must" to require one, "never" to fail on one.
 
     Returns:
       The run and, for a new run with an initial checkpoint, the parameters.
 
     Raises:
-      UserError: if the run directory has a run of another experiment, or `resume` forbids what is
-        there.
+      UserError: if the run directory has a run of another experiment, or `resume` does not allow
+        its state.
     """
     folder = run_folder(experiment)
     run = load_run(folder) if (folder / CONFIG_FILE).is_file() else None

@@ -120,7 +120,7 @@ def run_experiment(
     Args:
       experiment: the experiment.
       progress: the callbacks that show progress; None for none.
-      resume: "auto" to resume a run if there is one, "must" to require one, "never" to refuse one.
+      resume: "auto" to resume a run if there is one, "must" to require one, "never" to fail on one.
       accept_changed_data: whether to resume even if data files have changed.
 
     Raises:
@@ -319,7 +319,7 @@ def make_validation(
 
 def _earlier_scores(run: Run, score: str, start: int) -> dict[int, float]:
     """Returns the scores of a run's evaluations up to a step, by step, as read by process 0; an
-    empty dictionary without `patience`, which alone needs them.
+    empty dictionary if the run has no `patience`.
     """
     if run.experiment.trainer.patience is None:
         return {}

@@ -109,7 +109,7 @@ def test_at_most_three_shapes_fit_every_step_with_little_padding(narrow):
     assert 1 < len(shapes) <= 3
     work = [shape.work for shape in shapes]
     assert work == sorted(work)
-    fits = np.stack([shape.holds(needed) for shape in shapes], axis=1)
+    fits = np.stack([shape.fits(needed) for shape in shapes], axis=1)
     assert fits[:, -1].all()
     taken = [shapes[s] for s in fits.argmax(axis=1)]
     for shape, needs, has in zip(taken, needed, rows, strict=True):
@@ -140,7 +140,7 @@ def test_equal_steps_need_one_shape():
 def test_fit_and_work_of_a_shape():
     shape = PackedShape(inputs=100, targets=50, input_rows=2, target_rows=1, widths=NARROW)
     fits = [(100, 50, 60, 40), (101, 50, 60, 40), (100, 50, 61, 40), (100, 51, 60, 41)]
-    assert shape.holds(np.array(fits)).tolist() == [True, False, False, False]
+    assert shape.fits(np.array(fits)).tolist() == [True, False, False, False]
     wider = dataclasses.replace(shape, widths=WIDE)
     assert wider.work - shape.work == (2 * (100**2 - 60**2) + 60 * 260 - 40 * 140) / 800
 
