@@ -53,7 +53,7 @@ def _read(source: str) -> Iterator[tuple["Example", dict[str, Any]]]:
     for number, (location, row) in enumerate(rows):
         example = read_example(location, row, f"input-{number}")
         if example.id in seen:
-            raise UserError(f"{location}: repeated id {example.id!r}; ids must differ")
+            raise UserError(f"{location}: duplicate id {example.id!r}; ids must differ")
         seen.add(example.id)
         yield example, row
 
