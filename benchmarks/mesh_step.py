@@ -51,7 +51,7 @@ def prepare(student: str, batch_size: int, layout: str, data: int, model: int) -
     files = [f"students/{student}.gin", f"layouts/{layout}.gin", "runs/adafactor.gin"]
     sizes = [f"MeshConfig.data={data}", f"MeshConfig.model={model}"]
     experiment = parse_gin(files, ["Experiment.remat=full", f"BATCH_SIZE={batch_size}", *sizes])
-    config = experiment.settle(experiment.student)
+    config = experiment.resolve_student(experiment.student)
     store = typical_store(config.vocab_size)
     planner = Planner(experiment, config, store, jax.devices()[: data * model], STEPS)
     program, batch = compile_largest(planner, batch_size)

@@ -83,7 +83,7 @@ def measure(student: str, row: str, pipe: Connection) -> None:
     keep_freed_memory()  # as the command line does
     sizes = [f"BATCH_SIZE={batch_size}", f"MeshConfig.data={data}", f"MeshConfig.model={model}"]
     experiment = parse_gin([f"students/{student}.gin", *files], [*flags, *sizes])
-    config = experiment.settle(experiment.student)
+    config = experiment.resolve_student(experiment.student)
     planner = Planner(
         experiment, config, typical_store(config.vocab_size), jax.devices(), STEPS, cpu=True
     )

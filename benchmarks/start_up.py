@@ -87,7 +87,7 @@ def compile_steps(repeats: int) -> dict[str, list[float]]:
 
     experiment = parse_gin(["students/small.gin"], [])
     assert experiment.student is not None
-    small = experiment.settle(experiment.student)
+    small = experiment.resolve_student(experiment.student)
     mesh_config, (N, M), (encoder, decoder) = MeshConfig(), SLOTS, ROWS
     mesh = make_mesh(mesh_config, jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig(), 1000)

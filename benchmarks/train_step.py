@@ -228,7 +228,7 @@ def student(args: argparse.Namespace) -> T5Config:
     flags = [f"Experiment.dropout_rate={DROPOUT}", f"Experiment.dtype={args.dtype!r}"]
     experiment = parse_gin([f"students/{args.student}.gin"], flags)
     assert experiment.student is not None
-    return experiment.settle(experiment.student)
+    return experiment.resolve_student(experiment.student)
 
 
 def take_steps(args: argparse.Namespace, config: T5Config) -> tuple[dict[str, dict], float]:

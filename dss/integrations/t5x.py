@@ -381,7 +381,7 @@ def transformer(experiment: Experiment) -> network.Transformer:
         raise UserError(
             "T5X's network scales the logits where the embeddings are tied, and only there"
         )
-    return network.Transformer(_network_config(experiment.settle(student)))
+    return network.Transformer(_network_config(experiment.resolve_student(student)))
 
 
 def _network_config(student: T5Config) -> network.T5Config:
