@@ -41,12 +41,12 @@ def compiled(student: str, layout: str, devices: int) -> Plan:
 
 
 def sent_bytes(exchanges: tuple[Exchange, ...]) -> float:
-    """Returns the bytes sent by a device in a step."""
+    """Returns the bytes that a device sends in a step."""
     return sum(exchange.sent for exchange in exchanges)
 
 
 def on(point: Plan, chips: int) -> tuple[Exchange, ...]:
-    """Returns the collectives of a device after `data` is extended to a number of chips.
+    """Returns what a device sends where `data` is so much longer that the mesh has some chips.
 
     Collectives within a row of `model` are unchanged. In all others a device sends (n - 1) / n of
     an array, with a larger n.

@@ -237,7 +237,7 @@ def plan(
     kind, count = accelerators
     tpu = kind is not None and kind.startswith("tpu")
     extra = "[tpu]" if tpu else "[cuda]" if kind else ""
-    # Part of the entrypoint, since XManager quotes a job's arguments for a shell but passes them
+    # Not as arguments of the job: those XManager quotes for a shell, and hands to the container
     # without one. A local container's working folder is this folder, mounted under the same path.
     command = shlex.join(["dss", "train", *train])
     here = os.getcwd()
