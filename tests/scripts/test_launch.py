@@ -144,7 +144,7 @@ def place(tmp_path) -> Place:
 @pytest.mark.parametrize(
     ("script", "args", "said"),
     [
-        ("tpu_vm.sh", [], "what to do?"),
+        ("tpu_vm.sh", [], "no command; give"),
         ("tpu_vm.sh", ["start", "--name=n", "--zone=z"], "unknown command 'start'"),
         ("tpu_vm.sh", ["create", "--network", "n", "--zone=z"], "are given as --OPTION=VALUE"),
         ("tpu_vm.sh", ["delete", "--name=n", "--zone=z", "--spot"], "unknown option --spot"),
