@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "first_line", "unknown_name"]
+__all__ = ["MissingPackageError", "UserError", "first_line", "missing_package", "unknown_name"]
 
 
 class UserError(Exception):
@@ -12,6 +12,26 @@ class UserError(Exception):
     The command line prints the message and exits with status 2; no traceback. Library callers
     may catch it like any other exception.
     """
+
+
+class MissingPackageError(UserError, ImportError):
+    """A package of an optional extra is not installed."""
+
+
+def missing_package(feature: str, package: str | None, extra: str) -> MissingPackageError:
+    """Returns the error for a feature whose extra is not installed.
+
+    Args:
+      feature: what the user asked for, as the subject of a sentence.
+      package: the module that cannot be imported, as in `ModuleNotFoundError.name`.
+      extra: the extra of dss that brings it.
+
+    >>> str(missing_package("the report", "jinja2", "report"))
+    "the report needs jinja2 (not installed): pip install 'dss[report]'"
+    """
+    return MissingPackageError(
+        f"{feature} needs {package} (not installed): pip install 'dss[{extra}]'"
+    )
 
 
 def first_line(error: Exception) -> str:

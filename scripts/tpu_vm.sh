@@ -129,7 +129,7 @@ if [ ! -x ~/dss/venv/bin/pip ]; then
   ~/.local/bin/uv venv --quiet --seed --python 3.11 ~/dss/venv
 fi
 cd ~/dss/source
-~/dss/venv/bin/pip install --quiet ".[tpu]"'
+~/dss/venv/bin/pip install --quiet ".[tpu,gcs]"'
 }
 
 # setsid: a lost connection does not end it. train.pid is there from now until the end, and holds the

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dss.errors import UserError
+from dss.errors import UserError, missing_package
 
 if TYPE_CHECKING:
     from dss.teacher.annotate import Limits
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         return next((mode for asked, mode in modes if asked), lambda: _ask(args, job, price))()
     except ModuleNotFoundError as error:
         extras = "teacher" if args.pipeline_options is None else "teacher,beam"
-        raise UserError(f"{error.name} is missing; pip install 'dss[{extras}]'") from None
+        raise missing_package("dss annotate", error.name, extras) from None
 
 
 def _job(args: argparse.Namespace) -> "Job":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dss import __version__
-from dss.errors import UserError
+from dss.errors import UserError, missing_package
 
 __all__ = ["main"]
 
@@ -94,6 +94,12 @@ def _unraisable_hook(args: Any) -> None:
         sys.__unraisablehook__(args)
 
 
+def _without_gcsfs(chain: Sequence[BaseException]) -> UserError | None:
+    """Returns the error for a bucket that no installed package can read; None for other errors."""
+    found = any(isinstance(error, ImportError) and "gcsfs" in str(error) for error in chain)
+    return missing_package("a gs:// path", "gcsfs", "gcs") if found else None
+
+
 def _is_of_another(error: BaseException) -> bool:
     """Returns whether an error is what JAX raises where another process has gone."""
     return type(error).__name__ == "JaxRuntimeError" or "Gloo" in str(error)
@@ -130,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         chain, process = _chain(error), _process()
+        error = _without_gcsfs(chain) or error
         verb = args.verb if process is None else f"{args.verb}: {process}"
         if isinstance(error, UserError):  # which every process has
             print(f"dss {verb}: {error}", file=sys.stderr)
