@@ -130,7 +130,7 @@ for name in ("dss.integrations.seqio_tasks", "dss.integrations.step_by_step", "{
     except UserError as error: print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "the SeqIO integration needs seqio (not installed): pip install 'dss[seqio]'",
         "the TFDS builder needs tensorflow_datasets (not installed): pip install 'dss[tfds]'",

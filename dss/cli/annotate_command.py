@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         return next((mode for asked, mode in modes if asked), lambda: _ask(args, job, price))()
     except ModuleNotFoundError as error:
         extras = "teacher" if args.pipeline_options is None else "teacher,beam"
-        raise missing_package("dss annotate", error.name, extras) from None
+        raise missing_package("annotation", error.name, extras) from None
 
 
 def _job(args: argparse.Namespace) -> "Job":

@@ -17,7 +17,7 @@ def check_installed() -> None:
     """Raises the user's error where the converter is not installed."""
     missing = [package for package in NEEDS if importlib.util.find_spec(package) is None]
     if missing:
-        raise missing_package("--to ctranslate2", " and ".join(missing), "export")
+        raise missing_package("--to ctranslate2", ", ".join(missing), "export")
 
 
 def convert(source: Path, folder: Path, config: T5Config) -> None:
