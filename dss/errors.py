@@ -22,9 +22,9 @@ def missing_package(feature: str, package: str | None, extra: str) -> MissingPac
     """Returns the error for a feature whose extra is not installed.
 
     Args:
-      feature: what the user asked for, as the subject of a sentence.
-      package: the module that cannot be imported, as in `ModuleNotFoundError.name`.
-      extra: the extra of dss that brings it.
+      feature: subject of the message, such as "the report".
+      package: module that cannot be imported, as in `ModuleNotFoundError.name`.
+      extra: extra of dss with that package.
 
     >>> str(missing_package("the report", "jinja2", "report"))
     "the report needs jinja2 (not installed): pip install 'dss[report]'"
