@@ -128,7 +128,7 @@ if [ ! -x ~/dss/venv/bin/pip ]; then
   ~/.local/bin/uv venv --quiet --seed --python 3.11 ~/dss/venv
 fi
 cd ~/dss/source
-~/dss/venv/bin/pip install --quiet ".[tpu]"'
+~/dss/venv/bin/pip install --quiet ".[tpu,gcs]"'
 }
 
 # With setsid the run survives a lost connection. train.pid exists until the run has ended and holds the

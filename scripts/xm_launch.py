@@ -236,7 +236,8 @@ def plan(
     """
     kind, count = accelerators
     tpu = kind is not None and kind.startswith("tpu")
-    extra = "[tpu]" if tpu else "[cuda]" if kind else ""
+    cuda = kind is not None and not tpu
+    extras = ",".join(["tpu"] * tpu + ["cuda"] * cuda + ["gcs"])  # runs may be in a bucket
     # Not as arguments of the job: those XManager quotes for a shell, and hands to the container
     # without one. A local container's working folder is this folder, mounted under the same path.
     command = shlex.join(["dss", "train", *train])
@@ -250,12 +251,12 @@ def plan(
         revision=revision,
         base_image=BASE_IMAGE,
         docker_instructions=[
-            *([FIND_DRIVER] if extra == "[cuda]" else []),
+            *([FIND_DRIVER] if cuda else []),
             *([INSTALL_NC] if tpu else []),
             "ENV PYTHONUNBUFFERED=1",
             "COPY dss/ /dss",
             "WORKDIR /dss",
-            f"RUN python -m pip install --no-cache-dir '.{extra}'",
+            f"RUN python -m pip install --no-cache-dir '.[{extras}]'",
         ],
         entrypoint=[*([f"cd {shlex.quote(here)}"] if local else []), f"exec {command}"],
         executor=executor.capitalize(),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dss.errors import UserError
+from dss.errors import UserError, missing_package
 
 if TYPE_CHECKING:
     from dss.teacher.annotate import Limits
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         return next((mode for chosen, mode in modes if chosen), lambda: _run(args, job, price))()
     except ModuleNotFoundError as error:
         extras = "teacher" if args.pipeline_options is None else "teacher,beam"
-        raise UserError(f"{error.name} is not installed; pip install 'dss[{extras}]'") from None
+        raise missing_package("annotation", error.name, extras) from None
 
 
 def _job(args: argparse.Namespace) -> "Job":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dss import __version__
-from dss.errors import UserError
+from dss.errors import UserError, missing_package
 
 __all__ = ["main"]
 
@@ -97,6 +97,12 @@ def _unraisable_hook(args: Any) -> None:
         sys.__unraisablehook__(args)
 
 
+def _without_gcsfs(chain: Sequence[BaseException]) -> UserError | None:
+    """Returns the error for a bucket that no installed package can read; None for other errors."""
+    found = any(isinstance(error, ImportError) and "gcsfs" in str(error) for error in chain)
+    return missing_package("a gs:// path", "gcsfs", "gcs") if found else None
+
+
 def _is_process_loss(error: BaseException) -> bool:
     """Returns whether an error is one that JAX raises if another process has ended."""
     return type(error).__name__ == "JaxRuntimeError" or "Gloo" in str(error)
@@ -133,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
     except Exception as error:
         chain, process = _chain(error), _process()
+        error = _without_gcsfs(chain) or error
         prefix = f"dss {args.command}" if process is None else f"dss {args.command}: {process}"
         if isinstance(error, UserError):  # raised in every process
             print(f"{prefix}: {error}", file=sys.stderr)

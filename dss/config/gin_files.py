@@ -235,6 +235,9 @@ def _describe(error: Exception) -> str:
         return f"macro {unset[1]!r} is used but not set"
     if isinstance(error, KeyError):
         text = text.strip("'\"")
+    missing = isinstance(error, ImportError) and re.search(r"\b(seqio|tensorflow)\b", text)
+    if missing and "pip install" not in text:
+        text += ": pip install 'dss[seqio]'"
     return f"{text} ({location[1]}:{location[2]})" if location else text
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from etils.epath import gpath
 
 from dss.cli import main as cli
 from dss.cli.checks import check_flags
@@ -83,6 +84,14 @@ def test_user_errors_are_one_line_and_status_2(args, message, capsys, tmp_path, 
     assert printed.count("\n") == 1
     assert printed.startswith(f"dss {args[0]}: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_without_gcsfs_is_one_line_and_status_2(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)  # it reads buckets, too
+    assert cli.main(["eval", "gs://bucket/run"]) == 2
+    error = "dss eval: a gs:// path needs gcsfs (not installed): pip install 'dss[gcs]'\n"
+    assert capsys.readouterr().err == error
 
 
 REFUSED_AT_ONCE = {

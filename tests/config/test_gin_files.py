@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import pytest
 
@@ -224,6 +225,16 @@ def test_user_gin_files_are_found_in_search_paths(tmp_path):
         (tmp_path / "bad.gin").write_text(f"BATCH_SIZE = 7\n{text}\n")
         with pytest.raises(UserError, match=message):
             parse_gin(["bad.gin"], search_paths=[str(tmp_path)])
+
+
+@pytest.mark.parametrize("module", ["seqio", "dss.integrations.seqio_tasks"])
+def test_a_gin_file_that_needs_seqio_names_the_extra(module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "seqio", None)
+    monkeypatch.delitem(sys.modules, "dss.integrations.seqio_tasks", raising=False)
+    (tmp_path / "mine.gin").write_text(f"import {module}\n")
+    with pytest.raises(UserError, match=r"pip install 'dss\[seqio\]' \(\S+mine.gin:1\)") as error:
+        parse_gin(["mine.gin"], search_paths=[str(tmp_path)])
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_named_runs_does_not_hide_included_files(tmp_path, monkeypatch):
