@@ -257,7 +257,7 @@ class Dataset:
         return examples
 
     def count_drawn(self, split: str, total: int, *, fraction: float = 1.0) -> int:
-        """Returns the number of rows that a fraction keeps of the `total` rows in a split's file."""
+        """Returns how many of the `total` rows of a split's file a fraction keeps."""
         return len(subsample(total, fraction, 0)) if self._is_subsampled(split) else total
 
     def _is_subsampled(self, split: str) -> bool:

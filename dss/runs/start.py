@@ -120,8 +120,8 @@ def _open_checkpoint(
     folder = module.resolve(source)
     config = module.read_config(folder)
     if t5x and experiment.student is not None:
-        untold = {name: getattr(experiment.student, name) for name in t5x_checkpoint.UNTOLD}
-        config = dataclasses.replace(config, **untold)
+        fields = {name: getattr(experiment.student, name) for name in t5x_checkpoint.NOT_STORED}
+        config = dataclasses.replace(config, **fields)
     vocabulary = huggingface.find_vocabulary(folder) if module is huggingface else None
 
     def load() -> Any:
