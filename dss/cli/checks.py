@@ -57,7 +57,9 @@ def check_output(option: str, file: str) -> None:
         return
     path = _local(file)
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{option}={file}: it is a folder, or its parent folder does not exist")
+        raise UserError(
+            f"{option}={file}: cannot be written: it is a folder, or its folder does not exist"
+        )
     # A file is replaced by a temporary one beside it, which needs write access to the folder.
     if not os.access(path if is_stream(path) else path.parent, os.W_OK):
         raise UserError(f"{option}={file}: no permission to write")
@@ -110,9 +112,8 @@ def check_flags(flags: Sequence[str], *, trains: bool = False) -> None:
         raise UserError(f"DATASET_PATH {data}: no such file or folder")
     if vocabulary := paths.get("VOCABULARY"):
         check_vocabulary(vocabulary)
-    resumes = (_local(values.get("MODEL_DIR") or "") / CONFIG_FILE).is_file()
-    checkpoint = paths.get("INITIAL_CHECKPOINT_PATH")
-    if trains and not resumes and checkpoint:
+    is_new = trains and not (_local(values.get("MODEL_DIR") or "") / CONFIG_FILE).is_file()
+    if is_new and (checkpoint := paths.get("INITIAL_CHECKPOINT_PATH")):
         check_source(checkpoint)
 
 
