@@ -49,7 +49,7 @@ def _read(source: str) -> Iterator[tuple["Example", dict[str, Any]]]:
     for number, (where, row) in enumerate(rows):
         example = read_example(where, row, f"input-{number}")
         if example.id in seen:
-            raise UserError(f"{where}: id {example.id!r} came before; ids must differ")
+            raise UserError(f"{where}: duplicate id {example.id!r}; ids must differ")
         seen.add(example.id)
         yield example, row
 

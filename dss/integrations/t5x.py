@@ -258,7 +258,7 @@ def _refuse(experiment: Experiment, reasons: Mapping[str, str]) -> None:
 
     Args:
       experiment: the experiment.
-      reasons: for each field the reason why T5X would ignore it.
+      reasons: the reason why T5X would ignore a field, by its name.
 
     Raises:
       UserError: if one of the fields is not the default.

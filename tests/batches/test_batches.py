@@ -251,7 +251,7 @@ def test_a_store_knows_whether_a_tenth_was_held_out_and_what_labels_there_are(to
         )
 
     assert len(train_ids()) == 40
-    with pytest.raises(UserError, match=r"train.jsonl:1: label 'no' is none of yes"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: label 'no' is not one of yes"):
         train_ids(labels=("yes",))
     (folder / "valid.jsonl").unlink()
     assert len(train_ids()) == 36

@@ -307,7 +307,7 @@ def test_what_does_not_fit_a_run_is_one_line(
     shutil.copytree(toy_folder, bad)
     with (bad / "train.jsonl").open("a") as file:
         file.write('{"input": "x", "label": "maybe"}\n')
-    assert "label 'maybe' is none of yes, no" in refused(new, f"--gin.DATASET_PATH={bad}")
+    assert "label 'maybe' is not one of yes, no" in refused(new, f"--gin.DATASET_PATH={bad}")
     (bad / "train.jsonl").write_text("")
     assert "no examples for the train split" in refused(new, f"--gin.DATASET_PATH={bad}")
     (bad / "train.rules.jsonl").unlink()
