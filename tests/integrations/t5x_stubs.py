@@ -1,7 +1,7 @@
 """Stubs of T5X's modules, for parsing gin files where T5X is not installed.
 
-Every name can be imported and called with any arguments. Parsing therefore checks the files' syntax,
-their macros, and the names of dss's functions and of their parameters.
+Every name can be imported and called with any arguments. Parsing therefore checks the files'
+syntax, their macros, and the names of dss's functions and of their parameters.
 """
 
 import importlib.machinery
