@@ -289,8 +289,8 @@ def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: s
 
     Args:
       path: the folder of the examples, or one of its files.
-      given: labels from another place; an open set and the metric "text" count as not given.
-      where: the place of the given labels, for messages.
+      given: labels of a configuration or prompt; an open set and the metric "text" are not given.
+      where: name of that configuration or prompt, for messages.
 
     Raises:
       UserError: if the file is malformed or contradicts the given labels.

@@ -101,7 +101,7 @@ class _Source(seqio.FunctionDataSource):
         return len(self.task.rows(dss_split)) if self.task.has(dss_split) else None
 
     def _rows(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        del shuffle_files, seed  # there is one file; SeqIO shuffles its rows later
+        del shuffle_files, seed  # rows are in memory; SeqIO shuffles them later
         rows = self.task.rows(SPLITS[split])
         columns = {n: [getattr(row, n) for row in rows] for n in ("id", "inputs", "targets")}
         texts = {name: tf.constant(column, tf.string) for name, column in columns.items()}

@@ -124,8 +124,8 @@ def read_config(folder: Path) -> T5Config:
     if projection == "gated-gelu":  # in transformers this means the tanh approximation
         activation = "gelu_new"
     if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(f"{path}: activation {activation!r} is not supported; known: {known}")
+        supported = ", ".join(ACTIVATIONS)
+        raise UserError(f"{path}: activation {activation!r} is not supported; use {supported}")
     given = {name: raw[name] for name in SPECIAL_IDS if raw.get(name) is not None}
     special = SPECIAL_IDS | given
     if special != SPECIAL_IDS:
