@@ -69,22 +69,29 @@ def sharp(config):
     return jax.tree.map(lambda x: 2 * x if x.ndim > 1 else x, init_params(config, 0))
 
 
-def make_run(folder, config, vocabulary=BYTES, mixture="toy_finetune", **values):
-    """Returns a run with one checkpoint, at step 7."""
-    experiment = Experiment(
-        run_dir=str(folder),
-        student=config,
-        vocabulary=str(vocabulary),
-        mixture=mixture,
-        dropout_rate=0.0,
-        decoding=DecodingConfig(closed=False, max_length=12),
-        **values,
-    )
-    run, _ = create_run(experiment)
-    checkpoints = Checkpoints(run.folder / "checkpoints")
-    checkpoints.save(TrainState(np.int32(7), sharp(config), ()), 0.5)
-    checkpoints.close()
-    return run
+@pytest.fixture
+def make_run(toy_folder):
+    """Returns a function that makes a run on the toy dataset with one checkpoint, at step 7."""
+    toy_data = DataConfig(dataset_path=str(toy_folder), labels=("yes", "no"))
+
+    def make(folder, config, vocabulary=BYTES, mixture="toy_finetune", data=toy_data, **values):
+        experiment = Experiment(
+            run_dir=str(folder),
+            student=config,
+            vocabulary=str(vocabulary),
+            mixture=mixture,
+            data=data,
+            dropout_rate=0.0,
+            decoding=DecodingConfig(closed=False, max_length=12),
+            **values,
+        )
+        run, _ = create_run(experiment)
+        checkpoints = Checkpoints(run.folder / "checkpoints")
+        checkpoints.save(TrainState(np.int32(7), sharp(config), ()), 0.5)
+        checkpoints.close()
+        return run
+
+    return make
 
 
 def outputs(model, tokenizer, texts) -> list[str]:
@@ -242,7 +249,7 @@ def train_vocabulary(path, **options):
 
 
 @pytest.mark.parametrize("difference", OTHER_MODELS)
-def test_a_tokenizer_that_would_give_other_ids_is_refused(difference, toy, tmp_path):
+def test_a_tokenizer_that_would_give_other_ids_is_refused(difference, make_run, tmp_path):
     words = train_vocabulary(tmp_path / "words.model", **OTHER_MODELS[difference])
     run = make_run(tmp_path / "run", tiny_config(), words)
     with pytest.raises(UserError, match=rf"would give other ids: the model {difference}"):
@@ -250,7 +257,7 @@ def test_a_tokenizer_that_would_give_other_ids_is_refused(difference, toy, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_whole_words_is_exported_with_a_note(toy, tmp_path):
+def test_a_model_of_whole_words_is_exported_with_a_note(make_run, tmp_path):
     """Such as the quickstart's vocabulary: only words that it lacks have other ids."""
     words = train_vocabulary(tmp_path / "words.model", model_type="word")
     run = make_run(tmp_path / "run", tiny_config(), words)
@@ -258,7 +265,7 @@ def test_a_model_of_whole_words_is_exported_with_a_note(toy, tmp_path):
     assert note == "transformers gives other ids for words outside the vocabulary"
 
 
-def test_ids_are_compared_when_a_folder_is_written(toy, tmp_path, monkeypatch):
+def test_ids_are_compared_when_a_folder_is_written(make_run, tmp_path, monkeypatch):
     words = train_vocabulary(tmp_path / "words.model")
     run = make_run(tmp_path / "run", tiny_config(), words)
     export(run, "hf", tmp_path / "out")
@@ -269,7 +276,7 @@ def test_ids_are_compared_when_a_folder_is_written(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_an_exported_folder_predicts_as_dss_does(toy, tmp_path, num_beams):
+def test_an_exported_folder_predicts_as_dss_does(make_run, toy, tmp_path, num_beams):
     run = make_run(tmp_path / "run", tiny_config())
     run = load_run(run.folder, [f"DecodingConfig.num_beams={num_beams}"])
     folder = export(run, "hf", tmp_path / "out").path
@@ -280,7 +287,7 @@ def test_an_exported_folder_predicts_as_dss_does(toy, tmp_path, num_beams):
 
 
 @pytest.mark.parametrize(("words", "kind"), [("bytes", {}), ("sentencepiece", V1_0)])
-def test_ctranslate2_predicts_as_dss_does(words, kind, toy, vocab_path, tmp_path, capsys):
+def test_ctranslate2_predicts_as_dss_does(words, kind, make_run, toy, vocab_path, tmp_path, capsys):
     pytest.importorskip("ctranslate2")
     config = tiny_config(**kind, vocab_size=384 if words == "bytes" else 32128)
     run = make_run(tmp_path / "run", config, BYTES if words == "bytes" else vocab_path)
@@ -301,7 +308,7 @@ def run_card(folder, texts) -> list[str]:
     return printed[0]
 
 
-def test_the_card_has_the_training_scores_and_command(toy_folder, toy, tmp_path):
+def test_the_card_has_the_training_scores_and_command(toy_folder, make_run, tmp_path):
     run = make_run(
         tmp_path / "my-student",
         tiny_config(),
@@ -347,7 +354,7 @@ def test_the_card_has_the_training_scores_and_command(toy_folder, toy, tmp_path)
         model_card(run, 7)
 
 
-def test_the_card_has_the_decoder_start_id_and_the_final_alpha(toy, tmp_path):
+def test_the_card_has_the_decoder_start_id_and_the_final_alpha(make_run, tmp_path):
     run = make_run(tmp_path / "run", tiny_config(), mixture="toy_step_by_step_rules")
     data = dataclasses.replace(run.experiment.data, one_encoder_pass=True)
     experiment = dataclasses.replace(run.experiment, data=data, alpha=0.3, alpha_end=0.9)
@@ -358,7 +365,7 @@ def test_the_card_has_the_decoder_start_id_and_the_final_alpha(toy, tmp_path):
     assert "0.3 for the label loss, 0.7 for the rationale loss, annealed to 0.9 |" in card
 
 
-def test_the_card_names_a_base_model_on_the_hub(toy, tmp_path):
+def test_the_card_names_a_base_model_on_the_hub(make_run, tmp_path):
     run = make_run(tmp_path / "run", tiny_config())
     for source, named in (
         ("hf:google/byt5-small", "base_model: google/byt5-small"),
@@ -385,7 +392,7 @@ def test_the_card_names_a_base_model_on_the_hub(toy, tmp_path):
     ],
 )
 def test_user_errors_are_one_line_and_write_nothing(
-    to, where, checkpoint, message, tmp_path, capsys, monkeypatch
+    to, where, checkpoint, message, make_run, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     make_run("run", tiny_config())
@@ -408,7 +415,7 @@ def test_a_run_without_a_checkpoint_is_an_error(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_configuration_of_another_size_is_an_error(tmp_path, capsys):
+def test_a_configuration_of_another_size_is_an_error(make_run, tmp_path, capsys):
     run = make_run(tmp_path / "run", tiny_config())
     config = run.folder / "config.gin"
     config.write_text(config.read_text().replace("T5Config.d_ff = 32", "T5Config.d_ff = 64"))
@@ -423,7 +430,7 @@ def test_a_student_that_transformers_cannot_represent_is_an_error():
 
 
 @pytest.mark.parametrize("to", ["hf", "t5x", "ctranslate2"])
-def test_an_export_with_other_logits_is_not_written(to, toy, tmp_path, monkeypatch):
+def test_an_export_with_other_logits_is_not_written(to, make_run, tmp_path, monkeypatch):
     if to != "t5x":
         pytest.importorskip({"hf": "transformers"}.get(to, to))
     run = make_run(tmp_path / "run", tiny_config())
@@ -443,14 +450,14 @@ def test_an_export_with_other_logits_is_not_written(to, toy, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_an_export_is_not_compared_for_lack_of_memory(toy, tmp_path, monkeypatch):
+def test_an_export_is_not_compared_for_lack_of_memory(make_run, tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", tiny_config())
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
     monkeypatch.setattr(comparison, "MEMINFO", tmp_path / "meminfo")
     assert "for lack of memory" in export(run, "hf", tmp_path / "out").note
 
 
-def test_an_export_that_cannot_be_compared_has_a_note(toy, tmp_path, monkeypatch):
+def test_an_export_that_cannot_be_compared_has_a_note(make_run, tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", tiny_config())
 
     def dummy(*args):
@@ -462,7 +469,7 @@ def test_an_export_that_cannot_be_compared_has_a_note(toy, tmp_path, monkeypatch
     assert (written.path / "config.json").is_file()
 
 
-def test_a_student_of_a_mesh_is_exported_on_one_device(toy, tmp_path):
+def test_a_student_of_a_mesh_is_exported_on_one_device(make_run, tmp_path):
     run = make_run(tmp_path / "run", tiny_config(), mesh=MeshConfig(data=64, model=2))
     assert export(run, "t5x", tmp_path / "out").note.startswith("without the run's optimizer")
 
@@ -476,7 +483,9 @@ def test_missing_packages_of_ctranslate2_are_named(missing, monkeypatch):
 
 
 @pytest.mark.parametrize("to", ["hf", "t5x", "ctranslate2"])
-def test_a_full_disk_leaves_no_files_and_the_next_export_succeeds(to, toy, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_files_and_the_next_export_succeeds(
+    to, make_run, tmp_path, monkeypatch
+):
     run = make_run(tmp_path / "run", tiny_config())
     (tmp_path / "out").mkdir()  # an empty folder is allowed
     (tmp_path / ".out.partial").mkdir()  # left by an export that was killed
