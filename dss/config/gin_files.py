@@ -367,7 +367,7 @@ def load_config(run: epath.PathLike, flags: Sequence[str] = ()) -> Experiment:
     """
     path = epath.Path(run).expanduser() / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{run}: not a run directory: it has no {CONFIG_FILE}")
+        raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
     # A run's file has no macros: what they set is in the fields that the defaults name.
     fields, bindings = _macro_fields(), []
     for flag in flags:

@@ -47,7 +47,7 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
             has_prefix = tf.size(head) == len(prefix)
             has_prefix &= tf.reduce_all(head == tf.constant(prefix)[: tf.size(head)])
             task = tf.where(has_prefix, k + 1, task)
-        tf.debugging.assert_positive(task, "an input begins with no task's prefix")
+        tf.debugging.assert_positive(task, "an input without the prefix of any task")
         return {**features, "task_ids": task * tf.ones_like(targets)}
 
     def _convert_features(

@@ -41,7 +41,7 @@ def test_unpacked_targets_have_their_tasks():
 
 @pytest.mark.parametrize("inputs", [[5, 3, 6, 1], [7, 1], [7]])
 def test_an_input_of_no_task_is_refused(inputs):
-    with pytest.raises(tf.errors.InvalidArgumentError, match="begins with no task's prefix"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="without the prefix of any task"):
         convert([(inputs, [4, 1])])
 
 
