@@ -26,7 +26,7 @@ __all__ = [
 def check_run(run: str) -> None:
     """Raises UserError if a folder is not a run directory."""
     if not in_bucket(run) and not (_local(run) / CONFIG_FILE).is_file():
-        raise UserError(f"{run}: not a run directory: it has no {CONFIG_FILE}")
+        raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
 
 
 def check_folders(folders: Sequence[str]) -> None:
