@@ -20,7 +20,8 @@ def open_datasets(
 
     Args:
       data: the configuration of the data.
-      name: the name of the user's own dataset; None for that of its folder or file.
+      name: the name of the dataset that is looked for; that of an export's data is taken as it is,
+        since the export keeps no path.
       must_exist: False for predicting, which reads no data.
 
     Raises:
@@ -31,12 +32,11 @@ def open_datasets(
         raise UserError(f"DATA_ROOT {root}: no such folder")
     own, path = [], data.dataset_path
     if path is None and not must_exist and name not in RELEASED:
-        path = name  # of an export, which keeps the name and the labels of its data alone
+        path = name
     if path is not None:
         own.append(
             Dataset.from_files(
                 path,
-                name=None if name in RELEASED else name,
                 labels=data.labels,
                 metric=data.metric,
                 must_exist=must_exist,

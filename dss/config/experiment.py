@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from dss.config.students import named_student
-from dss.data.datasets import Dataset, JsonlSource
+from dss.data.datasets import Dataset, JsonlSource, name_of
 from dss.data.labels import ANY_LABEL, Labels
 from dss.data.rationales import RationaleConfig
 from dss.data.released import ReleasedSource
-from dss.fields import check_at_least, check_share, check_types
+from dss.fields import check_at_least, check_rate, check_types
 from dss.parallel.config import MeshConfig
 from dss.student.config import DecodingConfig, T5Config
 from dss.training.config import OptimizerConfig, TrainerConfig
@@ -75,7 +75,7 @@ class Experiment:
     "hf:google/flan-t5-small", which goes into `initial_checkpoint`.
     """
 
-    dataset: Dataset | str | None = None  # a released dataset, or a name for data.dataset_path
+    dataset: Dataset | str | None = None  # None: that of data.dataset_path
     method: str | None = None  # a method of dss.mixtures.methods; None for an imported checkpoint
     mixture: str | None = None  # a mixture or task by its name, in place of dataset and method
     teacher: str | None = None  # of rationales and labels; None: the mixture's, or the only one
@@ -110,7 +110,7 @@ class Experiment:
             raise ValueError("give MIXTURE_OR_TASK_NAME, or METHOD with DATASET, not both")
         check_at_least(self, 1, "batch_size", "microbatches", "eval_examples")
         check_at_least(self, 0, "seed", "z_loss")
-        check_share(self, "dropout_rate", "label_smoothing")
+        check_rate(self, "dropout_rate", "label_smoothing")
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"ALPHA must be in [0, 1], got {self.alpha}")
         if self.alpha_end is not None and not 0 <= self.alpha_end <= 1:
@@ -129,6 +129,11 @@ class Experiment:
         places: dict[str, Any] = {}
         source = dataset.source
         if isinstance(source, JsonlSource):
+            if dataset.name != (name := name_of(source.path)):
+                raise ValueError(
+                    f"dataset {dataset.name!r}: a run calls it {name!r} by its files; leave the "
+                    "name out"
+                )
             places = {"dataset_path": str(source.path)}
         elif isinstance(source, ReleasedSource) and source.root is not None:
             places = {"root": str(source.root)}

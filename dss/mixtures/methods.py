@@ -40,7 +40,7 @@ class Method(enum.StrEnum):
           UserError: if there is no such method.
         """
         if name not in [*cls]:
-            raise unknown_name("method", name, cls)
+            raise unknown_name("method", name, [method.value for method in cls])
         return cls(name)
 
     @property

@@ -337,7 +337,7 @@ def _with_method(base: Experiment, name: str | None) -> Experiment:
         method, teacher = found
     else:
         known = [x.removeprefix(f"{dataset.name}_") for x in mixture_names(dataset)]
-        raise unknown_name("method", name, [*Method, *known])
+        raise unknown_name("method", name, [*(m.value for m in Method), *known])
     return resolve(dataclasses.replace(base, mixture=None, method=method.value, teacher=teacher))
 
 

@@ -219,11 +219,11 @@ def test_decoding_shows_its_rate_without_compiling_on_standard_error(capsys, mon
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "reading the student",
+        "loading the student",
         "compiling",
-        "answer 10/40",
-        "answer 30/40  2.0 answers/s  5 s left",
-        "answer 40/40  2.0 answers/s  0 s left",
+        "prediction 10/40",
+        "prediction 30/40  2.0 predictions/s  5 s left",
+        "prediction 40/40  2.0 predictions/s  0 s left",
     ]
 
 

@@ -163,11 +163,11 @@ def test_a_run_directory_is_whole(undisturbed, tmp_path):
         )
     )
     assert "toy_step_by_step_rules valid" in out
-    assert "teacher rules: accuracy 100.00% (95%: " in out
+    assert "teacher rules: accuracy 100.00% (95% CI: " in out
     for wanted in (
-        "right label",
+        "target label",
         "-> yes",
-        "calibration: expected error",
+        "expected calibration error",
         "rationales: 8, ROUGE-L",
     ):
         assert wanted in out

@@ -16,7 +16,7 @@ from dss.errors import UserError
 from dss.paths import gin_root
 from dss.runs.data import training_store
 from dss.sweeps.runner import Outcome, SweepProgress, read_outcome, run_sweep
-from dss.sweeps.sweep import Method, plan_sweep
+from dss.sweeps.sweep import SweepMethod, plan_sweep
 from tests.conftest import ROOT
 
 STUDENT = """
@@ -66,7 +66,7 @@ def test_a_sweep_is_every_method_with_every_student_fraction_and_seed(settings):
     run = sweep.runs[-1]
     assert (run.name, run.examples) == ("step_by_step-two-1.0-s1", 40)
     experiment = run.experiment
-    assert experiment.mixture == "toy_step_by_step_rules"
+    assert experiment.mixture_name == "toy_step_by_step_rules"
     assert experiment.run_dir == "sweep/step_by_step-two-1.0-s1"
     assert (experiment.seed, experiment.data.fraction) == (1, 1.0)
     assert experiment.student.num_decoder_layers == 2
@@ -106,8 +106,8 @@ def test_methods_are_mixtures_gin_files_and_steps(settings, tmp_path):
     ).runs
     assert first.name == "step_by_step_rules_more_alpha_x2-one-1.0-s3"
     assert (first.experiment.alpha, first.experiment.trainer.train_steps) == (0.9, 80)
-    assert first.experiment.mixture == "toy_step_by_step_rules"
-    assert (second.method, second.experiment.mixture) == ("whole", "toy_distill_rules")
+    assert first.experiment.mixture_name == "toy_step_by_step_rules"
+    assert (second.method, second.experiment.mixture_name) == ("whole", "toy_distill_rules")
     assert second.experiment.alpha == 0.5
 
 
@@ -115,8 +115,8 @@ def test_methods_are_mixtures_gin_files_and_steps(settings, tmp_path):
     "text", ["", "*2", "a+b", "a*", "a*0", "a*nan", "a*-1", "a*inf", "a+", "+"]
 )
 def test_what_is_no_method_says_how_one_looks(text):
-    with pytest.raises(UserError, match=r"method '.*': give a mixture's name"):
-        Method.parse(text)
+    with pytest.raises(UserError, match=r"method '.*': give a method's name"):
+        SweepMethod.parse(text)
 
 
 def test_a_method_may_have_the_compute_of_another(settings):
@@ -188,20 +188,20 @@ def test_planning_a_sweep_touches_no_accelerator(settings):
     assert done.stdout.count(" && dss eval ") == 24
 
 
-def test_the_recipe_comes_first_and_the_sweeps_own_settings_win(small_root, tmp_path):
+def test_the_dataset_comes_first_and_the_sweeps_own_settings_win(small_root, tmp_path):
     (tmp_path / "own.gin").write_text("BATCH_SIZE = 4\nALPHA = 0.25\n")
     flags = ["DATASET=cqa", f"DATA_ROOT={small_root}", "VOCABULARY=bytes", "MODEL_DIR=x"]
     sweep = plan_sweep(["runs/sweep.gin", str(tmp_path / "own.gin")], [*flags, "ALPHA=0.3"])
     run = next(run for run in sweep.runs if run.method == "step_by_step")
-    assert run.experiment.mixture == "cqa_step_by_step_palm"
+    assert run.experiment.mixture_name == "cqa_step_by_step_palm"
     assert (run.experiment.batch_size, run.experiment.alpha) == (4, 0.3)
     assert run.experiment.trainer.eval_period == 250
     longer = ["METHODS=('finetune*step_by_step',)", "FRACTIONS=(1,)", "SEEDS=(0,)"]
     (run,) = plan_sweep(["runs/sweep.gin"], [*flags, *longer]).runs
-    assert run.experiment.mixture == "cqa_finetune"
+    assert run.experiment.mixture_name == "cqa_finetune"
     assert run.experiment.trainer.train_steps > 10000
     sweep = plan_sweep(["runs/sweep.gin"], [*flags, "TEACHER=gpt_neox"])
-    assert {run.experiment.mixture for run in sweep.runs} == {
+    assert {run.experiment.mixture_name for run in sweep.runs} == {
         "cqa_finetune",
         "cqa_step_by_step_gpt_neox",
     }
@@ -265,12 +265,12 @@ def test_a_shipped_student_is_named_and_its_changes_follow():
         ("METHODS=finetune", "SweepConfig.methods must be of type tuple"),
         ("METHODS=('fine_tune',)", "unknown method 'fine_tune'; did you mean 'finetune'"),
         ("METHODS=('finetune+no.gin',)", "unknown gin file 'no.gin'"),
-        ("METHODS=('runs/adafactor.gin',)", "must set MIXTURE_OR_TASK_NAME"),
+        ("METHODS=('runs/adafactor.gin',)", "must set METHOD"),
         ("METHODS=('finetune', 'label_gold*0')", "method 'label_gold*0': give"),
         ("STUDENTS=('smal',)", "did you mean 'students/small.gin'"),
         ("STUDENTS=('hf:./nowhere',)", "nowhere: no such folder"),
         ("STUDENTS=('t5x:/nowhere',)", "/nowhere"),
-        ("METHODS=('finetune*step',)", "unknown method 'step'; known: distill_rules, finetune"),
+        ("METHODS=('finetune*step',)", "unknown method 'step'; did you mean 'step_by_step'?"),
         ("FRACTIONS=(0.5, 1.5)", r"FRACTIONS must be in (0, 1], got 1.5"),
         ("FRACTIONS=(0,)", r"FRACTIONS must be in (0, 1], got 0"),
         ("FRACTIONS=(0.001,)", "no examples for the train split of 'toy'"),
@@ -280,7 +280,7 @@ def test_a_shipped_student_is_named_and_its_changes_follow():
         ("TEACHER=palm", "unknown teacher 'palm'; known: rules"),
         ("DATASET=cqq", "unknown dataset 'cqq'; did you mean 'cqa'?"),
         ("DATASET_PATH=/nowhere", "/nowhere: no such file or folder"),
-        ("DATASET_PATH=None", "no dataset: give DATASET or DATASET_PATH"),
+        ("DATASET_PATH=None", "no dataset: give DATASET, or DATASET_PATH"),
         ("VOCABULARY=None", "no vocabulary: give"),
         ("VOCABULARY=/nowhere", "/nowhere"),
         ("T5Config.vocab_size=100", "bytes: wrong vocabulary"),
@@ -317,7 +317,7 @@ def test_missing_data_of_one_method_are_found_too(settings, toy_folder, tmp_path
     with pytest.raises(UserError, match=r"train.rules.jsonl: no such file"):
         plan(settings, f"DATASET_PATH={copy}")
     shutil.copy(toy_folder / "train.rules.jsonl", copy / "train.other.jsonl")
-    with pytest.raises(UserError, match=r"several teachers wrote about 'toy': other, rules"):
+    with pytest.raises(UserError, match=r"needs a teacher: give TEACHER; .* 'toy': other, rules"):
         plan(settings, f"DATASET_PATH={copy}", "METHODS=('distill',)")
     (copy / "test.jsonl").unlink()
     with pytest.raises(UserError, match=r"test.jsonl: no such file"):
@@ -348,7 +348,7 @@ def finish(run, right: int, total: int = 8) -> None:
     run.result.parent.mkdir(parents=True)
     scores = [1.0] * right + [0.0] * (total - right)
     lines = "".join(json.dumps({"score": score}) + "\n" for score in scores)
-    mixture = run.experiment.mixture
+    mixture = run.experiment.mixture_name
     (run.result.parent / f"{mixture}-test-30.jsonl").write_text(lines)
     summary = {"mixture": mixture, "split": "test", "step": 30, "metric": "accuracy"}
     summary |= {"value": right / total, "interval": [0.1, 0.9], "examples": total}
@@ -425,4 +425,4 @@ def test_examples_of_a_point_are_counted_after_those_held_out(settings, toy_fold
     copy = shutil.copytree(toy_folder, tmp_path / "toy")
     (copy / "valid.jsonl").unlink()
     runs = plan(settings, f"DATASET_PATH={copy}", "FRACTIONS=(0.5,)").runs
-    assert runs[0].examples == len(Dataset.released("toy").examples("train", fraction=0.5)) == 18
+    assert runs[0].examples == len(Dataset.from_files(copy).examples("train", fraction=0.5)) == 18
