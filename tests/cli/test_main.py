@@ -32,7 +32,7 @@ def test_help_is_quick_to_write_and_loads_no_jax(verb, capsys):
         (("train", "--gin.TRAIN_STEPS=0"), "train_steps must be at least 1, got 0"),
         (("train", "--gin.NoSuch.field=1"), "No configurable matching 'NoSuch'"),
         (("train", "--gin.BATCH_SIZE"), "give it as --gin.NAME=VALUE"),
-        (("train", "--gin.MODEL_DIR=x"), "no mixture"),
+        (("train", "--gin.MODEL_DIR=x"), "no method: give"),
         (
             ("train", "--gin.MODEL_DIR=x", "--gin.MIXTURE_OR_TASK_NAME=svamp_finetunee"),
             "unknown mixture 'svamp_finetunee'; did you mean 'svamp_finetune'",

@@ -190,7 +190,7 @@ def test_students_that_t5x_does_not_support_are_errors(experiment, student):
     ):
         with pytest.raises(UserError, match=message):
             plugin.transformer(dataclasses.replace(experiment, **changes))
-    with pytest.raises(UserError, match="no mixture"):
+    with pytest.raises(UserError, match="no method"):
         plugin.mixture(dataclasses.replace(experiment, mixture=None))
 
 
