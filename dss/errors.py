@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "first_line", "unknown_name"]
+__all__ = ["MissingPackageError", "UserError", "first_line", "missing_package", "unknown_name"]
 
 
 class UserError(Exception):
@@ -11,6 +11,26 @@ class UserError(Exception):
 
     Commands print the message without a traceback and exit with status 2.
     """
+
+
+class MissingPackageError(UserError, ImportError):
+    """A package of an optional extra is not installed."""
+
+
+def missing_package(feature: str, package: str | None, extra: str) -> MissingPackageError:
+    """Returns the error for a feature whose extra is not installed.
+
+    Args:
+      feature: subject of the message, such as "the report".
+      package: module that cannot be imported, as in `ModuleNotFoundError.name`.
+      extra: extra of dss with that package.
+
+    >>> str(missing_package("the report", "jinja2", "report"))
+    "the report needs jinja2 (not installed): pip install 'dss[report]'"
+    """
+    return MissingPackageError(
+        f"{feature} needs {package} (not installed): pip install 'dss[{extra}]'"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -1,16 +1,15 @@
 """`dss annotate`."""
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dss.errors import UserError
+from dss.errors import UserError, missing_package
 
 if TYPE_CHECKING:
     from dss.teacher.annotate import Limits
@@ -162,7 +161,7 @@ def run(args: argparse.Namespace) -> int:
         return next((mode for chosen, mode in modes if chosen), lambda: _run(args, job, price))()
     except ModuleNotFoundError as error:
         extras = "teacher" if args.pipeline_options is None else "teacher,beam"
-        raise UserError(f"{error.name} is not installed; pip install 'dss[{extras}]'") from None
+        raise missing_package("annotation", error.name, extras) from None
 
 
 def _job(args: argparse.Namespace) -> "Job":
@@ -212,19 +211,6 @@ def _price(args: argparse.Namespace, job: "Job") -> "Price | None":
     return load_price(args.prices, job.writer.teacher.model)
 
 
-@contextlib.contextmanager
-def _journal(job: "Job", *, create: bool = True) -> Iterator["Journal"]:
-    from dss.teacher.journal import Journal
-
-    journal = Journal(job.journal_path, create=create)
-    try:
-        if create:
-            journal.describe(job.writer)
-        yield journal
-    finally:
-        journal.close()
-
-
 def _limits(args: argparse.Namespace) -> "Limits":
     from dss.teacher.annotate import Limits
 
@@ -233,6 +219,7 @@ def _limits(args: argparse.Namespace) -> "Limits":
 
 
 def _run_pipeline(args: argparse.Namespace, job: "Job") -> int:
+    from dss.teacher.ask import open_journal
     from dss.teacher.beam import run_pipeline
 
     limits = _limits(args)
@@ -246,7 +233,7 @@ def _run_pipeline(args: argparse.Namespace, job: "Job") -> int:
         options = shlex.split(args.pipeline_options)
     except ValueError as error:
         raise UserError(f"--pipeline-options: {error}") from None
-    with _journal(job) as journal:
+    with open_journal(job) as journal:
         job.check(journal, parquet=args.parquet, replace=args.replace)
         unanswered = run_pipeline(job, journal, limits, args.key_env, options)
         _export(args, job, journal)
@@ -261,33 +248,22 @@ def _report_unanswered(count: int) -> int:
 
 
 def _run(args: argparse.Namespace, job: "Job", price: "Price | None") -> int:
-    import asyncio
-
     from dss.cli.annotate_progress import AnnotateProgress
     from dss.cli.progress import display_for
-    from dss.teacher.annotate import Annotator
-    from dss.teacher.client import Client, api_key
-    from dss.teacher.reply import FINAL
+    from dss.teacher.ask import ask, open_journal
 
-    limits, teacher = _limits(args), job.writer.teacher
-    client = Client(teacher, api_key(args.key_env, teacher.base_url), limits.timeout)
-    with _journal(job) as journal:
-        total = job.check(
+    with open_journal(job) as journal:
+        state = ask(
+            job,
             journal,
+            _limits(args),
+            key_env=args.key_env,
+            price=price,
+            make_progress=lambda n: AnnotateProgress(display_for("request", n), price),
+            export=lambda: _export(args, job, journal),
             parquet=args.parquet,
             replace=args.replace,
-            most_requests=limits.max_requests,
         )
-        progress = AnnotateProgress(display_for("request", total * teacher.samples), price)
-        annotator = Annotator(journal, job.writer, client, limits, price=price, progress=progress)
-        try:
-            state = asyncio.run(annotator.run(job.examples(), total))
-        except UserError:
-            if any(annotator.state.status_counts[status] for status in FINAL):
-                _export(args, job, journal)
-            raise
-        finally:
-            progress.close()
         if state.stopped is not None:
             print(f"{state.stopped}; run the same command again to resume")
         try:
@@ -311,9 +287,11 @@ def _export(args: argparse.Namespace, job: "Job", journal: "Journal") -> None:
 
 
 def _reparse(args: argparse.Namespace, job: "Job") -> int:
+    from dss.teacher.ask import open_journal
+
     if not job.journal_path.is_file():
         raise UserError(f"{job.journal_path}: no such journal; nothing was annotated there yet")
-    with _journal(job) as journal:
+    with open_journal(job) as journal:
         _export(args, job, journal)
     return 0
 
@@ -321,9 +299,10 @@ def _reparse(args: argparse.Namespace, job: "Job") -> int:
 def _report(job: "Job", price: "Price | None") -> int:
     from rich.console import Console
 
+    from dss.teacher.ask import open_journal
     from dss.teacher.report import make_report, write_page
 
-    with _journal(job, create=False) as journal:
+    with open_journal(job, create=False) as journal:
         report = make_report(job, journal, price)
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(f"annotations by {report.teacher}")
@@ -338,6 +317,7 @@ def _report(job: "Job", price: "Price | None") -> int:
 
 
 def _batch_export(args: argparse.Namespace, job: "Job") -> int:
+    from dss.teacher.ask import open_journal
     from dss.teacher.batch import export_batch
 
     stem = args.batch_export / f"{job.stem}.{job.name}"
@@ -345,7 +325,7 @@ def _batch_export(args: argparse.Namespace, job: "Job") -> int:
         raise UserError(
             f"--batch-export {args.batch_export}: give another folder than the outputs'"
         )
-    with _journal(job) as journal:
+    with open_journal(job) as journal:
         job.check(journal, replace=args.replace)
         files = export_batch(journal, job.writer, job.examples(), stem)
     for path, count in files:
@@ -358,9 +338,10 @@ def _batch_export(args: argparse.Namespace, job: "Job") -> int:
 
 
 def _batch_import(args: argparse.Namespace, job: "Job") -> int:
+    from dss.teacher.ask import open_journal
     from dss.teacher.batch import import_batch
 
-    with _journal(job) as journal:
+    with open_journal(job) as journal:
         counts = import_batch(journal, args.batch_import)
         print(
             f"{counts['new']} results imported; {counts['before']} were imported before, "

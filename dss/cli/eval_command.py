@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     result = evaluate(
         student_run,
         split=args.split,
-        which=args.checkpoint,
+        checkpoint=args.checkpoint,
         rationales=args.rationales,
         progress=DecodeProgress() if is_leader() else DecodingProgress(),
     )

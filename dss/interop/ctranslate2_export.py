@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from dss.errors import UserError
+from dss.errors import missing_package
 from dss.interop.huggingface_export import SPIECE, quiet_transformers
 from dss.student.config import T5Config
 
@@ -21,9 +21,7 @@ def check_installed() -> None:
     """
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(
-            f"--to ctranslate2 needs {' and '.join(missing)}: pip install {' '.join(PACKAGES)}"
-        )
+        raise missing_package("--to ctranslate2", ", ".join(missing), "export")
 
 
 def convert(source: Path, folder: Path, config: T5Config) -> None:

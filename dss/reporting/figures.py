@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dss.errors import UserError
+from dss.errors import missing_package
 from dss.reporting.analysis import Cell, Group
 from dss.reporting.collect import RunRecord
 from dss.reporting.naming import count_text
@@ -96,9 +96,7 @@ def draw_figures(group: Group) -> list[Figure]:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise UserError(
-            "the report needs matplotlib; pip install 'dss[report]', then run the command again"
-        ) from None
+        raise missing_package("the report", "matplotlib", "report") from None
     methods = dict.fromkeys(group.methods.values())
     styles = {m: STYLES[i % len(STYLES)] for i, m in enumerate(methods)}
     figures = []

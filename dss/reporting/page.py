@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dss import __version__
-from dss.errors import UserError
+from dss.errors import UserError, missing_package
 from dss.evaluation.significance import wilson_interval
 from dss.mixtures.ledger import Ledger
 from dss.paths import write_whole
@@ -74,9 +74,7 @@ def write_report(
     try:
         import jinja2
     except ModuleNotFoundError:
-        raise UserError(
-            "the report needs jinja2; pip install 'dss[report]', then run the command again"
-        ) from None
+        raise missing_package("the report", "jinja2", "report") from None
     if page.is_dir():
         raise UserError(
             f"{page}: a folder; give the name of a file, such as {page / 'report.html'}"

@@ -52,7 +52,7 @@ def plan(settings, *flags):
     return plan_sweep(["runs/sweep.gin"], [*settings, *flags])
 
 
-def test_a_sweep_is_every_method_with_every_student_fraction_and_seed(settings):
+def test_a_sweep_has_every_method_student_fraction_and_seed(settings):
     sweep = plan(settings, "METHODS=('finetune', 'finetune*2.5', 'step_by_step')", "TRAIN_STEPS=30")
     assert len(sweep.runs) == 3 * 2 * 3 * 2
     assert [run.name for run in sweep.runs[:6]] == [
@@ -74,7 +74,7 @@ def test_a_sweep_is_every_method_with_every_student_fraction_and_seed(settings):
     assert steps == {"finetune": 30, "finetune_x2.5": 75, "step_by_step": 30}
 
 
-def test_all_methods_have_the_same_examples_and_smaller_fractions_are_parts_of_larger(settings):
+def test_methods_have_the_same_examples_and_fractions_are_nested(settings):
     methods = "METHODS=('finetune', 'step_by_step', 'distill', 'single_target')"
     seen: dict[tuple, set] = {}
     for run in plan(settings, methods, "STUDENTS=('one.gin',)").runs:
@@ -88,16 +88,16 @@ def test_all_methods_have_the_same_examples_and_smaller_fractions_are_parts_of_l
     assert seen[0, 1.0] == seen[1, 1.0]
 
 
-def test_the_parts_of_a_sweep_are_all_of_it_and_every_part_has_every_method(settings):
+def test_parts_partition_the_runs_and_each_has_every_method(settings):
     sweep = plan(settings)
-    parts = [sweep.take(i, 5) for i in range(5)]
+    parts = [sweep.select_part(i, 5) for i in range(5)]
     names = [run.name for part in parts for run in part.runs]
     assert sorted(names) == sorted(run.name for run in sweep.runs)
     assert all({run.method for run in part.runs} == {"finetune", "step_by_step"} for part in parts)
-    assert sweep.take(99, 100).runs == ()
+    assert sweep.select_part(99, 100).runs == ()
 
 
-def test_methods_are_mixtures_gin_files_and_steps(settings, tmp_path):
+def test_methods_with_gin_files_and_a_factor_of_steps(settings, tmp_path):
     (tmp_path / "more alpha.gin").write_text("ALPHA = 0.9\nTRAIN_STEPS = 40\n")
     (tmp_path / "whole.gin").write_text("MIXTURE_OR_TASK_NAME = 'toy_distill_rules'\n")
     methods = "METHODS=('step_by_step_rules+more alpha.gin*2', 'whole.gin')"
@@ -114,12 +114,12 @@ def test_methods_are_mixtures_gin_files_and_steps(settings, tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "*2", "a+b", "a*", "a*0", "a*nan", "a*-1", "a*inf", "a+", "+"]
 )
-def test_what_is_no_method_says_how_one_looks(text):
+def test_the_error_for_a_malformed_method_shows_the_syntax(text):
     with pytest.raises(UserError, match=r"method '.*': give a method's name"):
         SweepMethod.parse(text)
 
 
-def test_a_method_may_have_the_compute_of_another(settings):
+def test_a_method_can_match_the_compute_of_another(settings):
     runs = plan(
         settings, "METHODS=('finetune*step_by_step', 'step_by_step')", "TRAIN_STEPS=50"
     ).runs
@@ -132,7 +132,7 @@ def test_a_method_may_have_the_compute_of_another(settings):
     assert longer == {round(50 * sum(tokens) / tokens[0])}
 
 
-def test_a_student_may_be_a_checkpoint(settings, shared):
+def test_a_student_can_be_a_checkpoint(settings, shared):
     source = shared / "fixtures" / "reference_cqa" / "model"
     only = ["FRACTIONS=(1,)", "SEEDS=(0,)", "METHODS=('finetune',)"]
     (run,) = plan(settings, *only, f"STUDENTS=('hf:{source}',)").runs
@@ -144,30 +144,30 @@ def test_a_student_may_be_a_checkpoint(settings, shared):
         plan(settings, *only, "STUDENTS=('one.gin',)", f"INITIAL_CHECKPOINT_PATH=hf:{source}")
 
 
-def test_a_run_that_another_process_is_at_is_waited_for(settings):
-    sweep = plan(settings, "STUDENTS=('one.gin',)", "FRACTIONS=(0.5,)").take(0, 4)
+def test_a_sweep_waits_for_a_run_of_another_process(settings):
+    sweep = plan(settings, "STUDENTS=('one.gin',)", "FRACTIONS=(0.5,)").select_part(0, 4)
     (run,) = sweep.runs
     log = sweep.folder / "logs" / f"{run.name}.log"
     log.parent.mkdir(parents=True)
-    told = []
+    waited = []
     with open(log, "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
 
-        class Told(SweepProgress):
+        class Recorder(SweepProgress):
             def waiting(self, run):
-                told.append(run.name)
+                waited.append(run.name)
                 finish(run, right=4)
                 fcntl.flock(other, fcntl.LOCK_UN)
 
             def started(self, number, run, log):
-                pytest.fail("it was done by the other")
+                pytest.fail("the other process has done it")
 
-        (outcome,), _ = run_sweep(sweep, Told())
-    assert told == [run.name]
+        (outcome,), _ = run_sweep(sweep, Recorder())
+    assert waited == [run.name]
     assert outcome.status == "done"
 
 
-def test_planning_a_sweep_touches_no_accelerator(settings):
+def test_planning_a_sweep_initializes_no_accelerator(settings):
     flags = [f"--gin.{setting}" for setting in settings]
     code = "from dss.cli.main import main; raise SystemExit(main())"
     done = subprocess.run(
@@ -188,7 +188,7 @@ def test_planning_a_sweep_touches_no_accelerator(settings):
     assert done.stdout.count(" && dss eval ") == 24
 
 
-def test_the_dataset_comes_first_and_the_sweeps_own_settings_win(small_root, tmp_path):
+def test_files_and_flags_of_a_sweep_override_the_datasets_file(small_root, tmp_path):
     (tmp_path / "own.gin").write_text("BATCH_SIZE = 4\nALPHA = 0.25\n")
     flags = ["DATASET=cqa", f"DATA_ROOT={small_root}", "VOCABULARY=bytes", "MODEL_DIR=x"]
     sweep = plan_sweep(["runs/sweep.gin", str(tmp_path / "own.gin")], [*flags, "ALPHA=0.3"])
@@ -223,7 +223,7 @@ def test_the_shipped_sweep_is_documented_and_expands(small_root):
     assert len(plan_sweep(["runs/sweep.gin"], flags).runs) == 24
 
 
-def test_a_runs_command_line_is_its_whole_configuration(settings, tmp_path, capsys):
+def test_the_commands_of_a_run_have_its_whole_configuration(settings, tmp_path, capsys):
     odd = tmp_path / 'it\'s a "sweep" $HOME'
     sweep = plan(settings, f"MODEL_DIR={odd}", "ALPHA=0.3", "MeshConfig.model=1")
     for run in sweep.runs[:3]:
@@ -248,7 +248,7 @@ def test_a_runs_command_line_is_its_whole_configuration(settings, tmp_path, caps
     assert not odd.exists()
 
 
-def test_a_shipped_student_is_named_and_its_changes_follow():
+def test_gin_flags_has_only_the_changes_of_a_shipped_student():
     base = parse_gin(["students/tiny.gin"])
     wanted = parse_gin(["students/tiny.gin"], ["T5Config.vocab_size=384", "MODEL_DIR='1'"])
     assert gin_flags(wanted, base) == ["--gin.MODEL_DIR='1'", "--gin.T5Config.vocab_size=384"]
@@ -292,16 +292,14 @@ def test_a_shipped_student_is_named_and_its_changes_follow():
         ("FRACTION=(1,)", "unknown macro 'FRACTION'"),
     ],
 )
-def test_what_is_wrong_with_a_sweep_is_found_before_anything_is_trained(
-    settings, flag, message, capsys, tmp_path
-):
+def test_errors_of_a_sweep_are_found_before_training(settings, flag, message, capsys, tmp_path):
     before = sorted(tmp_path.iterdir())
     flags = [f"--gin.{setting}" for setting in [*settings, flag]]
     assert main(["sweep", "--gin_file=runs/sweep.gin", *flags]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.startswith("dss sweep: ")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.startswith("dss sweep: ")
+    assert printed.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -324,11 +322,11 @@ def test_missing_data_of_one_method_are_found_too(settings, toy_folder, tmp_path
         plan(settings, f"DATASET_PATH={copy}", "TEACHER=other")
 
 
-def test_a_folder_with_other_runs_of_the_same_names_is_refused(settings):
+def test_a_folder_with_runs_of_another_sweep_is_an_error(settings):
     sweep = plan(settings)
     sweep.runs[0].folder.mkdir(parents=True)
     save_config(sweep.runs[0].experiment, sweep.runs[0].folder)
-    plan(settings, "ALPHA=0.4")  # nothing was saved, so nothing is lost
+    plan(settings, "ALPHA=0.4")  # without a checkpoint, nothing is lost
     (sweep.runs[0].folder / "checkpoints" / "10").mkdir(parents=True)
     plan(settings)
     with pytest.raises(
@@ -337,14 +335,14 @@ def test_a_folder_with_other_runs_of_the_same_names_is_refused(settings):
         plan(settings, "ALPHA=0.4")
 
 
-def test_one_process_does_a_sweep(monkeypatch, capsys):
+def test_a_sweep_with_several_processes_is_an_error(monkeypatch, capsys):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     assert main(["sweep"]) == 2
     assert "--print-commands" in capsys.readouterr().err
 
 
 def finish(run, right: int, total: int = 8) -> None:
-    """Writes what `dss eval` would of a run."""
+    """Writes the files of `dss eval` for a run."""
     run.result.parent.mkdir(parents=True)
     scores = [1.0] * right + [0.0] * (total - right)
     lines = "".join(json.dumps({"score": score}) + "\n" for score in scores)
@@ -355,7 +353,7 @@ def finish(run, right: int, total: int = 8) -> None:
     run.result.write_text(json.dumps(summary))
 
 
-def test_what_is_done_is_shown_and_not_done_again(settings, capsys, monkeypatch):
+def test_finished_runs_are_shown_and_not_repeated(settings, capsys, monkeypatch):
     only = ["STUDENTS=('one.gin',)", "FRACTIONS=(0.5,)"]
     for i, run in enumerate(plan(settings, *only).runs):
         finish(run, right=4 + i)
@@ -363,7 +361,7 @@ def test_what_is_done_is_shown_and_not_done_again(settings, capsys, monkeypatch)
     flags = [f"--gin.{setting}" for setting in [*settings, *only]]
     assert cli.main(["sweep", "--gin_file=runs/sweep.gin", *flags]) == 0
     out = capsys.readouterr().out
-    assert "4 runs, 4 of them done before" in out
+    assert "4 runs, 4 of them already done" in out
     rows = [line.split() for line in out.splitlines() if line.split()[1:2] == ["one"]]
     assert [row[:5] for row in rows] == [
         ["finetune", "one", "20", "2/2", "62.5%"],  # 4 and 6 of 8
@@ -377,7 +375,7 @@ def test_what_is_done_is_shown_and_not_done_again(settings, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"mixture": ', "[" * 100_000])
-def test_a_run_whose_result_is_broken_is_evaluated_again(text, settings):
+def test_a_run_with_an_invalid_result_is_missing(text, settings):
     run = plan(settings).runs[0]
     finish(run, right=4)
     assert read_outcome(run).status == "done"
@@ -385,18 +383,18 @@ def test_a_run_whose_result_is_broken_is_evaluated_again(text, settings):
     assert read_outcome(run).status == "missing"
 
 
-def test_a_run_that_fails_is_told_with_its_line_and_the_others_go_on(settings, monkeypatch):
+def test_a_failed_run_is_reported_and_the_others_continue(settings, monkeypatch):
     sweep = plan(settings, "STUDENTS=('one.gin',)", "FRACTIONS=(0.5,)")
     ended: list[Outcome] = []
 
-    class Told(SweepProgress):
+    class Recorder(SweepProgress):
         def ended(self, number, outcome, seconds, left):
             ended.append(outcome)
             assert seconds >= 0
             assert left >= 0
 
     def run(_, command, log):
-        """Stands for a process: the second run says what is wrong, the third is killed."""
+        """Replaces a process: the second run fails with a message, the third is killed."""
         number = len(ended)
         log.write(b"step 1/2\ndss train: bad luck; try again\nafter that\n")
         log.flush()
@@ -409,19 +407,19 @@ def test_a_run_that_fails_is_told_with_its_line_and_the_others_go_on(settings, m
         return 0
 
     monkeypatch.setattr("dss.sweeps.runner._Children.run", run)
-    outcomes, stopped_by = run_sweep(sweep, Told())
+    outcomes, stopped_by = run_sweep(sweep, Recorder())
     assert stopped_by is None
     assert [o.status for o in outcomes] == ["done", "failed", "failed", "done"]
     assert outcomes == ended
     assert outcomes[1].error == "dss train: bad luck; try again"
     assert outcomes[2].error == "dss train: ended by SIGKILL; out of memory?"
     assert outcomes[1].log.read_text().count("after that") == 1
-    assert read_outcome(sweep.runs[1]).status == "missing"  # so that it is tried again
+    assert read_outcome(sweep.runs[1]).status == "missing"  # so the next sweep repeats it
     lines = [json.loads(line) for line in (sweep.folder / "sweep.jsonl").read_text().splitlines()]
     assert [line["error"] for line in lines][1] == "dss train: bad luck; try again"
 
 
-def test_examples_of_a_point_are_counted_after_those_held_out(settings, toy_folder, tmp_path):
+def test_held_out_examples_are_not_counted(settings, toy_folder, tmp_path):
     copy = shutil.copytree(toy_folder, tmp_path / "toy")
     (copy / "valid.jsonl").unlink()
     runs = plan(settings, f"DATASET_PATH={copy}", "FRACTIONS=(0.5,)").runs
