@@ -374,7 +374,7 @@ def test_a_hugging_face_checkpoint_is_imported_trained_and_asked(
     run = tmp_path / "run"
     call(
         "train",
-        "--gin_file=datasets/svamp.gin --gin_file=methods/step_by_step.gin",
+        *("--gin_file=datasets/svamp.gin", "--gin_file=methods/step_by_step.gin"),
         f"--gin.MODEL_DIR={run}",
         f"--gin.DATA_ROOT={small_root}",
         f"--gin.INITIAL_CHECKPOINT_PATH={imported}",
