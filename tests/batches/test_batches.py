@@ -253,7 +253,7 @@ def test_a_store_depends_on_the_held_out_tenth_and_the_label_set(toy_folder, tmp
         )
 
     assert len(train_ids()) == 40
-    with pytest.raises(UserError, match=r"train.jsonl:1: label 'no' is none of yes"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: label 'no' is not one of yes"):
         train_ids(labels=("yes",))
     (folder / "valid.jsonl").unlink()
     assert len(train_ids()) == 36
