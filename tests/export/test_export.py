@@ -379,7 +379,7 @@ def test_the_card_names_the_base_model_where_it_is_on_the_hub(toy, tmp_path):
         ("hf", "full", "best", "full: not empty; export into a new folder"),
         ("hf", "full/file", "best", "full/file: not empty"),
         ("t5x", "gs://bucket/new", "best", "gs://bucket/new: exports are written to this machine"),
-        ("hf", "new", "9", "no checkpoint '9'; have: 7, latest, best"),
+        ("hf", "new", "9", "no checkpoint '9'; available: 7, latest, best"),
     ],
 )
 def test_what_a_user_gets_wrong(to, where, checkpoint, message, tmp_path, capsys, monkeypatch):
