@@ -94,17 +94,17 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Waits until all processes have called this with the same `what`."""
+def wait_for_all(name: str) -> None:
+    """Waits until all processes have called this with the same `name`."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
-def all_agree(mine: bool) -> bool:
-    """Returns whether `mine` is True in every process."""
+def all_agree(value: bool) -> bool:
+    """Returns whether `value` is True in every process."""
     if jax.process_count() == 1:
-        return mine
-    return bool(multihost_utils.process_allgather(np.array(mine)).all())
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).all())
 
 
 def leaders_text(text: str) -> str:

@@ -49,7 +49,8 @@ class T5Config:
     dropout_rate: float = 0.1  # in [0, 1)
     layer_norm_epsilon: float = 1e-6
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute dtype; parameters are float32
-    remat: Literal["none", "full", "dots"] = "none"  # rematerialization of each layer
+    # Rematerialized parts of a layer; "dots": all but products with parameters.
+    remat: Literal["none", "full", "dots"] = "none"
 
     def __post_init__(self):
         check_types(self)

@@ -42,7 +42,7 @@ def abstract_like(tree: Any, shardings: Any) -> Any:
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, made to tolerate unreadable scores, with which it would not open."""
+    """Orbax's manager, but unreadable scores are ignored; Orbax's would fail to open the folder."""
 
     def __init__(self, folder: epath.Path, **options: Any):
         with reading(folder):
@@ -259,7 +259,7 @@ class Checkpoints:
           abstract: shapes, dtypes and shardings of the state.
 
         Returns:
-          The state, and the error of each corrupt step.
+          The state, and the error message of each corrupt step.
 
         Raises:
           UserError: if no checkpoint can be read; the message has the newest one's error.

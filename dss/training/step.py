@@ -89,7 +89,7 @@ def state_shardings(
       UserError: if a sharded dimension is not divisible by its number of shards.
     """
     heads_axis = dict(reversed(mesh_config.rules)).get("heads")
-    if heads_axis is not None:  # shards have whole heads, of a dimension of H * K elements
+    if heads_axis is not None:  # its dimension has H * K elements; shards need whole heads
         check_split("num_heads", config.num_heads, mesh, heads_axis)
     shapes = abstract_params(config)
     params = param_shardings(mesh, mesh_config, logical_axes(config), shapes)
