@@ -144,7 +144,7 @@ class Greedy(NamedTuple):
     """The state of greedy decoding."""
 
     t: jax.Array  # [], positions decoded
-    index: jax.Array  # [B], index of each sequence's input
+    input_index: jax.Array  # [B], index of each sequence's input
     tokens: jax.Array  # [B, 1, T]
     scores: jax.Array  # [B], summed log-probability
     active: jax.Array  # [B], whether the sequence is unfinished
@@ -160,7 +160,7 @@ class Beams(NamedTuple):
     """The state of a beam search with N beams per sequence."""
 
     t: jax.Array  # [], positions decoded
-    index: jax.Array  # [B], index of each sequence's input
+    input_index: jax.Array  # [B], index of each sequence's input
     tokens: jax.Array  # [B, N, T], running hypotheses
     scores: jax.Array  # [B, N], summed log-probability of running hypotheses
     ancestors: jax.Array  # [B, N, T], see `_step`
@@ -255,7 +255,9 @@ def _decode(
     step = functools.partial(step, model, layers, source, start, stop)
     positions = _positions(state)
     state = jax.lax.while_loop(lambda s: (s.t < positions) & s.active.any(), step, state)
-    tokens, scores = (x.at[state.index].set(y) for x, y in zip(outputs, state.best, strict=True))
+    tokens, scores = (
+        x.at[state.input_index].set(y) for x, y in zip(outputs, state.best, strict=True)
+    )
     return Stage(state, (tokens, scores), state.active.sum())
 
 
@@ -319,7 +321,7 @@ def _resize(
     The state's list of caches is emptied layer by layer, so that few caches exist twice at a time.
     """
     growth = (positions - _positions(state)) * state.tokens.shape[1]
-    kept = None if size == len(state.index) else jnp.argsort(~state.active)[:size]
+    kept = None if size == len(state.input_index) else jnp.argsort(~state.active)[:size]
     old, state = state.caches, state._replace(caches=[])
     caches = [_select(old.pop(0), kept, growth) for _ in range(len(old))]
     source, state = _select((source, state), kept)
