@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 GIB = 2**30
-MAX_TOKENS = 100_000  # largest mean length
+MAX_TOKENS = 100_000  # maximum mean length
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the plan of the run; returns 1 if it does not fit."""
     mesh = {} if args.mesh is None else _mesh(args.mesh)
-    tokens = None if args.tokens is None else _numbers(args.tokens)
+    tokens = None if args.tokens is None else _mean_lengths(args.tokens)
     if args.mfu is not None and not 0 < args.mfu <= 1:
         raise UserError(f"--mfu={args.mfu}: must be a fraction of the peak, above 0 and at most 1")
     if args.json is not None:
@@ -111,14 +111,16 @@ def _mesh(text: str) -> dict[str, int]:
     return {"data": 1, "model": 1} | sizes
 
 
-def _numbers(text: str) -> tuple[float, float]:
+def _mean_lengths(text: str) -> tuple[float, float]:
+    """Parses `INPUT,TARGET`."""
     try:
         inputs, targets = map(float, text.split(","))
     except ValueError:
         inputs = targets = 0.0
     if not all(2 <= mean <= MAX_TOKENS for mean in (inputs, targets)):
         raise UserError(
-            f"--tokens={text}: give it as INPUT,TARGET, means of 2 to {MAX_TOKENS:,}, as 48,17"
+            f"--tokens={text}: give it as INPUT,TARGET, mean lengths of 2 to {MAX_TOKENS:,} tokens, "
+            "such as 48,17"
         )
     return inputs, targets
 
