@@ -119,8 +119,8 @@ def _mean_lengths(text: str) -> tuple[float, float]:
         inputs = targets = 0.0
     if not all(2 <= mean <= MAX_TOKENS for mean in (inputs, targets)):
         raise UserError(
-            f"--tokens={text}: give it as INPUT,TARGET, mean lengths of 2 to {MAX_TOKENS:,} tokens, "
-            "such as 48,17"
+            f"--tokens={text}: give it as INPUT,TARGET, mean lengths of 2 to {MAX_TOKENS:,} "
+            "tokens, such as 48,17"
         )
     return inputs, targets
 
