@@ -22,7 +22,7 @@ from dss.cli.options import quiet_tpu
 from dss.config.gin_files import parse_gin
 from dss.parallel.memory import keep_freed_memory
 from dss.planning.hardware import find_accelerator, simulate_devices
-from dss.planning.hlo import exchanges, sending_seconds
+from dss.planning.hlo import collectives, communication_seconds
 
 MOST = 8
 # Layout, data, model.
@@ -63,7 +63,7 @@ def prepare(student: str, batch_size: int, layout: str, data: int, model: int) -
         jax.block_until_ready((state, metrics))
         return time.perf_counter() - began
 
-    return step, exchanges(program.as_text(), data * model)
+    return step, collectives(program.as_text(), data * model)
 
 
 def main() -> int:
@@ -93,7 +93,7 @@ def main() -> int:
                 "layout": layout,
                 "mesh": f"{data}x{model}",
                 "sent": data * model * sum(exchange.sent for exchange in sent),
-                "sending_seconds": sending_seconds(sent, chip),
+                "sending_seconds": communication_seconds(sent, chip),
             }
         )
     seconds = [[step() for step in steps] for _ in range(1 + args.repeats)][1:]

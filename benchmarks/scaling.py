@@ -21,7 +21,7 @@ from pathlib import Path
 from dss.cli.options import quiet_tpu
 from dss.config.gin_files import parse_gin
 from dss.planning.hardware import find_accelerator, simulate_devices
-from dss.planning.hlo import Exchange, sending_seconds
+from dss.planning.hlo import Collective, communication_seconds
 from dss.planning.plan import Plan, plan
 
 EXAMPLES = 8  # per device
@@ -40,12 +40,12 @@ def compiled(student: str, layout: str, devices: int) -> Plan:
     return plan(dataclasses.replace(experiment, mesh=mesh), COMPILED_FOR, largest=False)
 
 
-def sent_bytes(exchanges: tuple[Exchange, ...]) -> float:
+def sent_bytes(exchanges: tuple[Collective, ...]) -> float:
     """Returns the bytes that a device sends in a step."""
     return sum(exchange.sent for exchange in exchanges)
 
 
-def on(point: Plan, chips: int) -> tuple[Exchange, ...]:
+def on(point: Plan, chips: int) -> tuple[Collective, ...]:
     """Returns what a device sends where `data` is so much longer that the mesh has some chips.
 
     Collectives within a row of `model` are unchanged. In all others a device sends (n - 1) / n of
@@ -69,7 +69,7 @@ def extrapolate(point: Plan, accelerator: str, chips: int) -> dict:
     chip = find_accelerator(accelerator, chips)
     devices = point.data * point.model
     computing = point.work.useful / devices / (chip.flops["float32"] * chip.mfu)
-    sending = sending_seconds(on(point, chips), chip)
+    sending = communication_seconds(on(point, chips), chip)
     return {
         "accelerator": accelerator,
         "chips": chips,

@@ -1,4 +1,4 @@
-"""`dss plan`."""
+"""`dss plan`: estimates the memory and time of a run without running it."""
 
 import argparse
 import dataclasses
@@ -16,51 +16,54 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dss.planning.hardware import Accelerator
-    from dss.planning.hlo import Exchange
+    from dss.planning.hlo import Collective
     from dss.planning.plan import Plan
 
 __all__ = ["add_arguments", "run"]
 
 GIB = 2**30
-MOST_TOKENS = 100_000  # of a text, on average
+MAX_TOKENS = 100_000  # maximum mean length
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the command's options."""
     add_gin_options(parser)
-    parser.add_argument("--student", metavar="NAME", help="short for --gin_file=students/NAME.gin")
+    parser.add_argument("--student", metavar="NAME", help="same as --gin_file=students/NAME.gin")
     parser.add_argument(
         "--mesh",
         metavar="data=N,model=N",
-        help="the devices of the run; else MeshConfig's",
+        help="mesh of the run (default: MeshConfig's)",
     )
     parser.add_argument(
         "--accelerator",
         default="cpu",
         metavar="NAME",
-        help="v4, v5p (one device a chip), h100, h200, or cpu, this machine (default)",
+        help="v4, v5p (one device per chip), h100, h200, or cpu: this machine (default)",
     )
     parser.add_argument(
-        "--mfu", type=float, metavar="SHARE", help="of the peak, reached by useful operations"
+        "--mfu",
+        type=float,
+        metavar="FRACTION",
+        help="assumed model FLOPs utilization (default: the accelerator's)",
     )
     parser.add_argument(
         "--tokens",
         metavar="INPUT,TARGET",
-        help="mean tokens of an input and a target; else the data's, or CQA's without data",
+        help="mean input and target length (default: the data's, or CQA's without data)",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="compile once: leave out the largest batch"
+        "--quick", action="store_true", help="compile once: do not search the largest batch"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the plan there too")
+    parser.add_argument("--json", metavar="FILE", help="also write the plan to FILE")
     parser.epilog = "dss plan --student=xl --mesh=data=4,model=2 --accelerator=v5p"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what the run would need; returns 1 if it does not fit."""
+    """Prints the plan of the run; returns 1 if it does not fit."""
     mesh = {} if args.mesh is None else _mesh(args.mesh)
-    tokens = None if args.tokens is None else _numbers(args.tokens)
+    tokens = None if args.tokens is None else _mean_lengths(args.tokens)
     if args.mfu is not None and not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu={args.mfu}: a share of the peak, above 0 and at most 1")
+        raise UserError(f"--mfu={args.mfu}: must be a fraction of the peak, above 0 and at most 1")
     if args.json is not None:
         check_output("--json", args.json)
     if args.student:
@@ -71,18 +74,18 @@ def run(args: argparse.Namespace) -> int:
 
     flags = [*args.gin, *(f"MeshConfig.{axis}={size}" for axis, size in mesh.items())]
     experiment = parse_gin(args.gin_file, flags, search)
-    if experiment.mesh.data == -1:  # all devices, and no number of them was given
+    if experiment.mesh.data == -1:  # all devices; their number is unknown, so one is planned
         one = dataclasses.replace(experiment.mesh, data=1)
         experiment = dataclasses.replace(experiment, mesh=one)
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # what XLA logs as an error it raises too
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA also raises the errors that it logs
     quiet_tpu()
     from dss.planning.hardware import simulate_devices
     from dss.planning.plan import plan
 
     simulate_devices(experiment.mesh.data * experiment.mesh.model)
 
-    found = plan(
+    result = plan(
         experiment,
         args.accelerator,
         mfu=args.mfu,
@@ -90,14 +93,14 @@ def run(args: argparse.Namespace) -> int:
         largest=not args.quick,
         report=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
     )
-    _print(found, experiment)
+    _print(result, experiment)
     if args.json:
-        _write(found, args.json)
-    return 0 if found.fits else 1
+        _write(result, args.json)
+    return 0 if result.fits else 1
 
 
 def _mesh(text: str) -> dict[str, int]:
-    """Returns the sizes of `data=N,model=N`; what is left out is 1."""
+    """Parses `data=N,model=N`; an axis that is left out has size 1."""
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
@@ -108,41 +111,44 @@ def _mesh(text: str) -> dict[str, int]:
     return {"data": 1, "model": 1} | sizes
 
 
-def _numbers(text: str) -> tuple[float, float]:
+def _mean_lengths(text: str) -> tuple[float, float]:
+    """Parses `INPUT,TARGET`."""
     try:
         inputs, targets = map(float, text.split(","))
     except ValueError:
         inputs = targets = 0.0
-    if not all(2 <= mean <= MOST_TOKENS for mean in (inputs, targets)):
+    if not all(2 <= mean <= MAX_TOKENS for mean in (inputs, targets)):
         raise UserError(
-            f"--tokens={text}: give it as INPUT,TARGET, means of 2 to {MOST_TOKENS:,}, as 48,17"
+            f"--tokens={text}: give it as INPUT,TARGET, mean lengths of 2 to {MAX_TOKENS:,} "
+            "tokens, such as 48,17"
         )
     return inputs, targets
 
 
-def _print(found: "Plan", experiment) -> None:
+def _print(result: "Plan", experiment) -> None:
     """Prints a plan as lines and a table."""
-    config, chip, memory, work = found.student, found.accelerator, found.memory, found.work
-    devices = found.data * found.model
-    sizes = {"data": found.data, "model": found.model}
+    config, chip, memory, work = result.student, result.accelerator, result.memory, result.work
+    devices = result.data * result.model
+    sizes = {"data": result.data, "model": result.model}
     rules = [f"; {a} over {b}" for a, b in experiment.mesh.rules if sizes[b] > 1]
     print(
-        f"{found.parameters / 1e6:,.0f}M parameters, {config.dtype}, gradients "
+        f"{result.parameters / 1e6:,.0f}M parameters, {config.dtype}, gradients "
         f"{experiment.grad_dtype}, remat {config.remat}, {experiment.optimizer.name}"
     )
-    print(f"mesh: {devices} {chip.name}, data={found.data}, model={found.model}{''.join(rules)}")
+    print(f"mesh: {devices} {chip.name}, data={result.data}, model={result.model}{''.join(rules)}")
     print(
-        f"batch: {found.batch_size} examples in {experiment.microbatches} microbatch(es), "
-        f"{work.input_tokens:,.0f} + {work.target_tokens:,.0f} tokens (lengths: {found.lengths})"
+        f"batch: {result.batch_size} examples in {experiment.microbatches} microbatch(es), "
+        f"{work.input_tokens:,.0f} input and {work.target_tokens:,.0f} target tokens "
+        f"(lengths: {result.lengths})"
     )
     if work.empty_parts:
         print(
-            f"  too few for {work.parts} parts, one for each data shard and microbatch: "
+            f"  too few examples for {work.parts} parts, one per data shard and microbatch: "
             f"{work.empty_parts} are empty"
         )
-    print(f"compiled by {found.compiler}, {found.compile_seconds:.0f} s")
+    print(f"compiled by {result.compiler}, {result.compile_seconds:.0f} s")
     if chip.tpu is None and chip.name != "cpu":
-        print("  a GPU's compiler was not asked: its temporary memory differs, more in bfloat16")
+        print("  not by a GPU's compiler: temporary memory will differ, more so in bfloat16")
     rows = (
         ("parameters", memory.parameters),
         ("optimizer", memory.optimizer),
@@ -152,72 +158,73 @@ def _print(found: "Plan", experiment) -> None:
         ("total", memory.total),
         ("usable", chip.usable),
     )
-    print(f"{'of one device':<26}     GiB")
+    print(f"{'memory per device':<26}     GiB")
     for name, size in rows:
         print(f"  {name:<26} {size / GIB:7.2f}")
     print(
-        f"{'fits' if found.fits else 'DOES NOT FIT'}; usable: of {chip.memory / GIB:.1f} GiB "
-        f"{chip.usable / chip.memory:.0%} ({chip.reserve})"
+        f"{'fits' if result.fits else 'DOES NOT FIT'}; usable: {chip.usable / chip.memory:.0%} of "
+        f"{chip.memory / GIB:.1f} GiB ({chip.reserve})"
     )
-    if found.largest_batch and found.largest_bytes:
+    if result.largest_batch and result.largest_bytes:
         print(
-            f"largest batch that fits: {found.largest_batch} examples, "
-            f"{found.largest_bytes / GIB:.2f} GiB (compiled)"
+            f"largest batch that fits: {result.largest_batch} examples, "
+            f"{result.largest_bytes / GIB:.2f} GiB (compiled)"
         )
-    for line in found.advice:
+    for line in result.advice:
         print(f"  {line}")
     peak = chip.flops[config.dtype]
     print(
-        f"a step: {work.useful / 1e12:.3g} TFLOP useful, {work.computed / work.useful:.2f} times "
-        f"that with padding and recomputation"
+        f"step: {work.useful / 1e12:.3g} useful TFLOP, {work.computed / work.useful:.2f} times as "
+        "many with padding and rematerialization"
     )
     print(
-        f"  computing: {found.computing_seconds:.3g} s at an assumed {found.mfu:.0%} of "
+        f"  compute: {result.computing_seconds:.3g} s at an assumed {result.mfu:.0%} of "
         f"{devices} x {peak / 1e12:.4g} TFLOP/s"
     )
-    if found.exchanges:
-        if found.exchanges_compiler != found.compiler:
-            print("  the TPU's program cannot be read: the CPU's compiler says what is sent")
-        if config.dtype == "bfloat16" and "CPU's" in found.exchanges_compiler:
-            print("  the CPU's compiler sends float32 for bfloat16: up to twice what would be sent")
+    if result.exchanges:
         print(
-            f"  sending: {found.sending_seconds:.3g} s for {_sent(found.exchanges, chip)}\n"
-            f"  {_range(found.step_seconds)}: from both at the same time to one after the other"
+            f"  communication: {result.sending_seconds:.3g} s, each device sends "
+            f"{_sent(result.exchanges, chip)}"
         )
+        if result.exchanges_compiler != result.compiler:
+            print("    from the CPU's compiler: the TPU's program cannot be read")
+        if config.dtype == "bfloat16" and "CPU's" in result.exchanges_compiler:
+            print("    up to 2 times too high: the CPU's compiler sends bfloat16 as float32")
+        print(f"  total: {_range(result.step_seconds)}, with full to no overlap of the two")
     print(
-        f"{experiment.trainer.train_steps:,} steps: {_range(found.run_seconds)}; "
-        "evaluations are not counted"
+        f"{experiment.trainer.train_steps:,} steps: {_range(result.run_seconds)}, without "
+        "evaluations"
     )
 
 
-def _sent(exchanges: "Sequence[Exchange]", chip: "Accelerator") -> str:
-    """Returns in words what a device sends in a step, and how fast."""
-    by_speed: dict[float, float] = {}
-    for exchange in exchanges:
-        speed = chip.speed(exchange.group)
-        by_speed[speed] = by_speed.get(speed, 0) + exchange.sent
-    how = "as a copy in memory takes here" if chip.name == "cpu" else "published"
+def _sent(collectives: "Sequence[Collective]", chip: "Accelerator") -> str:
+    """Returns a description of the bytes that a device sends in a step, and of the bandwidths."""
+    by_bandwidth: dict[float, float] = {}
+    for collective in collectives:
+        bandwidth = chip.bandwidth(collective.group)
+        by_bandwidth[bandwidth] = by_bandwidth.get(bandwidth, 0) + collective.sent
+    source = "measured by a copy in memory" if chip.name == "cpu" else "published"
     parts = [
-        f"{sent / 1e9:.3g} GB at {speed / 1e9:.3g} GB/s"
-        for speed, sent in sorted(by_speed.items(), reverse=True)
+        f"{sent / 1e9:.3g} GB at {bandwidth / 1e9:.3g} GB/s"
+        for bandwidth, sent in sorted(by_bandwidth.items(), reverse=True)
     ]
-    return f"{' and '.join(parts)} of a device ({how})"
+    return f"{' and '.join(parts)} ({source})"
 
 
 def _range(seconds: tuple[float, float]) -> str:
-    """Returns a least and a largest time in the unit that suits them."""
-    least, most = seconds
+    """Returns a range of times as text, in a suitable unit."""
+    low, high = seconds
     units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("s", 1))
-    unit, size = next((u for u in units if least >= 2 * u[1]), units[-1])
-    texts = f"{least / size:.3g}", f"{most / size:.3g}"
+    unit, size = next((u for u in units if low >= 2 * u[1]), units[-1])
+    texts = f"{low / size:.3g}", f"{high / size:.3g}"
     return f"{texts[0] if texts[0] == texts[1] else ' to '.join(texts)} {unit}"
 
 
-def _write(found: "Plan", file: str) -> None:
+def _write(result: "Plan", file: str) -> None:
     import json
 
-    values = dataclasses.asdict(found)
-    values["memory"]["total"] = found.memory.total
-    values["fits"] = found.fits
+    values = dataclasses.asdict(result)
+    values["memory"]["total"] = result.memory.total
+    values["fits"] = result.fits
     text = json.dumps(values, indent=1) + "\n"
     write_whole(Path(file).expanduser(), text)

@@ -1,1 +1,1 @@
-"""Meshes, shardings and processes."""
+"""Device meshes, shardings and processes."""

@@ -13,19 +13,22 @@ LOGICAL_AXES = {"layers"} | {name for names in AXES.values() for name in names}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """A mesh of `data` x `model` devices. -1 for `data` takes all the devices that are left."""
+    """A mesh of `data` x `model` devices, and the sharding rules of parameters."""
 
-    data: int = -1  # shards of the batch
+    data: int = -1  # shards of the batch; -1: the number of devices / `model`
     model: int = 1  # shards of each layer
-    rules: tuple[tuple[str, str], ...] = DEFAULT_RULES  # logical axis -> mesh axis
+    rules: tuple[tuple[str, str], ...] = DEFAULT_RULES  # (logical axis, mesh axis) pairs
 
     def __post_init__(self):
         check_types(self)
         if self.model < 1 or (self.data < 1 and self.data != -1):
             raise ValueError(f"a mesh of data={self.data}, model={self.model} has no devices")
-        for axis, where in self.rules:
+        for axis, mesh_axis in self.rules:
+            rule = f"sharding rule {axis!r} -> {mesh_axis!r}"
             if axis not in LOGICAL_AXES:
                 known = ", ".join(sorted(LOGICAL_AXES))
-                raise ValueError(f"rule {axis!r} -> {where!r}: logical axes are {known}")
-            if where not in ("data", "model"):
-                raise ValueError(f"rule {axis!r} -> {where!r}: mesh axes are 'data' and 'model'")
+                raise ValueError(f"{rule}: unknown logical axis {axis!r}; logical axes are {known}")
+            if mesh_axis not in ("data", "model"):
+                raise ValueError(
+                    f"{rule}: unknown mesh axis {mesh_axis!r}; mesh axes are 'data' and 'model'"
+                )

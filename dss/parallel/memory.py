@@ -1,47 +1,51 @@
-"""What the C library does with freed memory."""
+"""How the C library's allocator treats freed memory."""
 
 import ctypes
 import sys
 
 __all__ = ["keep_freed_memory", "return_freed_memory", "trim_freed_memory"]
 
-TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -3, -4, -8  # of glibc's mallopt(3)
+# Parameters of glibc's mallopt(3).
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -3, -4, -8
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep what is freed, instead of giving it back to the system.
+    """Makes the C library keep freed memory for reuse; also makes JAX's CPU dispatch synchronous.
 
-    On a CPU a training step asks for all its intermediate results at once, gigabytes, and frees
-    them at its end. Given back, every page of them must be taken and cleared anew by the next
-    step. Programs run one after the other then, on the thread that calls them: a step that asked
-    before the last one has freed would have memory of its own, which is kept too. And so would
-    each thread, where one device has them all; several simulated devices work at once, and find
-    no room between each other's memory. Call it when JAX knows its devices and has not made them;
-    for the C library it does nothing where that is not glibc.
+    On a CPU, a training step allocates gigabytes of temporaries and frees them at its end. If they
+    were returned to the system, the next step would fault in and clear every page again.
+
+    With asynchronous dispatch, a step could allocate before the previous one has freed its memory,
+    and the process would keep both. A single device also uses a single arena, because each thread
+    would otherwise keep its own memory. Simulated devices run concurrently and keep one arena per
+    thread: in a shared one they fragment each other's memory.
+
+    Call this after the number of JAX's CPU devices is configured and before they are created. The
+    C library is left as it is if it is not glibc.
     """
     import jax
 
-    simulated = jax.config.values["jax_num_cpu_devices"]  # -1 where nothing was said
+    simulated = jax.config.values["jax_num_cpu_devices"]  # -1 if not configured
     arenas = {ARENA_MAX: 1} if simulated <= 1 else {}
     _mallopt({MMAP_MAX: 0, TRIM_THRESHOLD: -1} | arenas)
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def return_freed_memory() -> None:
-    """Has the C library give back what is freed, whichever thread had it.
+    """Makes the C library return freed memory to the system, whichever thread allocated it.
 
-    For what reads and writes parameters, once. Each thread would else keep what it has freed, and
-    glibc, which maps less and less once something large was freed, up to 64 MiB of it. Call it
-    before JAX has started its threads.
+    For commands that read or write parameters once. By default each thread keeps its own freed
+    memory, and glibc raises its mmap threshold when a large block is freed, so that up to 64 MiB
+    stay allocated. Call this before JAX starts its threads.
     """
     _mallopt({MMAP_THRESHOLD: 128 << 10, ARENA_MAX: 1})
 
 
 def trim_freed_memory() -> None:
-    """Has the C library give back what is free now, and keep or give back what will be as before.
+    """Returns the memory that is free now to the system; memory freed later is treated as before.
 
-    For what takes memory while steps go on: it would lie where the last step's was, the next step
-    would find no room there, and the process would keep both.
+    For allocations that outlive a training step: they would otherwise occupy the kept memory of the
+    last step, the next step would have to allocate elsewhere, and the process would keep both.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -1,8 +1,8 @@
-"""The device mesh and how parameters and batches lie on it.
+"""The device mesh, and the shardings of parameters, optimizer state and batches.
 
-Each parameter dimension has a logical axis (`dss.student.network.logical_axes`); the rules say
-which mesh axis, if any, a logical axis is split over. With the default rules `model` above 1 is
-tensor parallelism; adding `("embed", "data")` shards parameters over `data` too (FSDP).
+Each parameter dimension has a logical axis (`dss.student.network.logical_axes`). Sharding rules map
+logical axes to mesh axes; other dimensions are replicated. With the default rules, `model` above 1
+is tensor parallelism; the rule `("embed", "data")` also shards parameters over `data` (FSDP).
 """
 
 from collections.abc import Sequence
@@ -28,24 +28,28 @@ __all__ = [
     "replicated",
 ]
 
-MOST_SHARDS = 256  # of one mesh axis, that an error suggests
+MAX_SUGGESTED = 256  # largest number of shards that an error message suggests
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh over some devices (all, by default), `model` innermost.
+    """Returns the mesh, with `model` as the innermost axis.
 
-    Of several TPU slices each holds whole rows of `model`, so that only `data` crosses the network
-    between them.
+    Across TPU slices only `data` is split, so that `model` never crosses the network between them.
+
+    Args:
+      config: the mesh's size.
+      devices: the devices to use; None: all of JAX's.
 
     Raises:
-      UserError: the devices cannot be laid out so.
+      UserError: if the mesh does not use the devices exactly, or does not split into TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     data = len(devices) // config.model if config.data == -1 else config.data
     if data * config.model != len(devices):
         raise UserError(
             f"a mesh of data={config.data}, model={config.model} does not use the "
-            f"{len(devices)} devices exactly"
+            f"{len(devices)} devices exactly; set MeshConfig.data and MeshConfig.model so that "
+            "their product is the number of devices"
         )
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
@@ -55,8 +59,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     else:
         if data % slices:
             raise UserError(
-                f"a mesh of data={data}, model={config.model} does not split into {slices} slices: "
-                f"data must be a multiple of {slices}"
+                f"a mesh of data={data}, model={config.model} does not split into {slices} TPU "
+                f"slices: data must be a multiple of {slices}"
             )
         grid = mesh_utils.create_hybrid_device_mesh(
             (data // slices, config.model), (slices, 1), devices, allow_split_physical_axes=True
@@ -65,48 +69,60 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def param_shardings(mesh: Mesh, config: MeshConfig, axes: Any, shapes: Any) -> Any:
-    """Returns a `NamedSharding` for every parameter.
+    """Returns a tree of `NamedSharding`, one for each parameter.
 
     Args:
       mesh: the mesh.
-      config: its rules; for each logical axis the first rule counts.
-      axes: tree of tuples of logical axis names, one name a dimension.
-      shapes: the same tree, of arrays or `ShapeDtypeStruct`.
+      config: the sharding rules; the first rule of a logical axis applies.
+      axes: tree of tuples of logical axis names, one name per dimension.
+      shapes: tree of arrays or `ShapeDtypeStruct`, of the same structure.
 
     Raises:
-      UserError: a split dimension is not divisible by its number of shards.
+      UserError: if a sharded dimension is not divisible by its number of shards.
     """
     rules = dict(reversed(config.rules))
 
     def sharding(names: tuple[str, ...], array: jax.ShapeDtypeStruct) -> NamedSharding:
-        taken: list[str | None] = []
+        spec: list[str | None] = []
         for name, size in zip(names, array.shape, strict=True):
-            where = rules.get(name)
-            where = where if where and where not in taken and mesh.shape[where] > 1 else None
-            if where:
-                check_split(name, size, mesh, where)
-            taken.append(where)
-        return NamedSharding(mesh, PartitionSpec(*taken))
+            axis = rules.get(name)
+            if axis is not None and axis not in spec and mesh.shape[axis] > 1:
+                check_split(name, size, mesh, axis)
+                spec.append(axis)
+            else:
+                spec.append(None)
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(sharding, axes, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def check_split(name: str, size: int, mesh: Mesh, axis: str) -> None:
-    """Raises UserError, with the numbers that would do, if a mesh axis does not divide a size."""
+    """Checks that the size of a mesh axis divides the size of a dimension.
+
+    Raises:
+      UserError: if it does not; the message lists sizes that would.
+    """
     if size % mesh.shape[axis]:
-        divisors = [str(n) for n in range(1, min(size, MOST_SHARDS) + 1) if size % n == 0]
+        divisors = [str(n) for n in range(1, min(size, MAX_SUGGESTED) + 1) if size % n == 0]
         raise UserError(
-            f"{name} of size {size} cannot be split over the {mesh.shape[axis]} devices of mesh "
-            f"axis {axis!r}; {', '.join(divisors)} would do"
+            f"{name} of size {size} cannot be sharded over the {mesh.shape[axis]} devices of mesh "
+            f"axis {axis!r}; set MeshConfig.{axis} to one of {', '.join(divisors)}"
         )
 
 
 def opt_state_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any) -> Any:
-    """Returns the optimizer state's shardings: a moment lies as its parameter does.
+    """Returns the shardings of the optimizer state: moments are sharded like their parameters.
 
-    A leaf belongs to the parameter whose path its own ends in. A moment has the parameter's
-    shape; a factored statistic of Adafactor has it but for the axis that was averaged away, and
-    lies as what is left. Everything else (counts, placeholders) is replicated.
+    A leaf belongs to the parameter whose path is a suffix of the leaf's path. A moment has the
+    parameter's shape and sharding. A factored statistic of Adafactor lacks the axis that was
+    averaged away, and is sharded like the remaining axes. All other leaves (counts, placeholders)
+    are replicated.
+
+    Args:
+      mesh: the mesh.
+      opt_state: tree of arrays or `ShapeDtypeStruct`.
+      params: tree of the parameters, arrays or `ShapeDtypeStruct`.
+      shardings: tree of the parameters' shardings.
     """
 
     def keys(path: tuple) -> tuple[str, ...]:
@@ -134,48 +150,64 @@ def opt_state_shardings(mesh: Mesh, opt_state: Any, params: Any, shardings: Any)
 def _factored(
     path: tuple, shape: tuple[int, ...], param: tuple[int, ...], spec: PartitionSpec
 ) -> PartitionSpec:
-    """Returns how a statistic of a parameter lies, given both shapes and how the parameter lies."""
-    gone = [axis for axis in range(len(param)) if param[:axis] + param[axis + 1 :] == shape]
-    if not gone:
+    """Returns the partition spec of a factored statistic of a parameter.
+
+    Args:
+      path: path of the statistic in the optimizer state.
+      shape: shape of the statistic.
+      param: shape of the parameter.
+      spec: partition spec of the parameter.
+    """
+    dropped = [axis for axis in range(len(param)) if param[:axis] + param[axis + 1 :] == shape]
+    if not dropped:
         return PartitionSpec()
-    # Of a square matrix either axis could be; optax averages the last one away for v_row.
-    rows = jax.tree_util.GetAttrKey("v_row") in path
-    axis = gone[-1] if rows else gone[0]
+    # The shape is ambiguous for a square matrix; optax averages the last axis away for v_row.
+    is_v_row = jax.tree_util.GetAttrKey("v_row") in path
+    axis = dropped[-1] if is_v_row else dropped[0]
     return PartitionSpec(*spec[:axis], *spec[axis + 1 :])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of an array that is replicated on all devices."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: its rows are split over `data`."""
+    """Returns the sharding of a batch: the first axis of each array is sharded over `data`."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def place(array: Any, sharding: NamedSharding) -> jax.Array:
-    """Returns an array where a sharding says; every process has it whole, or as a `jax.Array`."""
+    """Returns an array with a sharding.
+
+    Args:
+      array: a `jax.Array`, or a host array that every process has in full.
+      sharding: the sharding of the result.
+    """
     if isinstance(array, jax.Array):
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Returns the batch on the mesh; every process gives the whole batch and keeps its part.
+    """Returns a batch on the mesh.
 
-    Arrays whose rows do not divide over `data` lie whole on every device.
+    Arrays are sharded over `data`, or replicated if their first axis is not divisible by its size.
+
+    Args:
+      mesh: the mesh.
+      batch: host arrays; the whole batch, in every process.
     """
 
     def put(array: np.ndarray) -> jax.Array:
-        splits = len(array) % mesh.shape["data"] == 0
-        return place(array, batch_sharding(mesh) if splits else replicated(mesh))
+        divisible = len(array) % mesh.shape["data"] == 0
+        return place(array, batch_sharding(mesh) if divisible else replicated(mesh))
 
     return {name: put(array) for name, array in batch.items()}
 
 
 def fetch(array: jax.Array) -> np.ndarray:
-    """Returns an array's values, all of them in every process; every process must ask."""
+    """Returns all values of an array as a host array. Every process must call it."""
     if array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)

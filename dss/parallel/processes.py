@@ -1,7 +1,7 @@
-"""Several processes that train as one: how they find each other, agree, and stop together.
+"""Multi-process training: starting processes, agreeing on values, and stopping together.
 
-Every process runs the same program on its own devices; only the leader, process 0, writes the
-files of a run. Checkpoints are written by all.
+Every process runs the same program on its own devices. All processes write checkpoints; only the
+leader, process 0, writes the other files of a run.
 """
 
 import importlib.util
@@ -29,28 +29,28 @@ __all__ = [
 ]
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-HEARTBEAT = 30  # seconds without a sign of a process, after which the others end
-SHUTDOWN = 60  # seconds that a process waits at its end for the others to end
+HEARTBEAT = 30  # seconds without a heartbeat of a process, after which the others exit
+SHUTDOWN = 60  # seconds that a finished process waits for the others
 
 
 def join_processes() -> None:
-    """Makes this process one of those that its environment tells of; alone it does nothing.
+    """Joins the other processes of a multi-process run; does nothing in a single-process run.
 
-    They are told of by JAX_COORDINATOR_ADDRESS (`host:port` of process 0), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID; by Slurm, in a step of several tasks; or by a TPU pod. Call it before JAX is
-    asked for its devices.
+    A multi-process run is configured by JAX_COORDINATOR_ADDRESS (`host:port` of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID, by a Slurm step of several tasks, or by a TPU pod. Call
+    this before JAX creates its devices.
 
     Raises:
-      UserError: the variables do not fit together, or the others cannot be reached.
+      UserError: if the environment variables are inconsistent, or process 0 cannot be reached.
     """
     options: dict[str, Any]
     if ADDRESS in os.environ:
-        options = {"coordinator_address": os.environ[ADDRESS]} | _numbers()
+        options = {"coordinator_address": os.environ[ADDRESS]} | _count_and_index()
         if ":" not in options["coordinator_address"]:
-            raise UserError(f"{ADDRESS}={os.environ[ADDRESS]}: give it as HOST:PORT of process 0")
+            raise UserError(f"{ADDRESS}={os.environ[ADDRESS]}: must be HOST:PORT of process 0")
     elif _slurm_tasks() > 1:
         options = {"cluster_detection_method": "slurm"}
-    elif has_tpu() and importlib.util.find_spec("libtpu"):  # else a chip of another kind
+    elif has_tpu() and importlib.util.find_spec("libtpu"):  # without libtpu: another accelerator
         options = {}
     else:
         return
@@ -58,34 +58,34 @@ def join_processes() -> None:
         jax.distributed.initialize(
             **options, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=SHUTDOWN
         )
-    except (RuntimeError, ValueError) as error:  # JAX's errors of the connection are RuntimeErrors
+    except (RuntimeError, ValueError) as error:  # connection errors are RuntimeErrors
         if not options and "coordinator_address should be defined" in str(error):
-            return  # a chip, but no pod
+            return  # a TPU outside a pod
         first = str(error).strip().splitlines()[0]
         raise UserError(f"cannot join the other processes: {first}") from error
 
 
-def _numbers() -> dict[str, int]:
-    """Returns how many processes there are and which this is."""
+def _count_and_index() -> dict[str, int]:
+    """Returns the number of processes and the index of this one, as JAX's options."""
     if _slurm_tasks() > 1 and COUNT not in os.environ:
-        return {}  # JAX asks Slurm
+        return {}  # JAX reads them from Slurm
     try:
         count, index = int(os.environ[COUNT]), int(os.environ[INDEX])
     except (KeyError, ValueError):
-        raise UserError(f"{ADDRESS} is set; set {COUNT} and {INDEX} to numbers too") from None
+        raise UserError(f"{ADDRESS} is set: also set {COUNT} and {INDEX} to integers") from None
     if not 0 <= index < count:
-        raise UserError(f"{INDEX}={index} must be in 0 to {COUNT} - 1 = {count - 1}")
+        raise UserError(f"{INDEX}={index}: must be from 0 to {COUNT} - 1 = {count - 1}")
     return {"num_processes": count, "process_id": index}
 
 
 def _slurm_tasks() -> int:
-    """Returns the tasks of the Slurm step that this process is one of; 1 outside of any."""
+    """Returns the number of tasks of this process's Slurm step; 1 outside a step."""
     in_step = {"SLURM_PROCID", "SLURM_STEP_NODELIST"} <= os.environ.keys()
     return int(os.environ.get("SLURM_NTASKS", 1)) if in_step else 1
 
 
 def has_others() -> bool:
-    """Returns whether JAX's variables or Slurm tell of other processes; JAX is asked nothing."""
+    """Returns whether the environment configures several processes; does not use JAX."""
     return ADDRESS in os.environ or _slurm_tasks() > 1
 
 
@@ -94,21 +94,21 @@ def is_leader() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(what: str) -> None:
-    """Waits until every process has come here; `what` is the same in all."""
+def wait_for_all(name: str) -> None:
+    """Waits until all processes have called this with the same `name`."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        multihost_utils.sync_global_devices(name)
 
 
-def all_agree(mine: bool) -> bool:
-    """Returns whether `mine` is True in every process."""
+def all_agree(value: bool) -> bool:
+    """Returns whether `value` is True in every process."""
     if jax.process_count() == 1:
-        return mine
-    return bool(multihost_utils.process_allgather(np.array(mine)).all())
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).all())
 
 
 def leaders_text(text: str) -> str:
-    """Returns the text that process 0 has."""
+    """Returns the `text` of process 0, in all processes."""
     if jax.process_count() == 1:
         return text
     content = np.frombuffer(text.encode(), np.uint8)
@@ -119,25 +119,26 @@ def leaders_text(text: str) -> str:
 
 
 class StopSignal:
-    """Catches SIGTERM and SIGINT while it is open: the loop then saves and ends.
+    """Context manager that catches SIGTERM and SIGINT, so that the loop can save and stop.
 
-    Of several processes each may get it, or only one: JAX's coordinator tells the others, and all
-    stop before the same step. A second SIGINT interrupts at once.
+    In a multi-process run, one process that receives a signal is enough: JAX's coordinator notifies
+    the others, and all stop before the same step. A second SIGINT raises KeyboardInterrupt.
 
     Attributes:
-      received: the signal; None so far. SIGTERM if another process got it.
+      received: the signal received; SIGTERM if another process received it; None before.
     """
 
     def __init__(self):
         self.received: signal.Signals | None = None
-        self._together = jax.process_count() > 1
+        self._multi_process = jax.process_count() > 1
         self._interrupted = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            # Of several processes SIGTERM is JAX's to catch.
-            for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
+            # In a multi-process run JAX itself handles SIGTERM.
+            numbers = [signal.SIGINT] if self._multi_process else [signal.SIGTERM, signal.SIGINT]
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._receive)
         return self
 
@@ -145,14 +146,14 @@ class StopSignal:
         if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._interrupted = number == signal.SIGINT
-        if self._together:
+        if self._multi_process:
             signal.raise_signal(signal.SIGTERM)
         else:
             self.received = signal.Signals(number)
 
     def before(self, step: int) -> bool:
-        """Returns whether to stop before a step; the same in all processes, asked at each step."""
-        if self._together and multihost_utils.reached_preemption_sync_point(step):
+        """Returns whether to stop before a step. All processes call it before every step."""
+        if self._multi_process and multihost_utils.reached_preemption_sync_point(step):
             self.received = signal.SIGTERM
         return self.received is not None
 

@@ -1,1 +1,1 @@
-"""Planning a step: memory, time and communication, from the compiled program."""
+"""Estimates of a run's memory, compute, communication and time, from its compiled train step."""

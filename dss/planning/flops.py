@@ -1,4 +1,4 @@
-"""How many operations a student takes: a multiplication and an addition are two."""
+"""FLOPs of a student; a multiplication and an addition are two FLOPs."""
 
 import dataclasses
 
@@ -11,11 +11,11 @@ __all__ = ["Forward", "computed_flops", "forward_flops", "useful_flops"]
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """The operations of a forward pass."""
+    """FLOPs of a forward pass."""
 
-    layers: float  # products with parameters
-    attention: float  # scores, and what they weigh
-    head: float  # logits
+    layers: float  # products with the parameters of layers
+    attention: float  # attention scores and weighted sums of values
+    head: float  # LM head
 
 
 def forward_flops(
@@ -26,15 +26,15 @@ def forward_flops(
     decoder_scores: float,
     cross_scores: float,
 ) -> Forward:
-    """Returns the operations of a forward pass.
+    """Returns the FLOPs of a forward pass.
 
     Args:
-      config: the student.
-      source: tokens that the encoder reads.
-      target: tokens that the decoder reads.
-      encoder_scores: pairs of positions of the encoder's self-attention, in one head.
-      decoder_scores: the same for the decoder's self-attention.
-      cross_scores: the same for cross-attention.
+      config: the student's configuration.
+      source: number of encoder tokens.
+      target: number of decoder tokens.
+      encoder_scores: number of query-key pairs of encoder self-attention, per head.
+      decoder_scores: number of query-key pairs of decoder self-attention, per head.
+      cross_scores: number of query-key pairs of cross-attention, per head.
     """
     D, heads = config.d_model, config.num_heads * config.d_kv
     mlp = 2 * (3 if config.gated else 2) * D * config.d_ff
@@ -52,13 +52,13 @@ def forward_flops(
 def useful_flops(
     config: T5Config, inputs: np.ndarray, targets: np.ndarray, reads: np.ndarray | None = None
 ) -> float:
-    """Returns the operations of a training step that its tokens need: three forward passes'.
+    """Returns the useful FLOPs of a train step, three times a forward pass without padding.
 
     Args:
-      config: the student.
-      inputs: lengths of the inputs in tokens, [I].
-      targets: lengths of the targets, [N].
-      reads: which input each target reads, [N]; None: each its own.
+      config: the student's configuration.
+      inputs: input lengths in tokens, [I].
+      targets: target lengths in tokens, [N].
+      reads: index of each target's input, [N]; None: target i has input i.
     """
     source, target = inputs.astype(float), targets.astype(float)
     forward = forward_flops(
@@ -79,22 +79,21 @@ def computed_flops(
     decoder_rows: tuple[int, int],
     cross_width: int,
 ) -> float:
-    """Returns the operations of a training step as it is computed: padding, rows of attention and
-    what the backward pass computes again counted.
+    """Returns the computed FLOPs of a train step, including padding and rematerialization.
 
     Args:
-      config: the student, with its `remat`.
-      slots: of encoder and decoder.
-      encoder_rows: rows of the encoder's self-attention, and their width.
-      decoder_rows: the same for the decoder's.
-      cross_width: how many encoder slots a decoder's row attends to.
+      config: the student's configuration, including `remat`.
+      slots: number of encoder slots and of decoder slots.
+      encoder_rows: number and width of the encoder's self-attention rows.
+      decoder_rows: number and width of the decoder's self-attention rows.
+      cross_width: number of encoder slots that a decoder row attends to.
     """
     (R, S), (Q, T) = encoder_rows, decoder_rows
     forward = forward_flops(config, *slots, R * S * S, Q * T * T, Q * T * cross_width)
     scores = forward.attention / 2
-    again = {
+    rematerialized = {
         "none": scores,
         "dots": scores + forward.attention,
         "full": scores + forward.attention + forward.layers,
     }[config.remat]
-    return 3 * (forward.layers + forward.attention + forward.head) + again
+    return 3 * (forward.layers + forward.attention + forward.head) + rematerialized

@@ -1,6 +1,4 @@
-"""What a step's compiled program says: what devices send each other, and how long that takes; what
-a CPU's products of matrices take besides.
-"""
+"""Analysis of compiled programs (HLO): collective communication, copies of CPU matrix products."""
 
 import dataclasses
 import functools
@@ -12,10 +10,10 @@ import numpy as np
 
 from dss.planning.hardware import Accelerator
 
-__all__ = ["Exchange", "exchanges", "product_bytes", "sending_seconds"]
+__all__ = ["Collective", "collectives", "communication_seconds", "product_bytes"]
 
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
-EXCHANGE = re.compile(
+COLLECTIVE = re.compile(
     r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\("
 )
 LOOP = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
@@ -23,25 +21,26 @@ CALL = re.compile(r" (?:call|fusion|async-start)\(.*(?:to_apply|calls)=%?([\w.-]
 PRODUCT = re.compile(
     r" dot\(%[\w.-]+, %([\w.-]+)\), lhs_contracting_dims=\{(\d)\}, rhs_contracting_dims=\{(\d)\}"
 )
-# A TPU's computation of this name has an all-reduce of which a device keeps its part alone.
-SCATTERED = "all-reduce-scatter"
-# Groups are written out, {{0,2},{1,3}}, or count through an array, [2,2]<=[2,2]T(1,0), or are along
-# axes of one, mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}.
-WRITTEN = re.compile(r"replica_groups=\{\{([\d,]+)\}")
-COUNTED = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-ALONG = re.compile(
+# Computations of this name in TPU programs have an all-reduce whose result is then sliced. They are
+# reduce-scatters.
+REDUCE_SCATTER_PREFIX = "all-reduce-scatter"
+# Replica groups have three notations: listed, {{0,2},{1,3}}; iota, [2,2]<=[2,2]T(1,0); mesh axes,
+# mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}.
+LISTED_GROUPS = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+IOTA_GROUPS = re.compile(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+MESH_GROUPS = re.compile(
     r"replica_groups=mesh\[([^]]+)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """All that a step exchanges in one way among the same devices.
+class Collective:
+    """All collective communication of one kind, within one group of devices, in a train step.
 
     Attributes:
-      kind: the operation, such as all-reduce.
-      group: the devices that exchange, by their places in the mesh; the first of the groups.
-      sent: bytes that each of them sends.
+      kind: kind of collective, such as all-reduce.
+      group: indices in the mesh of the devices of the first group.
+      sent: bytes sent per device.
     """
 
     kind: str
@@ -49,60 +48,64 @@ class Exchange:
     sent: float
 
 
-def exchanges(text: str, devices: int) -> tuple[Exchange, ...]:
-    """Returns what a device sends in a program, along rings, every pass of a loop counted.
+def collectives(text: str, devices: int) -> tuple[Collective, ...]:
+    """Returns the collective communication of a program, with ring algorithms, including loops.
 
-    Of an array that n devices gather or scatter along a ring each sends (n - 1) / n; an all-reduce
-    is a scatter and a gather.
+    When n devices gather or scatter an array along a ring, each sends (n - 1) / n of it. An
+    all-reduce is a reduce-scatter and an all-gather.
 
     Args:
       text: the compiled program of one device.
-      devices: how many run it: exchanges that name no group are among all of them.
+      devices: number of devices that run it; collectives without replica groups include them all.
     """
-    found = COMPUTATION.findall(text)
-    bodies = {name: body for _, name, body in found}
+    computations = COMPUTATION.findall(text)
+    bodies = {name: body for _, name, body in computations}
 
     @functools.cache
-    def of(name: str) -> dict[tuple[str, tuple[int, ...]], float]:
+    def sent_bytes(name: str) -> dict[tuple[str, tuple[int, ...]], float]:
         sums: dict[tuple[str, tuple[int, ...]], float] = {}
         for line in bodies[name].splitlines():
-            if exchange := EXCHANGE.search(line):
-                kind, group = exchange[2], _group(line, devices)
-                sent = _sent(kind, exchange[1], bool(exchange[3]), len(group))
-                if kind == "all-reduce" and name.startswith(SCATTERED):
+            if match := COLLECTIVE.search(line):
+                kind, group = match[2], _group(line, devices)
+                sent = _sent(kind, match[1], bool(match[3]), len(group))
+                if kind == "all-reduce" and name.startswith(REDUCE_SCATTER_PREFIX):
                     kind, sent = "reduce-scatter", sent / 2
                 sums[kind, group] = sums.get((kind, group), 0) + sent
-            inner, times = None, 1
+            callee, count = None, 1
             if loop := LOOP.search(line):
-                inner, times = loop[2], _passes(line, bodies[loop[1]])
+                callee, count = loop[2], _trip_count(line, bodies[loop[1]])
             elif call := CALL.search(line):
-                inner = call[1]
-            if inner:
-                for key, sent in of(inner).items():
-                    sums[key] = sums.get(key, 0) + times * sent
+                callee = call[1]
+            if callee:
+                for key, sent in sent_bytes(callee).items():
+                    sums[key] = sums.get(key, 0) + count * sent
         return sums
 
-    (entry,) = (name for is_entry, name, _ in found if is_entry)
+    (entry,) = (name for is_entry, name, _ in computations if is_entry)
     return tuple(
-        Exchange(kind=kind, group=group, sent=sent)
-        for (kind, group), sent in of(entry).items()
+        Collective(kind=kind, group=group, sent=sent)
+        for (kind, group), sent in sent_bytes(entry).items()
         if sent
     )
 
 
-def sending_seconds(sent: Iterable[Exchange], chip: Accelerator) -> float:
-    """Returns how long a device sends, one exchange after the other, at its links' full speed.
+def communication_seconds(sent: Iterable[Collective], chip: Accelerator) -> float:
+    """Returns the time of collectives that run one after the other at full bandwidth.
 
-    What goes along a ring that leaves a machine is sent at the speed of the network between them.
+    The bandwidth is that of the network between machines if a group spans several.
+
+    Args:
+      sent: the collectives of a program.
+      chip: the accelerator.
     """
-    return sum(exchange.sent / chip.speed(exchange.group) for exchange in sent)
+    return sum(collective.sent / chip.bandwidth(collective.group) for collective in sent)
 
 
 def product_bytes(text: str) -> int:
-    """Returns the bytes of the largest matrix that a CPU's products copy to multiply by it.
+    """Returns the bytes of the largest matrix that a CPU's matrix products copy.
 
-    The compiler's own plan leaves them out. The libraries that multiply order the right side anew
-    where either side is transposed; plain ones they take piece by piece.
+    The CPU's matrix libraries repack the whole right operand if an operand is transposed, and
+    otherwise blocks of it. The compiler's memory analysis does not include these copies.
 
     Args:
       text: the compiled program of one device.
@@ -117,58 +120,65 @@ def product_bytes(text: str) -> int:
 
 
 def _array_bytes(result: str) -> list[int]:
-    """Returns the bytes of each of the arrays of a result."""
+    """Returns the sizes in bytes of the arrays of a result type."""
     return [
-        _width(number) * math.prod(int(size) for size in shape.split(",") if size)
-        for number, shape in re.findall(r"(\w+)\[([\d,]*)\]", result)
+        _itemsize(dtype) * math.prod(int(size) for size in shape.split(",") if size)
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result)
     ]
 
 
-def _sent(kind: str, result: str, starts: bool, n: int) -> float:
-    """Returns the bytes that one of n devices sends for an operation with some result."""
+def _sent(kind: str, result: str, is_async: bool, n: int) -> float:
+    """Returns the bytes that one of n devices sends for a collective.
+
+    Args:
+      kind: kind of collective.
+      result: type of the result.
+      is_async: whether it is the start of an asynchronous collective.
+      n: number of devices in the group.
+    """
     sizes = _array_bytes(result)
-    if starts and kind != "all-reduce":  # the operands, too, are among its results
+    if is_async and kind != "all-reduce":  # the result contains the operands, too
         sizes = sizes[:1] if kind == "collective-permute" else sizes[len(sizes) // 2 :]
-    parts = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
-    return parts.get(kind, (n - 1) / n) * sum(sizes)
+    factors = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1, "collective-permute": 1}
+    return factors.get(kind, (n - 1) / n) * sum(sizes)
 
 
-def _width(number: str) -> int:
-    """Returns the bytes of a type of numbers, such as bf16."""
-    bits = re.search(r"\d+", number)
+def _itemsize(dtype: str) -> int:
+    """Returns the bytes per element of an HLO dtype, such as bf16."""
+    bits = re.search(r"\d+", dtype)
     return int(bits[0]) // 8 if bits else 1  # pred
 
 
-def _numbers(text: str) -> list[int]:
+def _integers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
-def _in_order(shape: str, axes: str | None) -> np.ndarray:
-    """Returns the devices as [4,2]T(1,0) lays them out."""
-    places = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
-    return places.transpose(_numbers(axes)) if axes else places
+def _iota(shape: str, axes: str | None) -> np.ndarray:
+    """Returns the device indices of an iota notation, such as [4,2]T(1,0)."""
+    indices = np.arange(math.prod(_integers(shape))).reshape(_integers(shape))
+    return indices.transpose(_integers(axes)) if axes else indices
 
 
 def _group(line: str, devices: int) -> tuple[int, ...]:
-    """Returns the first group of devices of an exchange."""
-    if found := WRITTEN.search(line):
-        return tuple(_numbers(found[1]))
-    if found := COUNTED.search(line):
-        places = _in_order(found[2], found[3]).reshape(-1, int(found[1]))
-        return tuple(places[0].tolist())
-    if found := ALONG.search(line):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        along = re.findall(r"'(\w+)'", found[4])
-        if ":" not in found[4]:  # else along a part of an axis
-            places = _in_order(found[2] or str(devices), found[3])
-            grid = places.reshape(tuple(sizes.values()))
-            first = grid[tuple(slice(None) if name in along else 0 for name in sizes)]
+    """Returns the first replica group of a collective."""
+    if match := LISTED_GROUPS.search(line):
+        return tuple(_integers(match[1]))
+    if match := IOTA_GROUPS.search(line):
+        groups = _iota(match[2], match[3]).reshape(-1, int(match[1]))
+        return tuple(groups[0].tolist())
+    if match := MESH_GROUPS.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        axes = re.findall(r"'(\w+)'", match[4])
+        if ":" not in match[4]:  # a colon marks part of an axis: all devices are assumed
+            indices = _iota(match[2] or str(devices), match[3])
+            grid = indices.reshape(tuple(sizes.values()))
+            first = grid[tuple(slice(None) if name in axes else 0 for name in sizes)]
             return tuple(sorted(first.ravel().tolist()))
     return tuple(range(devices))
 
 
-def _passes(line: str, condition: str) -> int:
-    """Returns how often a loop's body runs: as the line says, or what its condition counts to."""
+def _trip_count(line: str, condition: str) -> int:
+    """Returns a loop's trip count, from its metadata or the largest constant of its condition."""
     known = re.search(r"known_trip_count[^\d]*(\d+)", line)
     limits = re.findall(r"constant\((\d+)\)", condition)
     return int(known[1]) if known else max(map(int, limits), default=1)

@@ -1,8 +1,8 @@
-"""What a run would need: memory, operations and time, from its compiled training step.
+"""Estimates the memory, FLOPs and time of a run from its compiled train step.
 
-Nothing is allocated and nothing runs: the step of the mesh is compiled for abstract arguments, by
-the TPU's own compiler where libtpu is installed, else for simulated CPU devices, and the compiler
-says what it would take.
+Nothing is allocated and nothing runs: the step is compiled for abstract arguments on the mesh, by
+the TPU's own compiler if libtpu is installed, otherwise by the CPU's for simulated devices. Memory
+is that of the compiler's memory analysis.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from dss.errors import UserError
 from dss.parallel.mesh import batch_sharding, make_mesh
 from dss.planning.flops import computed_flops, useful_flops
 from dss.planning.hardware import Accelerator, find_accelerator, planned_devices
-from dss.planning.hlo import Exchange, exchanges, product_bytes, sending_seconds
+from dss.planning.hlo import Collective, collectives, communication_seconds, product_bytes
 from dss.planning.typical import INPUTS_MEAN, TARGETS_MEAN, typical_store
 from dss.runs.data import training_order, training_store
 from dss.runs.train import abstract_state
@@ -38,23 +38,23 @@ from dss.training.step import make_train_step, state_shardings
 
 __all__ = ["Memory", "Plan", "Planner", "Work", "abstract_batch", "device_bytes", "plan"]
 
-STEPS = 256  # that are laid out of data that are not there, and whose tokens are counted
-CLOSE = 0.95  # a batch that takes this part of what is usable is as large as one looks for
-COMPILATIONS = 4  # at most, for the largest batch
+STEPS = 256  # steps that are packed without data, and over which tokens are averaged
+CLOSE = 0.95  # fraction of the usable memory at which the search for the largest batch ends
+MAX_COMPILATIONS = 4  # compilations to find the largest batch
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of one device during a step.
+    """Memory per device during a train step, in bytes.
 
     Attributes:
-      parameters: float32.
-      optimizer: its moments.
-      batch: the tokens.
-      temporary: gradients and activations, and copies in the compute dtype.
-      other: outputs that take no argument's place; on a TPU the program, on a CPU what its products
-        of matrices copy.
+      parameters: the parameters, in float32.
+      optimizer: the optimizer state.
+      batch: the token arrays.
+      temporary: gradients, activations, and copies of parameters in the compute dtype.
+      other: outputs without a donated argument; padding and the program on a TPU; copies of matrix
+        products on a CPU.
     """
 
     parameters: int
@@ -65,21 +65,21 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Total memory in bytes."""
         return sum(dataclasses.astuple(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
-    """What a step does.
+    """Tokens and FLOPs of a train step, over all devices.
 
     Attributes:
-      input_tokens: of a step, the mean.
-      target_tokens: of a step, the mean.
-      useful: operations that the tokens need.
-      computed: operations with padding, rows of attention and what is computed again.
-      parts: of a batch, one for each data shard and microbatch.
-      empty_parts: of these, those that have no tokens.
+      input_tokens: mean number of input tokens.
+      target_tokens: mean number of target tokens.
+      useful: FLOPs without padding and rematerialization.
+      computed: FLOPs with padding and rematerialization.
+      parts: number of parts of a batch, data shards x microbatches.
+      empty_parts: number of parts without tokens.
     """
 
     input_tokens: float
@@ -92,33 +92,32 @@ class Work:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would need.
+    """Memory, FLOPs, communication and time of a run.
 
     Attributes:
-      student: its configuration.
-      parameters: how many numbers it holds.
-      accelerator: a device.
-      data: devices along the mesh's `data`.
-      model: devices along its `model`.
-      batch_size: examples a step.
-      lengths: where the lengths of the texts are from.
-      compiler: what compiled the step.
-      memory: of a device.
-      compile_seconds: of the step, once.
-      work: of a step, on all devices.
-      mfu: share of the peak that useful operations are assumed to reach.
-      computing_seconds: of a step at that share.
-      exchanges: what a device sends in a step.
-      exchanges_compiler: whose program they were read off; not `compiler` where a TPU's refused the
-        step or gave no text.
-      sending_seconds: of a step, one exchange after the other.
-      step_seconds: from computing and sending at the same time, the longer of both, to one after
-        the other, their sum.
-      run_seconds: the run's steps, from and to.
-      largest_batch: the largest that fits, compiled to be sure; None if none does or none was
-        looked for.
-      largest_bytes: a device's total with it.
-      advice: what to change where it does not fit.
+      student: the student's configuration.
+      parameters: number of parameters.
+      accelerator: the accelerator.
+      data: size of the mesh's `data` axis.
+      model: size of the mesh's `model` axis.
+      batch_size: examples per step.
+      lengths: source of the input and target lengths.
+      compiler: compiler of the step.
+      memory: memory per device.
+      compile_seconds: time to compile the step.
+      work: tokens and FLOPs of a step.
+      mfu: assumed model FLOPs utilization, as a fraction of the peak.
+      computing_seconds: compute time of a step at this utilization.
+      exchanges: collective communication of a step.
+      exchanges_compiler: compiler of the program that `exchanges` are read from; not `compiler` if
+        the TPU's compiler rejects the step or does not return its text.
+      sending_seconds: communication time of a step.
+      step_seconds: time of a step, with full overlap of compute and communication and without any.
+      run_seconds: time of all steps, with full overlap and without any.
+      largest_batch: largest batch that fits, verified by compiling; None if none fits or the search
+        is off.
+      largest_bytes: total memory per device with the largest batch.
+      advice: changes that reduce memory, if the run does not fit.
     """
 
     student: T5Config
@@ -134,7 +133,7 @@ class Plan:
     work: Work
     mfu: float
     computing_seconds: float
-    exchanges: tuple[Exchange, ...]
+    exchanges: tuple[Collective, ...]
     exchanges_compiler: str
     sending_seconds: float
     step_seconds: tuple[float, float]
@@ -145,12 +144,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether a device has the memory."""
+        """Whether the memory fits on a device."""
         return self.memory.total <= self.accelerator.usable
 
 
 def device_bytes(arrays: Any) -> int:
-    """Returns the bytes of one device's shards of abstract arrays that say how they lie."""
+    """Returns the bytes per device of a tree of abstract arrays with shardings."""
     return sum(
         int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(arrays)
@@ -158,7 +157,7 @@ def device_bytes(arrays: Any) -> int:
 
 
 def abstract_batch(batches: Batches, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of the largest batch, and how they lie on a mesh."""
+    """Returns the largest batch, as abstract arrays sharded over the mesh."""
     shape, G = batches.shapes[-1], batches.groups
     shapes: dict[str, tuple[int, ...]] = {}
     if not batches.packed:
@@ -182,15 +181,15 @@ def abstract_batch(batches: Batches, mesh: jax.sharding.Mesh) -> dict[str, jax.S
 
 
 class Planner:
-    """Compiles the step of an experiment for batches of any size.
+    """Compiles the train step of an experiment for batches of any size.
 
     Args:
-      experiment: with a mesh.
-      config: the student's, settled by the experiment.
+      experiment: the experiment, with a mesh.
+      config: the student's configuration, resolved by the experiment.
       store: the tokens.
-      devices: of the mesh, real, simulated or of a topology.
-      num_steps: how many are laid out to see what batches need.
-      cpu: whether it is CPUs that will take the step, not what they only compile for.
+      devices: the mesh's devices: real, simulated, or of a TPU topology.
+      num_steps: number of steps that are packed to find the shapes of batches.
+      cpu: whether the step will run on CPUs, rather than only be compiled for them.
     """
 
     def __init__(
@@ -205,19 +204,19 @@ class Planner:
     ):
         self.experiment, self.config, self.store = experiment, config, store
         self.num_steps, self.cpu = num_steps, cpu
-        together = experiment.data.one_encoder_pass and len(store.tasks) > 1
-        self.starts = (0,) * len(store.tasks) if together else None  # any ids would do
+        one_pass = experiment.data.one_encoder_pass and len(store.tasks) > 1
+        self.starts = (0,) * len(store.tasks) if one_pass else None  # placeholder start ids
         self.mesh = make_mesh(experiment.mesh, devices)
         self.optimizer = make_optimizer(experiment.optimizer, experiment.trainer.train_steps)
         self.shardings = state_shardings(config, self.optimizer, self.mesh, experiment.mesh)
         self.state = abstract_state(config, self.optimizer, self.shardings)
         self.unit = self.mesh.shape["data"] * experiment.microbatches
         self.tpu = devices[0].platform == "tpu"
-        # Nothing will run: machine code need not be good. It has no part in the memory.
+        # Nothing runs, so machine code is not optimized, which does not change the memory.
         self.options = None if self.tpu else {"xla_backend_optimization_level": 0}
 
     def batches(self, batch_size: int) -> Batches:
-        """Returns the batches of the steps that are laid out."""
+        """Returns the batches of `num_steps` steps."""
         experiment = dataclasses.replace(self.experiment, batch_size=batch_size)
         rates = (1 / len(self.store.tasks),) * len(self.store.tasks)
         return Batches(
@@ -230,7 +229,7 @@ class Planner:
         )
 
     def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
-        """Returns the step for an abstract batch, to be compiled."""
+        """Returns the lowered train step for an abstract batch."""
         tasks = len(self.store.tasks)
         step: Any = make_train_step(
             self.config,
@@ -243,10 +242,12 @@ class Planner:
         )
         return step.lower(self.state, batch)
 
-    def compile(self, batch_size: int) -> tuple[Memory, tuple[Exchange, ...] | None, float]:
-        """Returns what a device needs and sends, and how long compiling took, in seconds.
+    def compile(self, batch_size: int) -> tuple[Memory, tuple[Collective, ...] | None, float]:
+        """Compiles the train step.
 
-        What it sends is None if the compiler refused, or gives no text of its program.
+        Returns:
+          The memory per device; the collectives, or None if the compiler rejects the step or does
+          not return the program's text; and the compile time in seconds.
         """
         batch = abstract_batch(self.batches(batch_size), self.mesh)
         began = time.perf_counter()
@@ -257,33 +258,34 @@ class Planner:
         }
         try:
             compiled = self.lower(batch).compile(compiler_options=self.options)
-            found = compiled.memory_analysis()
+            analysis = compiled.memory_analysis()
         except JaxRuntimeError as error:
             if OUT_OF_MEMORY not in str(error):
                 raise
-            temporary = max(_wanted(str(error)) - sum(parts.values()), 0)
+            temporary = max(_required_bytes(str(error)) - sum(parts.values()), 0)
             return Memory(**parts, temporary=temporary, other=0), None, time.perf_counter() - began
-        other = found.output_size_in_bytes - found.alias_size_in_bytes
-        if self.tpu:  # it holds the program, too
-            other += found.generated_code_size_in_bytes
+        other = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+        if self.tpu:  # a TPU's memory also holds the program
+            other += analysis.generated_code_size_in_bytes
         # A TPU pads arrays to tiles.
-        other += max(found.argument_size_in_bytes - sum(parts.values()), 0)
+        other += max(analysis.argument_size_in_bytes - sum(parts.values()), 0)
         seconds = time.perf_counter() - began
-        sent: tuple[Exchange, ...] | None = ()
-        if self.mesh.size > 1 or self.cpu:  # else nothing is sent, and all is known
+        sent: tuple[Collective, ...] | None = ()
+        if self.mesh.size > 1 or self.cpu:  # otherwise the program's text is not needed
             try:
                 text = compiled.as_text()
             except JaxRuntimeError:
-                sent = None  # seen for XXL on 8 v5p: "async-update instruction should have ..."
+                # Happens for XXL on 8 v5p: "async-update instruction should have ...".
+                sent = None
             else:
-                sent = exchanges(text, self.mesh.size)
+                sent = collectives(text, self.mesh.size)
                 if self.cpu:
                     other += product_bytes(text)
-        memory = Memory(**parts, temporary=found.temp_size_in_bytes, other=other)
+        memory = Memory(**parts, temporary=analysis.temp_size_in_bytes, other=other)
         return memory, sent, seconds
 
     def work(self, batch_size: int) -> Work:
-        """Returns what a step does, from the first STEPS."""
+        """Returns the tokens and FLOPs of a step, averaged over the first `STEPS`."""
         batches = self.batches(batch_size)
         per_step = []
         for step in range(min(len(batches), STEPS)):
@@ -291,7 +293,7 @@ class Planner:
             flops = useful_flops(self.config, inputs, targets, reads)
             per_step.append((inputs.sum(), targets.sum(), flops))
         mean = np.mean(per_step, axis=0)
-        filled = batches[0]["encoder_segment_ids"].reshape(self.unit, -1).any(axis=1)
+        is_filled = batches[0]["encoder_segment_ids"].reshape(self.unit, -1).any(axis=1)
         shape = batches.shapes[-1]
         groups, R, Q = batches.groups, shape.input_rows, shape.target_rows
         if not batches.packed:  # each row is a group
@@ -309,97 +311,106 @@ class Planner:
             useful=float(mean[2]),
             computed=float(groups * flops),
             parts=self.unit,
-            empty_parts=self.unit - int(filled.sum()),
+            empty_parts=self.unit - int(is_filled.sum()),
         )
 
     def largest(
         self, usable: float, known: dict[int, Memory], report: Callable[[str], None]
     ) -> int | None:
-        """Returns the largest batch that fits, None if none does; adds what it compiled to `known`.
+        """Returns the largest batch that fits; None if none does.
 
-        Memory is nearly affine in the batch: the line through the two batches that came closest
-        says which to try next.
+        Memory is nearly affine in the batch size, so the next size is extrapolated from the two
+        closest ones.
+
+        Args:
+          usable: memory available to a program in bytes.
+          known: memory of the batch sizes compiled so far; those compiled here are added.
+          report: called with a line before each compilation.
         """
-        for _ in range(COMPILATIONS):
+        for _ in range(MAX_COMPILATIONS):
             low = max((b for b, m in known.items() if m.total <= usable), default=0)
             high = min((b for b, m in known.items() if m.total > usable), default=math.inf)
             least = (low // self.unit + 1) * self.unit
             if least >= high or (low and known[low].total >= CLOSE * usable):
                 break
             most = 16 * max(known) if high == math.inf else high - 1
-            guess = int(_guess(usable * (1 + CLOSE) / 2, known) // self.unit) * self.unit
-            guess = max(least, min(guess, int(most // self.unit) * self.unit))
-            report(f"compiling a batch of {guess}")
-            known[guess] = self.compile(guess)[0]
+            estimate = _estimate_batch_size(usable * (1 + CLOSE) / 2, known)
+            size = int(estimate // self.unit) * self.unit
+            size = max(least, min(size, int(most // self.unit) * self.unit))
+            report(f"compiling a batch of {size}")
+            known[size] = self.compile(size)[0]
         return max((b for b, m in known.items() if m.total <= usable), default=None)
 
 
-def _guess(wanted: float, known: dict[int, Memory]) -> float:
-    """Returns the batch that should take some bytes, given what others took.
+def _estimate_batch_size(target: float, known: dict[int, Memory]) -> float:
+    """Returns the batch size that is estimated to need `target` bytes.
 
-    Between two batches that is on their line. Beyond them the line says too much, as small batches
-    leave room that larger ones use first: all that is temporary but the gradients is then taken to
-    grow with the batch.
+    Between the two closest known sizes, memory is interpolated linearly. Beyond them a line
+    underestimates its growth, as larger batches first fill memory that smaller ones leave unused;
+    the slope is then at least the temporary memory without gradients, divided by the batch size.
+
+    Args:
+      target: memory per device in bytes.
+      known: memory of the batch sizes compiled so far.
     """
-    near = sorted(known, key=lambda batch: abs(known[batch].total - wanted))[:2]
-    a = near[0]
+    nearest = sorted(known, key=lambda size: abs(known[size].total - target))[:2]
+    a = nearest[0]
     slope = max(known[a].temporary - known[a].parameters, known[a].temporary / 8) / a
-    if len(near) == 2:
-        line = (known[near[1]].total - known[a].total) / (near[1] - a)
-        between = min(near) <= a + (wanted - known[a].total) / max(line, 1) <= max(near)
-        slope = line if between else max(line, slope)
-    return a + (wanted - known[a].total) / max(slope, 1)
+    if len(nearest) == 2:
+        secant = (known[nearest[1]].total - known[a].total) / (nearest[1] - a)
+        estimate = a + (target - known[a].total) / max(secant, 1)
+        slope = secant if min(nearest) <= estimate <= max(nearest) else max(secant, slope)
+    return a + (target - known[a].total) / max(slope, 1)
 
 
-def _wanted(message: str) -> int:
-    """Returns the bytes, arguments counted, that a TPU compiler's message says it would need."""
-    found = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message)
-    return int(float(found[1]) * 2 ** (10 * "_KMGT".index(found[2]))) if found else 2**62
+def _required_bytes(message: str) -> int:
+    """Returns the bytes, with arguments, in the out-of-memory error of a TPU's compiler."""
+    match = re.search(r"temporaries \(([\d.]+)([KMGT])\)", message)
+    return int(float(match[1]) * 2 ** (10 * "_KMGT".index(match[2]))) if match else 2**62
 
 
 def _open_data(
     experiment: Experiment, config: T5Config, tokens: tuple[float, float] | None
 ) -> tuple[TokenStore, str, bool]:
-    """Returns the tokens to plan with, where their lengths are from, and if they are the run's."""
+    """Returns the tokens to plan with, the source of their lengths, and whether they are real."""
     data = experiment.data
-    there = data.root or data.dataset_path or os.environ.get("DSS_DATA_ROOT")
-    if tokens is None and there and experiment.has_task and experiment.vocabulary:
+    folder = data.root or data.dataset_path or os.environ.get("DSS_DATA_ROOT")
+    if tokens is None and folder and experiment.has_task and experiment.vocabulary:
         return training_store(experiment), f"{open_mixture(experiment).name}'s", True
     inputs, targets = tokens or (INPUTS_MEAN, TARGETS_MEAN)
-    where = "as given" if tokens else "CQA's, assumed: no DATASET and METHOD with their data"
-    return typical_store(config.vocab_size, inputs, targets), where, False
+    source = "as given" if tokens else "CQA's, assumed: no DATASET and METHOD with their data"
+    return typical_store(config.vocab_size, inputs, targets), source, False
 
 
 def _advice(experiment: Experiment, config: T5Config, planner: Planner, usable: float) -> tuple:
-    """Returns what could make an experiment fit."""
+    """Returns changes that could make an experiment fit."""
     mesh = planner.mesh
     rules = dict(reversed(experiment.mesh.rules))
     state = planner.state
-    arrays = jax.tree.leaves((state.params, state.params, state.opt_state))  # gradients, too
-    whole = sum(x.size * x.dtype.itemsize for x in arrays)
-    found = []
+    arrays = jax.tree.leaves((state.params, state.params, state.opt_state))  # with gradients
+    state_bytes = sum(x.size * x.dtype.itemsize for x in arrays)
+    advice = []
     if "embed" not in rules and mesh.shape["data"] > 1:
         layout = "fsdp" if mesh.shape["model"] == 1 else "two_d"
-        found.append(f"split parameters over data too: --gin_file=layouts/{layout}.gin")
+        advice.append(f"shard parameters over data too: --gin_file=layouts/{layout}.gin")
     if config.remat != "full":
-        found.append("compute layers again backward: --gin.Experiment.remat=full")
+        advice.append("rematerialize layers: --gin.Experiment.remat=full")
     if config.dtype != "bfloat16":
-        found.append("compute in bfloat16: --gin.Experiment.dtype=bfloat16")
+        advice.append("compute in bfloat16: --gin.Experiment.dtype=bfloat16")
     if experiment.optimizer.name != "adafactor":
-        found.append("an optimizer of small state: --gin_file=runs/adafactor.gin")
+        advice.append("use an optimizer with a smaller state: --gin_file=runs/adafactor.gin")
     if experiment.batch_size > planner.unit:
-        found.append(
-            "more, smaller parts of a batch: "
-            f"--gin.Experiment.microbatches={2 * experiment.microbatches}"
-        )
-    devices = int(np.ceil(whole / usable))
+        microbatches = 2 * experiment.microbatches
+        advice.append(f"use more microbatches: --gin.Experiment.microbatches={microbatches}")
+    devices = int(np.ceil(state_bytes / usable))
     if devices > mesh.size:
-        found.append(
-            f"more devices: parameters, gradients and moments, split evenly, take {devices} or more"
+        advice.append(
+            "use more devices: parameters, gradients and optimizer state, evenly sharded, need "
+            f"{devices} or more"
         )
-    if not found:
-        found.append("more devices along the mesh's model or data")
-    return tuple(found)
+    if not advice:
+        advice.append("use more devices along the mesh's model or data axis")
+    return tuple(advice)
 
 
 def plan(
@@ -411,24 +422,25 @@ def plan(
     largest: bool = True,
     report: Callable[[str], None] = lambda _: None,
 ) -> Plan:
-    """Returns what an experiment would need.
+    """Estimates the memory, FLOPs, communication and time of an experiment.
 
     Args:
-      experiment: its mesh says how many devices there are along both axes.
+      experiment: the experiment, with the sizes of both mesh axes.
       accelerator: v4, v5p, h100, h200, or cpu for simulated devices on this machine.
-      mfu: share of the peak that useful operations reach; None: the accelerator's.
-      tokens: mean tokens of an input and of a target, in place of the data's.
-      largest: whether to look for the largest batch that fits, which compiles some more times.
-      report: told what is being done, a line each.
+      mfu: assumed model FLOPs utilization, in (0, 1]; None: the accelerator's default.
+      tokens: mean input and target length in tokens, instead of the data's.
+      largest: whether to search the largest batch that fits, with up to 4 more compilations.
+      report: called with a line before each compilation.
 
     Raises:
-      UserError: the experiment has no student or no mesh, or cannot be laid out so.
+      UserError: if the experiment has no student or no mesh, or the mesh does not fit the student
+        or the accelerator.
     """
     if experiment.config is None:
         raise UserError("no student: give --student=SIZE or --gin_file=students/SIZE.gin")
     mesh = experiment.mesh
     if mesh.data < 1:
-        raise UserError("no mesh: give --mesh data=N,model=N, the devices of a run")
+        raise UserError("no mesh: give the mesh of the run, --mesh=data=N,model=N")
     config = experiment.resolve_student(experiment.config)
     chip = find_accelerator(accelerator, mesh.data * mesh.model)
     devices, compiler = planned_devices(chip, mesh.data * mesh.model)
@@ -442,16 +454,17 @@ def plan(
     known = {experiment.batch_size: memory}
     best = planner.largest(chip.usable, known, report) if largest else None
     work = planner.work(experiment.batch_size)
-    share = mfu or chip.mfu
-    computing = work.useful / (len(devices) * chip.flops[config.dtype] * share)
-    reader = compiler
+    mfu = mfu or chip.mfu
+    computing = work.useful / (len(devices) * chip.flops[config.dtype] * mfu)
+    sent_compiler = compiler
     if sent is None:
-        cpus, reader = planned_devices(dataclasses.replace(chip, tpu=None), len(devices))
-        report(f"compiling a batch of {experiment.batch_size} with {reader}, to see what is sent")
-        sent = Planner(experiment, config, store, cpus, num_steps).compile(experiment.batch_size)[1]
+        cpus, sent_compiler = planned_devices(dataclasses.replace(chip, tpu=None), len(devices))
+        size = experiment.batch_size
+        report(f"compiling a batch of {size} with {sent_compiler}, to find collectives")
+        sent = Planner(experiment, config, store, cpus, num_steps).compile(size)[1]
         assert sent is not None
-    sending = sending_seconds(sent, chip)
-    step = (max(computing, sending), computing + sending)
+    communication = communication_seconds(sent, chip)
+    step = (max(computing, communication), computing + communication)
     fits = memory.total <= chip.usable
     return Plan(
         student=config,
@@ -465,11 +478,11 @@ def plan(
         memory=memory,
         compile_seconds=seconds,
         work=work,
-        mfu=share,
+        mfu=mfu,
         computing_seconds=computing,
         exchanges=sent,
-        exchanges_compiler=reader,
-        sending_seconds=sending,
+        exchanges_compiler=sent_compiler,
+        sending_seconds=communication,
         step_seconds=step,
         run_seconds=(step[0] * steps, step[1] * steps),
         largest_batch=best,

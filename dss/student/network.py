@@ -1,12 +1,12 @@
-"""The T5 encoder-decoder (Raffel et al., 2020, section 2.1): one network for all sizes and kinds.
+"""The T5 encoder-decoder (Raffel et al., 2020, section 2.1), in all its sizes and variants.
 
-The layers of a stack lie in one array with a leading layer axis and are scanned, so that compile
-time does not grow with depth. Dimensions: B batch, G groups, N encoder slots, M decoder slots, R
-rows, S source, T target, V vocabulary, D model, H heads, K head size, L layers.
+The layers of a stack are stacked arrays with a leading layer axis and are scanned, so compile time
+does not grow with depth. Dimensions: B batch, G groups, N encoder slots, M decoder slots, R rows,
+S source, T target, V vocabulary, D model, H heads, K head size, F feed-forward, L layers.
 
-Parameters are a nested dict of float32 arrays; every layer's has the leading axis L:
+Parameters are a nested dict of float32 arrays; those of layers have a leading axis L:
 
-    embedding [V, D]                    head [D, V]  (where the embeddings are not tied)
+    embedding [V, D]                    head [D, V]  (if embeddings are not tied)
     encoder / relative_bias [buckets, H]
     encoder / norm [D]
     encoder / layers / attention_norm [L, D]     attention / query, key, value [L, D, H * K]
@@ -73,16 +73,17 @@ def _seeds(seed: jax.Array | None, n: int) -> list[jax.Array | None]:
 def relative_buckets(
     distance: np.ndarray, *, bidirectional: bool, buckets: int, max_distance: int
 ) -> np.ndarray:
-    """Returns the bucket of each distance, key position minus query position.
+    """Returns the relative position bucket of each distance.
 
-    Half of the buckets are single distances, the other half grow logarithmically up to
-    `max_distance` (Raffel et al., 2020, section 2.1). Both directions share them if bidirectional.
+    Half of the buckets hold one distance each; the other half grow logarithmically up to
+    `max_distance` (Raffel et al., 2020, section 2.1). If bidirectional, each direction has half of
+    the buckets.
 
     Args:
-      distance: int array of any shape, numpy or traced.
-      bidirectional: whether keys after the query have buckets of their own.
+      distance: key position minus query position, an int array of any shape, numpy or traced.
+      bidirectional: whether keys after the query have separate buckets.
       buckets: number of buckets.
-      max_distance: all distances from here on fall in the last bucket.
+      max_distance: distance from which on all distances share the last bucket.
     """
     xp = jnp if isinstance(distance, jax.Array) else np
     offset = 0
@@ -101,7 +102,7 @@ def relative_buckets(
 
 
 class Attention(nnx.Module):
-    """Multi-head attention without biases or scaling."""
+    """Multi-head attention without bias terms or scaling of the scores."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
         self.config = config
@@ -112,26 +113,26 @@ class Attention(nnx.Module):
         self.out = _normal(rngs, (HK, D), HK**-0.5)
 
     def project(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
-        """Returns x [G, N, D] through one of the kernels, in heads, [G, N, H, K]."""
+        """Returns the projection of x [G, N, D] by a kernel, split into heads, [G, N, H, K]."""
         H, K = self.config.num_heads, self.config.d_kv
         return linear(x, kernel[...].astype(x.dtype).reshape(-1, H, K))
 
     def combine(self, y: jax.Array) -> jax.Array:
-        """Returns the heads' results y [G, N, H, K] as one, [G, N, D]."""
+        """Returns the output projection of the heads' outputs y [G, N, H, K], [G, N, D]."""
         H, K = self.config.num_heads, self.config.d_kv
         return linear(y, self.out[...].astype(y.dtype).reshape(H, K, -1), 2)
 
     def __call__(self, x, rows, encoded, encoded_rows, bias, mask, seed=None) -> jax.Array:
-        """Returns what x [G, M, D] finds in `encoded` [G, N, D], or in itself, [G, M, D].
+        """Returns the attention output, [G, M, D].
 
         Args:
-          x: what asks.
-          rows: `Rows` of x, or None.
-          encoded: what is looked at: x, or the encoder's output.
-          encoded_rows: its `Rows`, or None.
-          bias: see `attend`.
-          mask: [G, R, 1, T, S], see `additive_mask`.
-          seed: [2] of dropout, or None.
+          x: input of the queries, [G, M, D].
+          rows: layout of x in attention rows; None: one row per group.
+          encoded: input of the keys and values, [G, N, D]: x, or the encoder's output.
+          encoded_rows: layout of `encoded` in attention rows; None: one row per group.
+          bias: position bias [H, T, S], or None.
+          mask: additive mask, [G, R, 1, T, S].
+          seed: dropout seed [2], or None.
         """
         query = to_rows(self.project(x, self.query), rows)
         key = to_rows(self.project(encoded, self.key), encoded_rows)
@@ -141,7 +142,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """The feed-forward layer, gated (Shazeer, 2020) or not."""
+    """The feed-forward layer, with or without a gate (Shazeer, 2020)."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
         self.config = config
@@ -152,11 +153,12 @@ class Mlp(nnx.Module):
         self.wo = _normal(rngs, (F, D), F**-0.5)
 
     def __call__(self, x: jax.Array, seed: jax.Array | None = None) -> jax.Array:
-        """Returns the layer's output for x [..., D], [..., D]."""
+        """Returns the output [..., D] for x [..., D]."""
         kernels = [self.wi_0, self.wi_1] if self.config.gated else [self.wi_0]
         inner = [linear(x, kernel[...].astype(x.dtype)) for kernel in kernels]
 
-        @functools.partial(jax.checkpoint, prevent_cse=False)  # of all this keeps `inner` alone
+        # The hidden activations [..., F] are rematerialized; only `inner` is saved.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
         def finish(inner: list[jax.Array], wo: jax.Array, seed: jax.Array | None) -> jax.Array:
             hidden = ACTIVATIONS[self.config.activation](inner[0])
             for gate in inner[1:]:
@@ -180,20 +182,20 @@ class Layer(nnx.Module):
         self.mlp = Mlp(config, rngs)
 
     def norm(self, x: jax.Array, scale: nnx.Param) -> jax.Array:
-        """Returns x normalised before one of the sublayers."""
+        """Returns x after the norm of a sublayer."""
         return rms_norm(x, scale[...], self.config.layer_norm_epsilon)
 
     def __call__(self, x, rows, bias, mask, cross=None, seeds=None) -> jax.Array:
-        """Returns x [G, N, D] after the layer, [G, N, D].
+        """Returns the layer's output, [G, N, D].
 
         Args:
-          x: the residual stream.
-          rows: `Rows` of x, or None.
-          bias: [H, S, S] of its positions.
-          mask: [G, R, 1, S, S], see `additive_mask`.
-          cross: in a decoder: `Rows` of x, the encoder's output and its `Rows`, or None for both
-            rows, and the mask.
-          seeds: [6, 2] of dropout, or None.
+          x: the residual stream, [G, N, D].
+          rows: layout of x in attention rows; None: one row per group.
+          bias: position bias of self-attention, [H, S, S].
+          mask: additive mask of self-attention, [G, R, 1, S, S].
+          cross: cross-attention's rows of x, encoder output, rows of that output, and mask; rows
+            may be None. None in the encoder.
+          seeds: dropout seeds [6, 2], or None.
         """
         seed = iter([None] * 6 if seeds is None else seeds)
 
@@ -203,15 +205,15 @@ class Layer(nnx.Module):
         y = self.norm(x, self.attention_norm)
         x = residual(self.attention(y, rows, y, rows, bias, mask, next(seed)))
         if cross is not None:
-            looking, encoded, encoded_rows, cross_mask = cross
+            query_rows, encoded, encoded_rows, cross_mask = cross
             y = self.norm(x, self.cross_norm)
-            y = self.cross(y, looking, encoded, encoded_rows, None, cross_mask, next(seed))
+            y = self.cross(y, query_rows, encoded, encoded_rows, None, cross_mask, next(seed))
             x = residual(y)
         return residual(self.mlp(self.norm(x, self.mlp_norm), next(seed)))
 
 
 class Stack(nnx.Module):
-    """The encoder or the decoder: scanned layers, a shared position bias, a final norm."""
+    """The encoder or the decoder: scanned layers, a shared position bias and a final norm."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs, *, decoder: bool):
         self.config, self.is_decoder = config, decoder
@@ -229,7 +231,7 @@ class Stack(nnx.Module):
         self.norm = nnx.Param(jnp.ones(config.d_model))
 
     def bias(self, query_positions, key_positions) -> jax.Array:
-        """Returns the position bias [H, T, S] for positions [T] and [S]."""
+        """Returns the position bias [H, T, S] of query positions [T] and key positions [S]."""
         buckets = relative_buckets(
             key_positions[None, :] - query_positions[:, None],
             bidirectional=not self.is_decoder,
@@ -239,17 +241,17 @@ class Stack(nnx.Module):
         return self.relative_bias[...][buckets].transpose(2, 0, 1)
 
     def final_norm(self, x: jax.Array) -> jax.Array:
-        """Returns x [..., D] normalised after the last layer."""
+        """Returns x [..., D] after the stack's final norm."""
         return rms_norm(x, self.norm[...], self.config.layer_norm_epsilon)
 
     def split_layers(self) -> tuple[nnx.GraphDef, nnx.State]:
-        """Returns the definition of one layer and the parameters of all, for a scan."""
+        """Returns the graph definition of one layer and the stacked parameters of all layers."""
         return nnx.split(self.layers)
 
     def __call__(self, x, rows, mask, cross=None, dropout_seed=None) -> jax.Array:
-        """Returns x [G, N, D] after the stack, [G, N, D]; see `Layer`."""
+        """Returns the stack's output [G, N, D] for x [G, N, D]; arguments as of `Layer`."""
         rate = self.config.dropout_rate
-        first, scanned, last = _seeds(dropout_seed, 3)
+        input_seed, layers_seed, output_seed = _seeds(dropout_seed, 3)
         positions = np.arange(mask.shape[-1])
         bias = self.bias(positions, positions)
         definition, params = self.split_layers()
@@ -260,9 +262,9 @@ class Stack(nnx.Module):
 
         layer = _remat(layer, self.config.remat)
         depth = jax.tree.leaves(params)[0].shape[0]
-        x = dropout(x, rate, first)
-        x, _ = jax.lax.scan(layer, x, (params, dropout_seeds(scanned, depth, 6)))
-        return dropout(self.final_norm(x), rate, last)
+        x = dropout(x, rate, input_seed)
+        x, _ = jax.lax.scan(layer, x, (params, dropout_seeds(layers_seed, depth, 6)))
+        return dropout(self.final_norm(x), rate, output_seed)
 
 
 def _remat(layer: Callable, policy: str) -> Callable:
@@ -276,12 +278,14 @@ def _remat(layer: Callable, policy: str) -> Callable:
 
 
 class T5(nnx.Module):
-    """The student.
+    """The T5 student.
+
+    Parameters are initialised as in Mesh TensorFlow's T5: kernels are normally distributed with a
+    standard deviation of 1 / sqrt(input width), query kernels also times 1 / sqrt(K).
 
     Args:
-      config: its shape.
-      rngs: the stream `params` draws the parameters: T5's initialisation (Mesh TensorFlow's),
-        normal with the inverse square root of the input width.
+      config: sizes and variant.
+      rngs: random streams; parameters are drawn from `params`.
     """
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
@@ -293,7 +297,7 @@ class T5(nnx.Module):
             self.head = _normal(rngs, (config.d_model, config.vocab_size), config.d_model**-0.5)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """Returns the embeddings of tokens [...], [..., D] in the compute dtype."""
+        """Returns the embeddings [..., D] of tokens [...], in the compute dtype."""
         return self.embedding[...].astype(self.config.dtype)[tokens]
 
     def encode(
@@ -303,16 +307,13 @@ class T5(nnx.Module):
         row_slots: jax.Array | None = None,
         dropout_seed: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the encoded inputs.
+        """Returns the encoder's output, [G, N, D].
 
         Args:
-          inputs: [G, N] ids.
-          segment_ids: [G, N], 0 for padding; a token sees its own segment only.
-          row_slots: [G, R, S], where attention's rows read; see `Rows`. None: a group is a row.
-          dropout_seed: [2] uint32; None for no dropout.
-
-        Returns:
-          [G, N, D].
+          inputs: token ids, [G, N].
+          segment_ids: segment of each token, 0 for padding, [G, N]; attention stays in a segment.
+          row_slots: slots of each attention row, [G, R, S], see `Rows`; None: one row per group.
+          dropout_seed: uint32 [2]; None for no dropout.
         """
         rows = None if row_slots is None else Rows.of(row_slots, inputs.shape[1])
         segments = _in_rows(segment_ids, rows)
@@ -330,43 +331,40 @@ class T5(nnx.Module):
         dropout_seed: jax.Array | None = None,
         reads: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the decoder's last hidden states, teacher-forced.
+        """Returns the decoder's last hidden states with teacher forcing, [G, M, D].
 
         Args:
-          encoded: [G, N, D].
-          inputs: [G, M] ids, the targets shifted right.
-          segment_ids: [G, M].
-          encoder_segment_ids: [G, N].
-          row_slots: [G, Q, T], where the rows of self-attention read.
-          cross_slots: [G, Q, C], the encoder's slots that each of these rows attends to; None: a
-            group is one row of cross-attention.
-          dropout_seed: [2] uint32; None for no dropout.
-          reads: [G, M], the encoder's segment that each token attends to; None: the one of its
-            own segment's number.
-
-        Returns:
-          [G, M, D].
+          encoded: the encoder's output, [G, N, D].
+          inputs: target token ids, shifted right, [G, M].
+          segment_ids: segment of each decoder token, 0 for padding, [G, M].
+          encoder_segment_ids: segment of each encoder token, 0 for padding, [G, N].
+          row_slots: decoder slots of each self-attention row, [G, Q, T]; None: one row per group.
+          cross_slots: encoder slots that each of these rows attends to, [G, Q, C]; None: one
+            cross-attention row per group.
+          dropout_seed: uint32 [2]; None for no dropout.
+          reads: encoder segment that each token attends to, [G, M]; None: `segment_ids`.
         """
         rows = None if row_slots is None else Rows.of(row_slots, inputs.shape[1])
-        looking, encoded_rows = None, None
+        query_rows, encoded_rows = None, None
         if cross_slots is not None:
-            looking, encoded_rows = rows, Rows.of(cross_slots, encoded.shape[1])
+            query_rows, encoded_rows = rows, Rows.of(cross_slots, encoded.shape[1])
         segments = _in_rows(segment_ids, rows)
         causal = np.tri(segments.shape[-1], dtype=bool)
-        reading = _in_rows(segment_ids if reads is None else reads, looking)
-        cross_mask = _same_segment(reading, _in_rows(encoder_segment_ids, encoded_rows))
+        read_segments = _in_rows(segment_ids if reads is None else reads, query_rows)
+        cross_mask = _same_segment(read_segments, _in_rows(encoder_segment_ids, encoded_rows))
         return self.decoder(
             self.embed(inputs),
             rows,
             additive_mask(_same_segment(segments, segments) & causal),
-            (looking, encoded, encoded_rows, additive_mask(cross_mask)),
+            (query_rows, encoded, encoded_rows, additive_mask(cross_mask)),
             dropout_seed,
         )
 
     def head_inputs(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns what is multiplied to get the logits of hidden states [..., D]: x, kernel [D, V].
+        """Returns the factors of the logits of hidden states [..., D]: x [..., D] and the LM head.
 
-        x [..., D] is scaled where the student says so; the kernel is a parameter's.
+        x is `hidden`, scaled if the student has `scaled_logits`. The LM head [D, V] has its
+        parameter's dtype.
         """
         kernel = self.embedding[...].T if self.config.tied_embeddings else self.head[...]
         scale = self.config.d_model**-0.5 if self.config.scaled_logits else 1
@@ -387,11 +385,16 @@ class T5(nnx.Module):
         row_slots: tuple[jax.Array | None, ...] = (None, None, None),
         reads: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns the decoder's last hidden states [G, M, D].
+        """Returns the decoder's last hidden states, [G, M, D].
 
-        Without segment ids a row is one example: its encoder inputs that are not 0, and all of its
-        decoder inputs. `row_slots` are the encoder's, the decoder's and the cross-attention's; see
-        `encode` and `decode`, of which `reads` is an argument too.
+        Args:
+          encoder_inputs: token ids, [G, N].
+          decoder_inputs: target token ids, shifted right, [G, M].
+          encoder_segment_ids: segment of each encoder token, [G, N]; None: 1 for nonzero ids.
+          decoder_segment_ids: segment of each decoder token, [G, M]; None: 1 for all.
+          dropout_seed: uint32 [2]; None for no dropout.
+          row_slots: slots of encoder, decoder and cross-attention rows, see `encode` and `decode`.
+          reads: encoder segment that each decoder token attends to, see `decode`.
         """
         if encoder_segment_ids is None:
             encoder_segment_ids = (encoder_inputs != 0).astype(jnp.int32)
@@ -412,17 +415,17 @@ class T5(nnx.Module):
         )
 
     def __call__(self, *args: Any, **options: Any) -> jax.Array:
-        """Returns the logits [G, M, V] of every decoder slot; the arguments are `hidden`'s."""
+        """Returns the logits [G, M, V] of all decoder slots; arguments as of `hidden`."""
         return self.logits(self.hidden(*args, **options))
 
 
 def _in_rows(segment_ids: jax.Array, rows: Rows | None) -> jax.Array:
-    """Returns segment ids [G, N] in rows, [G, R, S]; 0 where a place reads none."""
+    """Returns segment ids [G, N] in rows, [G, R, S]; 0 at positions without a slot."""
     return to_rows(segment_ids[..., None], rows)[..., 0]
 
 
 def _same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
-    """Returns [G, R, 1, T, S]: whether query and key are of one segment and no padding."""
+    """Returns whether query and key are of one segment and not padding, [G, R, 1, T, S]."""
     same = queries[..., :, None] == keys[..., None, :]
     return (same & (keys != 0)[..., None, :])[..., None, :, :]
 
@@ -433,7 +436,7 @@ def _abstract(config: T5Config) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def init_params(config: T5Config, seed: int, shardings: Any = None) -> Params:
-    """Returns freshly drawn parameters; each device draws the part that the shardings give it."""
+    """Returns randomly initialised parameters; each device draws only its own shards."""
     draw = jax.jit(_draw_params, static_argnums=0, out_shardings=shardings)
     return draw(config, jax.random.key(seed))
 
@@ -443,12 +446,12 @@ def _draw_params(config: T5Config, key: jax.Array) -> Params:
 
 
 def abstract_params(config: T5Config) -> Params:
-    """Returns the parameters' shapes, a tree of `jax.ShapeDtypeStruct`."""
+    """Returns the parameters' shapes and dtypes, a tree of `jax.ShapeDtypeStruct`."""
     return nnx.to_pure_dict(_abstract(config)[1])
 
 
 def bind(config: T5Config, params: Params) -> T5:
-    """Returns the network with some parameters; cheap, also while tracing."""
+    """Returns the network with the given parameters; cheap, also while tracing."""
     definition, state = _abstract(config)
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, params)
@@ -456,7 +459,7 @@ def bind(config: T5Config, params: Params) -> T5:
 
 
 def logical_axes(config: T5Config) -> Params:
-    """Returns each parameter's logical axes, a tuple with a name a dimension."""
+    """Returns the tree of the parameters' logical axes, tuples with one name per dimension."""
 
     def axes(path: tuple, array: jax.ShapeDtypeStruct) -> tuple[str, ...]:
         names = AXES[path[-1].key]
@@ -466,5 +469,5 @@ def logical_axes(config: T5Config) -> Params:
 
 
 def num_parameters(config: T5Config) -> int:
-    """Returns how many numbers the student holds."""
+    """Returns the number of parameters."""
     return sum(x.size for x in jax.tree.leaves(abstract_params(config)))

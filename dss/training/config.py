@@ -11,17 +11,17 @@ __all__ = ["OptimizerConfig", "TrainerConfig"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Everything about the update. The defaults are the reference's."""
+    """Hyperparameters of the optimizer. The defaults are the reference's."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    learning_rate: float = 5e-5  # at its peak
+    learning_rate: float = 5e-5  # peak
     schedule: Literal["linear", "constant", "cosine", "rsqrt"] = "linear"
-    warmup_steps: int = 0  # linear from 0
+    warmup_steps: int = 0  # linear warm-up from 0
     b1: float = 0.9  # AdamW
     b2: float = 0.999  # AdamW
     eps: float = 1e-8  # AdamW
-    weight_decay: float = 0.0  # AdamW, decoupled, times the learning rate
-    decay_rate: float = 0.8  # Adafactor's exponent of the second-moment decay
+    weight_decay: float = 0.0  # AdamW, decoupled, scaled by the learning rate
+    decay_rate: float = 0.8  # Adafactor, exponent of the second-moment decay
     clip_global_norm: float | None = 1.0  # None: no clipping
 
     def __post_init__(self):
@@ -36,12 +36,12 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """How long to train, and how often to look."""
+    """Length of training, and the periods of evaluation and logging."""
 
-    train_steps: int = 10_000  # updates in all
-    eval_period: int = 250  # steps between evaluations; a checkpoint follows each
-    log_period: int = 10  # steps between lines of metrics
-    patience: int | None = None  # evaluations without a better one that end it; None: never
+    train_steps: int = 10_000  # optimizer steps
+    eval_period: int = 250  # steps between evaluations; each is followed by a checkpoint
+    log_period: int = 10  # steps between logged metrics
+    patience: int | None = None  # evaluations without improvement before early stopping; None: off
 
     def __post_init__(self):
         check_types(self)
@@ -56,7 +56,7 @@ class TrainerConfig:
         return step % self.eval_period == 0 or step == self.train_steps
 
     def has_lost_patience(self, scores: Mapping[int, float]) -> bool:
-        """Returns whether training ends, by the scores of all evaluations so far, by their step."""
+        """Returns whether training stops early, given the scores of all evaluations by step."""
         if self.patience is None or not scores:
             return False
         best = max(scores, key=lambda step: (scores[step], -step))

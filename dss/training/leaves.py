@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint, read one at a time."""
+"""The arrays of a checkpoint, each read when accessed."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -14,20 +14,22 @@ from dss.errors import UserError, first_line
 from dss.paths import check_no_pipes
 from dss.training.checksums import check_sums, checksum, path_names
 
-__all__ = ["Leaves", "is_passing", "reading"]
+__all__ = ["Leaves", "is_transient", "reading"]
 
-PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
+TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED")
 
 
 class Leaves(Mapping[tuple[str, ...], np.ndarray]):
-    """A folder that Orbax wrote, as a mapping from paths in its tree to arrays.
+    """An item of an Orbax checkpoint, as a mapping from paths in its tree to host arrays.
 
-    An array is read whenever it is asked for, and not kept, so that a student needs no more memory
-    than its largest parameter; it raises UserError if it is not what was saved. A folder that is
-    not there has no arrays.
+    An array is read and checked at each access and is not cached, so that memory is bounded by the
+    largest parameter. A folder that does not exist has no arrays.
 
     Args:
-      folder: an item of a checkpoint, such as `<run>/checkpoints/<step>/params`.
+      folder: folder of the item, such as `<run>/checkpoints/<step>/params`.
+
+    Raises:
+      UserError: if the folder or, at access, an array is corrupt.
     """
 
     def __init__(self, folder: epath.Path):
@@ -37,16 +39,17 @@ class Leaves(Mapping[tuple[str, ...], np.ndarray]):
             metadata: Any = self._handler.metadata(folder) if folder.is_dir() else None
         tree = metadata.tree if metadata else {}
         self._checksums = metadata.custom_metadata if metadata else {}
-        found, self._tree = jax.tree_util.tree_flatten_with_path(
+        leaves, self._tree = jax.tree_util.tree_flatten_with_path(
             tree, is_leaf=lambda x: hasattr(x, "shape")
         )
-        self._metadata = [metadata for _, metadata in found]
-        self._index = {path_names(path): i for i, (path, _) in enumerate(found)}
+        self._metadata = [metadata for _, metadata in leaves]
+        self._index = {path_names(path): i for i, (path, _) in enumerate(leaves)}
 
     def __getitem__(self, path: tuple[str, ...]) -> np.ndarray:
-        i, others = self._index[path], [ocp.PLACEHOLDER] * len(self._metadata)
-        wanted = np.broadcast_to(np.zeros((), self._metadata[i].dtype), self._metadata[i].shape)
-        item = jax.tree.unflatten(self._tree, [*others[:i], wanted, *others[i + 1 :]])
+        i, targets = self._index[path], [ocp.PLACEHOLDER] * len(self._metadata)
+        # Orbax skips placeholders; a broadcast zero gives dtype and shape without their memory.
+        target = np.broadcast_to(np.zeros((), self._metadata[i].dtype), self._metadata[i].shape)
+        item = jax.tree.unflatten(self._tree, [*targets[:i], target, *targets[i + 1 :]])
         restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         args = ocp.args.PyTreeRestore(item, restore_args=restore_args)
         with reading(self._folder):
@@ -63,22 +66,28 @@ class Leaves(Mapping[tuple[str, ...], np.ndarray]):
 
 @contextlib.contextmanager
 def reading(folder: epath.Path) -> Iterator[None]:
-    """Raises the user's error where damaged files of a checkpoint make Orbax raise another.
+    """Turns exceptions that corrupt files make Orbax raise into UserError.
 
-    What keeps from reading and is not in the files, such as a bucket out of reach, stays.
+    Transient errors, such as an unreachable bucket, are not changed.
+
+    Args:
+      folder: folder that is read, for the error message.
+
+    Raises:
+      UserError: if the folder cannot be read.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or is_passing(error):
+        if isinstance(error, UserError) or is_transient(error):
             raise
         raise UserError(f"{folder}: cannot be read: {first_line(error)}") from error
 
 
-def is_passing(error: Exception) -> bool:
-    """Returns whether an error is of the machine or the network, and the files may be whole."""
+def is_transient(error: Exception) -> bool:
+    """Returns whether the machine or the network causes an error, so that files may be intact."""
     if isinstance(error, OSError):
         return not isinstance(error, FileNotFoundError)
     return isinstance(error, (MemoryError, JaxRuntimeError)) or any(
-        status in str(error) for status in PASSING
+        status in str(error) for status in TRANSIENT
     )

@@ -1,11 +1,11 @@
-"""The loss of distilling step-by-step: a weighted sum of each task's mean over target tokens.
+"""The loss of distilling step-by-step: a weighted sum of the tasks' mean losses per target token.
 
     L = sum_k rate_k * (1 / N_k) * sum over the target tokens of task k of cross entropy
 
 With two tasks at rates alpha and 1 - alpha this is the reference's
 `alpha * L_label + (1 - alpha) * L_rationale` (Hsieh et al., 2023, section 3.2, equation 3, in its
-weighted form). N_k counts target tokens, EOS included, over the whole global batch, whatever the
-sharding, packing or microbatching.
+weighted form). N_k counts target tokens, EOS included, over the global batch, independently of
+sharding, packing and microbatching.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ __all__ = [
     "token_weights",
 ]
 
-CHUNK_SLOTS = 1024  # target slots of a device whose logits exist at a time
-WHOLE, SHARD = PartitionSpec(), PartitionSpec("data")
+CHUNK_SLOTS = 1024  # target slots per device whose logits exist at the same time
+REPLICATED, SHARDED = PartitionSpec(), PartitionSpec("data")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,11 @@ class LossConfig:
     """The loss of a mixture.
 
     Attributes:
-      num_tasks: K, how many tasks the batch's task ids tell apart.
-      rates: each task's rate; None if sequences were sampled by rate, so that each token of the
-        batch weighs the same.
-      last_rates: to which the rates move linearly from step to step; None if they stay.
-      num_steps: the last of so many steps has `last_rates`, the first `rates`.
+      num_tasks: K, number of tasks of the mixture.
+      rates: rate of each task in the first step; None if sequences are sampled by rate, so that
+        all tokens of a batch have the same weight.
+      last_rates: rates of the last step, approached linearly; None for constant rates.
+      num_steps: number of training steps.
       label_smoothing: weight of the uniform distribution.
       z_loss: weight of (log Z)^2.
     """
@@ -56,31 +56,29 @@ class LossConfig:
     z_loss: float = 0.0
 
     def rates_at(self, step: jax.Array) -> jax.Array | None:
-        """Returns the rates of a step, counted from 0, [K] float32; None if there are none."""
+        """Returns the rates of a step (from 0), [K] float32; None if `rates` is None."""
         if self.rates is None:
             return None
         first = jnp.array(self.rates, jnp.float32)
         if self.last_rates is None:
             return first
-        done = step / max(self.num_steps - 1, 1)
-        return (1 - done) * first + done * jnp.array(self.last_rates, jnp.float32)
+        progress = step / max(self.num_steps - 1, 1)
+        return (1 - progress) * first + progress * jnp.array(self.last_rates, jnp.float32)
 
 
 def cross_entropy(
     logits: jax.Array, targets: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> jax.Array:
-    """Returns the cross entropy of each target token.
+    """Returns the cross entropy of each target token, [...] float32.
 
         -(1 - s) * log p(target) - s * mean over V of log p + z_loss * (log Z)^2
 
     Args:
-      logits: [..., V] float32.
-      targets: [...] ids in [0, V).
-      label_smoothing: s, in [0, 1): the weight of the uniform distribution.
-      z_loss: keeps the normaliser log Z near 0 (Shazeer et al., 2018, mesh TensorFlow).
-
-    Returns:
-      [...] float32.
+      logits: logits, [..., V] float32.
+      targets: target token ids, [...].
+      label_smoothing: s, weight of the uniform distribution, in [0, 1).
+      z_loss: weight of (log Z)^2, which keeps the log normaliser near 0 (Shazeer et al., 2018, mesh
+        TensorFlow).
     """
     log_z = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -93,15 +91,12 @@ def cross_entropy(
 
 
 def task_sums(per_token: jax.Array, task_ids: jax.Array, num_tasks: int) -> jax.Array:
-    """Returns the sum of a value over each task's target tokens.
+    """Returns the sums of a value over the target tokens of each task, [K].
 
     Args:
-      per_token: [R, T].
-      task_ids: [R, T], 0 for padding, 1 + k for task k.
-      num_tasks: K.
-
-    Returns:
-      [K], in the dtype of `per_token`.
+      per_token: value of each token, of any shape.
+      task_ids: task of each token, of the same shape: 1 + k for task k, 0 for padding.
+      num_tasks: K, number of tasks.
     """
     return jnp.stack(
         [jnp.sum(jnp.where(task_ids == k + 1, per_token, 0)) for k in range(num_tasks)]
@@ -109,15 +104,19 @@ def task_sums(per_token: jax.Array, task_ids: jax.Array, num_tasks: int) -> jax.
 
 
 def token_counts(task_ids: jax.Array, num_tasks: int) -> jax.Array:
-    """Returns N_k, the number of each task's target tokens, [K] float32."""
+    """Returns N_k, the number of target tokens of each task, [K] float32."""
     return task_sums(jnp.ones(task_ids.shape, jnp.float32), task_ids, num_tasks)
 
 
 def token_weights(counts: jax.Array, rates: jax.Array | tuple[float, ...] | None) -> jax.Array:
-    """Returns what one target token of each task weighs in the loss, [K].
+    """Returns the weight of a target token of each task in the loss, [K].
 
-    `rate_k / N_k`; with `rates` None (sequences sampled by rate, which are weighted already) one
-    over the number of all target tokens. A task that has no token weighs nothing.
+    The weight is `rate_k / N_k`, or 1 / sum of N_k if `rates` is None (sequences are sampled by
+    rate, which weights them already).
+
+    Args:
+      counts: N_k, number of target tokens of each task, [K].
+      rates: rate of each task, [K], or None.
     """
     if rates is None:
         return jnp.ones_like(counts) / jnp.maximum(counts.sum(), 1)
@@ -127,22 +126,22 @@ def token_weights(counts: jax.Array, rates: jax.Array | tuple[float, ...] | None
 def mixture_loss(
     sums: jax.Array, counts: jax.Array, rates: jax.Array | tuple[float, ...] | None
 ) -> jax.Array:
-    """Returns the loss, [], from each task's summed cross entropy and token count, both [K]."""
+    """Returns the loss [], given each task's summed cross entropy [K] and token count [K]."""
     return jnp.sum(token_weights(counts, rates) * sums)
 
 
 def _chunks(hidden: jax.Array, targets: jax.Array, task_ids: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the slots in n chunks of C, as even as they can be: [n, C, D], [n, C] and [n, C].
+    """Splits all slots into n chunks of C slots of nearly equal size: [n, C, D], [n, C], [n, C].
 
-    What fills the last chunk is of no task.
+    The last chunk is padded with slots of task id 0.
     """
     n = -(-targets.size // CHUNK_SLOTS)
     size = -(-targets.size // n)
 
     def split(array: jax.Array) -> jax.Array:
         flat = array.reshape(targets.size, *array.shape[targets.ndim :])
-        fill = [(0, n * size - targets.size)] + [(0, 0)] * (flat.ndim - 1)
-        return jnp.pad(flat, fill).reshape(n, size, *flat.shape[1:])
+        padding = [(0, n * size - targets.size)] + [(0, 0)] * (flat.ndim - 1)
+        return jnp.pad(flat, padding).reshape(n, size, *flat.shape[1:])
 
     return split(hidden), split(targets), split(task_ids)
 
@@ -159,10 +158,10 @@ def _token_losses(config: LossConfig, targets: jax.Array, logits: jax.Array) -> 
 
 
 def _on_shards(mesh: Mesh, function: Callable[..., Any], inputs: Any, outputs: Any) -> Callable:
-    """Returns a function that each shard of `data` runs by itself.
+    """Returns a function that runs on each `data` shard separately; other axes stay automatic.
 
-    What it adds up over chunks stays on its shard until it says `psum`; left to the partitioner,
-    the sum over the shards would be taken again after every chunk. Other axes stay automatic.
+    Sums over chunks stay local until `psum`. XLA's partitioner would sum over the shards after
+    every chunk.
     """
     return jax.shard_map(
         function,
@@ -182,18 +181,18 @@ def head_scores(
     targets: jax.Array,
     task_ids: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns each task's summed cross entropy, and how many targets were the most likely token.
+    """Returns each task's summed cross entropy and number of correct tokens, by argmax.
 
     Args:
       config: the loss.
-      mesh: G is split over its `data`.
-      hidden: [G, M, D], what the head multiplies.
-      kernel: [D, V], the head.
-      targets: [G, M] ids in [0, V).
-      task_ids: [G, M], see `task_sums`.
+      mesh: mesh whose `data` axis G is sharded over.
+      hidden: input of the LM head, [G, M, D].
+      kernel: the LM head, [D, V].
+      targets: target token ids, [G, M].
+      task_ids: 1 + k for tokens of task k, 0 for padding, [G, M].
 
     Returns:
-      [K] and [K], float32.
+      Sums and correct counts, [K] float32 each.
     """
 
     def shard(kernel, hidden, targets, task_ids):
@@ -202,14 +201,14 @@ def head_scores(
             logits = _logits(hidden, kernel)
             losses = _token_losses(config, targets, logits)
             correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-            part = [task_sums(x, task_ids, config.num_tasks) for x in (losses, correct)]
-            return jax.tree.map(jnp.add, total, part), None
+            sums = [task_sums(x, task_ids, config.num_tasks) for x in (losses, correct)]
+            return jax.tree.map(jnp.add, total, sums), None
 
         zeros = [jnp.zeros(config.num_tasks)] * 2
         total, _ = jax.lax.scan(add, zeros, _chunks(hidden, targets, task_ids))
         return tuple(jax.lax.psum(total, "data"))
 
-    run = _on_shards(mesh, shard, (WHOLE, SHARD, SHARD, SHARD), (WHOLE, WHOLE))
+    run = _on_shards(mesh, shard, (REPLICATED, SHARDED, SHARDED, SHARDED), (REPLICATED, REPLICATED))
     return run(kernel.astype(hidden.dtype), hidden, targets, task_ids)
 
 
@@ -223,26 +222,26 @@ def head_loss(
     targets: jax.Array,
     task_ids: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the weighted loss and each task's summed cross entropy, without all the logits.
+    """Returns the weighted loss and each task's summed cross entropy, in chunks of slots.
 
-    The logits, [G, M, V], would be the largest array of a step. A token's weight is known
-    beforehand, so its part of the gradient is too, but for the factor that comes from after the
-    loss: each chunk of slots takes its logits, its losses and its gradients in one go, and its
-    logits are gone. The products are those of the plain form; the gradient of the kernel is
-    added up over chunks in float32.
+    All logits, [G, M, V], would be the largest array of a step. Because token weights are known
+    beforehand, the forward pass computes logits, losses and gradients chunk by chunk and discards
+    each chunk's logits; the backward pass only scales the gradients by the cotangent of the loss.
+    The matrix products are the same as without chunks. The kernel's gradient is summed over chunks
+    in float32.
 
     Args:
       config: the loss.
-      mesh: G is split over its `data`.
-      hidden: [G, M, D], what the head multiplies.
-      kernel: [D, V], the head.
-      weights: [K], what a token of each task weighs, see `token_weights`; no gradient.
-      targets: [G, M] ids in [0, V).
-      task_ids: [G, M], see `task_sums`.
+      mesh: mesh whose `data` axis G is sharded over.
+      hidden: input of the LM head, [G, M, D].
+      kernel: the LM head, [D, V].
+      weights: weight of a token of each task, [K], see `token_weights`; not differentiated.
+      targets: target token ids, [G, M].
+      task_ids: 1 + k for tokens of task k, 0 for padding, [G, M].
 
     Returns:
-      The sum over tasks of weight times sum, [], and the sums, [K], float32; only the first has a
-      gradient.
+      The loss [], the weighted sum of the tasks' sums, and these sums [K], float32. Only the loss
+      is differentiable.
     """
     return _head_forward(config, mesh, hidden, kernel, weights, targets, task_ids)[0]
 
@@ -254,9 +253,9 @@ def _head_forward(config, mesh, hidden, kernel, weights, targets, task_ids):
         def add(total, chunk):
             hidden, targets, task_ids = chunk
             logits = _logits(hidden, kernel)
-            losses, back = jax.vjp(functools.partial(_token_losses, config, targets), logits)
+            losses, vjp = jax.vjp(functools.partial(_token_losses, config, targets), logits)
             sums = task_sums(losses, task_ids, config.num_tasks)
-            (d_logits,) = back(jnp.concatenate([jnp.zeros(1), weights])[task_ids])
+            (d_logits,) = vjp(jnp.concatenate([jnp.zeros(1), weights])[task_ids])
             d_logits = d_logits.astype(dtype)
             d_hidden = jnp.dot(d_logits, kernel.T)
             d_kernel = jnp.dot(transposed(hidden, 1), d_logits, preferred_element_type=jnp.float32)
@@ -268,9 +267,10 @@ def _head_forward(config, mesh, hidden, kernel, weights, targets, task_ids):
         d_hidden = d_hidden.reshape(-1, hidden.shape[-1])[: targets.size].reshape(hidden.shape)
         return jax.lax.psum(sums, "data"), d_hidden, d_kernel.astype(kernel_dtype)[None]
 
-    run = _on_shards(mesh, shard, (WHOLE, WHOLE, SHARD, SHARD, SHARD), (WHOLE, SHARD, SHARD))
+    inputs = (REPLICATED, REPLICATED, SHARDED, SHARDED, SHARDED)
+    run = _on_shards(mesh, shard, inputs, (REPLICATED, SHARDED, SHARDED))
     sums, d_hidden, d_kernels = run(kernel.astype(dtype), weights, hidden, targets, task_ids)
-    # Added up here, in the kernel's dtype, so that the partitioner can scatter what it adds up.
+    # Summed outside of shard_map, in the kernel's dtype, so that XLA can use a reduce-scatter.
     d_kernel = jax.lax.reduce_sum(d_kernels, (0,))
     return (jnp.sum(weights * sums), sums), (d_hidden, d_kernel)
 

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: JSON lines that a restart continues exactly, TensorBoard, and speed.
+"""Writes the metrics of a run as JSON lines and to TensorBoard.
 
-`metrics.jsonl` holds what the run computed, the same lines whether or not it was interrupted.
-`speed.jsonl` holds what the clock said, which no restart can repeat.
+`metrics.jsonl` has computed metrics; its lines are the same whether or not the run was interrupted.
+`speed.jsonl` has timings, which are not reproducible.
 """
 
 import contextlib
@@ -25,10 +25,13 @@ NAMES = ("metrics", "speed")
 
 
 def read_metrics(path: epath.PathLike) -> list[dict]:
-    """Returns the lines of a metrics file; an unfinished last line is left out.
+    """Returns the lines of a metrics file, without an incomplete last line.
+
+    Args:
+      path: the file; no lines if it does not exist.
 
     Raises:
-      UserError: a line is no JSON object.
+      UserError: if a line is not a JSON object.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -39,12 +42,12 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not all(isinstance(line, dict) for line in lines):
-        raise UserError(f"{path}: a line is no JSON object")
+        raise UserError(f"{path}: a line is not a JSON object")
     return lines
 
 
-def _cut(path: Path, step: int) -> None:
-    """Drops the lines after a step, all of them or none."""
+def _truncate(path: Path, step: int) -> None:
+    """Atomically drops the lines after a step."""
     if not path.exists():
         return
     lines = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
@@ -52,11 +55,11 @@ def _cut(path: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _without(*modules: str) -> Iterator[None]:
-    """Makes optional modules look uninstalled while a library that tries to import them is loaded.
+def _hide_modules(*modules: str) -> Iterator[None]:
+    """Makes imports of optional modules fail.
 
-    tensorboardX imports PyTorch and Google's storage client where they are installed: 3 s at the
-    start of every run, for features that a run directory does not use.
+    tensorboardX imports PyTorch and Google's storage client if they are installed, which takes
+    seconds at the start of every run, for features that are not used here.
     """
     hidden = [name for name in modules if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
@@ -67,19 +70,19 @@ def _without(*modules: str) -> Iterator[None]:
             del sys.modules[name]
 
 
-class _Board:
-    """Event files of TensorBoard, written at once.
+class _TensorBoard:
+    """Synchronous writer of TensorBoard event files.
 
-    The library's own writer hands events to a thread; if the disk is full that thread ends, and
-    the program waits for it for ever.
+    tensorboardX's own writer uses a thread. If the disk is full, the thread dies and the program
+    hangs.
 
     Args:
-      folder: of the event files.
-      step: events from it on, of a run that was killed, are hidden.
+      folder: folder of the event files.
+      step: first step of this run; TensorBoard hides earlier events from this step on.
     """
 
     def __init__(self, folder: Path, step: int):
-        with _without("torch", "google.cloud.storage"):
+        with _hide_modules("torch", "google.cloud.storage"):
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
             from tensorboardX.summary import scalar
@@ -91,7 +94,7 @@ class _Board:
         self._writer.write_event(Event(wall_time=time.time(), step=step, session_log=start))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends values under their names."""
+        """Writes the values of a step by name."""
         for name, value in values.items():
             event = self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value))
             self._writer.write_event(event)
@@ -103,13 +106,14 @@ class _Board:
 
 
 class MetricsWriter:
-    """Writes the metrics of a run that starts or continues after a step; the leader's alone.
+    """Writes the metrics of a new or resumed run, in the leader process only.
 
-    A run directory in a bucket, which cannot append, has its files written anew at each `sync`.
+    Buckets do not support appending: if the run directory is in one, files are written locally and
+    uploaded at each `sync`.
 
     Args:
       folder: the run directory.
-      step: the step that the run continues from; later lines, of a run that was killed, are cut.
+      step: step that the run starts after; later lines, from before an interruption, are dropped.
     """
 
     def __init__(self, folder: epath.PathLike, step: int):
@@ -122,23 +126,23 @@ class MetricsWriter:
             self._copy = tempfile.TemporaryDirectory(prefix="dss-metrics-")
             folder = self._copy.name
             for name in NAMES:
-                there = self._bucket / f"{name}.jsonl"
-                if there.exists():
-                    Path(folder, there.name).write_bytes(there.read_bytes())
+                remote = self._bucket / f"{name}.jsonl"
+                if remote.exists():
+                    Path(folder, remote.name).write_bytes(remote.read_bytes())
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         for name in NAMES:
             path = self._folder / f"{name}.jsonl"
-            _cut(path, step)
+            _truncate(path, step)
             self._files[name] = path.open("a", encoding="utf-8")
-        self._board = _Board(self._folder / "tensorboard", step + 1)
+        self._board = _TensorBoard(self._folder / "tensorboard", step + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line of computed metrics; the same names on TensorBoard."""
+        """Writes the computed metrics of a step to `metrics.jsonl` and TensorBoard."""
         self._append("metrics", step, values)
 
     def write_speed(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line of clock readings; the same names on TensorBoard."""
+        """Writes the timings of a step to `speed.jsonl` and TensorBoard."""
         self._append("speed", step, values)
 
     def _append(self, name: str, step: int, values: dict[str, float]) -> None:
@@ -149,17 +153,17 @@ class MetricsWriter:
         self._board.write(step, values)
 
     def sync(self) -> None:
-        """Has everything where it belongs: called before a checkpoint that goes on from here."""
+        """Uploads the files if the run directory is in a bucket. Called before each checkpoint."""
         if self._bucket is None:
             return
         for file in self._folder.rglob("*"):
             if file.is_file():
-                there = self._bucket / file.relative_to(self._folder).as_posix()
-                there.parent.mkdir(parents=True, exist_ok=True)
-                there.write_bytes(file.read_bytes())
+                remote = self._bucket / file.relative_to(self._folder).as_posix()
+                remote.parent.mkdir(parents=True, exist_ok=True)
+                remote.write_bytes(file.read_bytes())
 
     def close(self) -> None:
-        """Closes the files."""
+        """Uploads the files to a bucket, if any, and closes them."""
         if not self._files:
             return
         self.sync()

@@ -10,32 +10,34 @@ from dss.training.config import OptimizerConfig
 
 __all__ = ["make_optimizer", "make_schedule"]
 
-STACKS = ("encoder", "decoder")  # parameter groups whose "layers" have a leading layer axis
+STACKS = ("encoder", "decoder")  # parameter groups with stacked "layers"
 
 
 def make_schedule(config: OptimizerConfig, train_steps: int) -> optax.Schedule:
-    """Returns the learning rate by step, from 0: warm-up, then the schedule down to 0 (or not).
+    """Returns the learning rate schedule: linear warm-up, then decay.
+
+    `linear` and `cosine` decay to 0 at `train_steps`; `rsqrt` decays as 1 / sqrt(step) after the
+    warm-up (Raffel et al., 2020, section 3.1.2); `constant` does not decay.
 
     Args:
-      config: `linear` and `cosine` fall to 0 at `train_steps`; `rsqrt` falls as 1 / sqrt(step)
-        after the warm-up (Raffel et al., 2020, section 3.1.2), `constant` stays.
-      train_steps: length of the run in steps.
+      config: hyperparameters of the optimizer.
+      train_steps: number of training steps.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     decay_steps = max(train_steps - warmup, 1)
-    after = {
+    decay = {
         "linear": lambda: optax.linear_schedule(peak, 0.0, decay_steps),
         "cosine": lambda: optax.cosine_decay_schedule(peak, decay_steps),
         "constant": lambda: optax.constant_schedule(peak),
         "rsqrt": lambda: lambda step: peak * (max(warmup, 1) / (step + max(warmup, 1))) ** 0.5,
     }[config.schedule]()
     if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup])
 
 
 def _over_layers(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `inner` applied to each layer of stacked parameters as if it stood alone."""
+    """Returns a transformation that applies `inner` to each layer of stacked parameters."""
 
     def update(updates, state, params=None):
         return jax.vmap(inner.update)(updates, state, params)
@@ -44,10 +46,10 @@ def _over_layers(inner: optax.GradientTransformation) -> optax.GradientTransform
 
 
 def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns Adafactor (Shazeer and Stern, 2018) as T5X sets it, layer by layer.
+    """Returns Adafactor (Shazeer and Stern, 2018) with T5X's hyperparameters.
 
-    Factoring, the update's clipping and the parameter scale are all per matrix, so the stacked
-    layers are mapped over.
+    Factoring, update clipping and parameter scale are per matrix, so Adafactor is mapped over the
+    layer axis of stacked layers.
     """
 
     def adafactor() -> optax.GradientTransformation:
@@ -70,9 +72,10 @@ def _adafactor(config: OptimizerConfig, schedule: optax.Schedule) -> optax.Gradi
 
 
 def _clip(limit: float) -> optax.GradientTransformation:
-    """Returns clipping by global norm as one factor of the gradients.
+    """Returns clipping of the gradients by global norm.
 
-    optax's divides them: that XLA writes out first, because AdamW reads it twice.
+    The gradients are multiplied by one factor, which XLA fuses into AdamW. It does not fuse the
+    division of optax's `clip_by_global_norm`, whose result AdamW reads twice.
     """
 
     def clip(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:
@@ -83,7 +86,7 @@ def _clip(limit: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(config: OptimizerConfig, train_steps: int) -> optax.GradientTransformation:
-    """Returns the optimizer: clipping by global norm, then AdamW or Adafactor on the schedule."""
+    """Returns the optimizer: clipping by global norm, then AdamW or Adafactor with a schedule."""
     schedule = make_schedule(config, train_steps)
     if config.name == "adafactor":
         optimizer = _adafactor(config, schedule)

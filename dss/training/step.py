@@ -1,4 +1,4 @@
-"""One partitioned training step, and the validation step, for any mesh."""
+"""The jitted train step and validation step, for any mesh."""
 
 import dataclasses
 import functools
@@ -53,9 +53,9 @@ DeviceBatch = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a training step changes, and all that a checkpoint holds of it."""
+    """The state that a train step updates and a checkpoint stores."""
 
-    step: Any  # [] int32, steps done
+    step: Any  # [] int32, number of steps done
     params: Params
     opt_state: optax.OptState
 
@@ -68,12 +68,12 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 def place_state(
     params: Params, optimizer: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
-    """Returns the state before the first step, on the mesh; it takes the parameters' memory.
+    """Returns the state before the first step, sharded over the mesh. `params` are donated.
 
     Args:
-      params: on the mesh already, or in every process.
-      optimizer: the moments it begins with are made where they are to lie.
-      shardings: from `state_shardings`.
+      params: the initial parameters, as `jax.Array`s or as host arrays in every process.
+      optimizer: the optimizer, whose state is created sharded.
+      shardings: shardings of the state, see `state_shardings`.
     """
     params = jax.tree.map(place, params, shardings.params)
     create = functools.partial(init_state, optimizer=optimizer)
@@ -83,14 +83,14 @@ def place_state(
 def state_shardings(
     config: T5Config, optimizer: optax.GradientTransformation, mesh: Mesh, mesh_config: MeshConfig
 ) -> TrainState:
-    """Returns a `TrainState` of shardings.
+    """Returns the shardings of the state, as a `TrainState`.
 
     Raises:
-      UserError: the student cannot be split so.
+      UserError: if a sharded dimension is not divisible by its number of shards.
     """
-    where = dict(reversed(mesh_config.rules)).get("heads")
-    if where is not None:  # a parameter's axis of that name is all heads' features
-        check_split("num_heads", config.num_heads, mesh, where)
+    heads_axis = dict(reversed(mesh_config.rules)).get("heads")
+    if heads_axis is not None:  # its dimension has H * K elements; shards need whole heads
+        check_split("num_heads", config.num_heads, mesh, heads_axis)
     shapes = abstract_params(config)
     params = param_shardings(mesh, mesh_config, logical_axes(config), shapes)
     opt_state = jax.eval_shape(optimizer.init, shapes)
@@ -100,15 +100,15 @@ def state_shardings(
 
 
 def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """Returns what XLA is told: a CPU's third level compiles for longer, to run no faster."""
-    cpu = mesh.devices.flat[0].platform == "cpu"
-    return {"xla_backend_optimization_level": 2} if cpu else None
+    """Returns XLA options: on a CPU, level 3 compiles for longer and its code is no faster."""
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    return {"xla_backend_optimization_level": 2} if is_cpu else None
 
 
 def _head_inputs(
     config: T5Config, params: Params, batch: DeviceBatch, seed: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns what the head multiplies, [G, M, D], and the head, [D, V]."""
+    """Returns the input of the LM head [G, M, D] and the LM head [D, V]."""
     network = bind(config, params)
     hidden = network.hidden(
         batch["encoder_input_tokens"],
@@ -123,7 +123,10 @@ def _head_inputs(
 
 
 def _split(batch: DeviceBatch, microbatches: int) -> DeviceBatch:
-    """Returns the batch as [microbatches, G / microbatches, ...]; each device keeps its groups."""
+    """Returns the batch as [microbatches, G / microbatches, ...].
+
+    Adjacent groups go to different microbatches, so that each device keeps its groups.
+    """
 
     def split(array: jax.Array) -> jax.Array:
         return array.reshape(-1, microbatches, *array.shape[1:]).swapaxes(0, 1)
@@ -141,22 +144,21 @@ def _gradients(
     rates: jax.Array | None,
     seed: jax.Array | None,
 ) -> tuple[Params, jax.Array]:
-    """Returns the gradient of the loss and each task's summed cross entropy, [K].
+    """Returns the gradient of the loss, and each task's summed cross entropy [K].
 
-    The tokens are weighted by the counts of the whole batch and the step's rates (see
-    `LossConfig.rates_at`), so the microbatches' gradients add up to the batch's; they are added in
-    float32.
+    Token weights are computed from the token counts of the whole batch, so the gradients of the
+    microbatches add up to that of the batch. They are summed in float32.
     """
     weights = token_weights(token_counts(batch["decoder_task_ids"], loss.num_tasks), rates)
 
-    def weighted(
+    def weighted_loss(
         params: Params, batch: DeviceBatch, seed: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         hidden, kernel = _head_inputs(config, params, batch, seed)
         targets, ids = batch["decoder_target_tokens"], batch["decoder_task_ids"]
         return head_loss(loss, mesh, hidden, kernel, weights, targets, ids)
 
-    gradient = jax.grad(weighted, has_aux=True)
+    gradient = jax.grad(weighted_loss, has_aux=True)
     if microbatches == 1:
         return gradient(params, batch, seed)
 
@@ -180,31 +182,31 @@ def make_train_step(
     grad_dtype: GradDtype = "float32",
     seed: int = 0,
 ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
-    """Returns the compiled update; it takes the state's memory.
+    """Returns the jitted train step. `state` is donated.
 
     Args:
-      config: the student; dropout as it says.
-      optimizer: from `make_optimizer`.
+      config: the student's configuration.
+      optimizer: the optimizer, see `make_optimizer`.
       loss: the mixture's loss.
-      mesh: where the step runs.
-      shardings: from `state_shardings`.
-      microbatches: in how many parts, one after another, the gradient is computed; the batch's
-        groups must be divisible by it times the mesh's `data`.
-      grad_dtype: "bfloat16" takes gradients with respect to a copy of the parameters in that
-        dtype: gradients, what is kept for them and what devices exchange of them are half as
-        large. Microbatches are added up, and the optimizer computes, in float32 either way.
-      seed: of dropout; the mask is a function of (seed, step, microbatch).
+      mesh: the mesh.
+      shardings: shardings of the state, see `state_shardings`.
+      microbatches: number of sequential parts for gradient accumulation; the number of groups must
+        be divisible by this times the mesh's `data`.
+      grad_dtype: dtype of the gradients. "bfloat16" differentiates with respect to a bfloat16 copy
+        of the parameters, which halves the memory and the communication of gradients. Microbatches
+        are summed, and the optimizer computes, in float32 in both cases.
+      seed: dropout seed; a dropout mask is a function of (seed, step, microbatch).
 
     Returns:
       `step(state, batch) -> (state, metrics)`, with metrics `loss` [], `task_loss` [K],
-      `task_tokens` [K], `grad_norm` [] (before clipping) and, where they move, `rates` [K].
+      `task_tokens` [K], `grad_norm` [] (before clipping) and, if they vary by step, `rates` [K].
 
     Raises:
-      UserError: bfloat16 gradients of a student that computes in float32.
+      UserError: if `grad_dtype` is bfloat16 and the student computes in float32.
     """
     if grad_dtype == "bfloat16" and config.dtype != "bfloat16":
         raise UserError(
-            "Experiment.grad_dtype is 'bfloat16', and the student computes in float32; set "
+            "Experiment.grad_dtype is 'bfloat16', but the student computes in float32; set "
             "Experiment.dtype to 'bfloat16' too"
         )
 
@@ -241,12 +243,18 @@ def make_train_step(
 def make_eval_step(
     config: T5Config, loss: LossConfig, *, mesh: Mesh, shardings: TrainState
 ) -> Callable[[Params, DeviceBatch], dict[str, jax.Array]]:
-    """Returns the compiled validation step, without dropout.
+    """Returns the jitted validation step, without dropout.
+
+    Args:
+      config: the student's configuration.
+      loss: the mixture's loss.
+      mesh: the mesh.
+      shardings: shardings of the state, see `state_shardings`.
 
     Returns:
-      `step(params, batch) -> {"sums", "counts", "correct"}`, each [K]: a task's summed cross
-      entropy, its target tokens, and how many of them were the most likely one. They add up over
-      batches.
+      `step(params, batch) -> {"sums", "counts", "correct"}`, each [K]: per task the summed cross
+      entropy, the number of target tokens and the number of correct ones, by argmax. Results of
+      batches can be summed.
     """
 
     @functools.partial(

@@ -209,11 +209,11 @@ def test_processes_with_other_arguments_are_refused_before_the_first_step(train,
 def test_processes_that_cannot_find_each_other_say_what_is_missing(train, tmp_path):
     env = os.environ | {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}
     said = finish(train(tmp_path / "run", env=env), 2)
-    assert said.endswith("set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too\n")
+    assert said.endswith("also set JAX_NUM_PROCESSES and JAX_PROCESS_ID to integers\n")
     env |= {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}
-    assert "JAX_PROCESS_ID=2 must be in 0 to" in finish(train(tmp_path / "run", env=env), 2)
+    assert "JAX_PROCESS_ID=2: must be from 0 to" in finish(train(tmp_path / "run", env=env), 2)
     env |= {"JAX_COORDINATOR_ADDRESS": "here", "JAX_PROCESS_ID": "1"}
-    assert "give it as HOST:PORT of process 0" in finish(train(tmp_path / "run", env=env), 2)
+    assert "must be HOST:PORT of process 0" in finish(train(tmp_path / "run", env=env), 2)
     assert not (tmp_path / "run").exists()
 
 

@@ -388,7 +388,7 @@ def test_the_card_names_a_base_model_on_the_hub(make_run, tmp_path):
         ("hf", "full", "best", "full: not empty; export into a new folder"),
         ("hf", "full/file", "best", "full/file: not empty"),
         ("t5x", "gs://bucket/new", "best", "gs://bucket/new: cannot export into a bucket"),
-        ("hf", "new", "9", "no checkpoint '9'; have: 7, latest, best"),
+        ("hf", "new", "9", "no checkpoint '9'; available: 7, latest, best"),
     ],
 )
 def test_user_errors_are_one_line_and_write_nothing(

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
 
 FAULTS = """
 import resource
@@ -52,23 +52,23 @@ import threading
 import numpy as np
 from dss.parallel.memory import return_freed_memory
 
-def own_pages():
+def resident_pages():
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1])
 
 def work():
-    for size in (20 << 20, 16 << 20):  # once 20 MiB were freed, glibc takes less from the heap
+    for size in (20 << 20, 16 << 20):  # freeing 20 MiB raises glibc's mmap threshold
         blocks = [np.ones(size, np.uint8) for _ in range(2)]
         barrier.wait()
         del blocks
 
 return_freed_memory()
-before, barrier = own_pages(), threading.Barrier(4)
+before, barrier = resident_pages(), threading.Barrier(4)
 threads = [threading.Thread(target=work) for _ in range(4)]
 for thread in threads:
     thread.start()
 for thread in threads:
     thread.join()
-print(own_pages() - before)
+print(resident_pages() - before)
 """
 
 
@@ -78,18 +78,18 @@ def printed(program: str) -> int:
     return int(done.stdout)
 
 
-def test_freed_memory_is_used_again_without_a_page_fault():
+def test_freed_memory_is_reused_without_page_faults():
     assert printed(FAULTS) < 100  # of 16,384 pages
 
 
-def test_a_cpus_steps_are_not_sent_off_before_the_last_one_has_ended():
-    """Each would ask for its memory before the last one has freed its own."""
+def test_cpu_steps_are_dispatched_synchronously():
+    """Otherwise a step would allocate memory before the previous one has freed its own."""
     assert printed(WAITING) == 0
 
 
-def test_what_is_kept_can_be_given_back():
+def test_kept_memory_can_be_returned():
     assert printed(TRIMMED) < 1024
 
 
-def test_freed_memory_of_any_thread_is_given_back():
+def test_freed_memory_of_any_thread_is_returned():
     assert printed(KEPT) < 1024  # of 32,768 pages

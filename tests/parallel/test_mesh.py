@@ -14,7 +14,7 @@ from dss.training.config import OptimizerConfig
 from dss.training.optimizer import make_optimizer
 from dss.training.step import state_shardings
 
-SPLIT = {  # over how many of 8 devices a layout splits a kernel
+SHARDS = {  # number of shards of a kernel on 8 devices
     "data_parallel": 1,
     "fsdp": 8,
     "tensor_parallel": 4,
@@ -22,13 +22,13 @@ SPLIT = {  # over how many of 8 devices a layout splits a kernel
 }
 
 
-def test_there_is_a_layout_for_each_that_is_promised():
-    assert {path.stem for path in (gin_root() / "layouts").glob("*.gin")} == set(SPLIT)
+def test_all_documented_layouts_exist():
+    assert {path.stem for path in (gin_root() / "layouts").glob("*.gin")} == set(SHARDS)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-@pytest.mark.parametrize("layout", SPLIT)
-def test_a_layout_splits_parameters_and_what_the_optimizer_keeps(layout, optimizer):
+@pytest.mark.parametrize("layout", SHARDS)
+def test_a_layout_shards_parameters_and_optimizer_state(layout, optimizer):
     experiment = parse_gin(["students/base.gin", f"layouts/{layout}.gin"])
     update = make_optimizer(OptimizerConfig(name=optimizer), 10)
     mesh = make_mesh(experiment.mesh)
@@ -42,14 +42,14 @@ def test_a_layout_splits_parameters_and_what_the_optimizer_keeps(layout, optimiz
         return sum(int(np.prod(shape)) for shape in shapes)
 
     for part in (state.params, state):
-        share = size(part, device=True) / size(part, device=False)
-        assert share == pytest.approx(1 / SPLIT[layout], rel=0.05)
+        fraction = size(part, device=True) / size(part, device=False)
+        assert fraction == pytest.approx(1 / SHARDS[layout], rel=0.05)
 
 
-def test_whole_rows_of_model_lie_in_one_slice():
+def test_the_model_axis_stays_in_one_tpu_slice():
     @dataclasses.dataclass(frozen=True)
     class Device:
-        """What JAX says of a device of a multislice TPU."""
+        """The attributes of a device of a multislice TPU."""
 
         id: int
         slice_index: int
@@ -65,16 +65,16 @@ def test_whole_rows_of_model_lie_in_one_slice():
         make_mesh(MeshConfig(data=1, model=8), devices)
 
 
-def test_rules_name_axes_that_exist():
+def test_rules_with_unknown_axes_are_errors():
     for rule in (("heds", "model"), ("heads", "modle")):
         with pytest.raises(ValueError, match="axes are"):
             MeshConfig(rules=(rule,))
 
 
-def test_what_does_not_divide_over_the_mesh_lies_on_all_of_it():
+def test_batches_that_are_not_divisible_by_the_mesh_are_replicated():
     mesh = make_mesh(MeshConfig(data=4, model=2))
-    for rows, split in ((8, 4), (6, 1)):
+    for rows, num_shards in ((8, 4), (6, 1)):
         array = np.arange(rows * 3).reshape(rows, 3)
         placed = put_batch(mesh, {"x": array})["x"]
-        assert len({str(s.index) for s in placed.addressable_shards}) == split
+        assert len({str(s.index) for s in placed.addressable_shards}) == num_shards
         np.testing.assert_array_equal(fetch(placed), array)

@@ -11,22 +11,22 @@ from dss.parallel import processes
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Sets up a machine; returns what JAX is told, which is nothing where it is not asked."""
+    """Sets up a machine; returns the options of each call of `jax.distributed.initialize`."""
     for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "SLURM_STEP_NODELIST"):
         monkeypatch.delenv(name, raising=False)
 
     def machine(*, tpu: bool, libtpu: bool, error: Exception | None = None) -> list[dict]:
-        told = []
+        calls = []
 
         def initialize(**options):
-            told.append(options)
+            calls.append(options)
             if error is not None:
                 raise error
 
         monkeypatch.setattr(processes, "has_tpu", lambda: tpu)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: libtpu or None)
         monkeypatch.setattr(jax.distributed, "initialize", initialize)
-        return told
+        return calls
 
     return machine
 
@@ -35,35 +35,35 @@ TIMEOUTS = {"heartbeat_timeout_seconds": 30, "shutdown_timeout_seconds": 60}
 
 
 def test_on_a_tpu_pod_jax_finds_the_processes_itself(machine):
-    told = machine(tpu=True, libtpu=True)
+    calls = machine(tpu=True, libtpu=True)
     processes.join_processes()
-    assert told == [TIMEOUTS]
+    assert calls == [TIMEOUTS]
 
 
 @pytest.mark.parametrize(("tpu", "libtpu"), [(True, False), (False, True)])
-def test_without_a_tpu_and_its_library_a_process_is_alone(machine, tpu, libtpu):
-    told = machine(tpu=tpu, libtpu=libtpu)
+def test_without_a_tpu_and_libtpu_there_is_a_single_process(machine, tpu, libtpu):
+    calls = machine(tpu=tpu, libtpu=libtpu)
     processes.join_processes()
-    assert not told
+    assert not calls
 
 
-def test_variables_come_before_the_pod(machine, monkeypatch):
-    told = machine(tpu=True, libtpu=True)
+def test_environment_variables_override_the_pod(machine, monkeypatch):
+    calls = machine(tpu=True, libtpu=True)
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     processes.join_processes()
     address = {"coordinator_address": "host:1", "num_processes": 2, "process_id": 1}
-    assert told == [address | TIMEOUTS]
+    assert calls == [address | TIMEOUTS]
 
 
-def test_a_pod_whose_processes_cannot_be_reached_is_the_users_error(machine):
+def test_unreachable_processes_of_a_pod_are_a_user_error(machine):
     machine(tpu=True, libtpu=True, error=RuntimeError("Failed to recognize coordinator\nmore"))
     with pytest.raises(UserError, match="join the other processes: Failed to recognize coordinat"):
         processes.join_processes()
 
 
-def test_a_chip_outside_of_any_pod_is_one_process():
+def test_a_tpu_outside_of_a_pod_is_a_single_process():
     code = """
 import importlib.util, jax
 from dss.parallel import processes

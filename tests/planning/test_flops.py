@@ -8,7 +8,7 @@ from dss.student.network import num_parameters
 from tests.conftest import tiny_config
 
 
-def test_a_step_takes_six_operations_a_parameter_and_token_and_attention():
+def test_a_step_takes_six_flops_per_parameter_and_token_plus_attention():
     config = tiny_config(num_decoder_layers=1)
     D, heads, mlp = 16, 16, 3 * 16 * 32
     found = useful_flops(config, np.array([5, 7]), np.array([2, 4]))
@@ -20,7 +20,7 @@ def test_a_step_takes_six_operations_a_parameter_and_token_and_attention():
     assert found == pytest.approx(6 * (encoder + decoder + head) + 6 * scores / 1)
 
 
-def test_an_input_that_two_targets_read_is_counted_once():
+def test_an_input_shared_by_two_targets_is_counted_once():
     config, targets = tiny_config(), np.array([2, 4, 3])
     apart = useful_flops(config, np.array([5, 5, 7]), targets)
     together = useful_flops(config, np.array([5, 7]), targets, reads=np.array([0, 0, 1]))
@@ -30,14 +30,14 @@ def test_an_input_that_two_targets_read_is_counted_once():
     assert apart - together == pytest.approx(3 * (encoder + crossed))
 
 
-def test_long_runs_of_tokens_are_six_operations_a_parameter():
+def test_sequences_of_one_token_take_six_flops_per_parameter():
     config = tiny_config(d_model=512, d_kv=64, d_ff=1024, num_heads=8)
-    ones = np.ones(1000)  # one token each: no attention to speak of
-    body = num_parameters(config) - 384 * 512  # the embedding multiplies nothing
+    ones = np.ones(1000)  # sequences of one token: negligible attention
+    body = num_parameters(config) - 384 * 512  # embedding look-ups take no FLOPs
     assert useful_flops(config, ones, ones) == pytest.approx(6 * body * 1000, rel=0.01)
 
 
-def test_padding_and_recomputation_are_counted_as_computed():
+def test_padding_and_rematerialization_count_as_computed_flops():
     config = tiny_config()
     lengths = np.array([8, 8]), np.array([4, 4])
     useful = useful_flops(config, *lengths)

@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh
 from dss.planning.hardware import find_accelerator
-from dss.planning.hlo import Exchange, exchanges, product_bytes, sending_seconds
+from dss.planning.hlo import Collective, collectives, communication_seconds, product_bytes
 
 PROGRAM = """HloModule step
 
@@ -26,7 +26,7 @@ ENTRY %main.2 (p: f32[100]) -> f32[100] {{
 
 
 def read(line, known="", devices=8):
-    return exchanges(PROGRAM.format(line=line, known=known), devices)
+    return collectives(PROGRAM.format(line=line, known=known), devices)
 
 
 @pytest.mark.parametrize(
@@ -43,8 +43,9 @@ def read(line, known="", devices=8):
     ],
 )
 def test_groups_are_read_in_every_notation(groups, group):
-    (found,) = read(f"%x = f32[100]{{0}} all-gather(%y), replica_groups={groups}, dimensions={{0}}")
-    assert found.group == group
+    line = f"%x = f32[100]{{0}} all-gather(%y), replica_groups={groups}, dimensions={{0}}"
+    (collective,) = read(line)
+    assert collective.group == group
 
 
 @pytest.mark.parametrize(
@@ -53,29 +54,29 @@ def test_groups_are_read_in_every_notation(groups, group):
         ("f32[100]{0} all-gather(%y)", 400 * 3 / 4),
         ("f32[100]{0} all-reduce(%y)", 400 * 2 * 3 / 4),
         ("bf16[100]{0} all-to-all(%y)", 200 * 3 / 4),
-        ("f32[100]{0} reduce-scatter(%y)", 400 * 3),  # the result is a fourth
+        ("f32[100]{0} reduce-scatter(%y)", 400 * 3),  # the result is a quarter of the operand
         ("(f32[100]{0}, /*index=1*/pred[7]{0}) all-reduce(%y, %z)", 407 * 2 * 3 / 4),
         ("(f32[25]{0}, f32[100]{0}) all-gather-start(%y)", 400 * 3 / 4),
         ("(f32[25]{0}, f32[25]{0}, u32[], u32[]) collective-permute-start(%y)", 100),
     ],
 )
-def test_bytes_are_a_rings_and_every_pass_of_a_loop_counts(result, sent):
+def test_bytes_sent_are_those_of_ring_algorithms_times_the_loops_trip_count(result, sent):
     line = f"%x = {result}, replica_groups={{{{0,1,2,3}}}}"
-    assert sum(e.sent for e in read(line)) == 24 * sent
+    assert sum(c.sent for c in read(line)) == 24 * sent
     known = ', backend_config={"known_trip_count":{"n":"3"}}'
-    assert sum(e.sent for e in read(line, known)) == 3 * sent
+    assert sum(c.sent for c in read(line, known)) == 3 * sent
 
 
-def test_a_tpus_all_reduce_that_leaves_parts_is_a_scatter():
+def test_a_tpus_all_reduce_scatter_fusion_is_a_reduce_scatter():
     line = "%x = f32[25]{0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1"
-    called = """%all-reduce-scatter.1 (p: f32[100]) -> f32[25] {
+    callee = """%all-reduce-scatter.1 (p: f32[100]) -> f32[25] {
   %z = f32[100]{0} all-reduce(%p), replica_groups={{0,1,2,3}}, to_apply=%add
 }
 
 """
-    text = PROGRAM.format(line=line, known="").replace("%body.1 (", called + "%body.1 (", 1)
-    assert exchanges(text, 8) == (
-        Exchange(kind="reduce-scatter", group=(0, 1, 2, 3), sent=24 * 300),
+    text = PROGRAM.format(line=line, known="").replace("%body.1 (", callee + "%body.1 (", 1)
+    assert collectives(text, 8) == (
+        Collective(kind="reduce-scatter", group=(0, 1, 2, 3), sent=24 * 300),
     )
 
 
@@ -84,22 +85,23 @@ def test_a_compiled_sum_over_data_is_one_all_reduce():
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     array = jax.ShapeDtypeStruct((8, 1000), jnp.float32, sharding=split)
     compiled = jax.jit(lambda x: x.sum(0), out_shardings=whole).lower(array).compile()
-    assert exchanges(compiled.as_text(), 8) == (
-        Exchange(kind="all-reduce", group=(0, 2, 4, 6), sent=4000 * 2 * 3 / 4),
+    assert collectives(compiled.as_text(), 8) == (
+        Collective(kind="all-reduce", group=(0, 2, 4, 6), sent=4000 * 2 * 3 / 4),
     )
 
 
-def test_what_leaves_a_machine_is_sent_at_the_networks_speed():
+def test_groups_across_machines_have_the_bandwidth_of_the_network():
     near, far = (
-        Exchange(kind="all-gather", group=group, sent=45e9) for group in ((0, 4), (0, 4, 8, 12))
+        Collective(kind="all-gather", group=group, sent=45e9) for group in ((0, 4), (0, 4, 8, 12))
     )
-    assert sending_seconds([near], find_accelerator("h100", 16)) == pytest.approx(0.1)
-    assert sending_seconds([near, far], find_accelerator("h100", 16)) == pytest.approx(0.1 + 0.9)
-    assert sending_seconds([near, far], find_accelerator("v4", 16)) == pytest.approx(2 * 0.15)
+    h100, v4 = (find_accelerator(name, 16) for name in ("h100", "v4"))
+    assert communication_seconds([near], h100) == pytest.approx(0.1)
+    assert communication_seconds([near, far], h100) == pytest.approx(0.1 + 0.9)
+    assert communication_seconds([near, far], v4) == pytest.approx(2 * 0.15)
     assert np.isfinite(find_accelerator("cpu", 2).links)
 
 
-def test_a_cpus_products_copy_their_right_side_where_one_is_transposed():
+def test_a_cpus_products_copy_their_right_operand_if_one_is_transposed():
     product = """  %right.{rows} = f32[{rows},100]{{1,0}} add(%x, %y)
   %dot = f32[5,100]{{1,0}} dot(%x, %right.{rows}), lhs_contracting_dims={{{l}}}, rhs_contracting_dims={{{r}}}
 """  # noqa: E501
@@ -111,8 +113,8 @@ def test_a_cpus_products_copy_their_right_side_where_one_is_transposed():
     assert product_bytes(PROGRAM.format(line=plain + left + right, known="")) == 40 * 100 * 4
 
 
-def test_a_products_right_side_is_found_in_a_compiled_program():
-    """Of whole numbers, which no library takes over."""
+def test_a_products_right_operand_is_found_in_a_compiled_program():
+    """In int32, because products of floats can be library calls without a `dot` in the program."""
     a, b = (jax.ShapeDtypeStruct((1000, width), jnp.int32) for width in (64, 3000))
     compiled = jax.jit(lambda a, b: a.T @ b).lower(a, b).compile()
     assert product_bytes(compiled.as_text()) == 1000 * 3000 * 4

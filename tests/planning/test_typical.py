@@ -4,7 +4,7 @@ import pytest
 from dss.planning.typical import typical_store
 
 
-def test_lengths_have_the_means_that_are_asked_for():
+def test_lengths_have_the_given_means():
     for inputs, targets in ((48.5, 16.9), (200, 60)):
         store = typical_store(1000, inputs, targets)
         label, rationale = store.tasks

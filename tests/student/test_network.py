@@ -43,7 +43,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", params=KINDS)
 def hugging_face(request, tmp_path_factory):
-    """A random T5 of transformers, sharp enough to have opinions, and the folder it is saved in."""
+    """A random T5 of transformers with well-separated logits, and the folder it is saved in."""
     import torch
     import transformers
 
@@ -62,7 +62,7 @@ def hugging_face(request, tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0 if parameter.ndim > 1 else 1.0)
-        if request.param != "1.0":  # as the published checkpoints: a head of its own
+        if request.param != "1.0":  # a separate head, as in published checkpoints
             model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
             model.config.tie_word_embeddings = False
     folder = tmp_path_factory.mktemp(request.param.replace(".", "_"))
@@ -72,7 +72,7 @@ def hugging_face(request, tmp_path_factory):
 
 def _inputs():
     rng = np.random.default_rng(0)
-    inputs = rng.integers(2, 190, (4, 150))  # longer than the last position bucket begins
+    inputs = rng.integers(2, 190, (4, 150))  # longer than relative_max_distance
     inputs[:, -1] = 1
     for row in range(4):
         inputs[row, 150 - 20 * row :] = 0
@@ -125,7 +125,7 @@ def tiny():
     return config, init_params(config, 0)
 
 
-def test_a_segment_of_a_packed_row_is_computed_as_if_alone(tiny):
+def test_a_packed_segment_has_the_logits_of_the_segment_alone(tiny):
     config, params = tiny
     rng = np.random.default_rng(1)
     a, b = rng.integers(3, 300, 5), rng.integers(3, 300, 4)
@@ -174,7 +174,7 @@ def test_dropout_is_a_function_of_its_seed():
         ((4096, 64, 10240, 64, 24), 11135),
     ],
 )
-def test_the_published_sizes(sizes, millions):
+def test_published_sizes_have_the_published_number_of_parameters(sizes, millions):
     names = ("d_model", "d_kv", "d_ff", "num_heads", "num_encoder_layers")
     values = dict(zip(names, sizes, strict=True))
     config = T5Config(vocab_size=32128, num_decoder_layers=sizes[-1], **values)
@@ -211,9 +211,9 @@ def test_greedy_is_the_argmax_of_the_whole_network(tiny):
 
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize("devices", [1, 4])
-def test_stages_and_rows_left_out_change_no_output(tiny, monkeypatch, num_beams, devices):
+def test_stages_and_dropped_sequences_change_no_output(tiny, monkeypatch, num_beams, devices):
     config, params = tiny
-    params = params | {"head": params["head"].at[:, 1].multiply(8)}  # outputs end here and there
+    params = params | {"head": params["head"].at[:, EOS].multiply(8)}  # outputs differ in length
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     inputs = np.random.default_rng(0).integers(3, 300, (16, 6)).astype(np.int32)
     inputs = put_batch(mesh, {"inputs": inputs})["inputs"]
@@ -221,27 +221,27 @@ def test_stages_and_rows_left_out_change_no_output(tiny, monkeypatch, num_beams,
     monkeypatch.setattr(decoding, "STAGE", 30)
     wanted, scores = generate(config, params, inputs, **options)
     assert len(set((np.asarray(wanted) != 0).sum(axis=1).tolist())) > 3
-    stages, refit = [], decoding._refit
+    stages, resize = [], decoding._resize
 
     def spy(source, state, *, size, positions):
         stages.append((size, positions))
         assert devices == 1 or state.caches[0].keys.sharding.spec[0] == "data"
-        return refit(source, state, size=size, positions=positions)
+        return resize(source, state, size=size, positions=positions)
 
-    monkeypatch.setattr(decoding, "_refit", spy)
+    monkeypatch.setattr(decoding, "_resize", spy)
     monkeypatch.setattr(decoding, "STAGE", 4)
-    monkeypatch.setattr(decoding, "LEAST", 2)
+    monkeypatch.setattr(decoding, "MIN_BATCH", 2)
     tokens, staged_scores = generate(config, params, inputs, **options)
     np.testing.assert_array_equal(tokens, wanted)
     np.testing.assert_allclose(staged_scores, scores, rtol=1e-5)
     sizes, positions = zip(*stages, strict=True)
     assert positions == (8, 16, 30)[: len(positions)]
     assert set(sizes) == {16} if devices == 4 else sizes[-1] < 16 and min(sizes) >= 2
-    assert not any(size % 2 for size in sizes)  # an eighth of 16
+    assert not any(size % 2 for size in sizes)  # multiples of an eighth of 16
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_after_the_end_there_is_padding(tiny, num_beams):
+def test_outputs_are_padded_after_eos(tiny, num_beams):
     config, params = tiny
     params = params | {"head": params["head"].at[:, EOS].multiply(8)}  # some outputs end early
     inputs = np.random.default_rng(0).integers(3, 300, (16, 6))
@@ -254,7 +254,7 @@ def test_after_the_end_there_is_padding(tiny, num_beams):
         assert set(row[end + 1 :]) == {PAD}
 
 
-@pytest.mark.parametrize("vocabulary", [512, 100])  # in chunks, and not a multiple of one
+@pytest.mark.parametrize("vocabulary", [512, 100])  # a multiple of the chunk size, and not
 def test_the_best_continuations_are_those_of_a_full_search(vocabulary):
     draw = np.random.default_rng(0)
     # Few different values: many ties, which go to the lower id as in `top_k`.
@@ -270,47 +270,47 @@ def test_the_best_continuations_are_those_of_a_full_search(vocabulary):
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_candidates_score_is_the_sum_of_its_log_probabilities(tiny, packed):
+def test_a_candidates_score_is_its_summed_log_probability(tiny, packed):
     config, params = tiny
     inputs = np.array([[5, 6, 7, 1], [7, 5, 1, 0]])
-    offered = [[[8, 9, 1], [10, 1], [1]], [[11, 1], [8, 9, 12, 13, 1]]]
+    labels = [[[8, 9, 1], [10, 1], [1]], [[11, 1], [8, 9, 12, 13, 1]]]
     candidates = np.zeros((2, 3, 5), int)
-    for b, one in enumerate(offered):
-        for c, ids in enumerate(one):
+    for b, ids_of_input in enumerate(labels):
+        for c, ids in enumerate(ids_of_input):
             candidates[b, c, : len(ids)] = ids
-    slots = candidate_slots(offered) if packed else None
+    slots = candidate_slots(labels) if packed else None
     scores = np.asarray(score_candidates(config, params, inputs, candidates, slots))
-    for b, one in enumerate(offered):
-        for c, ids in enumerate(one):
-            read = np.array([[0, *ids[:-1]]])
-            log_probs = jax.nn.log_softmax(logits_of(config, params, inputs[b : b + 1], read))
+    for b, ids_of_input in enumerate(labels):
+        for c, ids in enumerate(ids_of_input):
+            shifted = np.array([[0, *ids[:-1]]])
+            log_probs = jax.nn.log_softmax(logits_of(config, params, inputs[b : b + 1], shifted))
             wanted = sum(float(log_probs[0, t, i]) for t, i in enumerate(ids))
             assert scores[b, c] == pytest.approx(wanted, abs=1e-4)
     assert scores[1, 2] == -np.inf
 
 
-def test_candidates_share_the_first_slot_and_do_not_read_their_end():
+def test_candidates_share_the_first_slot_and_do_not_read_eos():
     assert candidate_slots([[[5, 6, 1], [7, 1]], [[1]]]) == 4
-    assert candidate_slots([[[5, 6, 7, 1], [7, 8, 1]]]) == 8  # of 6, a multiple of 4
+    assert candidate_slots([[[5, 6, 7, 1], [7, 8, 1]]]) == 8  # 6, padded to a multiple of 4
     assert candidate_slots([]) == 4
 
 
-@pytest.mark.parametrize(("longest", "opened"), [(8, False), (1000, True)])
-def test_a_search_ends_when_no_length_lets_a_running_hypothesis_win(monkeypatch, longest, opened):
-    # What ends now has a log-probability of -0.0068; what goes on, one of -5, is worth at most
-    # -0.62 a token in eight tokens and -0.005 in a thousand.
-    chances = np.float32([1e-9, 1 - np.exp(-5.0), np.exp(-5.0), 1e-9])
-    logits = jnp.broadcast_to(jnp.log(chances), (1, 2, 4))
+@pytest.mark.parametrize(("longest", "active"), [(8, False), (1000, True)])
+def test_a_search_ends_if_no_running_hypothesis_can_win_at_any_length(monkeypatch, longest, active):
+    # The finished hypothesis has a log-probability of -0.0068. The running one has -5: at most
+    # -0.62 per token at a length of 8, and -0.005 at 1000.
+    probabilities = np.float32([1e-9, 1 - np.exp(-5.0), np.exp(-5.0), 1e-9])
+    logits = jnp.broadcast_to(jnp.log(probabilities), (1, 2, 4))
     monkeypatch.setattr(decoding, "_step", lambda *args: (logits, []))
     tokens, scores = jnp.zeros((1, 2, longest), jnp.int32), jnp.float32([[0.0, decoding.NEVER]])
     done = jnp.full((1, 2), decoding.NEVER)
-    row, is_open = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
+    index, is_active = jnp.zeros(1, jnp.int32), jnp.ones(1, bool)
     state = decoding.Beams(
-        jnp.int32(0), row, tokens, scores, tokens, tokens, done, is_open, caches=[]
+        jnp.int32(0), index, tokens, scores, tokens, tokens, done, is_active, caches=[]
     )
     state = decoding._beam_step(None, [], None, 0, True, state)
-    assert np.exp(state.done_scores[0, 0]) == pytest.approx(chances[decoding.EOS])
-    assert bool(state.open[0]) == opened
+    assert np.exp(state.done_scores[0, 0]) == pytest.approx(probabilities[decoding.EOS])
+    assert bool(state.active[0]) == active
 
 
 def test_student_and_training_need_no_tensorflow():

@@ -1,4 +1,4 @@
-"""Each written gradient is autodiff's, and each gather is what it says."""
+"""Custom gradients equal autodiff's, and gathers give the right slots."""
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +55,9 @@ def test_values_and_gradients_are_those_of_the_plain_form(ours, plain, args):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-def plain_attend(query, key, value, bias, seen, rate, seed):
+def plain_attend(query, key, value, bias, visible, rate, seed):
     scores = jnp.einsum("grhtk,grhsk->grhts", query, key) + (0 if bias is None else bias)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -1e10))
+    weights = jax.nn.softmax(jnp.where(visible, scores, -1e10))
     return jnp.einsum("grhts,grhsk->grhtk", dropout(weights, rate, seed), value)
 
 
@@ -65,14 +65,14 @@ def plain_attend(query, key, value, bias, seen, rate, seed):
 @pytest.mark.parametrize("biased", [True, False])
 def test_attention_and_its_gradients_are_those_of_the_plain_form(biased, rate):
     seed = jnp.uint32([7, 8])
-    seen = normal(6, 2, 3, 1, 5, 6) > 0
-    seen = seen.at[0, 0, 0, 0].set(False)  # a row of padding sees nothing
+    visible = normal(6, 2, 3, 1, 5, 6) > 0
+    visible = visible.at[0, 0, 0, 0].set(False)  # a row of padding attends to nothing
     query, key, value = (normal(i, 2, 3, 4, n, 8) for i, n in enumerate((5, 6, 6)))
     bias = normal(4, 4, 5, 6) if biased else None
     g = normal(5, *query.shape).at[0, 0, :, 0].set(0)
     arrays = (query, key, value, bias)
-    found, back = jax.vjp(lambda *xs: attend(*xs, additive_mask(seen), rate, seed), *arrays)
-    wanted, plain_back = jax.vjp(lambda *xs: plain_attend(*xs, seen, rate, seed), *arrays)
+    found, back = jax.vjp(lambda *xs: attend(*xs, additive_mask(visible), rate, seed), *arrays)
+    wanted, plain_back = jax.vjp(lambda *xs: plain_attend(*xs, visible, rate, seed), *arrays)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     for ours, plain in zip(back(g), plain_back(g), strict=True):
         assert (ours is None) == (plain is None)
@@ -80,25 +80,25 @@ def test_attention_and_its_gradients_are_those_of_the_plain_form(biased, rate):
             np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_and_dropout_keep_no_scores_masks_or_constants_for_the_backward_pass():
+def test_attention_and_dropout_save_no_scores_masks_or_constants_for_the_backward_pass():
     S, seeds = 31, dropout_seeds(jnp.uint32([0, 0]), 2)
-    seen = jnp.ones((1, 1, S, S), bool)
+    visible = jnp.ones((1, 1, S, S), bool)
 
     def loss(x, seeds):
         def layer(x, seed):
-            x = attend(x, x, x, None, additive_mask(seen), 0.1, seed)
+            x = attend(x, x, x, None, additive_mask(visible), 0.1, seed)
             return dropout(x, 0.1, seed), None
 
         return jax.lax.scan(layer, x, seeds)[0].sum()
 
     program = jax.make_jaxpr(jax.grad(loss))(normal(0, 3, 5, S, 8), seeds)
-    outside = [v.aval for eqn in program.eqns for v in eqn.outvars]  # of the loops' bodies
-    assert any(a.shape == (2, 3, 5, S, 8) for a in outside)  # what is kept of the two layers
+    outside = [v.aval for eqn in program.eqns for v in eqn.outvars]  # of loop bodies
+    assert any(a.shape == (2, 3, 5, S, 8) for a in outside)  # residuals of the two layers
     assert not [a for a in outside if a.shape[-2:] == (S, S) and a.size > S * S]
     assert not [a for a in outside if a.shape[-2:] == (S, 8) and a.dtype == jnp.uint32]
 
 
-def test_norm_keeps_the_dtype_and_float32_statistics():
+def test_norm_keeps_the_dtype_and_computes_statistics_in_float32():
     x = 1e3 * normal(0, 4, 64).astype(jnp.bfloat16)
     y = rms_norm(x, jnp.ones(64), 1e-6)
     assert y.dtype == jnp.bfloat16
@@ -116,7 +116,7 @@ def test_dropout_zeroes_at_its_rate_and_keeps_the_mean(rate):
     n = x.size
     for y in (first, second):
         assert set(np.unique(y)) == {np.float32(0), np.float32(1 / (1 - rate))}
-        # Within five or six standard deviations of a binomial share.
+        # Within five or six standard deviations of a binomial proportion.
         assert abs(float((y == 0).mean()) - rate) < 5 * (rate * (1 - rate) / n) ** 0.5
         columns = np.asarray((y == 0).mean(axis=0))
         assert np.abs(columns - rate).max() < 6 * (rate * (1 - rate) / 300) ** 0.5
@@ -139,7 +139,7 @@ def test_dropout_is_a_function_of_its_seed_and_its_gradient_has_the_same_mask():
     assert dropout(x, 0.0, seed) is x
 
 
-def test_rows_read_slots_and_give_them_back():
+def test_rows_gather_slots_and_scatter_them_back():
     slots = jnp.array([[[0, 1, 5], [3, 4, 5]], [[2, 3, 4], [0, 5, 5]]])  # 5 reads nothing
     rows = Rows.of(slots, 5)
     x = normal(0, 2, 5, 3, 4)
@@ -182,7 +182,7 @@ def test_without_rows_a_group_is_a_row():
     np.testing.assert_array_equal(from_rows(y, None), x)
 
 
-def test_a_cpu_turns_a_kernels_inputs_around_apart_from_what_makes_them():
+def test_a_cpu_transposes_the_inputs_of_a_kernel_outside_of_the_fusion_that_computes_them():
     def loss(kernel, x, seed):
         return linear(dropout(x, 0.1, seed), kernel).sum()
 

@@ -37,12 +37,12 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path, state):
     assert checkpoints.steps == [2, 4, 5]
     assert (checkpoints.latest, checkpoints.best) == (5, 2)
     assert [checkpoints.find(name) for name in ("latest", "best", "4")] == [5, 2, 4]
-    with pytest.raises(UserError, match=r"no checkpoint '3'; have: 2, 4, 5, latest, best"):
+    with pytest.raises(UserError, match=r"no checkpoint '3'; available: 2, 4, 5, latest, best"):
         checkpoints.find("3")
     checkpoints.close()
 
 
-def test_arrays_are_read_one_at_a_time(tmp_path, state):
+def test_single_arrays_of_a_checkpoint_can_be_read(tmp_path, state):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(at(state, 7), 0.5)
     checkpoints.wait()
@@ -59,7 +59,7 @@ def test_arrays_are_read_one_at_a_time(tmp_path, state):
     checkpoints.close()
 
 
-def test_files_are_of_a_size_for_what_fills_one_is_in_memory(tmp_path, state, monkeypatch):
+def test_checkpoint_files_have_a_limited_size(tmp_path, state, monkeypatch):
     monkeypatch.setattr("dss.training.checkpoints.FILE_SIZE", 2**15)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(at(state, 7), 0.5)
@@ -70,7 +70,7 @@ def test_files_are_of_a_size_for_what_fills_one_is_in_memory(tmp_path, state, mo
     assert max(sizes) < 2**15 + largest
 
 
-def test_no_more_bytes_than_the_largest_part_are_on_their_way_at_once(tmp_path, state, monkeypatch):
+def test_writes_in_flight_are_limited_to_the_largest_shard(tmp_path, state, monkeypatch):
     config, mesh_config = tiny_config(), MeshConfig(data=4, model=2)
     optimizer = make_optimizer(OptimizerConfig(), 10)
     shardings = state_shardings(config, optimizer, make_mesh(mesh_config), mesh_config)
@@ -99,9 +99,7 @@ def test_no_more_bytes_than_the_largest_part_are_on_their_way_at_once(tmp_path, 
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_frozen_state_is_copied_from_its_devices_array_by_array(
-    tmp_path, state, monkeypatch, frozen
-):
+def test_a_frozen_state_is_copied_to_the_host_array_by_array(tmp_path, state, monkeypatch, frozen):
     counts, transfer = [], replica_slices.transfer_arrays_to_host
 
     def spy(arrays, *args, **kwargs):
@@ -136,7 +134,7 @@ def test_a_state_is_restored_bitwise_and_onto_another_mesh(tmp_path, state):
 
 @pytest.fixture
 def saved(tmp_path, state):
-    """Steps 1 and 2 of a run, whose best is step 1."""
+    """Checkpoints of steps 1 and 2 of a run; step 1 is the best."""
     checkpoints = Checkpoints(tmp_path)
     for step, score in ((1, 0.9), (2, 0.5)):
         checkpoints.save(at(state, step), score)
@@ -151,28 +149,28 @@ def abstract(state: TrainState) -> TrainState:
 
 
 @pytest.mark.parametrize(("item", "name"), [("params", ""), ("opt_state", "1.0.mu.")])
-def test_a_number_that_is_not_what_was_saved_is_damage(saved, state, item, name):
-    """TensorStore does not notice a flipped bit in most places of its files."""
+def test_a_changed_element_makes_a_checkpoint_corrupt(saved, state, item, name):
+    """TensorStore does not detect most flipped bits in its files."""
     kvstore = {"driver": "ocdbt", "base": f"file://{saved}/2/{item}"}
     kvstore["path"] = f"{name}encoder.layers.mlp_norm/"
     array = ts.open({"driver": "zarr", "kvstore": kvstore}).result()
     array[1, 2].write(np.nextafter(array[1, 2].read().result(), 9)).result()
     checkpoints = Checkpoints(saved)
     if item == "params":
-        said = "damaged: encoder/layers/mlp_norm is not what was saved"
-        with pytest.raises(UserError, match=said):
+        message = "corrupt checkpoint: encoder/layers/mlp_norm differs from what was saved"
+        with pytest.raises(UserError, match=message):
             checkpoints.restore_params(2, abstract(state.params))
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             dict(checkpoints.leaves(2, "params"))
-    found, damaged = checkpoints.restore_newest(abstract(state))
+    found, corrupt = checkpoints.restore_newest(abstract(state))
     assert int(found.step) == 1
-    assert "encoder/layers/mlp_norm is not what was saved" in damaged[2]
+    assert "encoder/layers/mlp_norm differs from what was saved" in corrupt[2]
     assert (saved / "2.damaged").is_dir()
     checkpoints.close()
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", '"x"', '{"a": ' * 100_000])
-def test_files_that_tell_nothing_are_the_users_error(saved, state, content):
+def test_corrupt_metadata_files_are_a_user_error(saved, state, content):
     (saved / "2" / "params" / "_METADATA").write_text(content)
     checkpoints = Checkpoints(saved, read_only=True)
     for read in (
@@ -189,7 +187,7 @@ def test_files_that_tell_nothing_are_the_users_error(saved, state, content):
 
 
 @pytest.mark.parametrize("content", ["", "3", '{"score": "0.9", "step": 1}', "[" * 100_000])
-def test_a_score_that_cannot_be_read_is_none(saved, state, content):
+def test_a_score_that_cannot_be_read_is_ignored(saved, state, content):
     (saved / "1" / "metrics" / "metrics").write_text(content)
     checkpoints = Checkpoints(saved)
     assert checkpoints.best == 2
@@ -201,7 +199,7 @@ def test_a_score_that_cannot_be_read_is_none(saved, state, content):
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "no"), ValueError("UNAVAILABLE: bucket")])
-def test_what_may_pass_is_not_damage(saved, state, error, monkeypatch):
+def test_transient_errors_do_not_make_a_checkpoint_corrupt(saved, state, error, monkeypatch):
     def fail(*_):
         raise error
 
@@ -230,7 +228,7 @@ def test_a_folder_without_checkpoints_is_an_error(tmp_path):
         Checkpoints(tmp_path / "none", read_only=True)
 
 
-def test_metrics_go_on_after_the_step_that_was_restored(tmp_path):
+def test_metrics_resume_after_the_restored_step(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     for step in (1, 2, 3):
         writer.write(step, {"train/loss": float(step)})
@@ -244,11 +242,11 @@ def test_metrics_go_on_after_the_step_that_was_restored(tmp_path):
     assert [(line["step"], line["train/loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
-def test_a_step_that_is_still_being_written_keeps_its_score(tmp_path, state):
+def test_saving_a_step_again_while_it_is_written_keeps_its_score(tmp_path, state):
     checkpoints = Checkpoints(tmp_path)
     for step, score in ((1, 0.2), (2, 0.9)):
         checkpoints.save(at(state, step), score)
-    checkpoints.save(at(state, 2))  # at the end of a run, at once after its evaluation
+    checkpoints.save(at(state, 2))  # as at the end of a run, right after its evaluation
     checkpoints.wait()
     assert checkpoints.best == 2
     checkpoints.close()

@@ -1,4 +1,4 @@
-"""What the loop does with numbers that are not finite; the rest is in tests/end_to_end."""
+"""Non-finite metrics, early stopping and the reported throughput; see also tests/end_to_end."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +14,7 @@ from dss.training.step import TrainState
 
 
 class Clock:
-    """Time that goes on when it is told."""
+    """A clock that is advanced explicitly."""
 
     def __init__(self):
         self.now = 0.0
@@ -24,7 +24,7 @@ class Clock:
 
 
 class Recorded(Progress):
-    """Keeps what it is told."""
+    """Records progress callbacks."""
 
     def __init__(self):
         self.lines: list[str] = []
@@ -38,7 +38,7 @@ class Recorded(Progress):
 
 
 class StopAt:
-    """A stop signal that comes before a step."""
+    """A stop signal before a step."""
 
     def __init__(self, step: int):
         self.step = step
@@ -58,7 +58,7 @@ def run(
     clock=None,
     **periods: int,
 ) -> None:
-    """Trains 10 steps, of which some have a metric that is no number; writes what was saved."""
+    """Trains 10 steps, with NaN metrics at the `bad` ones; writes the steps of all checkpoints."""
 
     shapes = set()
 
@@ -119,26 +119,26 @@ def saved(folder) -> str:
     return (folder / "steps").read_text()
 
 
-def test_steps_are_saved_at_evaluations_and_at_the_end(tmp_path):
+def test_checkpoints_are_saved_at_evaluations_and_at_the_end(tmp_path):
     run(tmp_path, {}, eval_period=4, log_period=10)
     assert saved(tmp_path) == "4 8 10"
 
 
-def test_a_run_that_gets_no_better_ends_with_its_patience(tmp_path):
+def test_a_run_without_improvement_stops_early(tmp_path):
     scores = {2: 0.1, 4: 0.5, 6: 0.4, 8: 0.5, 10: 0.9}
     options = {"scores": scores, "eval_period": 2, "log_period": 10, "patience": 2}
     run(tmp_path, {}, **options)
     assert saved(tmp_path) == "4 6 8"  # the best and the latest two
-    run(tmp_path, {}, start=8, **options)  # the same command does not go on
+    run(tmp_path, {}, start=8, **options)  # resuming does not continue it
     assert saved(tmp_path) == "4 6 8"
     run(tmp_path / "other", {}, **options | {"patience": 3})
     assert saved(tmp_path / "other").endswith(" 10")
-    better = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.4, 10: 0.5}  # each in time
+    better = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.4, 10: 0.5}  # always improving
     run(tmp_path / "better", {}, **options | {"patience": 1, "scores": better})
     assert saved(tmp_path / "better").endswith(" 10")
 
 
-def test_the_rate_is_of_steps_that_neither_compile_nor_evaluate(tmp_path, monkeypatch):
+def test_the_throughput_excludes_compilation_and_evaluation(tmp_path, monkeypatch):
     clock, progress = Clock(), Recorded()
     monkeypatch.setattr("dss.training.loop.time", clock)
     narrow, wide = ({"tokens": np.zeros((1, width))} for width in (8, 16))
@@ -153,23 +153,23 @@ def test_the_rate_is_of_steps_that_neither_compile_nor_evaluate(tmp_path, monkey
     ]
 
 
-def test_no_rate_is_given_where_every_step_compiled(tmp_path):
+def test_there_is_no_throughput_if_every_step_compiled(tmp_path):
     progress = Recorded()
     run(tmp_path, {}, stop=1, progress=progress, log_period=1)
     assert progress.rates == {1: None}
 
 
 @pytest.mark.parametrize(("metric", "name"), [("loss", "loss"), ("grad_norm", "gradient norm")])
-def test_a_step_at_fault_is_named_before_it_is_evaluated_or_saved(tmp_path, metric, name):
+def test_a_non_finite_step_is_reported_and_not_evaluated_or_saved(tmp_path, metric, name):
     with pytest.raises(UserError) as error:
         run(tmp_path, {7: metric}, eval_period=4, log_period=10)
-    said = str(error.value)
-    assert said.startswith(f"step 7: the {name} is nan; the last checkpoint is step 4; ")
-    assert said.endswith("; the examples of that step: row-6-0, row-6-1")
+    message = str(error.value)
+    assert message.startswith(f"step 7: the {name} is nan; the last checkpoint is step 4; ")
+    assert message.endswith("; the examples of that step: row-6-0, row-6-1")
     assert saved(tmp_path) == "4"
 
 
-def test_nothing_is_saved_on_a_stop_signal_after_a_step_at_fault(tmp_path):
+def test_nothing_is_saved_on_a_stop_signal_after_a_non_finite_step(tmp_path):
     with pytest.raises(UserError, match="step 2: the loss is nan; no checkpoint was saved yet"):
         run(tmp_path, {2: "loss"}, stop=3, eval_period=8, log_period=10)
     assert saved(tmp_path) == ""

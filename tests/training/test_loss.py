@@ -23,12 +23,12 @@ from dss.training.loss import (
 )
 
 
-def test_cross_entropy_of_even_logits_is_the_log_of_the_vocabulary():
+def test_cross_entropy_of_equal_logits_is_the_log_of_the_vocabulary_size():
     loss = cross_entropy(jnp.zeros((2, 3, 10)), jnp.zeros((2, 3), int))
     np.testing.assert_allclose(loss, np.log(10), rtol=1e-6)
 
 
-def test_smoothing_and_z_loss():
+def test_label_smoothing_and_z_loss():
     logits, targets = jnp.array([[2.0, 0.0, -1.0]]), jnp.array([0])
     log_p = np.asarray(jax.nn.log_softmax(logits))[0]
     log_z = float(jax.nn.logsumexp(logits))
@@ -48,13 +48,13 @@ def test_each_task_is_averaged_over_its_own_tokens():
     assert float(mixture_loss(sums, counts, None)) == pytest.approx(12 / 6)
 
 
-def test_a_task_without_tokens_weighs_nothing():
+def test_a_task_without_tokens_does_not_contribute():
     weights = token_weights(jnp.array([4.0, 0.0]), (0.5, 0.5))
     assert float(mixture_loss(jnp.array([8.0, 0.0]), jnp.array([4.0, 0.0]), (0.5, 0.5))) == 1.0
     assert jnp.isfinite(weights).all()
 
 
-def test_rates_move_linearly_from_the_first_step_to_the_last():
+def test_rates_change_linearly_from_the_first_step_to_the_last():
     moving = LossConfig(num_tasks=2, rates=(0.3, 0.7), last_rates=(0.9, 0.1), num_steps=4)
     found = np.array([jax.jit(moving.rates_at)(step) for step in range(4)])
     np.testing.assert_allclose(found[:, 0], [0.3, 0.5, 0.7, 0.9], rtol=1e-6)
@@ -94,7 +94,9 @@ HEAD_CASES = [
 
 
 @pytest.mark.parametrize(("chunk", "data", "extra"), HEAD_CASES)
-def test_head_loss_in_chunks_is_the_plain_loss_and_gradient(monkeypatch, chunk, data, extra):
+def test_the_loss_in_chunks_has_the_value_and_gradient_of_the_plain_loss(
+    monkeypatch, chunk, data, extra
+):
     extra = EXTRAS[extra]
     monkeypatch.setattr(loss_module, "CHUNK_SLOTS", CHUNKS[chunk])
     config = LossConfig(num_tasks=2, rates=(0.3, 0.7), **extra)
@@ -133,7 +135,7 @@ def test_head_loss_in_chunks_is_the_plain_loss_and_gradient(monkeypatch, chunk, 
     [(8, 1, None), (8, 1, "data"), (2, 4, None), (2, 4, "data")],
     ids=["8x1", "8x1 fsdp", "2x4", "2x4 fsdp"],
 )
-def test_the_heads_gradient_crosses_the_mesh_once_not_in_every_chunk(
+def test_the_heads_gradient_is_reduced_over_the_mesh_once_not_per_chunk(
     monkeypatch, dtype, data, model, embed
 ):
     monkeypatch.setattr(loss_module, "CHUNK_SLOTS", 8)
@@ -150,18 +152,18 @@ def test_the_heads_gradient_crosses_the_mesh_once_not_in_every_chunk(
     text = compiled.as_text()
     bodies = set(re.findall(r"body=%?([\w.-]+)", text))
     assert bodies
-    exchanged = {False: 0, True: 0}  # kernels, by whether in a loop
+    reduced = {False: 0, True: 0}  # number of kernels reduced outside and inside of loops
     for computation in re.split(r"\n(?=(?:%|ENTRY)[^\n]*\{\n)", text):
         name = re.match(r"(?:ENTRY )?%?([\w.-]+)", computation)[1]
         for shapes in re.findall(
             r"= (.*?) (?:all-reduce|reduce-scatter)(?:-start)?\(", computation
         ):
-            exchanged[name in bodies] += len(re.findall(rf"\[{D},{V // model}\]", shapes))
-    assert exchanged == {False: 1, True: 0}
+            reduced[name in bodies] += len(re.findall(rf"\[{D},{V // model}\]", shapes))
+    assert reduced == {False: 1, True: 0}
 
 
 def test_a_cpu_copies_no_logits_for_the_heads_gradient():
-    """But the kernel, which is transposed for the gradient of the hidden states."""
+    """Only the kernel is copied: it is transposed for the gradient of the hidden states."""
     config, mesh = LossConfig(num_tasks=2, rates=(0.5, 0.5)), make_mesh(MeshConfig())
     shapes = [((8, 1024, 64), jnp.float32), ((64, 512), jnp.float32), ((2,), jnp.float32)]
     shapes += [((8, 1024), jnp.int32)] * 2

@@ -1,4 +1,4 @@
-"""Views that share an input, encoded once: the same losses as when each is computed alone."""
+"""Views that share an input and are encoded once have the losses of separate computations."""
 
 import jax
 import numpy as np
@@ -43,7 +43,7 @@ def store(mixture):
     )
 
 
-def test_only_the_decoder_tells_the_tasks_apart(toy, mixture, store, starts):
+def test_tasks_differ_only_in_their_start_id(toy, mixture, store, starts):
     assert starts == (0, 259)
     assert (
         named_mixture("toy_step_by_step_rules", [toy]).start_ids(load_vocabulary("bytes")) is None
@@ -52,8 +52,8 @@ def test_only_the_decoder_tells_the_tasks_apart(toy, mixture, store, starts):
     np.testing.assert_array_equal(store.tasks[0].inputs.tokens, store.tasks[1].inputs.tokens)
 
 
-def alone(store, params, starts, step):
-    """Returns each task's mean cross entropy, every view computed by itself."""
+def separate_losses(store, params, starts, step):
+    """Returns each task's mean cross entropy, with every view computed separately."""
     model = bind(CONFIG, params)
 
     @jax.jit
@@ -78,7 +78,7 @@ def batches_of(store, starts, *, packed=True, groups=1):
 
 
 def trained(store, starts, *, packed=True, microbatches=1, data=1):
-    """Returns the losses of some steps and the parameters after them."""
+    """Returns the losses of `STEPS` steps and the final parameters."""
     mesh_config = MeshConfig(data=data)
     mesh = make_mesh(mesh_config, jax.devices()[:data])
     update = make_optimizer(OptimizerConfig(learning_rate=1e-2), 10)
@@ -98,14 +98,14 @@ def trained(store, starts, *, packed=True, microbatches=1, data=1):
 
 @pytest.fixture(scope="module")
 def plain(store, starts):
-    """What `trained` returns for packed rows on one device."""
+    """The result of `trained` for packed batches on one device."""
     return trained(store, starts)
 
 
-def test_losses_are_those_of_views_computed_alone(store, starts, plain):
+def test_losses_are_those_of_views_computed_separately(store, starts, plain):
     losses, _ = plain
     np.testing.assert_allclose(
-        losses[0], alone(store, init_params(CONFIG, 0), starts, 0), rtol=1e-5
+        losses[0], separate_losses(store, init_params(CONFIG, 0), starts, 0), rtol=1e-5
     )
 
 
@@ -114,13 +114,13 @@ def test_losses_are_those_of_views_computed_alone(store, starts, plain):
     [{"packed": False}, {"data": 2, "microbatches": 2}, {"data": 4, "packed": False}],
     ids=str,
 )
-def test_layout_changes_no_number(store, starts, plain, options):
+def test_results_do_not_depend_on_packing_or_sharding(store, starts, plain, options):
     wanted, found = plain, trained(store, starts, **options)
     np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), found[1], wanted[1])
 
 
-def test_validation_reads_the_same(store, starts, one_device):
+def test_validation_does_not_depend_on_packing(store, starts, one_device):
     update = make_optimizer(OptimizerConfig(), 10)
     shardings = state_shardings(CONFIG, update, one_device, MeshConfig())
     loss = LossConfig(num_tasks=2, rates=None)
@@ -140,7 +140,7 @@ def test_validation_reads_the_same(store, starts, one_device):
         np.testing.assert_allclose(found[0][name], found[1][name], rtol=tolerance)
 
 
-def test_the_encoder_has_half_the_slots_and_is_as_full(store, starts):
+def test_the_encoder_has_half_the_slots_at_a_high_fill_rate(store, starts):
     apart, together = batches_of(store, None), batches_of(store, starts)
     slots = [batches.shapes[-1].inputs for batches in (apart, together)]
     assert slots[1] < 0.55 * slots[0]
@@ -148,13 +148,13 @@ def test_the_encoder_has_half_the_slots_and_is_as_full(store, starts):
         assert min(fill(together[step])) > 0.8
         inputs, targets, reads = together.lengths(step)
         both, same, _ = apart.lengths(step)
-        # the prefixes are both of nine bytes
+        # Both prefixes have nine bytes.
         assert 2 * inputs.sum() == both.sum()
         assert targets.tolist() == same.tolist()
         assert reads.tolist() == np.repeat(np.arange(BATCH), 2).tolist()
 
 
-def test_a_student_writes_what_the_start_tells_it_to(store, starts, plain):
+def test_decoding_depends_on_the_start_id(store, starts, plain):
     _, params = plain
     inputs = store.tasks[0].inputs[0][None]
     model = bind(CONFIG, params)

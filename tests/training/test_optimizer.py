@@ -25,7 +25,7 @@ def test_schedules():
     assert float(rsqrt(16)) == pytest.approx(0.5)
 
 
-def test_adamw_is_pytorchs_with_clipping():
+def test_adamw_with_clipping_equals_pytorchs():
     import torch
 
     config = OptimizerConfig(learning_rate=1e-2)
@@ -45,7 +45,7 @@ def test_adamw_is_pytorchs_with_clipping():
     np.testing.assert_allclose(ours["w"], theirs.detach().numpy(), rtol=1e-5)
 
 
-def test_adafactor_treats_stacked_layers_one_by_one():
+def test_adafactor_updates_stacked_layers_separately():
     rng = np.random.default_rng(0)
     stacked = jnp.asarray(rng.normal(size=(3, 130, 140)), jnp.float32)
     gradients = jnp.asarray(rng.normal(size=stacked.shape) * [[[1.0]], [[10.0]], [[0.1]]])
@@ -74,13 +74,13 @@ def test_configurations_are_checked(bad):
         OptimizerConfig(**bad)
 
 
-def test_jax_is_on_simulated_devices():
+def test_jax_has_eight_simulated_devices():
     assert len(jax.devices()) == 8
 
 
 @pytest.mark.parametrize("options", [{}, {"rules": FSDP}], ids=["2x4", "fsdp 2x4"])
-def test_adafactors_statistics_lie_as_what_is_left_of_their_parameter(options):
-    # Attention's matrices are square: which axis a statistic lacks is not in its shape.
+def test_adafactors_statistics_are_sharded_like_the_remaining_axes_of_their_parameter(options):
+    # Attention's matrices are square, so shapes do not tell which axis a statistic lacks.
     config = tiny_config(d_model=128, d_kv=32, d_ff=256)
     mesh_config = MeshConfig(data=2, model=4, **options)
     optimizer = make_optimizer(OptimizerConfig(name="adafactor"), 10)
@@ -104,10 +104,10 @@ def test_adafactors_statistics_lie_as_what_is_left_of_their_parameter(options):
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings.opt_state), strict=True):
         names = tuple(p.key for p in path if isinstance(p, jax.tree_util.DictKey))
         known = [names[i:] for i in range(len(names)) if names[i:] in shapes]
-        if not known or leaf.size <= 2:  # a count; a placeholder, one number a layer
+        if not known or leaf.size <= 2:  # a count, or a placeholder with one element per layer
             continue
         shape, place = shapes[known[0]], places[known[0]]
-        if leaf.shape != shape:  # optax takes the largest axis away for v_row, the second for v_col
+        if leaf.shape != shape:  # v_row lacks the largest axis, v_col the second largest
             start = len(shape) - 2
             by_size = sorted(range(start, len(shape)), key=lambda axis: shape[axis])
             gone = (
