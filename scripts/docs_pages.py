@@ -76,8 +76,8 @@ def _gin() -> str:
     macros = (ROOT / "gin/runs/train.gin").read_text(encoding="utf-8").split("\n\n")
     parts = [
         "# gin files and fields",
-        "`--gin_file=FILE` reads a file of the following folders or of your own; `--gin.NAME=VALUE` sets "
-        "a macro or a field. [Training](../training.md#configuration) describes the order.",
+        "`--gin_file=FILE` reads a file of these folders or of your own; `--gin.NAME=VALUE` "
+        "sets a macro or a field. [Training](../training.md#configuration) describes the order.",
         f"## Macros\n\n```\n{macros[1]}\n```",
         "## Files",
         *(_folder(name) for name in GIN_FOLDERS),
@@ -113,7 +113,9 @@ def _fields(path: Path, name: str) -> str:
         if not isinstance(field, ast.AnnAssign) or not isinstance(field.target, ast.Name):
             continue
         lines = range(field.lineno, (field.end_lineno or field.lineno) + 1)
-        text = next((comments[n] for n in lines if n in comments), described.get(field.target.id, ""))
+        text = next(
+            (comments[n] for n in lines if n in comments), described.get(field.target.id, "")
+        )
         default = re.sub(r"\s+", " ", ast.unparse(field.value)) if field.value else ""
         default = re.sub(r"dataclasses\.field\(default_factory=lambda: (.*)\)", r"\1", default)
         rows.append(
