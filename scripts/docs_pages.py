@@ -65,7 +65,7 @@ def _help(*command: str) -> str:
 
 def _commands() -> str:
     summary = _help()
-    names = re.findall(r"^    (\w+)  ", summary, re.MULTILINE)
+    names = re.findall(r"^    (\w+)(?:  |$)", summary, re.MULTILINE)
     assert len(names) > 5, summary
     parts = ["# Command line", "`dss COMMAND --help` prints the same.", f"```\n{summary}\n```"]
     parts += [f"## dss {name}\n\n```\n{_help(name)}\n```" for name in names]
