@@ -22,9 +22,10 @@ from dss.batches.store import TokenStore
 from dss.config.experiment import DataConfig, Experiment
 from dss.mixtures.methods import Method
 from dss.paths import PREDICTIONS
+from dss.runs.data import training_store
 from dss.runs.directory import load_run
 from dss.runs.student import evaluate
-from dss.runs.train import run_experiment, training_store
+from dss.runs.train import run_experiment
 from dss.student.config import T5Config
 from dss.training.config import OptimizerConfig, TrainerConfig
 

@@ -18,7 +18,7 @@ FLOORS = (
     {"config", "interop"},
     {"runs"},
     {"export", "integrations", "planning", "sweeps", "quickstart"},
-    {"reporting"},
+    {"reporting", "api"},
     {"cli"},
     {"__main__"},
 )
@@ -48,6 +48,7 @@ def imports() -> Iterator[tuple[str, str]]:
 def test_a_room_imports_rooms_on_lower_floors_only():
     ours = {(r, room_of(m)) for r, m in imports() if m.split(".")[0] == "dss"}
     ours = {(a, b if b in FLOOR else "__init__") for a, b in ours}
+    ours = {(a, b) for a, b in ours if a != "__init__"}  # which names what is public
     assert len(ours) > 50
     assert {a for a, _ in ours} <= {*FLOOR}, "a room without a floor"
     assert not {(a, b) for a, b in ours if a != b and FLOOR[b] >= FLOOR[a]}

@@ -28,6 +28,7 @@ id, and one more array says what it reads:
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -62,9 +63,8 @@ __all__ = [
 Batch = dict[str, np.ndarray]
 
 EXCHANGING = 32  # steps among which examples are exchanged; fewer where an epoch has fewer
-SAMPLE_STEPS = 32  # batches looked at to choose the width of rows
+SHAPE_BLOCKS = 8  # as many steps each, all over the run, that the shapes are chosen by
 NARROWER = (0.2, 0.4, 0.6, 0.8, 0.9)  # quantiles of their longest sequences, tried as widths too
-CHUNK_STEPS, CHUNK_ITEMS = 1024, 2**20  # of batches laid out together, to see what they need
 
 
 class Sequences(NamedTuple):
@@ -224,6 +224,26 @@ def _rows(lengths: np.ndarray, widths: RowWidths) -> tuple[np.ndarray, np.ndarra
     return encoder, next_fit(lengths, (widths.cross, widths.targets))
 
 
+def _sample_blocks(num_steps: int) -> list[range]:
+    """Returns blocks of steps all over a run; of a short run, all its steps.
+
+    The steps of a block are balanced with each other, see `paired_order`.
+    """
+    size = EXCHANGING
+    if num_steps <= SHAPE_BLOCKS * size:
+        starts = list(range(0, num_steps, size))
+    else:
+        last = num_steps // size - 1
+        starts = [size * (last * k // (SHAPE_BLOCKS - 1)) for k in range(SHAPE_BLOCKS)]
+    return [range(start, min(start + size, num_steps)) for start in starts]
+
+
+def _ever_larger(shape: PackedShape) -> Iterator[PackedShape]:
+    while True:
+        shape = shape.enlarged()
+        yield shape
+
+
 class Batches:
     """The batches of an order, by step: `batches[step]`.
 
@@ -239,8 +259,9 @@ class Batches:
     What is packed, an item below, is a sequence or, where views have one input, an example.
 
     Attributes:
-      shapes: the shapes that batches have, by their work; at most three, so a training step is
-        compiled at most three times. Every step is looked at, so every step fits one.
+      shapes: the shapes that batches have, by their work; at most three, and in a run of more steps
+        than the sample that they are chosen by a spare one for steps that need more. A training
+        step is compiled once for each shape that occurs.
     """
 
     def __init__(
@@ -262,17 +283,20 @@ class Batches:
             alone = RowWidths(longest[0], longest[1], longest[0])
             self.shapes: tuple[PackedShape, ...] = (PackedShape(*longest, own, own, alone),)
             return
-        sample = self._dealt(range(min(num_steps, SAMPLE_STEPS)))[0]
+        blocks = [self._dealt(block)[0] for block in _sample_blocks(num_steps)]
+        sample = blocks[0]
         narrower = np.quantile(self._needed(sample)[:, 2:], NARROWER, axis=0).clip(min=1)
         bounds = [*map(tuple, narrower.astype(int).tolist()), longest]
-        widths = list(dict.fromkeys(choose_widths(sample, bound) for bound in bounds))
-        steps = min(CHUNK_STEPS, max(1, CHUNK_ITEMS // self._most))
-        needed, rows = [], []
-        for start in range(0, num_steps, steps):
-            dealt = self._dealt(range(start, min(start + steps, num_steps)))[0]
-            needed.append(self._needed(dealt))
-            rows.append(np.stack([self._rows_needed(dealt, w) for w in widths], axis=1))
-        self.shapes = choose_shapes(np.concatenate(needed), np.concatenate(rows), widths)
+        widths = [choose_widths(sample, bound) for bound in bounds]
+        widths = [*dict.fromkeys(reversed(widths))][::-1]  # the last ones hold every sequence
+        needed = np.concatenate([self._needed(block) for block in blocks])
+        rows = np.concatenate(
+            [np.stack([self._rows_needed(b, w) for w in widths], axis=1) for b in blocks]
+        )
+        self.shapes = choose_shapes(needed, rows, widths)
+        if len(needed) < num_steps:
+            (N, M), (R, Q) = (x.max(axis=0).tolist() for x in (needed[:, :2], rows[:, -1]))
+            self.shapes += (PackedShape(N, M, R, Q, widths[-1]).enlarged(),)
 
     def __len__(self) -> int:
         return self.num_steps
@@ -329,6 +353,20 @@ class Batches:
         rows = [row.max(axis=1) + 1 for row in _rows(dealt, widths)]
         return np.stack(rows, axis=1).reshape(-1, self.groups, 2).max(axis=1)
 
+    def _shape(self, dealt: np.ndarray) -> PackedShape:
+        """Returns the shape of one step's batch: the first that holds it.
+
+        Args:
+          dealt: the lengths of the step's items, see `_dealt`.
+        """
+        needed = self._needed(dealt)[0]
+        for shape in itertools.chain(self.shapes, _ever_larger(self.shapes[-1])):
+            if shape.holds(needed):
+                rows = self._rows_needed(dealt, shape.widths)[0]
+                if rows[0] <= shape.input_rows and rows[1] <= shape.target_rows:
+                    return shape
+        raise AssertionError("a shape that grows without end holds every batch")
+
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
@@ -338,8 +376,7 @@ class Batches:
             group, segment, starts = np.arange(n), np.ones(n, int), np.zeros((n, 2), int)
             return self._tokens(step, shape, G, group, segment, starts)
         dealt, which = self._dealt(range(step, step + 1))
-        need = self._needed(dealt)[0]
-        shape = next(shape for shape in self.shapes if shape.holds(need))
+        shape = self._shape(dealt)
         # Back from the groups [G, n] to the step's own order [n].
         at = which >= 0
         group, segment = np.empty((2, n), np.int64)

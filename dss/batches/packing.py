@@ -7,6 +7,7 @@ Attention never crosses a segment, so each sequence is trained as if it were alo
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,6 +32,7 @@ SCORES = 800  # of attention that take as long as an input slot: measured at sma
 WORTH_A_SHAPE = 5  # steps, whose time one more shape must save, for it has to be compiled;
 FILLED = 0.92  # or what steps need is less than this of the slots of encoder or decoder
 MOST_SHAPES = 3
+SPARE = 1.0625  # room for the steps that need more than any of the sample
 WITH_CARE = 32  # groups among which sequences are dealt one by one
 
 
@@ -59,6 +61,16 @@ class PackedShape:
         S, T, C = dataclasses.astuple(self.widths)
         scores = self.input_rows * S * S + self.target_rows * T * (T + C)
         return self.inputs + TARGET_SLOT * self.targets + scores / SCORES
+
+    def enlarged(self) -> "PackedShape":
+        """Returns a shape with room for `SPARE` more in slots and rows."""
+        return PackedShape(
+            _up(SPARE * self.inputs, SLOT_MULTIPLE),
+            _up(SPARE * self.targets, SLOT_MULTIPLE),
+            math.ceil(SPARE * self.input_rows),
+            math.ceil(SPARE * self.target_rows),
+            self.widths,
+        )
 
     def holds(self, needed: np.ndarray) -> np.ndarray:
         """Returns which steps fit, [...] bool, for rows as many as they take.

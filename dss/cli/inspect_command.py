@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.mixture is not None:
         experiment = dataclasses.replace(experiment, mixture=args.mixture, method=None)
     if not experiment.has_task:
-        datasets = open_datasets(experiment.data, experiment.dataset)
+        datasets = open_datasets(experiment.data, experiment.dataset_name)
         own = experiment.data.dataset_path is not None
         for dataset in [*datasets.values()][: 1 if own else None]:
             for name in mixture_names(dataset):
@@ -164,7 +164,7 @@ def _ledgers(
     mixture: "Mixture", split: str, experiment: "Experiment", vocabulary: "Vocabulary | None"
 ) -> "list[tuple[Task, Ledger]]":
     from dss.mixtures.ledger import make_ledger
-    from dss.runs.train import split_store
+    from dss.runs.data import split_store
 
     if vocabulary is not None:
         with contextlib.suppress(UserError):  # no rows: said after the table that shows why
@@ -241,7 +241,7 @@ def _print_batches(
 
     from dss.batches.batches import fill
     from dss.batches.statistics import describe_labels
-    from dss.runs.train import training_batches, training_store
+    from dss.runs.data import training_batches, training_store
 
     experiment = dataclasses.replace(experiment, mixture=mixture.name, teacher=None)
     store = training_store(experiment)

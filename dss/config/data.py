@@ -29,11 +29,13 @@ def open_datasets(
     root = data.root
     if root is not None and must_exist and not epath.Path(root).expanduser().is_dir():
         raise UserError(f"DATA_ROOT {root}: no such folder")
-    own = []
-    if data.dataset_path is not None:
+    own, path = [], data.dataset_path
+    if path is None and not must_exist and name not in RELEASED:
+        path = name  # of an export, which keeps the name and the labels of its data alone
+    if path is not None:
         own.append(
             Dataset.from_files(
-                data.dataset_path,
+                path,
                 name=None if name in RELEASED else name,
                 labels=data.labels,
                 metric=data.metric,
@@ -53,8 +55,8 @@ def open_dataset(experiment: Experiment, *, must_exist: bool = True) -> Dataset:
     Raises:
       UserError: if there is none, or no files are where the configuration points to.
     """
-    known = open_datasets(experiment.data, experiment.dataset, must_exist=must_exist)
-    name = experiment.dataset
+    known = open_datasets(experiment.data, experiment.dataset_name, must_exist=must_exist)
+    name = experiment.dataset_name
     if name is None and experiment.data.dataset_path is None:
         raise UserError("no dataset: give DATASET, or DATASET_PATH for your own")
     if name is not None and name not in known:
@@ -88,7 +90,7 @@ def open_mixture(experiment: Experiment, *, must_exist: bool = True) -> Mixture:
             experiment.alpha,
             one_input=one_input,
         )
-    datasets = open_datasets(experiment.data, experiment.dataset, must_exist=must_exist)
+    datasets = open_datasets(experiment.data, experiment.dataset_name, must_exist=must_exist)
     mixture = named_mixture(
         experiment.mixture, datasets.values(), experiment.alpha, one_input=one_input
     )

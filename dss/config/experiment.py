@@ -2,10 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from dss.data.labels import Labels
+from dss.config.students import named_student
+from dss.data.datasets import Dataset, JsonlSource
+from dss.data.labels import ANY_LABEL, Labels
 from dss.data.rationales import RationaleConfig
+from dss.data.released import ReleasedSource
 from dss.fields import check_at_least, check_share, check_types
 from dss.parallel.config import MeshConfig
 from dss.student.config import DecodingConfig, T5Config
@@ -65,14 +68,19 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """All that decides a run. gin fills it in; library code may too."""
+    """All that decides a run; gin files or Python set it.
 
-    dataset: str | None = None  # a released dataset, or a name for data.dataset_path
+    In Python, `dataset` may be a `Dataset`, whose files, labels and metric go into `data`; and
+    `student` the name of a student, such as "small", or of a checkpoint, such as
+    "hf:google/flan-t5-small", which goes into `initial_checkpoint`.
+    """
+
+    dataset: Dataset | str | None = None  # a released dataset, or a name for data.dataset_path
     method: str | None = None  # a method of dss.mixtures.methods; None for an imported checkpoint
     mixture: str | None = None  # a mixture or task by its name, in place of dataset and method
     teacher: str | None = None  # of rationales and labels; None: the mixture's, or the only one
     run_dir: str | None = None  # where the run is kept
-    student: T5Config | None = None  # None: as the initial checkpoint says
+    student: T5Config | str | None = None  # None: the initial checkpoint's shape
     initial_checkpoint: str | None = None  # hf:PATH, t5x:PATH, a hub id, a run; None: from scratch
     vocabulary: str | None = None  # a SentencePiece file or "bytes"; None: the checkpoint's
     dropout_rate: float = 0.1  # in [0, 1)
@@ -95,6 +103,8 @@ class Experiment:
     decoding: DecodingConfig = DecodingConfig()
 
     def __post_init__(self):
+        self._set_dataset()
+        self._set_student()
         check_types(self)
         if self.mixture is not None and self.method is not None:
             raise ValueError("give MIXTURE_OR_TASK_NAME, or METHOD with DATASET, not both")
@@ -111,12 +121,56 @@ class Experiment:
                 "keep to ALPHA"
             )
 
+    def _set_dataset(self) -> None:
+        """Replaces a dataset object by its name, and sets where its files are."""
+        dataset = self.dataset
+        if not isinstance(dataset, Dataset):
+            return
+        places: dict[str, Any] = {}
+        source = dataset.source
+        if isinstance(source, JsonlSource):
+            places = {"dataset_path": str(source.path)}
+        elif isinstance(source, ReleasedSource) and source.root is not None:
+            places = {"root": str(source.root)}
+        labels = dataset.labels if isinstance(source, JsonlSource) else ANY_LABEL
+        data = dataclasses.replace(self.data, **places, labels=labels.closed, metric=labels.metric)
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "dataset", dataset.name)
+
+    def _set_student(self) -> None:
+        """Replaces the name of a student by its configuration, or by its checkpoint."""
+        if not isinstance(self.student, str):
+            return
+        if ":" in self.student or "/" in self.student:
+            if self.initial_checkpoint is not None:
+                raise ValueError(
+                    f"give the checkpoint as student {self.student!r} or as initial_checkpoint "
+                    f"{self.initial_checkpoint!r}, not both"
+                )
+            object.__setattr__(self, "initial_checkpoint", self.student)
+            object.__setattr__(self, "student", None)
+        else:
+            object.__setattr__(self, "student", named_student(self.student))
+
+    @property
+    def dataset_name(self) -> str | None:
+        """The name of the dataset; None for that of the folder or file of `data.dataset_path`."""
+        assert not isinstance(self.dataset, Dataset)
+        return self.dataset
+
+    @property
+    def config(self) -> T5Config | None:
+        """The student's configuration; None where it is the initial checkpoint's."""
+        assert not isinstance(self.student, str)
+        return self.student
+
     @property
     def mixture_name(self) -> str | None:
         """The name of its mixture, once it is resolved; None for an imported checkpoint."""
         if self.method is None:
             return self.mixture
-        return "_".join(part for part in (self.dataset, self.method, self.teacher) if part)
+        parts = (self.dataset_name, self.method, self.teacher)
+        return "_".join(part for part in parts if part)
 
     @property
     def has_task(self) -> bool:

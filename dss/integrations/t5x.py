@@ -29,7 +29,7 @@ from dss.integrations.seqio_tasks import get_vocabulary, register_seqio, vocabul
 from dss.interop.t5x_export import DATASET, DATASET_FILE
 from dss.mixtures.methods import Mixture
 from dss.paths import absolute
-from dss.runs.train import training_batches, training_store
+from dss.runs.data import training_batches, training_store
 from dss.student.config import T5Config
 from dss.training.loss import cross_entropy, task_sums, token_counts, token_weights
 from dss.training.optimizer import make_optimizer, make_schedule
@@ -369,7 +369,7 @@ def transformer(experiment: Experiment) -> network.Transformer:
     Raises:
       UserError: no student, or one that T5X's network cannot be.
     """
-    student = experiment.student
+    student = experiment.config
     if student is None:
         raise UserError("no student: give --gin_file=students/SIZE.gin")
     for name, value in FIXED.items():

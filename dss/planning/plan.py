@@ -28,7 +28,8 @@ from dss.planning.flops import computed_flops, useful_flops
 from dss.planning.hardware import Accelerator, find_accelerator, planned_devices
 from dss.planning.hlo import Exchange, exchanges, product_bytes, sending_seconds
 from dss.planning.typical import INPUTS_MEAN, TARGETS_MEAN, typical_store
-from dss.runs.train import abstract_state, training_order, training_store
+from dss.runs.data import training_order, training_store
+from dss.runs.train import abstract_state
 from dss.student.config import T5Config
 from dss.student.network import num_parameters
 from dss.training.loss import LossConfig
@@ -423,12 +424,12 @@ def plan(
     Raises:
       UserError: the experiment has no student or no mesh, or cannot be laid out so.
     """
-    if experiment.student is None:
+    if experiment.config is None:
         raise UserError("no student: give --student=SIZE or --gin_file=students/SIZE.gin")
     mesh = experiment.mesh
     if mesh.data < 1:
         raise UserError("no mesh: give --mesh data=N,model=N, the devices of a run")
-    config = experiment.settle(experiment.student)
+    config = experiment.settle(experiment.config)
     chip = find_accelerator(accelerator, mesh.data * mesh.model)
     devices, compiler = planned_devices(chip, mesh.data * mesh.model)
     store, lengths, real = _open_data(experiment, config, tokens)

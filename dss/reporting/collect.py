@@ -347,8 +347,8 @@ def _dataset_name(experiment: Experiment, sessions: Sequence[Mapping[str, Any]])
     for session in sessions:
         if "data" in session:
             return str(session["data"]["dataset"])
-    if experiment.dataset is not None or experiment.data.dataset_path is None:
-        return experiment.dataset
+    if experiment.dataset_name is not None or experiment.data.dataset_path is None:
+        return experiment.dataset_name
     return epath.Path(experiment.data.dataset_path).stem.replace("-", "_")
 
 

@@ -61,8 +61,8 @@ class Run:
     @property
     def config(self) -> T5Config:
         """The student's shape."""
-        assert self.experiment.student is not None
-        return self.experiment.student
+        assert self.experiment.config is not None
+        return self.experiment.config
 
     @property
     def vocabulary_source(self) -> str:
@@ -138,7 +138,7 @@ def load_run(folder: str | epath.Path, flags: Sequence[str] = ()) -> Run:
     folder = epath.Path(folder).expanduser()
     check_no_pipes(folder, below=False)
     experiment = load_config(folder, flags)
-    if experiment.student is None:
+    if experiment.config is None:
         raise UserError(f"{folder}: no run: its {CONFIG_FILE} names no student")
     return Run(folder, experiment)
 

@@ -81,7 +81,7 @@ def describe_initial(experiment: Experiment) -> tuple[T5Config, str]:
 
 def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], Any] | None]:
     """Returns the student's shape, its vocabulary and what reads its parameters, if anything."""
-    source, student = experiment.initial_checkpoint, experiment.student
+    source, student = experiment.initial_checkpoint, experiment.config
     load = beside = None
     if source is not None:
         found, load, beside = _open_checkpoint(source, experiment)
@@ -119,8 +119,8 @@ def _open_checkpoint(
     module: Any = t5x_checkpoint if t5x else huggingface
     folder = module.resolve(source)
     config = module.read_config(folder)
-    if t5x and experiment.student is not None:
-        untold = {name: getattr(experiment.student, name) for name in t5x_checkpoint.UNTOLD}
+    if t5x and experiment.config is not None:
+        untold = {name: getattr(experiment.config, name) for name in t5x_checkpoint.UNTOLD}
         config = dataclasses.replace(config, **untold)
     vocabulary = huggingface.find_vocabulary(folder) if module is huggingface else None
 

@@ -22,9 +22,10 @@ from dss.evaluation.evaluator import evaluation_set
 from dss.fields import check_types
 from dss.mixtures.methods import Method, mixture_names, read_name
 from dss.paths import CONFIG_FILE, gin_root
+from dss.runs.data import training_store
 from dss.runs.directory import load_run, run_folder
+from dss.runs.resume import check_same
 from dss.runs.start import describe_initial
-from dss.runs.train import check_same, training_store
 
 __all__ = ["Student", "Sweep", "SweepConfig", "SweepMethod", "SweepRun", "plan_sweep"]
 
@@ -284,8 +285,8 @@ def _base(
     own = [student.file] if student.file else []
     read = [*own, *files, *method.files]
     first = parse_gin(read, flags, search_paths, beside=[SweepConfig])
-    if method.method is not None and first.dataset is not None:
-        read = [*_dataset_file(first.dataset), *read]
+    if method.method is not None and first.dataset_name is not None:
+        read = [*_dataset_file(first.dataset_name), *read]
         first = parse_gin(read, flags, search_paths, beside=[SweepConfig])
     base = dataclasses.replace(
         _with_method(first, method.method),

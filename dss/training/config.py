@@ -47,6 +47,14 @@ class TrainerConfig:
         check_types(self)
         check_at_least(self, 1, "train_steps", "eval_period", "log_period", "patience")
 
+    def logs_at(self, step: int) -> bool:
+        """Returns whether the metrics of a step, counted from 1, are logged."""
+        return step % self.log_period == 0 or step == self.train_steps
+
+    def evaluates_at(self, step: int) -> bool:
+        """Returns whether an evaluation follows a step, counted from 1."""
+        return step % self.eval_period == 0 or step == self.train_steps
+
     def has_lost_patience(self, scores: Mapping[int, float]) -> bool:
         """Returns whether training ends, by the scores of all evaluations so far, by their step."""
         if self.patience is None or not scores:

@@ -1,7 +1,8 @@
-"""The training loop: steps, evaluation, checkpoints, and what to do when told to stop."""
+"""The training loop, and the hooks that watch it: timing, finite checks, metrics, validation."""
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -13,14 +14,14 @@ from dss.training.config import TrainerConfig
 from dss.training.metrics import MetricsWriter
 from dss.training.step import TrainState
 
-__all__ = ["Progress", "train"]
+__all__ = ["Clock", "FiniteGuard", "Hook", "Log", "Progress", "Validation", "train"]
 
 
 class Progress:
-    """What the loop tells as it goes; the base class says nothing."""
+    """Callbacks for what a user sees of a run; the base class ignores all events."""
 
     def say(self, line: str) -> None:
-        """Called with what the user should know, such as what became of the file's rows."""
+        """Called with a line for the user, such as the ledger of a file's rows."""
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """Called at each logged step, with the metrics and, if any step since the last call did not
@@ -28,19 +29,239 @@ class Progress:
         """
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
-        """Called after each evaluation."""
+        """Called after each evaluation, with its metrics."""
 
     def finished(self, data_wait: float) -> None:
-        """Called after the last step, with the fraction of step time that was spent on waiting for
-        batches.
-        """
+        """Called after the last step, with the fraction of step time spent waiting for batches."""
 
     def close(self) -> None:
-        """Called at the end, however it came."""
+        """Called at the end of the run, whether it succeeded or not."""
+
+
+class Hook:
+    """Callbacks around each training step; the base class ignores all events.
+
+    Hooks are called in the order in which the loop is given them. `step` is the number of steps
+    that are complete.
+    """
+
+    is_over: bool = False  # whether training ends before its last step
+
+    def before_step(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
+        """Called with the batch of the next step."""
+
+    def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
+        """Called with the metrics of a step, which may still be computing."""
+
+    def finish(self, step: int) -> None:
+        """Called after the last step."""
+
+
+class Clock(Hook):
+    """Measures throughput and the wait for batches; steps that compile are not counted.
+
+    Args:
+      examples: the number of examples in a step.
+      num_shapes: the number of shapes that batches can have, each compiled when it first occurs.
+      progress: the callbacks for compilation and for the wait at the end.
+    """
+
+    def __init__(self, examples: int, num_shapes: int, progress: Progress):
+        self._examples, self._num_shapes, self._progress = examples, num_shapes, progress
+        self._shapes: set[tuple] = set()
+        self._compiles = False
+        self._counted, self._since = 0, time.monotonic()  # since the throughput was last asked for
+        self._began = self._paused = self._wait = 0.0
+        self._waited = self._spent = 0.0  # seconds, over all steps that did not compile
+
+    def timed(self, batches: Iterator[dict[str, jax.Array]]) -> Iterator[dict[str, jax.Array]]:
+        """Yields the batches; the wait for each counts."""
+        while True:
+            self._began = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._wait = time.monotonic() - self._began
+            yield batch
+
+    def before_step(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
+        """Announces the compilation of a new shape."""
+        shape = tuple(array.shape for array in batch.values())
+        self._compiles = shape not in self._shapes
+        if self._compiles:
+            self._shapes.add(shape)
+            jax.block_until_ready(state)  # so that earlier steps are not timed with this one
+            count, most = len(self._shapes), self._num_shapes
+            self._progress.say(f"step {step + 1}: compiling shape {count} of {most}")
+            self._paused = time.monotonic()
+
+    def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
+        """Counts the step."""
+        if self._compiles:
+            jax.block_until_ready(values)
+            self._since += time.monotonic() - self._paused
+        else:
+            self._counted += 1
+            self._waited += self._wait
+            self._spent += time.monotonic() - self._began
+
+    def throughput(self) -> float | None:
+        """Returns the examples per second since the last call; None if every step compiled."""
+        now = time.monotonic()
+        counted, seconds = self._counted, now - self._since
+        self._counted, self._since = 0, now
+        return counted * self._examples / seconds if counted else None
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the time of the block from the throughput."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
+
+    def finish(self, step: int) -> None:
+        """Reports the wait for batches."""
+        if self._spent:
+            self._progress.finished(self._waited / self._spent)
+
+
+class FiniteGuard(Hook):
+    """Raises at a loss or gradient norm that is not finite, before anything is saved after it.
+
+    Values are read from the device when they are logged, evaluated or saved, not at every step.
+
+    Args:
+      config: the periods of logging and evaluation.
+      row_ids: returns the ids of the examples of a step, counted from 0.
+      checkpoints: the checkpoints of the run, for the message.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        row_ids: Callable[[int], list[str]],
+        checkpoints: Checkpoints,
+    ):
+        self._config, self._row_ids, self._checkpoints = config, row_ids, checkpoints
+        self._pending: list[dict[str, jax.Array]] = []  # of the last steps, not checked yet
+
+    def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
+        """Checks all steps since the last check, if this one is logged or evaluated."""
+        self._pending.append(values)
+        if self._config.logs_at(step) or self._config.evaluates_at(step):
+            self.finish(step)
+
+    def finish(self, step: int) -> None:
+        """Raises if any step since the last check had a non-finite loss or gradient norm.
+
+        Raises:
+          UserError: if so, with the step and its examples.
+        """
+        for i, values in enumerate(self._pending, start=step - len(self._pending)):
+            for what, name in (("loss", "loss"), ("gradient's norm", "grad_norm")):
+                if not np.isfinite(values[name]):
+                    fault = f"step {i + 1}: the {what} is {values[name]}"
+                    raise not_finite(fault, self._checkpoints, ", ".join(self._row_ids(i)))
+        self._pending.clear()
+
+
+class Log(Hook):
+    """Writes training metrics and the throughput.
+
+    Args:
+      config: the period of logging.
+      task_names: the names of the mixture's tasks.
+      metrics: the writer of the metrics files.
+      clock: the source of the throughput.
+      progress: the callbacks for logged steps.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        task_names: tuple[str, ...],
+        metrics: MetricsWriter,
+        clock: Clock,
+        progress: Progress,
+    ):
+        self._config, self._task_names = config, task_names
+        self._metrics, self._clock, self._progress = metrics, clock, progress
+
+    def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
+        """Writes the metrics of a step that is logged."""
+        if not self._config.logs_at(step):
+            return
+        numbers = _numbers(values, self._task_names)
+        self._metrics.write(step, numbers)
+        speed = {}
+        if (rate := self._clock.throughput()) is not None:
+            speed = {"examples_per_second": rate}
+            self._metrics.write_speed(step, speed)
+        self._progress.update(step, numbers | speed)
+
+
+class Validation(Hook):
+    """Evaluates, saves a checkpoint with its score, and ends a run that improves no more.
+
+    Args:
+      config: the period of evaluation, and the patience.
+      evaluate: returns the validation metrics of a state.
+      score: the name of the metric that selects the best checkpoint; higher is better.
+      earlier_scores: the scores of earlier evaluations, by their step.
+      checkpoints: the checkpoints of the run.
+      metrics: the writer of the metrics files.
+      clock: the clock that evaluations pause.
+      progress: the callbacks for evaluations.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        evaluate: Callable[[TrainState], dict[str, float]],
+        score: str,
+        earlier_scores: Mapping[int, float],
+        *,
+        checkpoints: Checkpoints,
+        metrics: MetricsWriter,
+        clock: Clock,
+        progress: Progress,
+    ):
+        self._config, self._evaluate, self._score = config, evaluate, score
+        self._checkpoints, self._metrics = checkpoints, metrics
+        self._clock, self._progress = clock, progress
+        self._scores = dict(earlier_scores)
+        self._is_first = True
+
+    @property
+    def is_over(self) -> bool:  # type: ignore[override]
+        """Whether the run has lost its patience."""
+        return self._config.has_lost_patience(self._scores)
+
+    def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
+        """Evaluates and saves a state that is due.
+
+        Raises:
+          UserError: if the validation loss is not finite.
+        """
+        if not self._config.evaluates_at(step):
+            return
+        with self._clock.paused():
+            if self._is_first:
+                self._progress.say(f"step {step}: evaluating, which compiles the first time")
+            self._is_first = False
+            numbers = self._evaluate(state)
+            if not np.isfinite(loss := numbers["valid/loss"]):
+                raise not_finite(f"step {step}: the validation loss is {loss}", self._checkpoints)
+            self._metrics.write(step, numbers)
+            self._progress.evaluated(step, numbers)
+            self._metrics.sync()
+            self._scores[step] = numbers[self._score]
+            self._checkpoints.save(state, numbers[self._score])
 
 
 def _numbers(metrics: dict[str, jax.Array], task_names: tuple[str, ...]) -> dict[str, float]:
-    """Returns a step's metrics by the names they are logged under."""
+    """Returns the metrics of a step by the names they are logged under."""
     host = jax.tree.map(np.asarray, metrics)
     values = {"train/loss": float(host["loss"]), "train/grad_norm": float(host["grad_norm"])}
     for name, loss in zip(task_names, host["task_loss"], strict=True):
@@ -52,128 +273,52 @@ def _numbers(metrics: dict[str, jax.Array], task_names: tuple[str, ...]) -> dict
 
 def train(
     state: TrainState,
-    *,
-    config: TrainerConfig,
     train_step: Callable[[TrainState, dict], tuple[TrainState, dict]],
     batches: Iterator[dict[str, jax.Array]],
-    num_shapes: int,
-    task_names: tuple[str, ...],
-    examples_per_step: int,
-    evaluate: Callable[[TrainState], dict[str, float]],
-    score: str,
-    checkpoints: Checkpoints,
-    metrics: MetricsWriter,
-    progress: Progress,
+    *,
+    num_steps: int,
+    hooks: Sequence[Hook],
     stop: StopSignal,
-    row_ids: Callable[[int], list[str]],
-    earlier_scores: Mapping[int, float],
 ) -> TrainState:
-    """Trains from the state's step to the end, to the end of patience, or until a stop signal.
+    """Trains from the state's step to the last one, until a hook ends it, or to a stop signal.
 
     Args:
-      state: where to start; its memory is taken.
-      config: how long and how often.
-      train_step: from `make_train_step`.
+      state: the state to start from; it is donated.
+      train_step: the jitted step, from `make_train_step`.
       batches: the batches from the state's step on, on the mesh.
-      num_shapes: the number of shapes that batches can have, each compiled when it first comes.
-      task_names: names of the mixture's tasks, for the metrics.
-      examples_per_step: for the rate shown.
-      evaluate: returns validation metrics.
-      score: which of them decides the best checkpoint; higher is better.
-      checkpoints: where states are saved, after each evaluation, at the end and on a stop signal.
-      metrics: where numbers are written.
-      progress: told of each logged step and evaluation.
+      num_steps: the number of the last step.
+      hooks: the hooks, in the order in which they are called.
       stop: an open `StopSignal`.
-      row_ids: returns the ids of the examples of a step, counted from 0.
-      earlier_scores: of the evaluations up to the state's step, by their step.
 
     Returns:
-      The last state. It is saved, whole on disk.
-
-    Raises:
-      UserError: a loss or a gradient is not finite; nothing is saved after it, what was saved
-        before stays.
+      The last state.
     """
     step = int(state.step)
-    shapes: set[tuple] = set()
-    counted, clock = 0, time.monotonic()  # since the last logged step, but for compiling steps
-    waited = spent = 0.0  # seconds of all steps that did not compile
-    pending: list[dict[str, jax.Array]] = []  # of the last steps, not looked at yet
-
-    def check_finite() -> None:
-        """Raises if the parameters of any step so far may hold what is no number."""
-        for i, values in enumerate(pending, start=step - len(pending)):
-            for what, name in (("loss", "loss"), ("gradient's norm", "grad_norm")):
-                if not np.isfinite(values[name]):
-                    said = f"step {i + 1}: the {what} is {values[name]}"
-                    raise _not_finite(said, ", ".join(row_ids(i)), checkpoints)
-        pending.clear()
-
-    scores = dict(earlier_scores)
-    done = config.has_lost_patience(scores)
-    while step < config.train_steps and not done and not stop.before(step):
-        began = time.monotonic()
+    while step < num_steps and not any(hook.is_over for hook in hooks) and not stop.before(step):
         batch = next(batches)
-        waiting = time.monotonic() - began
-        shape = tuple(array.shape for array in batch.values())
-        compiles = shape not in shapes
-        if compiles:
-            shapes.add(shape)
-            jax.block_until_ready(state)  # so that the steps before are not timed with this one
-            progress.say(f"step {step + 1}: compiling shape {len(shapes)} of {num_shapes}")
-            paused = time.monotonic()
+        for hook in hooks:
+            hook.before_step(step, state, batch)
         state, values = train_step(state, batch)
         step += 1
-        pending.append(values)
-        if compiles:
-            jax.block_until_ready(values)
-            clock += time.monotonic() - paused
-        else:
-            counted += 1
-        last = step == config.train_steps
-        if step % config.log_period == 0 or last:
-            check_finite()
-            numbers = _numbers(values, task_names)
-            metrics.write(step, numbers)
-            speed = {}
-            if counted:
-                rate = counted * examples_per_step / (time.monotonic() - clock)
-                speed = {"examples_per_second": rate}
-                metrics.write_speed(step, speed)
-            progress.update(step, numbers | speed)
-            counted, clock = 0, time.monotonic()
-        if not compiles:
-            waited, spent = waited + waiting, spent + time.monotonic() - began
-        if step % config.eval_period == 0 or last:
-            check_finite()
-            paused = time.monotonic()
-            if len(scores) == len(earlier_scores):
-                progress.say(f"step {step}: evaluating, which compiles the first time")
-            numbers = evaluate(state)
-            if not np.isfinite(numbers["valid/loss"]):
-                said = f"step {step}: the validation loss is {numbers['valid/loss']}"
-                raise _not_finite(said, None, checkpoints)
-            metrics.write(step, numbers)
-            progress.evaluated(step, numbers)
-            metrics.sync()
-            checkpoints.save(state, numbers[score])
-            scores[step] = numbers[score]
-            done = config.has_lost_patience(scores)
-            clock += time.monotonic() - paused
-    if spent:
-        progress.finished(waited / spent)
-    check_finite()
-    metrics.sync()
-    checkpoints.save(state)
-    checkpoints.wait()
+        for hook in hooks:
+            hook.after_step(step, state, values)
+    for hook in hooks:
+        hook.finish(step)
     return state
 
 
-def _not_finite(what: str, ids: str | None, checkpoints: Checkpoints) -> UserError:
+def not_finite(fault: str, checkpoints: Checkpoints, ids: str | None = None) -> UserError:
+    """Returns the error of a number that is not finite, with what is saved and what to try.
+
+    Args:
+      fault: the step and its number.
+      checkpoints: the checkpoints of the run.
+      ids: the ids of the step's examples.
+    """
     checkpoints.wait()
-    saved = checkpoints.latest
-    where = "no checkpoint was saved yet" if saved is None else f"step {saved} is saved"
+    latest = checkpoints.latest
+    saved = "no checkpoint was saved yet" if latest is None else f"step {latest} is saved"
     return UserError(
-        f"{what}; {where}; try a lower learning rate, or float32 if the student computes in "
+        f"{fault}; {saved}; try a lower learning rate, or float32 if the student computes in "
         f"bfloat16{'' if ids is None else f'; the examples of that step: {ids}'}"
     )

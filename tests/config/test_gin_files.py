@@ -11,8 +11,9 @@ from dss.config.gin_files import gin_name, load_config, parse_gin, save_config
 from dss.data.datasets import Dataset
 from dss.errors import UserError
 from dss.paths import gin_root
+from dss.runs.data import training_batches, training_store
 from dss.runs.directory import load_run
-from dss.runs.train import run_experiment, training_batches, training_store
+from dss.runs.train import run_experiment
 from dss.student.network import num_parameters
 from tests.conftest import tiny_config, write_jsonl
 

@@ -18,7 +18,7 @@ from dss.interop.t5x_checkpoint import load_params
 from dss.interop.t5x_export import write_checkpoint
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import put_batch
-from dss.runs.train import training_batches, training_store
+from dss.runs.data import training_batches, training_store
 from dss.student.config import DecodingConfig, T5Config
 from dss.training.config import OptimizerConfig, TrainerConfig
 from dss.training.loss import LossConfig

@@ -14,7 +14,7 @@ from dss.config.gin_files import gin_flags, parse_gin, save_config
 from dss.data.datasets import Dataset
 from dss.errors import UserError
 from dss.paths import gin_root
-from dss.runs.train import training_store
+from dss.runs.data import training_store
 from dss.sweeps.runner import Outcome, SweepProgress, read_outcome, run_sweep
 from dss.sweeps.sweep import Method, plan_sweep
 from tests.conftest import ROOT

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from dss.errors import UserError
+from dss.training import loop
 from dss.training.checkpoints import Checkpoints
 from dss.training.config import TrainerConfig
-from dss.training.loop import Progress, train
+from dss.training.loop import Progress
 from dss.training.metrics import MetricsWriter
 from dss.training.step import TrainState
 
@@ -78,25 +79,36 @@ def run(
         accuracy = scores[int(state.step)] if scores else 0.5
         return {"valid/loss": 1.0, "valid/accuracy": accuracy}
 
-    checkpoints = Checkpoints(folder / "checkpoints")
+    progress, config = progress or Progress(), TrainerConfig(train_steps=10, **periods)
+    checkpoints, metrics = Checkpoints(folder / "checkpoints"), MetricsWriter(folder, start)
     try:
-        train(
-            TrainState(jnp.asarray(start), {"w": jnp.ones(3)}, {}),
-            config=TrainerConfig(train_steps=10, **periods),
-            train_step=train_step,
-            batches=iter(batches),
-            num_shapes=2,
-            task_names=("label",),
-            examples_per_step=2,
-            evaluate=evaluate,
-            score="valid/accuracy",
-            checkpoints=checkpoints,
-            metrics=MetricsWriter(folder, start),
-            progress=progress or Progress(),
-            stop=StopAt(stop),
-            row_ids=lambda step: [f"row-{step}-{i}" for i in range(2)],
-            earlier_scores={k: v for k, v in (scores or {}).items() if k <= start},
+        timer = loop.Clock(2, 2, progress)
+        hooks = (
+            timer,
+            loop.FiniteGuard(
+                config, lambda step: [f"row-{step}-{i}" for i in range(2)], checkpoints
+            ),
+            loop.Log(config, ("label",), metrics, timer, progress),
+            loop.Validation(
+                config,
+                evaluate,
+                "valid/accuracy",
+                {k: v for k, v in (scores or {}).items() if k <= start},
+                checkpoints=checkpoints,
+                metrics=metrics,
+                clock=timer,
+                progress=progress,
+            ),
         )
+        state = loop.train(
+            TrainState(jnp.asarray(start), {"w": jnp.ones(3)}, {}),
+            train_step,
+            timer.timed(iter(batches)),
+            num_steps=10,
+            hooks=hooks,
+            stop=StopAt(stop),
+        )
+        checkpoints.save(state)
     finally:
         checkpoints.wait()
         (folder / "steps").write_text(" ".join(map(str, checkpoints.steps)))

@@ -1,0 +1,340 @@
+"""The library's public functions: annotate, train, load; and a trained student.
+
+`import dss` exports these names; docs/python.md shows them at work. The command line calls the same
+functions of the rooms below.
+"""
+
+import collections
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dss.config.experiment import Experiment
+from dss.data.datasets import Dataset, JsonlSource
+from dss.errors import UserError
+from dss.paths import CONFIG_FILE
+
+if TYPE_CHECKING:
+    from dss.evaluation.evaluator import Predictor
+    from dss.evaluation.result import Evaluation
+    from dss.mixtures.methods import Mixture
+    from dss.runs.directory import Run
+    from dss.training.loop import Progress
+
+__all__ = ["Annotation", "Prediction", "Student", "annotate", "load", "train"]
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A student's answer to an input.
+
+    Attributes:
+      label: the label.
+      probabilities: the probability of each possible label, which sum to 1; empty where the student
+        chose among no labels.
+      rationale: the rationale; None where none was asked for.
+      truncated: whether the input was longer than the student reads.
+    """
+
+    label: str
+    probabilities: Mapping[str, float]
+    rationale: str | None = None
+    truncated: bool = False
+
+
+class Student:
+    """A trained student, from `load` or `train`.
+
+    Attributes:
+      run: the run directory, with the experiment and the checkpoints.
+      checkpoint: "best", "latest" or a step.
+    """
+
+    def __init__(self, run: "Run", checkpoint: str = "best"):
+        """Makes a student of a run; parameters are read at the first prediction."""
+        self.run, self.checkpoint = run, checkpoint
+
+    def __repr__(self) -> str:
+        return f"Student({str(self.run.folder)!r}, checkpoint={self.checkpoint!r})"
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment that the student was trained by."""
+        return self.run.experiment
+
+    @functools.cached_property
+    def _mixture(self) -> "Mixture":
+        return self.run.mixture(must_exist=False)
+
+    @functools.cached_property
+    def _predictor(self) -> "Predictor":
+        return self.run.predictor(self.checkpoint)[0]
+
+    def predict(self, inputs: str | Sequence[str], *, rationales: bool = False) -> list[Prediction]:
+        """Returns a prediction for each input.
+
+        Args:
+          inputs: the texts, without the prefix `predict: `; one text is a list of one.
+          rationales: whether to generate a rationale for each.
+
+        Raises:
+          UserError: if the student learned no task, or rationales are asked of one that learned
+            none.
+        """
+        from dss.data.vocabulary import is_cut
+        from dss.evaluation.evaluator import EvaluationExample
+
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        mixture, predictor = self._mixture, self._predictor
+        length = self.experiment.data.inputs_length
+        examples = [EvaluationExample(str(i), text, "") for i, text in enumerate(texts)]
+        answers = predictor.answer(mixture, examples, length)
+        written = self.explain(texts) if rationales else [None] * len(texts)
+        prefix = mixture.tasks[0].prefix
+        return [
+            Prediction(
+                answer.text,
+                answer.probabilities,
+                rationale,
+                is_cut(predictor.vocabulary, prefix + text, length),
+            )
+            for answer, rationale, text in zip(answers, written, texts, strict=True)
+        ]
+
+    def explain(self, inputs: str | Sequence[str]) -> list[str]:
+        """Returns the rationale that the student generates for each input.
+
+        Args:
+          inputs: the texts, without a prefix; one text is a list of one.
+
+        Raises:
+          UserError: if the student learned no rationales.
+        """
+        from dss.runs.student import explain
+
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        length = self.experiment.data.inputs_length
+        return explain(self._predictor, self._mixture, texts, length)
+
+    def evaluate(self, split: str = "test", *, rationales: bool = False) -> "Evaluation":
+        """Returns the student's predictions for a split of its dataset, scored.
+
+        Args:
+          split: "train", "valid" or "test".
+          rationales: whether to generate rationales, and score them too.
+
+        Raises:
+          UserError: if the split is missing or has no labels, or the student learned no rationales.
+        """
+        from dss.runs.student import evaluate
+
+        return evaluate(self.run, split=split, which=self.checkpoint, rationales=rationales)
+
+    def export(
+        self, folder: str | os.PathLike, to: Literal["hf", "t5x", "ctranslate2"] = "hf"
+    ) -> Path:
+        """Writes the student for another library, and returns the folder.
+
+        Args:
+          folder: a new folder.
+          to: "hf" for transformers, "t5x", or "ctranslate2".
+
+        Raises:
+          UserError: if the folder is not empty, the format cannot represent the student, or what
+            was written computes other logits.
+        """
+        from dss.export.export import export
+
+        return export(self.run, to, str(folder), self.checkpoint).path
+
+
+def load(
+    source: str | os.PathLike,
+    *,
+    checkpoint: str = "best",
+    dataset: Dataset | str | None = None,
+    method: str = "finetune",
+) -> Student:
+    """Returns a trained student.
+
+    Args:
+      source: a run directory, a folder of `dss export`, "hf:FOLDER", "hf:NAME" on the hub, or
+        "t5x:FOLDER".
+      checkpoint: "best", "latest" or a step; of a run directory.
+      dataset: the dataset that a checkpoint from elsewhere predicts for; it gives the labels. None
+        for the run's own.
+      method: the method by which such a checkpoint was trained; see `dss.Method`.
+
+    Raises:
+      UserError: if there is no student, or no vocabulary beside it.
+    """
+    from dss.runs.directory import Run
+    from dss.runs.student import open_student
+
+    path = os.fspath(source)
+    folder = Path(path).expanduser()
+    if (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
+        path = f"hf:{path}"  # an export keeps the configuration of its run
+    run = open_student(path)
+    if dataset is not None:
+        experiment = dataclasses.replace(
+            run.experiment, dataset=dataset, method=method, mixture=None
+        )
+        run = Run(run.folder, experiment)
+    return Student(run, checkpoint)
+
+
+def train(
+    experiment: Experiment,
+    run_dir: str | os.PathLike | None = None,
+    *,
+    progress: "Progress | None" = None,
+    resume: Literal["never", "auto", "must"] = "auto",
+) -> Student:
+    """Trains a student, and returns it at its best checkpoint.
+
+    A run directory that holds an unfinished run of the same experiment is resumed.
+
+    Args:
+      experiment: the dataset, the method, the student and the hyperparameters.
+      run_dir: the run directory; None for `experiment.run_dir`.
+      progress: the callbacks for steps and evaluations; None for none.
+      resume: whether the run directory may, must or must never hold a run already.
+
+    Raises:
+      UserError: if something is missing or does not fit together.
+      KeyboardInterrupt: if a signal ended training; the last step is saved.
+    """
+    from dss.runs.directory import load_run, run_folder
+    from dss.runs.train import run_experiment
+
+    if run_dir is not None:
+        experiment = dataclasses.replace(experiment, run_dir=os.fspath(run_dir))
+    result = run_experiment(experiment, progress, resume)
+    if result.stopped_by is not None:
+        raise KeyboardInterrupt(f"{result.stopped_by.name}: saved at step {result.step}")
+    return Student(load_run(run_folder(experiment)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotation:
+    """The outcome of `annotate`.
+
+    Attributes:
+      teacher: the teacher's name in methods, as `Experiment.teacher`.
+      path: the file with the teacher's outputs, a JSON line for each example.
+      counts: the number of outputs by status: "ok", "unparsed", "refused", "error".
+      cost: the cost of all that was ever asked of this teacher; None without prices.
+      stopped: the reason of an early end; None if every example was asked about.
+    """
+
+    teacher: str
+    path: Path
+    counts: Mapping[str, int]
+    cost: float | None
+    stopped: str | None
+
+
+def annotate(
+    dataset: Dataset,
+    *,
+    model: str,
+    prompt: str | None = None,
+    split: str = "train",
+    base_url: str | None = None,
+    api: Literal["chat", "completions"] = "chat",
+    key_env: str = "OPENAI_API_KEY",
+    parameters: Mapping[str, Any] | None = None,
+    samples: int = 1,
+    name: str | None = None,
+    output: str | os.PathLike | None = None,
+    prices: str | os.PathLike | None = None,
+    max_cost: float | None = None,
+    max_requests: int | None = None,
+    concurrency: int = 64,
+    replace: bool = False,
+) -> Annotation:
+    """Asks a teacher for a label and a rationale of every example that has none of its yet.
+
+    Answers are journaled as they come: the same call resumes, and pays for none twice.
+
+    Args:
+      dataset: the dataset.
+      model: the model's name at the endpoint.
+      prompt: the name of a prompt of dss, or a YAML file; None for the dataset's own, which
+        released datasets have.
+      split: "train", "valid" or "test".
+      base_url: an OpenAI-compatible endpoint, up to its version; None for the environment variable
+        OPENAI_BASE_URL, or else OpenAI's.
+      api: "chat" or "completions".
+      key_env: the environment variable that holds the key.
+      parameters: parameters of every request, over the prompt's; None as a value removes one.
+      samples: the number of answers for each example.
+      name: the teacher's name in files and methods; None for the model's.
+      output: the folder to write to; None for the folder of the examples.
+      prices: a YAML file with the model's price.
+      max_cost: the limit on the cost of all that was ever asked of this teacher.
+      max_requests: the limit on the requests of this call.
+      concurrency: the limit on requests in flight.
+      replace: whether to write over outputs though answers would be lost.
+
+    Raises:
+      UserError: if an argument, an example or the key is wrong, or the endpoint refuses to answer.
+    """
+    from dss.teacher.annotate import Limits
+    from dss.teacher.ask import ask
+    from dss.teacher.job import dataset_job, file_job
+    from dss.teacher.prices import load_price
+    from dss.teacher.prompt import with_labels
+    from dss.teacher.request import Teacher, Writer
+
+    teacher = Teacher(
+        model=model,
+        base_url=base_url or os.environ.get("OPENAI_BASE_URL", OPENAI_URL),
+        api=api,
+        parameters=dict(parameters or {}),
+        samples=samples,
+    )
+    folder = None if output is None else Path(output)
+    if isinstance(dataset.source, JsonlSource):
+        if prompt is None:
+            raise UserError("prompt: give the name of a prompt of dss, or a YAML file")
+        (file,) = dataset.files(split)
+        job = file_job(Path(file), prompt, teacher, output=folder, name=name)
+        if dataset.labels.closed:
+            labelled = with_labels(job.writer.prompt, dataset.labels)
+            job = dataclasses.replace(job, writer=Writer(labelled, teacher))
+    else:
+        job = dataset_job(dataset, split, prompt, teacher, output=folder, name=name)
+    session = ask(
+        job,
+        Limits(concurrency=concurrency, max_requests=max_requests, max_cost=max_cost),
+        key_env=key_env,
+        price=None if prices is None else load_price(Path(prices), model),
+        replace=replace,
+    )
+    return Annotation(
+        teacher=re.sub(r"\W", "_", job.name, flags=re.ASCII),
+        path=job.file("jsonl"),
+        counts=session.counts if session.counts is not None else _count(job.file("jsonl")),
+        cost=session.state.cost,
+        stopped=session.state.stopped,
+    )
+
+
+def _count(path: Path) -> Mapping[str, int]:
+    """Returns the number of outputs in a file by their status."""
+    from etils import epath
+
+    from dss.data.examples import read_json_lines
+
+    if not path.is_file():
+        return collections.Counter()
+    rows = read_json_lines(epath.Path(path))
+    return collections.Counter(str(row.get("status", "ok")) for _, row in rows)

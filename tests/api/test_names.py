@@ -1,0 +1,86 @@
+"""The public names, without training."""
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+
+import dss
+from dss.testing import FakeEndpoint, chat_reply
+from tests.conftest import tiny_config, write_jsonl
+from tests.teacher.conftest import PROMPT, label_of, numbers_file
+
+
+def test_every_public_name_is_there_and_documented():
+    assert dss.__all__ == sorted(dss.__all__)
+    assert {*dss.__all__} <= {*dir(dss)}
+    for name in dss.__all__:
+        assert getattr(dss, name).__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'tain'"):
+        _ = dss.tain
+
+
+def test_an_experiment_is_made_without_jax_and_quickly():
+    code = (
+        "import sys, dss; dss.Experiment(dataset='cqa', method='finetune', student='small');"
+        "print([m for m in ('jax', 'tensorflow', 'flax', 'orbax') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_an_experiment_takes_a_dataset_and_a_students_name(toy):
+    experiment = dss.Experiment(dataset=toy, method="finetune", student="small")
+    assert (experiment.dataset, experiment.data.labels) == ("toy", ("yes", "no"))
+    assert experiment.data.dataset_path == str(toy.source.path)
+    assert experiment.student.d_model == 512
+    released = dss.Dataset.released("cqa", "somewhere")
+    experiment = dss.Experiment(dataset=released, student="hf:google/flan-t5-small")
+    assert (experiment.dataset, experiment.data.root) == ("cqa", "somewhere")
+    assert experiment.initial_checkpoint == "hf:google/flan-t5-small"
+    assert experiment.student is None
+    with pytest.raises(ValueError, match="not both"):
+        dss.Experiment(student="hf:a/b", initial_checkpoint="hf:c/d")
+    with pytest.raises(dss.UserError, match="unknown student 'smal'; did you mean 'small'"):
+        dss.Experiment(student="smal")
+    given = dss.Experiment(student=tiny_config())
+    assert given.student == given.config == tiny_config()
+
+
+def test_annotate_works_where_an_event_loop_runs(tmp_path, monkeypatch):
+    """As in a notebook."""
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    (tmp_path / "prompt.yaml").write_text(PROMPT)
+    numbers = dss.Dataset.from_files(numbers_file(tmp_path, 6))
+
+    def teach(body):
+        number = int(body["messages"][-1]["content"].split()[1])
+        return chat_reply(f" So it is.\nLabel: {label_of(number)}")
+
+    with FakeEndpoint(teach) as endpoint:
+
+        async def cell():
+            return [
+                dss.annotate(
+                    numbers,
+                    model="my-llm",
+                    prompt=str(tmp_path / "prompt.yaml"),
+                    base_url=endpoint.url,
+                )
+                for _ in range(2)
+            ]
+
+        first, again = asyncio.run(cell())
+        assert endpoint.count == 6
+    assert first.counts == again.counts == {"ok": 6}
+    assert (first.teacher, first.path.name) == ("my_llm", "numbers.my-llm.jsonl")
+    assert numbers.source.teachers == ("my_llm",)
+    with pytest.raises(dss.UserError, match="prompt: give the name"):
+        dss.annotate(numbers, model="m")
+
+
+def test_a_source_that_is_no_student_is_named(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}])
+    with pytest.raises(dss.UserError, match=str(tmp_path)):
+        dss.load(tmp_path)
