@@ -68,12 +68,14 @@ def test_the_example_on_your_own_data(tickets):
 
 def test_the_examples_in_python_agree_with_the_command_line(tickets):
     folder, out = tickets
-    label = re.search(r'"label": "(.*?)"', out)[1]
+    label, rationale = re.search(r'"label": "(.*?)", "rationale": "(.*?)"', out).groups()
     accuracy = float(re.search(r"accuracy ([\d.]+)%", out)[1]) / 100
     (of_readme,) = blocks("README.md", "From Python")
-    assert shell(of_readme, folder).splitlines() == [f"['{label}']", f"{accuracy}"]
+    assert shell(of_readme, folder).splitlines() == [f"{label} | {rationale}", f"{accuracy}"]
     (of_page,) = blocks("docs/serving.md", "Predicting")
-    assert shell(of_page, folder).splitlines() == [f"['{label}']"]
+    first, second = shell(of_page, folder).splitlines()
+    assert first.startswith(f"{label} {{'")
+    assert second.startswith(("billing {'", "bug {'"))
 
 
 def test_the_examples_of_the_page_on_hugging_face_work_and_agree(tickets):
