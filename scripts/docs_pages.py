@@ -119,8 +119,8 @@ def _fields(path: Path, name: str) -> str:
         default = re.sub(r"\s+", " ", ast.unparse(field.value)) if field.value else ""
         default = re.sub(r"dataclasses\.field\(default_factory=lambda: (.*)\)", r"\1", default)
         rows.append(
-            f"| `{field.target.id}` | `{_cell(ast.unparse(field.annotation))}` "
-            f"| {f'`{_cell(default)}`' if default else ''} | {_cell(text)} |"
+            f"| `{field.target.id}` | `{ast.unparse(field.annotation)}` "
+            f"| {f'`{default}`' if default else ''} | {_cell(text)} |"
         )
     return f"### {name}\n\n" + "\n".join(rows)
 
