@@ -12,7 +12,17 @@ BEAM = [
     "google-crc32c>=1.9",  # with which Beam writes TFRecords, as seqio_cache_tasks has it do
     "sentencepiece<0.2.2",  # Beam holds protobuf below 7, which newer ones were generated for
 ]
-TFDS = [*BEAM, "mlcroissant>=1.1"]  # the `tfds` command needs both to start
+# tensorflow-text, which SeqIO needs, requires the full `tensorflow`: `tensorflow-cpu` would install
+# the same files beside it.
+TENSORFLOW = [
+    "tensorflow>=2.21",
+    "tensorflow-datasets>=4.9.10",
+    "importlib_resources>=6.5",  # tensorflow-datasets needs it to load a builder
+]
+SEQIO = [*TENSORFLOW, "seqio>=0.0.20", "clu>=0.0.12"]
+TFDS = [*TENSORFLOW, *BEAM, "mlcroissant>=1.1"]  # the `tfds` command needs the last two to start
+EXPORT = ["transformers>=5.23", "torch>=2.13", "ctranslate2>=4.8"]
+GCS = ["gcsfs>=2026.9"]
 
 # The gin files live in gin/ (which is no Python package: `import gin` means gin-config) and are
 # installed as the data of dss.configs, where dss.paths finds them from any directory. tasks/ is
@@ -29,6 +39,7 @@ setup(
     packages=[*find_packages(include=["dss", "dss.*"]), "dss.configs", "dss.tasks"],
     package_dir={"dss.configs": "gin", "dss.tasks": "tasks"},
     package_data={
+        "dss": ["py.typed"],
         "dss.configs": ["**/*.gin"],
         "dss.teacher": ["prompts/*.yaml", "report.html"],
         "dss.reporting": ["report.html"],
@@ -40,24 +51,19 @@ setup(
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
         "grain>=0.2.18",
+        "absl-py>=2.5",
         "gin-config>=0.5.0",
         "numpy>=2.4",
         "scipy>=1.17",
         "safetensors>=0.8",
         "sentencepiece>=0.2.1",
+        "protobuf>=6.31",  # sentencepiece_model_pb2 imports it
         "huggingface_hub>=2.4",
         "tensorstore>=0.1.86",
         "etils[epath]>=1.15",
         "rich>=15.0",
         "rouge-score>=0.1.2",
-        # Not clu: its metric writers import TensorFlow, which the training loop does without.
-        "tensorboardX>=2.6.4",
-        # seqio brings tensorflow-text, which needs the full `tensorflow`: `tensorflow-cpu` would be
-        # installed beside it, over the same files.
-        "seqio>=0.0.20",
-        "tensorflow>=2.21",
-        "tensorflow-datasets>=4.9.10",
-        "importlib_resources>=6.5",  # tensorflow-datasets needs it to load a builder
+        "tensorboardX>=2.6.4",  # not clu, whose metric writers import TensorFlow
     ],
     extras_require={
         "teacher": [
@@ -70,7 +76,10 @@ setup(
         ],
         "beam": BEAM,
         "report": ["matplotlib>=3.11", "jinja2>=3.1.6"],
+        "export": EXPORT,
+        "seqio": SEQIO,
         "tfds": TFDS,
+        "gcs": GCS,  # gs:// paths, where TensorFlow, which can read them, is not installed
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "docs": ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0.8"],
@@ -82,13 +91,14 @@ setup(
             "ruff>=0.15",
             "mypy>=2.4",
             "selenium>=4.51",  # drives the browser that the report is tested in
+            *SEQIO,
             *TFDS,
+            *GCS,
             "dill>=0.4",  # TFDS's own test of builders needs it
             "transformers[serving]>=5.23",
             "torch==2.13.0",
             "ctranslate2>=4.8",
             "libtpu",  # the TPU's compiler, which `dss plan` asks; it needs no TPU
-            "gcsfs>=2026.9",
             "gcp-storage-emulator>=2026.7",
             "nbclient>=0.11",
             "ipykernel>=7.4",

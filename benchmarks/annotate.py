@@ -1,10 +1,10 @@
-"""Measures `dss annotate` against an endpoint on this machine that answers at once.
+"""Throughput, memory and restart time of `dss annotate` against an instant local endpoint.
 
     python benchmarks/annotate.py --examples 100000
 
-The examples are CQA-like questions with the shipped prompt (ten exemplars, about 3,300 characters
-a request). Prints requests a second, the peak memory of the annotating process, and how long the
-same command takes when everything is answered; exit status 1 where a target is missed.
+Examples are CQA-like questions with the shipped prompt (ten exemplars, about 3,300 characters per
+request). Prints requests per second, the peak memory of the annotating process, and the time of the
+same command once everything is answered. Exit status 1 if a target is missed.
 """
 
 import argparse
@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 TARGETS = {"requests_per_second": 500.0, "peak_mb": 300.0, "restart_seconds": 5.0}
-FEWEST = 100_000  # examples for which the targets are meant
+FEWEST = 100_000  # examples from which on the targets apply
 DSS = "import sys; from dss.cli.main import main; sys.exit(main())"
 
 
 def serve(url: multiprocessing.Queue, count) -> None:
-    """Answers forever; runs in a process of its own."""
+    """Runs the endpoint; for a separate process."""
     from dss.testing import FakeEndpoint, chat_reply
 
     reply = chat_reply("A shelf holds books. So the answer is (a) shelf.", prompt_tokens=900)
@@ -48,7 +48,7 @@ def write_questions(path: Path, count: int) -> None:
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """Returns (seconds, peak memory in MB) of a process that must succeed."""
+    """Runs a command that must succeed; returns its seconds and peak memory in MB."""
     began = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -59,8 +59,8 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, default=FEWEST)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--examples", type=int, default=FEWEST, help="number of examples")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     url, count = context.Queue(), context.Value("q", 0)

@@ -1,20 +1,20 @@
-"""Times decoding by dss, transformers' `generate` and CTranslate2, in turn, on the same inputs.
+"""Times generation by dss, transformers' `generate` and CTranslate2 on the same inputs.
 
     python benchmarks/decode.py --student small [--batch 1 32 64] [--beams 1 4] [--length 32]
         [--repeats 5] [--threads N] [--sides dss transformers ctranslate2] [--json FILE]
 
-A batch's inputs are near in length, as dss and CTranslate2 make batches of what they are given.
-The weights are random float32, written once as a Hugging Face folder that all sides read. Two
-modes: forced, every output has exactly --length tokens (EOS is never likely); natural, an output
-ends at EOS, whose column of the head is scaled so that lengths vary, or at --length. The two
-differ in that column alone. Every side is a process of its own that keeps its model; they take
-turns, and the medians are of the calls after the first. `dss is` tells how many times as fast,
-`agree` the share of rows whose tokens, up to EOS, are dss's, `of peak` (forced mode) the operations
-that the tokens need, of those that the machine's float32 matrix product does in that time.
+Inputs of a batch have similar lengths, as in the batches of dss and CTranslate2. The weights are
+random float32, in one Hugging Face folder that all sides read. Modes: `forced`, every output has
+exactly --length tokens (EOS is never likely); `natural`, an output ends at EOS, whose column of the
+head is scaled so that lengths vary, or at --length. The modes differ in that column only. Each side
+keeps its model in its own process; sides take turns, and medians exclude the first call. Columns:
+`dss is`, the speed of dss in multiples of the side's; `agree`, the fraction of sequences with the
+tokens of dss up to EOS; `of peak` (forced mode), FLOPs of the tokens over those of the machine's
+float32 matrix product.
 
-Then what choosing among given labels costs: `score_candidates` on as many labels and tokens as CQA
-and NLI have, against greedy generation of as many tokens (forced) and of as many as a label may
-have (natural). `pip install ctranslate2` for that side; it is left out where it is not installed.
+Also times label scoring: `score_candidates` with the numbers of labels and tokens of CQA and NLI,
+against greedy generation of as many tokens (forced) and of up to a label's maximum (natural).
+CTranslate2 needs `pip install ctranslate2`; sides that are not installed are skipped.
 """
 
 import argparse
@@ -46,26 +46,26 @@ from dss.planning.flops import forward_flops
 from dss.student.config import DecodingConfig, T5Config
 
 EOS = 1
-SIDES = {  # what each needs installed
+SIDES = {  # required packages
     "dss": ("jax", "numpy"),
     "transformers": ("transformers", "torch"),
     "ctranslate2": ("ctranslate2", "transformers", "torch"),
 }
-MODES = {"forced": 0.0, "natural": 2.5}  # how EOS's column of the head is scaled
-LABELS = {"CQA": (5, 4), "NLI": (3, 2)}  # labels to choose among, tokens of each
-POOL = 16  # batches of inputs, sorted by length, of which the middle one is decoded
-PAUSE = 0.05  # seconds between turns: threads that have just worked spin for a while
+MODES = {"forced": 0.0, "natural": 2.5}  # scale of EOS's column of the head
+LABELS = {"CQA": (5, 4), "NLI": (3, 2)}  # number of labels, tokens of each
+POOL = 16  # batches of inputs, sorted by length; the middle one is decoded
+PAUSE = 0.05  # seconds between turns, until idle threads stop spinning
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A call to be timed."""
+    """A timed call."""
 
-    mode: str  # what ends an output: a name of MODES
+    mode: str  # a name of MODES
     batch: int
     beams: int
-    length: int  # longest output in tokens, or the labels' length
-    labels: int = 0  # to choose among; 0 to generate
+    length: int  # maximum output or label length, tokens
+    labels: int = 0  # number of labels to score; 0 to generate
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ class Job:
 
 
 class DssSide:
-    """Our decoding; inputs padded as `Predictor` pads them."""
+    """dss; inputs padded as by `Predictor`."""
 
     def __init__(self, folder: Path, threads: int):
         import jax
@@ -83,7 +83,7 @@ class DssSide:
         from dss.parallel.memory import keep_freed_memory
         from dss.student import decoding
 
-        keep_freed_memory()  # as the command line does
+        keep_freed_memory()  # as in the command line
         self.config, self.decoding = read_config(folder), decoding
         self.params = jax.device_put(load_params(folder, self.config))
         self.put, self.device = jax.device_put, jax.devices()[0].platform
@@ -137,11 +137,11 @@ class TransformersSide:
                 do_sample=False,
                 **least,
             )
-        return tokens[:, 1:].cpu().numpy()  # without the start
+        return tokens[:, 1:].cpu().numpy()  # without the start token
 
 
 class CTranslate2Side:
-    """CTranslate2's translator on the CPU; its tokens are texts, here the ids."""
+    """CTranslate2's translator on the CPU; its text tokens are the ids."""
 
     device = "cpu"
 
@@ -173,7 +173,7 @@ class CTranslate2Side:
 
 def silence(transformers: Any) -> None:
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # that T5's head is not tied, we know
+    transformers.utils.logging.set_verbosity_error()  # no warning about the untied head
 
 
 def padded(rows: list[list[int]], multiple: int = 1) -> np.ndarray:
@@ -187,7 +187,7 @@ def until_end(row: Any) -> list[int]:
 
 
 def write_weights(root: Path, config: T5Config, convert: bool) -> None:
-    """Writes a Hugging Face folder for each mode, and what CTranslate2 makes of it."""
+    """Writes a Hugging Face folder for each mode, with its CTranslate2 conversion."""
     import jax
     from safetensors.numpy import save_file
 
@@ -227,7 +227,7 @@ def hugging_face_config(config: T5Config) -> dict:
         "tie_word_embeddings": False,
         "decoder_start_token_id": 0,
         "pad_token_id": 0,
-        "eos_token_id": EOS,  # without it `generate` goes on to the longest length
+        "eos_token_id": EOS,  # without it `generate` continues to the maximum length
         "dtype": "float32",
     }
 
@@ -241,7 +241,7 @@ def convert_weights(folder: Path, config: T5Config) -> None:
     class Ours(TransformersConverter):
         def load_model(self, *args, **kwargs):
             model = super().load_model(*args, **kwargs)
-            # transformers 5 says True whatever the file says, and logits would be scaled.
+            # transformers 5 sets True whatever the file has, which would scale the logits.
             model.config.tie_word_embeddings = False
             return model
 
@@ -255,14 +255,14 @@ def convert_weights(folder: Path, config: T5Config) -> None:
 
 
 def serve(side: str, inputs: list[list[int]], cores: list[int], pipe: Connection) -> None:
-    """Decodes as it is told; runs in a process of its own."""
+    """Serves timed calls over a pipe; for a separate process."""
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)  # before the libraries count them
+        os.sched_setaffinity(0, cores)  # before the libraries count cores
     kinds = {"dss": DssSide, "transformers": TransformersSide, "ctranslate2": CTranslate2Side}
     folder, taken = None, None
     while (told := pipe.recv()) is not None:
         if told[0] != folder:
-            folder, taken = told[0], None  # give up the old weights first
+            folder, taken = told[0], None  # frees the old weights first
             taken = kinds[side](folder, len(cores))
         job = told[1]
         prepared = taken.prepare(batch_of(inputs, job.batch), job)
@@ -274,7 +274,7 @@ def serve(side: str, inputs: list[list[int]], cores: list[int], pipe: Connection
 
 
 def measure_peak(cores: list[int]) -> float:
-    """Returns what the matrix product of those cores does, operations a second."""
+    """Returns the FLOP/s of a float32 matrix product on these cores."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
     from dss.planning.hardware import matmul_peak
@@ -283,13 +283,13 @@ def measure_peak(cores: list[int]) -> float:
 
 
 def batch_of(inputs: list[list[int]], size: int) -> list[list[int]]:
-    """Returns the middle ones of the inputs, which are sorted by length."""
+    """Returns a batch from the middle of the inputs, which are sorted by length."""
     first = (len(inputs) - size) // 2
     return inputs[first : first + size]
 
 
 def operations(config: T5Config, inputs: list[list[int]], job: Job) -> float:
-    """Returns the operations that decoding a batch to the last token needs."""
+    """Returns the FLOPs of decoding a batch to the last token."""
     lengths = np.array([len(row) for row in batch_of(inputs, job.batch)], float)
     outputs = job.batch * job.beams
     forward = forward_flops(
@@ -304,7 +304,7 @@ def operations(config: T5Config, inputs: list[list[int]], job: Job) -> float:
 
 
 def measure(turns: list[tuple[Connection, Job]], folder: Path, repeats: int) -> list[dict]:
-    """Returns the figures of calls that take turns."""
+    """Returns the figures of calls that alternate."""
     seconds: list[list[float]] = [[] for _ in turns]
     tokens: list[list[list[int]]] = [[] for _ in turns]
     for _ in range(1 + repeats):
@@ -333,13 +333,13 @@ def compare(
     student: T5Config,
     inputs: list[list[int]],
 ) -> dict:
-    """Returns the figures of all sides, and how many times as fast dss is as each other one."""
+    """Returns the figures of all sides, and the speedup of dss over each other one."""
     rows, ratios = [], {f"ratio_vs_{side}": {} for side in pipes if side != "dss"}
     for mode, batch, beams in itertools.product(MODES, args.batch, args.beams):
         job = Job(mode, batch, beams, args.length)
         measured = measure([(pipe, job) for pipe in pipes.values()], root / mode, args.repeats)
         tokens = [figures.pop("tokens") for figures in measured]
-        ours = measured[0]["seconds"]  # where dss takes part, it is the first
+        ours = measured[0]["seconds"]  # dss is first if it is measured
         for side, figures, theirs in zip(pipes, measured, tokens, strict=True):
             row = {"side": side} | dataclasses.asdict(job) | figures
             if mode == "forced":
@@ -355,7 +355,7 @@ def compare(
 
 
 def compare_scoring(pipe: Connection, root: Path, args: argparse.Namespace) -> list[dict]:
-    """Returns what choosing among labels costs dss, against greedy generation."""
+    """Returns the cost of label scoring by dss, against greedy generation."""
     rows = []
     for batch, (name, (labels, length)) in itertools.product(args.batch, LABELS.items()):
         jobs = {
@@ -393,9 +393,9 @@ def show(result: dict) -> None:
         print(
             f"{row['labels']}, {row['candidates']} labels of {row['length']} tokens, batch "
             f"{row['batch']}: {row['scoring_seconds']:.4f} s, {row['outputs_per_second']:.1f} "
-            f"outputs/s; {row['ratio_vs_greedy_forced']:.2f} times as fast as greedy of "
-            f"{row['length']} tokens, {row['ratio_vs_greedy_natural']:.2f} times as greedy that "
-            f"stops by itself (after {row['natural_mean_length']:.1f} tokens)"
+            f"outputs/s; {row['ratio_vs_greedy_forced']:.2f} times as fast as greedy generation "
+            f"of {row['length']} tokens, {row['ratio_vs_greedy_natural']:.2f} times as fast as "
+            f"natural greedy generation ({row['natural_mean_length']:.1f} tokens)"
         )
     used = [
         f"{side} on {f['device']}, {f['peak_gb']:.2f} GB" for side, f in result["sides"].items()
@@ -406,7 +406,7 @@ def show(result: dict) -> None:
 
 
 def choose_sides(asked: list[str] | None) -> list[str]:
-    """Returns the sides asked for, or all whose packages are installed."""
+    """Returns the requested sides, or all whose packages are installed."""
     sides = []
     for side in [side for side in SIDES if side in (asked or SIDES)]:
         missing = [p for p in SIDES[side] if importlib.util.find_spec(p) is None]
@@ -414,7 +414,7 @@ def choose_sides(asked: list[str] | None) -> list[str]:
         if missing and asked:
             raise UserError(f"{side}: {remedy}")
         if missing:
-            print(f"{side} is left out: {remedy}")
+            print(f"{side} is skipped: {remedy}")
         else:
             sides.append(side)
     return sides
@@ -427,7 +427,7 @@ def usable_cores() -> list[int]:
 
 
 def check(args: argparse.Namespace) -> T5Config:
-    """Returns the student; raises UserError where something is asked for that cannot be."""
+    """Returns the student; raises UserError on invalid arguments."""
     least = {"batch": 1, "beams": 1, "inputs": 2, "length": 1, "repeats": 1, "threads": 1}
     for name, bound in least.items():
         value = getattr(args, name)
@@ -440,12 +440,14 @@ def check(args: argparse.Namespace) -> T5Config:
     student = parse_gin([f"students/{args.student}.gin"], []).student
     assert student is not None
     if student.tied_embeddings:
-        raise UserError(f"--student {args.student}: a T5 1.0, whose EOS cannot be scaled alone")
+        raise UserError(
+            f"--student {args.student}: a T5 1.0, whose tied head has no EOS column to scale"
+        )
     return student
 
 
 def random_inputs(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
-    """Returns inputs without a meaning, in lengths spread like CQA's, shortest first."""
+    """Returns random inputs with a spread of lengths as CQA's, shortest first."""
     draw, mean = np.random.default_rng(0), args.inputs
     count = POOL * max(args.batch)
     lengths = np.clip(draw.normal(mean, mean / 5, count), mean / 2, 2 * mean).astype(int)
@@ -454,7 +456,9 @@ def random_inputs(args: argparse.Namespace, vocab_size: int) -> list[list[int]]:
 
 def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context) as pool:  # not here: this process holds no model
+    with ProcessPoolExecutor(
+        1, context
+    ) as pool:  # in a process of its own, so that this one holds no model
         pool.submit(write_weights, root, student, "ctranslate2" in args.sides).result()
     inputs, cores = random_inputs(args, student.vocab_size), usable_cores()[: args.threads]
     with ProcessPoolExecutor(1, context) as pool:
@@ -465,7 +469,7 @@ def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:
         target = (side, inputs, cores, theirs)
         processes.append(context.Process(target=serve, args=target, daemon=True))
         processes[-1].start()
-        theirs.close()  # so that the end of the process ends the pipe
+        theirs.close()  # so that the pipe closes with the process
     result = compare(pipes, root, args, student, inputs)
     if "dss" in pipes:
         result["scoring"] = compare_scoring(pipes["dss"], root, args)
@@ -475,7 +479,7 @@ def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:
         result["sides"][side] = pipe.recv()
     for process in processes:
         process.join()
-    with ProcessPoolExecutor(1, context) as pool:  # twice: a machine has its slow moments
+    with ProcessPoolExecutor(1, context) as pool:  # a second time, since speed varies
         peak = max(before, pool.submit(measure_peak, cores).result())
     for row in result["decoding"]:
         if "operations_per_second" in row:
@@ -487,15 +491,21 @@ def run(args: argparse.Namespace, student: T5Config, root: Path) -> dict:
 def main() -> int:
     quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", default="small", help="a file of gin/students")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 64], help="inputs a call")
-    parser.add_argument("--beams", type=int, nargs="+", default=[1, 4], help="1 is greedy")
-    parser.add_argument("--inputs", type=int, default=48, help="their mean length, tokens")
-    parser.add_argument("--length", type=int, default=32, help="of outputs, tokens")
-    parser.add_argument("--repeats", type=int, default=5, help="calls that count")
-    parser.add_argument("--threads", type=int, default=len(usable_cores()), help="of each side")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: what is installed")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument(
+        "--student", default="small", help="name of a file of gin/students/ (default: small)"
+    )
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 64], help="inputs per call")
+    parser.add_argument(
+        "--beams", type=int, nargs="+", default=[1, 4], help="beam sizes; 1 is greedy"
+    )
+    parser.add_argument("--inputs", type=int, default=48, help="mean input length, tokens")
+    parser.add_argument("--length", type=int, default=32, help="maximum output length, tokens")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls, after a first one")
+    parser.add_argument(
+        "--threads", type=int, default=len(usable_cores()), help="threads of each side"
+    )
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="default: all that are installed")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     try:
         student = check(args)
@@ -507,7 +517,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as root:
             result = run(args, student, Path(root))
     except EOFError:
-        print("decode: a side has ended; what it said is above", file=sys.stderr)
+        print("decode: a side has ended; its output is above", file=sys.stderr)
         return 1
     options = ("student", "batch", "beams", "inputs", "length", "repeats", "threads")
     packages = dict.fromkeys(p for side in args.sides for p in SIDES[side])

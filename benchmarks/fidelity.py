@@ -1,17 +1,17 @@
-"""Replays a recorded run of the reference implementation and compares every step with it.
+"""Compares every step of a recorded run of the reference implementation with dss.
 
     python benchmarks/fidelity.py --reference DIR --data-root DIR --vocab FILE
         [--packed | --unpacked] [--devices 8] [--microbatches 2]
 
-DIR holds `trajectory.json` (dataset, label type, alpha, learning rate, order of the examples, and
-what was logged) and `model/`, the Hugging Face T5 it began from. Prints the largest relative error
-of each logged value over the steps, then of the final decoder norm where it was recorded, and
-whether greedy decoding gives the recorded tokens; exit status 1 above 1e-4.
+The reference DIR has `trajectory.json` (dataset, label type, alpha, learning rate, order of the
+examples, logged values) and `model/`, the initial Hugging Face T5. Prints the largest relative
+error of each logged value over the steps, of the final decoder norm if it was recorded, and the
+number of greedy outputs that equal the recorded ones. Exit status 1 above 1e-4.
 
 A gradient norm recorded on a CPU is PyTorch's, which adds the squares of a tensor in eight float32
-sums. Of a head's million gradients most are too small to change such a sum, and it comes out up to
-1.4e-4 low. So two norms are compared with the recorded one: as the train step adds it, and the same
-gradients' as PyTorch adds it. One of them must agree at every step, whichever the recorder used.
+sums. Most of the head's million gradients are too small to change such a sum, so it is up to 1.4e-4
+too low. Two norms are therefore compared with the recorded one: the train step's, and that of the
+same gradients in PyTorch's order of summation. One of them must agree at every step.
 """
 
 import argparse
@@ -44,13 +44,13 @@ from dss.training.step import TrainState, make_train_step, place_state, state_sh
 
 TOLERANCE = 1e-4
 TEACHER = "palm"
-INPUTS_LENGTH, TARGETS_LENGTH = 1024, 256  # the reference's limits
-NORMS = ("grad_norm, exact", "grad_norm, PyTorch")  # how the squares are added
+INPUTS_LENGTH, TARGETS_LENGTH = 1024, 256  # as in the reference
+NORMS = ("grad_norm, exact", "grad_norm, PyTorch")  # orders of summation
 LOSSES = ("label_loss", "rationale_loss", "loss")
 
 
 def reference_store(trajectory: dict, vocabulary: Vocabulary, root: Path | None) -> TokenStore:
-    """Returns all rows of the reference's split in the file's order, blanks kept."""
+    """Returns all rows of the reference's split in file order, empty ones included."""
     dataset = Dataset.released(trajectory["dataset"], root)
     examples = dataset.source.examples(trajectory["split"])
     outputs = dataset.source.outputs(trajectory["split"], TEACHER)
@@ -73,7 +73,7 @@ def reference_store(trajectory: dict, vocabulary: Vocabulary, root: Path | None)
 
 
 def keep_gradients() -> optax.GradientTransformation:
-    """Returns a transformation that changes nothing; its state is the last gradient."""
+    """Returns the identity transformation; its state is the last gradient."""
     return optax.GradientTransformation(
         lambda params: jax.tree.map(jax.numpy.zeros_like, params),
         lambda gradients, state, params=None: (gradients, gradients),
@@ -86,7 +86,7 @@ def pytorch_norm(config: T5Config, gradients: Any) -> float:
     def square(array: np.ndarray) -> float:
         flat = np.square(array.ravel())
         lanes = np.pad(flat, (0, -len(flat) % 8)).reshape(-1, 8)
-        return float(np.add.reduce(lanes, axis=0).sum())  # row after row, in float32
+        return float(np.add.reduce(lanes, axis=0).sum())  # sequential, in float32
 
     total = 0.0
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradients)[0]:
@@ -101,7 +101,7 @@ def pytorch_norm(config: T5Config, gradients: Any) -> float:
 def replay(
     trajectory: dict, config: T5Config, params: Any, store: TokenStore, args: argparse.Namespace
 ) -> tuple[list[dict[str, float]], TrainState]:
-    """Returns what each step logs, and the last state."""
+    """Returns the logged values of each step, and the last state."""
     mesh_config = MeshConfig()
     mesh = make_mesh(mesh_config)
     adam = trajectory["adam"]
@@ -150,7 +150,7 @@ def replay(
 
 
 def greedy_agrees(recorded: dict, config: T5Config, params, store: TokenStore) -> tuple[int, int]:
-    """Returns how many of the recorded outputs greedy decoding repeats, and how many there are."""
+    """Returns the number of greedy outputs that equal the recorded ones, and their total."""
     wanted = [row[1 : row.index(EOS) + 1] if EOS in row else row[1:] for row in recorded["tokens"]]
     inputs = [store.tasks[0].inputs[i] for i in recorded["indices"]]
     table = np.zeros((len(inputs), max(map(len, inputs))), np.int32)
@@ -169,15 +169,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--reference", type=Path, required=True)
-    parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--vocab", type=Path, required=True)
+    parser.add_argument("--reference", type=Path, required=True, help="folder of a recorded run")
+    parser.add_argument("--data-root", type=Path, required=True, help="the released datasets")
+    parser.add_argument("--vocab", type=Path, required=True, help="SentencePiece model")
     packing = parser.add_mutually_exclusive_group()
-    packing.add_argument("--packed", action="store_true", default=True)
-    packing.add_argument("--unpacked", dest="packed", action="store_false")
-    parser.add_argument("--devices", type=int, default=1, help="simulated CPU devices")
-    parser.add_argument("--microbatches", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="write the errors there too")
+    packing.add_argument("--packed", action="store_true", default=True, help="the default")
+    packing.add_argument(
+        "--unpacked", dest="packed", action="store_false", help="one sequence per row"
+    )
+    parser.add_argument("--devices", type=int, default=1, help="number of simulated CPU devices")
+    parser.add_argument("--microbatches", type=int, default=1, help="microbatches per step")
+    parser.add_argument("--json", type=Path, help="file to write the errors to")
     args = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", args.devices)
@@ -199,7 +201,7 @@ def main() -> int:
     for name in log[0]:
         got = np.array([values[name] for values in log])
         wanted = np.array([values[name.split(",")[0]] for values in recorded])
-        errors[name] = float(np.abs(got / wanted - 1).max())  # not a number if any is
+        errors[name] = float(np.abs(got / wanted - 1).max())  # NaN if any is
     exact, pytorch = (errors.pop(name) for name in NORMS)
     errors["grad_norm"] = min(exact, pytorch)
     norm = args.reference / "final_decoder_norm.npy"
@@ -217,7 +219,7 @@ def main() -> int:
     for name, error in errors.items():
         verdict = "ok" if error <= TOLERANCE else f"above {TOLERANCE}"
         print(f"  {name:<20} {error:8.1e}  {verdict}")
-    print(f"  (of grad_norm: {exact:.1e} as the train step adds it, {pytorch:.1e} as PyTorch does)")
+    print(f"  (grad_norm: {exact:.1e} by the train step's sum, {pytorch:.1e} by PyTorch's)")
     print(f"  greedy outputs equal {same} of {total}")
     if args.json:
         args.json.write_text(json.dumps(errors | {"greedy_equal": same, "greedy": total}))

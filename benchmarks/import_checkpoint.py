@@ -1,11 +1,11 @@
-"""Measures the memory that importing a checkpoint takes besides the parameters themselves.
+"""Memory of an import besides the parameters.
 
     python benchmarks/import_checkpoint.py [--student base] [--devices 1 8] [--json FILE]
 
-A checkpoint with random parameters is written in each format; then a process of its own reads it to
-one device, or to several simulated ones over which the parameters are split (FSDP), and saves what
-it has as a run's checkpoint. Memory is the process's own (resident and not of a file), looked at
-every millisecond; what it had before, and what the parameters take, is not counted. Linux only.
+Writes a checkpoint with random parameters in each format. A separate process reads it to one
+device, or to several simulated ones with the parameters sharded (FSDP), and saves them as a run's
+checkpoint. Memory is the process's anonymous resident memory, sampled every millisecond, minus what
+it had before and the parameters. Linux only.
 """
 
 import argparse
@@ -32,7 +32,7 @@ RULES = (("embed", "data"),)
 
 
 def own_memory() -> int:
-    """Returns the process's resident memory that is of no file, bytes."""
+    """Returns the process's anonymous resident memory, bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return 1024 * int(line.split()[1])
@@ -40,7 +40,7 @@ def own_memory() -> int:
 
 
 def peak_of(function: Callable[[], Any]) -> tuple[Any, int]:
-    """Returns what a function returns, and the most memory of the process meanwhile, bytes."""
+    """Calls a function; returns its result and the peak memory meanwhile, bytes."""
     peak, done = own_memory(), threading.Event()
 
     def watch() -> None:
@@ -78,7 +78,7 @@ def write(student: str, folder: Path) -> None:
 
 
 def read(form: str, devices: int, folder: Path, pipe: Connection) -> None:
-    """Reads a checkpoint and saves it; sends the bytes besides the parameters and the seconds."""
+    """Reads a checkpoint and saves it; sends the bytes besides the parameters, and the seconds."""
     import jax
     import optax
 
@@ -92,7 +92,7 @@ def read(form: str, devices: int, folder: Path, pipe: Connection) -> None:
     from dss.training.checkpoints import Checkpoints, largest_part
     from dss.training.step import init_state
 
-    return_freed_memory()  # as the command line does
+    return_freed_memory()  # as in the command line
     module: Any = huggingface if form == "hf" else t5x_checkpoint
     source = module.resolve(str(folder / form))
     config = module.read_config(source)
@@ -132,9 +132,11 @@ def _parts(leaf: Any) -> list[Any]:
 def main() -> int:
     quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", default="base", help="a file of gin/students/")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--student", default="base", help="name of a file of gin/students/")
+    parser.add_argument(
+        "--devices", type=int, nargs="+", default=[1, 8], help="numbers of simulated devices"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
     import jax
 
@@ -143,7 +145,7 @@ def main() -> int:
     config = parse_gin([f"students/{args.student}.gin"]).student
     shapes = jax.tree_util.tree_leaves_with_path(abstract_params(config))
     size = sum(4 * leaf.size for _, leaf in shapes)
-    tensors = [  # a stack is a tensor of each layer
+    tensors = [  # a stack has one tensor per layer
         4 * leaf.size // (leaf.shape[0] if "layers" in jax.tree_util.keystr(path) else 1)
         for path, leaf in shapes
     ]
@@ -155,7 +157,7 @@ def main() -> int:
         writer = context.Process(target=write, args=(args.student, folder))
         writer.start()
         writer.join()
-        print(f"{args.student}: {size / MB:.0f} MB, its largest tensor {largest / MB:.1f} MB")
+        print(f"{args.student}: {size / MB:.0f} MB, largest tensor {largest / MB:.1f} MB")
         print(f"{'format':<8}{'devices':>8}{'':>6}{'besides, MB':>13}{'largest':>9}{'seconds':>9}")
         for form in FORMATS:
             for devices in args.devices:

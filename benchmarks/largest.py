@@ -1,4 +1,4 @@
-"""The step that `dss plan` plans, that of the largest batch, to be taken by two benchmarks."""
+"""The planned step of the largest batch shape; shared by plan.py and mesh_step.py."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from dss.training.step import place_state
 
 
 def compile_largest(planner: Planner, batch_size: int) -> tuple[Any, dict]:
-    """Returns the compiled step and a batch of the largest shape that the planned steps have."""
+    """Returns the compiled step and a batch, both of the largest shape of the planned steps."""
     batches = planner.batches(batch_size)
     wanted = abstract_batch(batches, planner.mesh)
     shapes = {name: array.shape for name, array in wanted.items()}
@@ -21,7 +21,7 @@ def compile_largest(planner: Planner, batch_size: int) -> tuple[Any, dict]:
 
 
 def place(planner: Planner, batch: dict) -> tuple[Any, Any]:
-    """Returns the state before the first step and the batch, on the mesh."""
+    """Returns the initial state and the batch, placed on the mesh."""
     params = init_params(planner.config, 0, planner.shardings.params)
     state = place_state(params, planner.optimizer, planner.shardings)
     placed = put_batch(planner.mesh, batch)

@@ -1,13 +1,12 @@
-"""Times a step on meshes of simulated devices, in turn, beside what the plan says it exchanges.
+"""Times a training step on meshes of simulated devices, beside the time of the plan's model.
 
     python benchmarks/mesh_step.py [--student small] [--batch 32] [--devices 8] [--json FILE]
 
-The devices of all meshes share this machine, and every mesh takes the same batch: with nothing
-exchanged and nothing done twice a step would take as long on eight devices as on one. What a mesh
-adds is what its layout costs: products of narrower matrices, an update that every data shard makes
-again, and exchanges, copies within the machine here. The last column is the time of one device and
-that of the exchanges at the speed of a copy, as `dss plan --accelerator=cpu` has it. Tokens have
-lengths like CQA's; Adafactor, layers computed again backward, float32.
+The devices of all meshes share this machine and take the same batch, so a layout without cost takes
+as long on eight devices as on one. The cost of a layout is narrower matrix products, an update that
+every data shard repeats, and collectives, here copies in memory. The last column is one device's
+time plus the bytes sent at the bandwidth of a copy, the model of `dss plan --accelerator=cpu`.
+Lengths as CQA's, Adafactor, full remat, float32.
 """
 
 import argparse
@@ -41,7 +40,7 @@ MESHES = (
 
 
 def prepare(student: str, batch_size: int, layout: str, data: int, model: int) -> tuple:
-    """Returns a function that takes a step and returns its seconds, and what a device sends."""
+    """Returns a function that times a step, and the collectives of a device."""
     import jax
     from largest import compile_largest, place
 
@@ -51,7 +50,7 @@ def prepare(student: str, batch_size: int, layout: str, data: int, model: int) -
     files = [f"students/{student}.gin", f"layouts/{layout}.gin", "runs/adafactor.gin"]
     sizes = [f"MeshConfig.data={data}", f"MeshConfig.model={model}"]
     experiment = parse_gin(files, ["Experiment.remat=full", f"BATCH_SIZE={batch_size}", *sizes])
-    config = experiment.settle(experiment.student)
+    config = experiment.resolve_student(experiment.student)
     store = typical_store(config.vocab_size)
     planner = Planner(experiment, config, store, jax.devices()[: data * model], STEPS)
     program, batch = compile_largest(planner, batch_size)
@@ -70,14 +69,16 @@ def prepare(student: str, batch_size: int, layout: str, data: int, model: int) -
 def main() -> int:
     quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", default="small", help="a file of gin/students")
-    parser.add_argument("--batch", type=int, default=32, help="examples a step, of all devices")
-    parser.add_argument("--devices", type=int, default=MOST, help="leave out meshes of more")
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of a mesh")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--student", default="small", help="name of a file of gin/students/")
+    parser.add_argument("--batch", type=int, default=32, help="examples per step, over all devices")
+    parser.add_argument(
+        "--devices", type=int, default=MOST, help="maximum number of devices of a mesh"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per mesh")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     simulate_devices(MOST)
-    keep_freed_memory()  # as the command line does
+    keep_freed_memory()  # as in the command line
 
     steps: list[Callable[[], float]] = []
     rows: list[dict[str, Any]] = []
@@ -99,7 +100,7 @@ def main() -> int:
     for row, taken in zip(rows, zip(*seconds, strict=True), strict=True):
         row |= {"seconds": statistics.median(taken), "all": taken}
     alone = rows[0]["seconds"]
-    print("| layout | mesh | sent, GB | a step, s | of one device's | computed, s |")
+    print("| layout | mesh | sent, GB | s/step | of one device's | modelled, s |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         print(

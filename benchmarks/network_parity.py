@@ -1,10 +1,9 @@
-"""Compares the network with T5X's own outputs on a small T5X checkpoint.
+"""Compares the network with T5X's outputs on a small T5X checkpoint.
 
     python benchmarks/network_parity.py --fixture DIR
 
-DIR holds `config.json`, `expected.npz` and a checkpoint in `legacy/` or `orbax/` or both. Prints a
-row a check with the largest error, relative to the largest expected value; exit status 1 above
-1e-4.
+DIR has `config.json`, `expected.npz` and a checkpoint in `legacy/` or `orbax/` or both. Prints the
+largest error of each check, relative to the largest expected value. Exit status 1 above 1e-4.
 """
 
 import argparse
@@ -50,7 +49,7 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def compare(config: T5Config, params, expected: dict, z_loss: float) -> dict[str, float]:
-    """Returns the error of each check; of greedy tokens, the part that differs."""
+    """Returns the error of each check; for greedy tokens, the fraction that differs."""
     model = jax.jit(lambda p, *args: bind(config, p)(*args))
     inputs = jnp.asarray(expected["encoder_input_tokens"])
     logits = model(params, inputs, jnp.asarray(expected["decoder_input_tokens"]))
@@ -80,8 +79,10 @@ def compare(config: T5Config, params, expected: dict, z_loss: float) -> dict[str
 def main() -> int:
     quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fixture", type=Path, required=True)
-    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument(
+        "--fixture", type=Path, required=True, help="folder of the checkpoint and T5X's outputs"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
     try:
         raw = json.loads((args.fixture / "config.json").read_text())

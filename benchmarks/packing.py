@@ -1,11 +1,10 @@
-"""Packs the released data as training does: shapes, how full they are, tokens packed a second.
+"""Packing density, number of shapes and throughput of packing the released data as in training.
 
     python benchmarks/packing.py --data-root DIR --vocab FILE [--batch 64] [--groups 1]
         [--steps 200] [--json FILE]
 
-CQA and SVAMP train; of ANLI-R1 and e-SNLI the validation files, where training files are not at
-hand. One process, one thread, the tokens in memory. Exit status 1 if a batch is not exactly its
-examples.
+Training files of CQA and SVAMP, validation files of ANLI-R1 and e-SNLI. One process, one thread,
+tokens in memory. Exit status 1 if a batch differs from its examples.
 """
 
 import argparse
@@ -44,7 +43,7 @@ def sequences(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 
 def wanted(store: TokenStore, batches: Batches, step: int) -> list:
-    """Returns what `sequences` must give, read from the store itself."""
+    """Returns the expected result of `sequences`, read from the store."""
     tasks, rows, _ = batches.order(step)
     out = []
     for task, row in zip(tasks, rows, strict=True):
@@ -77,12 +76,12 @@ def measure(store: TokenStore, args: argparse.Namespace) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--vocab", type=Path, required=True)
-    parser.add_argument("--batch", type=int, default=64, help="examples a step")
+    parser.add_argument("--data-root", type=Path, required=True, help="the released datasets")
+    parser.add_argument("--vocab", type=Path, required=True, help="SentencePiece model")
+    parser.add_argument("--batch", type=int, default=64, help="examples per step")
     parser.add_argument("--groups", type=int, default=1, help="data shards x microbatches")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--steps", type=int, default=200, help="number of steps")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     result: dict = {
         "batch": args.batch,
@@ -101,7 +100,7 @@ def main() -> int:
     except UserError as error:
         print(f"packing: {error}", file=sys.stderr)
         return 2
-    print(f"{'':<12} {'filled':>12} {'shapes':>6} {'M tokens/s':>10} {'exact':>6}")
+    print(f"{'':<12} {'fill':>12} {'shapes':>6} {'M tokens/s':>10} {'exact':>6}")
     for name, row in result["datasets"].items():
         filled = " ".join(f"{part:.1%}" for part in row["fill"])
         rate = row["tokens_per_second"] / 1e6

@@ -1,8 +1,8 @@
-"""Compares the parse of the released data with what the reference made of it, row for row.
+"""Compares the parse of the released data with the reference's, row by row.
 
     python benchmarks/parse_released.py --data-root DIR --expected released_teacher_outputs.json
 
-Prints a row a split; exit status 1 on any difference.
+Prints one row per split. Exit status 1 on any difference.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def sha256(texts: list) -> str:
 
 
 def measure(name: str, split: str, root: Path | None) -> dict:
-    """Returns what the reference recorded of a split, from our own parse."""
+    """Returns the recorded quantities of a split, computed from the parse of dss."""
     dataset = Dataset.released(name, root)
     examples = dataset.source.examples(split)
     outputs = dataset.source.outputs(split, TEACHER)
@@ -47,9 +47,11 @@ def measure(name: str, split: str, root: Path | None) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-root", type=Path, required=True)
-    parser.add_argument("--expected", type=Path, required=True)
-    parser.add_argument("--json", type=Path, help="write the rows there too")
+    parser.add_argument("--data-root", type=Path, required=True, help="the released datasets")
+    parser.add_argument(
+        "--expected", type=Path, required=True, help="JSON of the reference's parse"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the rows to")
     args = parser.parse_args()
     rows = []
     try:

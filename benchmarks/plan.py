@@ -1,12 +1,11 @@
-"""Compares the memory that `dss plan` says a step needs with what a step takes, on a CPU.
+"""Compares the memory planned by `dss plan` with that of real steps, on a CPU.
 
     python benchmarks/plan.py [--student small] [--rows NAME ...] [--json FILE]
 
-Each step is taken three times in a process of its own, which keeps freed memory as that of `dss
-train`, on tokens in lengths like CQA's, on the largest of the shapes that batches have. What it
-takes is the peak of resident memory above that of the process with the compiled step and nothing
-else; simulated devices share the process, so that the plan of one counts as often as there are.
-Linux only.
+Each row runs in its own process, which keeps freed memory as `dss train` does: three steps of the
+largest batch shape, with lengths as CQA's. Measured is the peak of resident memory above that of
+the process with the compiled step. Simulated devices share the process, so the plan of one is
+multiplied by their number. Exit status 1 if a plan is off by more than 10%. Linux only.
 """
 
 import argparse
@@ -25,10 +24,10 @@ from dss.config.gin_files import parse_gin
 from dss.planning.hardware import simulate_devices
 
 GIB = 2**30
-TIMES = 3  # that the step is taken
-CLOSE = 0.1  # how far off a plan may be
+TIMES = 3  # steps per row
+CLOSE = 0.1  # maximum relative error of a plan
 FULL, ADAFACTOR = "Experiment.remat=full", "runs/adafactor.gin"
-# Examples a step, data, model; then gin files and flags.
+# (examples per step, data, model), gin files, flags.
 ROWS: dict[str, tuple[tuple[int, int, int], list[str], list[str]]] = {
     "16 examples": ((16, 1, 1), [], []),
     "48 examples": ((48, 1, 1), [], []),
@@ -55,7 +54,7 @@ ROWS: dict[str, tuple[tuple[int, int, int], list[str], list[str]]] = {
 
 
 def resident(kind: str) -> int:
-    """Returns the process's resident memory now (VmRSS) or at its peak (VmHWM), bytes."""
+    """Returns the process's current (VmRSS) or peak (VmHWM) resident memory, bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(kind):
             return 1024 * int(line.split()[1])
@@ -63,14 +62,14 @@ def resident(kind: str) -> int:
 
 
 def settle_memory() -> None:
-    """Gives freed memory back, and forgets the peak."""
+    """Releases freed memory to the system and resets the peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(student: str, row: str, pipe: Connection) -> None:
-    """Sends the planned bytes of a device, and the measured ones of all."""
+    """Sends the planned bytes of one device, and the measured bytes of all."""
     (batch_size, data, model), files, flags = ROWS[row]
     simulate_devices(data * model)
     import jax
@@ -80,10 +79,10 @@ def measure(student: str, row: str, pipe: Connection) -> None:
     from dss.planning.plan import STEPS, Planner
     from dss.planning.typical import typical_store
 
-    keep_freed_memory()  # as the command line does
+    keep_freed_memory()  # as in the command line
     sizes = [f"BATCH_SIZE={batch_size}", f"MeshConfig.data={data}", f"MeshConfig.model={model}"]
     experiment = parse_gin([f"students/{student}.gin", *files], [*flags, *sizes])
-    config = experiment.settle(experiment.student)
+    config = experiment.resolve_student(experiment.student)
     planner = Planner(
         experiment, config, typical_store(config.vocab_size), jax.devices(), STEPS, cpu=True
     )
@@ -103,9 +102,11 @@ def measure(student: str, row: str, pipe: Connection) -> None:
 def main() -> int:
     quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", default="small", help="a file of gin/students")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--student", default="small", help="name of a file of gin/students/")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help="rows to run"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     result = []

@@ -1,16 +1,15 @@
-"""What a step costs each device, by student and by mesh: read off the compiled programs.
+"""Memory, bytes sent and FLOPs of a step by student and mesh, read off compiled programs.
 
     python benchmarks/scaling.py [--json FILE] [--students base,large,xl,xxl] [--devices 1,8,64]
 
-Every step is planned as `dss plan` does it, on simulated CPU devices, and nothing is run: bytes of
-parameters and optimizer (Adafactor), of gradients and activations, and the bytes that a device
-sends in a step, every pass of a loop counted. Each device has EXAMPLES examples of CQA's lengths,
-layers are computed again backward, and the compute dtype is float32, because the CPU's compiler
-turns bfloat16 products into float32 ones.
+Steps are planned as by `dss plan`, on simulated CPU devices; nothing is run. Per device and step:
+bytes of parameters, of gradients and activations, and bytes sent in collectives, with every
+iteration of a loop counted. Adafactor, full remat, EXAMPLES examples of CQA's lengths per device;
+float32, because the CPU's compiler converts bfloat16 products to float32.
 
-From these points and the published speeds of a chip and its links (dss/planning/hardware.py) the
-second table computes what was not measured: the time of a step on up to 4096 chips, with and
-without overlap.
+The second table extrapolates from these points and the published peak and link bandwidth of chips
+(dss/planning/hardware.py): the time of a step on up to 4096 chips, with and without overlap of
+computing and sending. It is not measured.
 """
 
 import argparse
@@ -25,15 +24,15 @@ from dss.planning.hardware import find_accelerator, simulate_devices
 from dss.planning.hlo import Exchange, sending_seconds
 from dss.planning.plan import Plan, plan
 
-EXAMPLES = 8  # of a device
+EXAMPLES = 8  # per device
 LAYOUTS = ("data_parallel", "fsdp", "tensor_parallel", "two_d")
-MOST = 8  # devices that every layout is compiled for
-COMPILED_FOR = "h100"  # any GPU: the CPU's compiler does it, in float32
+MOST = 8  # devices for which every layout is compiled
+COMPILED_FOR = "h100"  # any GPU, since the CPU's compiler stands in for it
 CHIPS = {"v5p": (1, 8, 64, 4096), "h100": (1, 8, 64)}
 
 
 def compiled(student: str, layout: str, devices: int) -> Plan:
-    """Plans a step; nothing is run."""
+    """Returns the plan of a step; nothing is run."""
     files = [f"students/{student}.gin", f"layouts/{layout}.gin", "runs/adafactor.gin"]
     experiment = parse_gin(files, ["Experiment.remat=full", f"BATCH_SIZE={EXAMPLES * devices}"])
     data = devices // experiment.mesh.model
@@ -49,8 +48,8 @@ def sent_bytes(exchanges: tuple[Exchange, ...]) -> float:
 def on(point: Plan, chips: int) -> tuple[Exchange, ...]:
     """Returns what a device sends where `data` is so much longer that the mesh has some chips.
 
-    Exchanges within a row of `model` stay as they are. All others are among more devices: each
-    sends (n - 1) / n of an array, a little more than before.
+    Collectives within a row of `model` are unchanged. In all others a device sends (n - 1) / n of
+    an array, with a larger n.
     """
     if chips == 1:
         return ()
@@ -66,7 +65,7 @@ def on(point: Plan, chips: int) -> tuple[Exchange, ...]:
 
 
 def extrapolate(point: Plan, accelerator: str, chips: int) -> dict:
-    """Returns the time of a step on some chips, computed from a point; nothing was measured."""
+    """Returns the time of a step on a number of chips, extrapolated from a point."""
     chip = find_accelerator(accelerator, chips)
     devices = point.data * point.model
     computing = point.work.useful / devices / (chip.flops["float32"] * chip.mfu)
@@ -85,14 +84,18 @@ def extrapolate(point: Plan, accelerator: str, chips: int) -> dict:
 def main() -> int:
     quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--students", default="base,large,xl,xxl")
-    parser.add_argument("--devices", default="1,4,16,32,64", help="for the first student, FSDP")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--students", default="base,large,xl,xxl", help="names of files of gin/students/"
+    )
+    parser.add_argument(
+        "--devices", default="1,4,16,32,64", help="numbers of devices for the first student, FSDP"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     students, devices = args.students.split(","), [int(n) for n in args.devices.split(",")]
     simulate_devices(max([MOST, *devices]))
 
-    print("read off compiled programs, nothing was run: GB and TFLOP of a device and a step")
+    print("read off compiled programs, nothing was run: GB and TFLOP per device and step")
     print("| student | layout | mesh | parameters | gradients, activations | sent | useful TFLOP |")
     print("|---|---|---|---|---|---|---|")
     points, computed = [], []
@@ -113,8 +116,8 @@ def main() -> int:
         if n == MOST and layout in ("fsdp", "two_d"):
             for accelerator, sizes in CHIPS.items():
                 computed += [name | extrapolate(point, accelerator, chips) for chips in sizes]
-    print("\ncomputed from these points and the published speeds of chips and links, not measured")
-    print("| student | layout | chips | examples a step | computing | sending | efficiency |")
+    print("\nextrapolated with published peaks and link bandwidth, not measured")
+    print("| student | layout | chips | examples per step | computing | sending | efficiency |")
     print("|---|---|---|---|---|---|---|")
     for row in computed:
         times = (1000 * row[f"{what}_seconds"] for what in ("computing", "sending"))

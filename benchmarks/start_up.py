@@ -1,12 +1,12 @@
-"""Times what a user waits for: `dss --help`, a run's first step, compiling a training step.
+"""Times `dss --help`, a run's first step, and the compilation of a training step.
 
     python benchmarks/start_up.py [--repeats 5] [--json FILE]
 
-`dss --help` and `dss train` are processes of their own. The run, a tiny student on the quickstart's
-questions, is timed from its start to the line that tells of its first step: first with an empty
-cache, then with what that left there (tokens, compiled programs), and ended. The step is compiled
-without a cache, with the widths of T5 1.1 small, for the depths of small (8 + 8 layers) and of xxl
-(24 + 24) in turn. Medians.
+`dss --help` and `dss train` run in processes of their own. The run, a tiny student on the
+quickstart's data, is timed from its start to the log line of its first step, then killed: first
+with an empty cache, then with a warm one (tokens, compiled programs). The step is compiled without
+a cache, with the widths of T5 1.1 small and the depths of small (8 + 8 layers) and xxl (24 + 24),
+alternating. Medians.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pathlib import Path
 from dss.cli.options import quiet_tpu
 
 DEPTHS = {"small": 8, "xxl": 24}  # layers of each stack
-GROUPS, SLOTS, ROWS = 1, (2304, 672), ((20, 136), (10, 80, 296))  # like e-SNLI's, 36 examples
+GROUPS, SLOTS, ROWS = 1, (2304, 672), ((20, 136), (10, 80, 296))  # as of e-SNLI with 36 examples
 RUN = (
     "--gin_file=students/tiny.gin",
     "--gin.MIXTURE_OR_TASK_NAME=timeline_step_by_step_rules",
@@ -45,7 +45,7 @@ def time_help() -> float:
 
 
 def time_first_step(data: Path, cache: Path) -> float:
-    """Returns the seconds to a run's first step; the run is ended then."""
+    """Returns the seconds to a run's first step, and kills the run."""
     with tempfile.TemporaryDirectory() as folder:
         command = dss(
             "train",
@@ -66,11 +66,11 @@ def time_first_step(data: Path, cache: Path) -> float:
                     process.kill()
                     return taken
                 print(line, end="", file=sys.stderr)
-    sys.exit("start_up: the run has ended before its first step; what it said is above")
+    sys.exit("start_up: the run ended before its first step; its output is above")
 
 
 def compile_steps(repeats: int) -> dict[str, list[float]]:
-    """Returns the seconds to trace and compile a step, of each depth."""
+    """Returns the seconds of tracing and compiling a step, by depth."""
     import dataclasses
 
     import jax
@@ -87,7 +87,7 @@ def compile_steps(repeats: int) -> dict[str, list[float]]:
 
     experiment = parse_gin(["students/small.gin"], [])
     assert experiment.student is not None
-    small = experiment.settle(experiment.student)
+    small = experiment.resolve_student(experiment.student)
     mesh_config, (N, M), (encoder, decoder) = MeshConfig(), SLOTS, ROWS
     mesh = make_mesh(mesh_config, jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig(), 1000)
@@ -118,8 +118,8 @@ def compile_steps(repeats: int) -> dict[str, list[float]]:
 def main() -> int:
     quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--repeats", type=int, default=5, help="number of measurements")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error("--repeats: at least 1")
@@ -150,7 +150,7 @@ def main() -> int:
     print(f"first step, warm cache       {result['first_step_seconds']:6.2f} s")
     for name, seconds in compiled.items():
         print(f"compiling, {f'depth of {name}':<17} {seconds:6.2f} s")
-    print(f"which is {result['compile_growth']:.2f} times as long; {result['machine']}")
+    print(f"xxl's depth compiles {result['compile_growth']:.2f} times as long; {result['machine']}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     return 0

@@ -1,18 +1,16 @@
-"""Times one training step of dss and of the PyTorch reference, in turn, on the same examples.
+"""Times a training step of dss and of the PyTorch reference on the same examples.
 
     python benchmarks/train_step.py --student small --dataset cqa --batch 36 --data-root DIR
         --vocab FILE [--steps 5] [--json FILE]
     python benchmarks/train_step.py --student small --random
 
-Sides: dss packed, dss unpacked, and the step of the reference (transformers' T5, each view padded
-to its longest sequence, AdamW) in float32 and under bfloat16 autocast; with --sides also dss one
-pass, where the encoder reads both views of an example at once (gin/variants/one_encoder_pass.gin).
-Every side is a process of its own that keeps its model and its memory (small, 36 examples: 20 GB in
-all); they take their steps one after another, on the same examples, and the medians are of the
-steps after the first two. Useful operations are those of the tokens that are there, forward and
-backward; the peak is that of a matrix product in --dtype on the same device, in turn with the
-steps. On an accelerator: --sides "dss packed" --dtype bfloat16 (PyTorch's sides stay on the CPU);
-memory is the device's.
+Sides: dss packed, dss unpacked, and the reference (transformers' T5, each view padded to its
+longest sequence, AdamW) in float32 and under bfloat16 autocast; with --sides also dss one pass
+(gin/variants/one_encoder_pass.gin). Each side keeps its model in its own process (small, 36
+examples: 20 GB in all); sides take turns, and medians exclude the first two steps. `of peak` is the
+FLOPs of real tokens, forward and backward, over those of a matrix product in --dtype on the same
+device, measured between the steps. On an accelerator: --sides "dss packed" --dtype bfloat16
+(without a CUDA build of PyTorch its sides run on the CPU); memory is then the device's.
 """
 
 import argparse
@@ -45,19 +43,19 @@ from dss.planning.typical import typical_store
 from dss.student.config import T5Config
 
 ALPHA, DROPOUT, LEARNING_RATE = 0.5, 0.1, 5e-5
-WARM = 2  # steps before those that count
-RUN = 2000  # steps of the run whose first are taken: its length decides about the shapes
+WARM = 2  # warm-up steps
+RUN = 2000  # steps of the run whose first ones are timed; shapes depend on its length
 PACKED, ONE_PASS, UNPACKED = DSS_SIDES = ("dss packed", "dss one pass", "dss unpacked")
 REFERENCE = "PyTorch f32"
-PEAK = "peak"  # asks a side for it, where it is told the number of a step otherwise
+PEAK = "peak"  # message that requests the peak; others are step numbers
 SIDES = (PACKED, UNPACKED, REFERENCE, "PyTorch bf16")
-IGNORED = -100  # the target that PyTorch's loss leaves out
+IGNORED = -100  # target that PyTorch's loss ignores
 
 
 def open_data(
     args: argparse.Namespace, vocab_size: int, side: str = PACKED
 ) -> tuple[TokenStore, tuple[int, ...] | None]:
-    """Returns the tokens of a side and, for one pass, what its outputs start from."""
+    """Returns the tokens of a side and, for one pass, the start ids of its outputs."""
     one_input = side == ONE_PASS
     if args.random:
         return typical_store(vocab_size), (0, vocab_size - 1) if one_input else None
@@ -81,7 +79,7 @@ def process_peak_gb() -> float:
 
 
 class DssSide:
-    """Our step, packed or not, on one device."""
+    """dss, packed or unpacked, on one device."""
 
     def __init__(self, config: T5Config, args: argparse.Namespace, side: str):
         import jax
@@ -95,7 +93,7 @@ class DssSide:
         from dss.training.optimizer import make_optimizer
         from dss.training.step import make_train_step, place_state, state_shardings
 
-        keep_freed_memory()  # as the command line does
+        keep_freed_memory()  # as in the command line
         packed = side != UNPACKED
         self.batches = open_batches(args, config.vocab_size, side, packed=packed)
         mesh_config = MeshConfig()
@@ -122,7 +120,7 @@ class DssSide:
         return time.perf_counter() - began
 
     def peak_gb(self) -> float:
-        stats = self.jax.devices()[0].memory_stats()  # a CPU has none
+        stats = self.jax.devices()[0].memory_stats()  # none on a CPU
         return round(stats["peak_bytes_in_use"] / 1e9, 2) if stats else process_peak_gb()
 
     def facts(self) -> dict:
@@ -137,7 +135,7 @@ class DssSide:
 
 
 class PyTorchSide:
-    """The reference's step: two forward passes, one loss, AdamW."""
+    """The reference: two forward passes, one loss, AdamW."""
 
     def __init__(self, config: T5Config, args: argparse.Namespace, bf16: bool):
         import torch
@@ -211,8 +209,8 @@ class PyTorchSide:
 
 
 def serve(side: str, args: argparse.Namespace, pipe: Connection) -> None:
-    """Takes steps as it is told; runs in a process of its own."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several share a device
+    """Serves timed steps over a pipe; for a separate process."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # sides share the device
     config = student(args)
     if side in DSS_SIDES:
         taken = DssSide(config, args, side)
@@ -228,13 +226,13 @@ def student(args: argparse.Namespace) -> T5Config:
     flags = [f"Experiment.dropout_rate={DROPOUT}", f"Experiment.dtype={args.dtype!r}"]
     experiment = parse_gin([f"students/{args.student}.gin"], flags)
     assert experiment.student is not None
-    return experiment.settle(experiment.student)
+    return experiment.resolve_student(experiment.student)
 
 
 def take_steps(args: argparse.Namespace, config: T5Config) -> tuple[dict[str, dict], float]:
-    """Returns the figures of sides that take their steps in turn, and the peak meanwhile.
+    """Returns the figures of alternating sides, and the median peak.
 
-    A dss side measures the peak after each round: what a machine does varies from minute to minute.
+    A dss side measures the peak after each round, since a machine's speed varies by the minute.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -242,7 +240,7 @@ def take_steps(args: argparse.Namespace, config: T5Config) -> tuple[dict[str, di
         pipes[side], theirs = context.Pipe()
         processes.append(context.Process(target=serve, args=(side, args, theirs), daemon=True))
         processes[-1].start()
-        theirs.close()  # so that the end of the process ends the pipe
+        theirs.close()  # so that the pipe closes with the process
         pipes[side].recv()
     seconds: dict[str, list[float]] = {side: [] for side in args.sides}
     peaks = []
@@ -281,21 +279,26 @@ def take_steps(args: argparse.Namespace, config: T5Config) -> tuple[dict[str, di
 def main() -> int:
     quiet_tpu()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", default="small", help="a file of gin/students")
-    parser.add_argument("--dataset", default="cqa")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--batch", type=int, default=36, help="examples a step")
-    parser.add_argument("--steps", type=int, default=5, help="that count")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--vocab", type=Path)
+    parser.add_argument("--student", default="small", help="name of a file of gin/students/")
+    parser.add_argument("--dataset", default="cqa", help="a released dataset")
+    parser.add_argument("--split", default="train", help="train, valid or test")
+    parser.add_argument("--batch", type=int, default=36, help="examples per step")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps, after two warm-up steps")
+    parser.add_argument("--data-root", type=Path, help="the released datasets")
+    parser.add_argument("--vocab", type=Path, help="SentencePiece model")
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of dss"
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype of dss"
     )
-    parser.add_argument("--random", action="store_true", help="random tokens, no data")
+    parser.add_argument("--random", action="store_true", help="random tokens instead of data")
     parser.add_argument(
-        "--sides", nargs="+", default=list(SIDES), choices=(*SIDES, ONE_PASS), metavar="SIDE"
+        "--sides",
+        nargs="+",
+        default=list(SIDES),
+        choices=(*SIDES, ONE_PASS),
+        metavar="SIDE",
+        help=f"of: {', '.join((*SIDES, ONE_PASS))} (default: all but the last)",
     )
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     if not args.random and (args.data_root is None or args.vocab is None):
         parser.error("give --data-root and --vocab, or --random")
@@ -308,7 +311,7 @@ def main() -> int:
     try:
         sides, peak = take_steps(args, config)
     except EOFError:
-        print("train_step: a side has ended; what it said is above", file=sys.stderr)
+        print("train_step: a side has ended; its output is above", file=sys.stderr)
         return 1
     result: dict[str, Any] = {"sides": sides}
     speed = {side: row["examples_per_second"] for side, row in sides.items()}

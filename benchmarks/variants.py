@@ -1,20 +1,20 @@
-"""What the variants of gin/variants change: step-by-step with and without each, seed by seed.
+"""Compares the variants of gin/variants/ with plain step-by-step, paired by seed.
 
     python benchmarks/variants.py --task quickstart --folder DIR
     python benchmarks/variants.py --task noisy --folder DIR
     python benchmarks/variants.py --task cqa --folder DIR --data-root DATA --vocab FILE
 
-Tasks: `quickstart`, the synthetic one, whose teacher is always right; `noisy`, the same with a
-teacher that was asked five times, errs on hard questions, rambles and says nothing, at the rates
-below, so that filters have something to leave out; `cqa` and `svamp` with PaLM's rationales, a tiny
-student from scratch. A variant that a task has no data for (several samples) is left out.
+Tasks: `quickstart`, synthetic, whose teacher is always right; `noisy`, the same with a teacher of
+five samples that errs on hard questions, rambles or is silent, at the rates below, so that filters
+have an effect; `cqa` and `svamp` with PaLM's rationales and a tiny student from scratch. Variants
+without data in a task (several samples) are skipped.
 
-Every seed draws its own subset, parameters and order, the same ones for every variant. Accuracy is
-that of the best validation checkpoint on test, its mean over seeds with the 95% bootstrap interval
-over the test examples; the difference from the baseline is paired, with the same interval and, over
-seeds, Student's. A variant is said to help or to harm where neither interval holds 0. The label's
-loss, nats a token, is the lowest of the evaluations on validation: it tells more where accuracy is
-that of chance. A run that is done is in DIR/outcomes and not done again.
+A seed fixes subset, parameters and order for all variants. Accuracy is on test, of the best
+validation checkpoint: mean over seeds, with a 95% bootstrap confidence interval over test examples.
+The difference from the baseline is paired, with the same interval and Student's over seeds. A
+variant helps or harms if neither interval contains 0. The label loss, nats per token, is the lowest
+on validation; it is more informative where accuracy is at chance. Finished runs are in DIR/outcomes
+and are not repeated.
 """
 
 import argparse
@@ -50,17 +50,17 @@ NEED_SAMPLES = {"agreed_rationales", "several_rationales"}
 NEED_ERRORS = {"right_rationales", "short_rationales"}  # of the teacher
 SYNTHETIC, REAL = ("quickstart", "noisy"), ("cqa", "svamp")
 TEACHER, SAMPLES = "noisy", 5
-HARD, ERRS = 0.4, 0.6  # share of the questions, and of the samples that err on one of these
-RAMBLES, SILENT = 0.15, 0.05  # shares of all samples
+HARD, ERRS = 0.4, 0.6  # fraction of hard questions, and of wrong samples among theirs
+RAMBLES, SILENT = 0.15, 0.05  # fractions of all samples
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 def _sample(rng: np.random.Generator, rationale: str, people: list[str], hard: bool) -> dict:
-    """Returns a sample of the noisy teacher, made of what a right one would write."""
+    """Returns a sample of the noisy teacher, made from a correct rationale."""
     words = rationale.split()
     a, b = int(words[4]), int(words[9])  # A lived in century a and B in century b . ...
     if hard and rng.random() < ERRS:
-        a, b = b, a  # takes one for the other
+        a, b = b, a  # confuses the two people
     label, relation = ("yes", "is") if a < b else ("no", "is not")
     text = (
         f"{words[0]} lived in century {a} and {words[6]} in century {b} . {a} {relation} before {b}"
@@ -74,7 +74,7 @@ def _sample(rng: np.random.Generator, rationale: str, people: list[str], hard: b
 
 
 def add_noisy_teacher(data: Path) -> None:
-    """Writes the noisy teacher's lines beside the examples, as `dss annotate --samples` does."""
+    """Writes the noisy teacher's outputs beside the examples, as `dss annotate --samples`."""
     rng = np.random.default_rng(1)
     for split in ("train", "valid"):
         right = [json.loads(line) for line in (data / f"{split}.rules.jsonl").open()]
@@ -114,11 +114,11 @@ def _flags(args: argparse.Namespace) -> list[str]:
 
 def _base(args: argparse.Namespace, seed: int) -> Experiment:
     if args.task in REAL:
-        files = ["students/tiny.gin", f"recipes/{args.task}_step_by_step.gin"]
+        files = ["students/tiny.gin", f"datasets/{args.task}.gin", "methods/step_by_step.gin"]
         return parse_gin(files, [*_flags(args), f"RANDOM_SEED={seed}"])
     base = quickstart_experiment(args.folder, METHODS[2], args.examples, seed)
     assert base.student is not None
-    # One id more at least, for one_encoder_pass; the same for all.
+    # one_encoder_pass needs an id past the vocabulary; all variants have it.
     student = dataclasses.replace(base.student, vocab_size=base.student.vocab_size + 32)
     trainer = dataclasses.replace(base.trainer, train_steps=args.steps, eval_period=args.steps)
     teacher = TEACHER if args.task == "noisy" else None
@@ -126,7 +126,7 @@ def _base(args: argparse.Namespace, seed: int) -> Experiment:
 
 
 def _changed(base: Experiment, variant: str) -> Experiment:
-    """Returns an experiment with what a variant's gin file sets."""
+    """Returns an experiment with the settings of a variant's gin file."""
     if variant == BASELINE:
         return base
     plain, varied = parse_gin([]), parse_gin([f"variants/{variant}.gin"])
@@ -154,7 +154,7 @@ def trials(args: argparse.Namespace) -> Iterator[Trial]:
 
 
 def train(trial: Trial) -> None:
-    """Trains a student and writes its verdicts on test, unless that was done before."""
+    """Trains a student and writes its verdicts on test."""
     began = time.monotonic()
     result = run_experiment(trial.experiment)
     run = Path(str(trial.experiment.run_dir))
@@ -176,7 +176,7 @@ def train(trial: Trial) -> None:
 
 
 def _over_seeds(differences: np.ndarray) -> list[float] | None:
-    """Returns Student's 95% interval of a mean of differences; None for too few seeds."""
+    """Returns Student's 95% confidence interval of a mean; None if it is not tabulated."""
     n = len(differences)
     if n - 1 not in T975:
         return None
@@ -188,8 +188,8 @@ def summarize(verdicts: dict[str, np.ndarray], losses: dict[str, np.ndarray]) ->
     """Returns accuracies, losses and differences.
 
     Args:
-      verdicts: [seeds, test examples] by variant.
-      losses: of the label on validation, [seeds] by variant.
+      verdicts: correctness, [seeds, test examples] by variant.
+      losses: label losses on validation, [seeds] by variant.
     """
     base = verdicts[BASELINE]
     rows = {}
@@ -221,7 +221,7 @@ def summarize(verdicts: dict[str, np.ndarray], losses: dict[str, np.ndarray]) ->
 def _verdict(*intervals: list[float] | None) -> str:
     known = [interval for interval in intervals if interval is not None]
     if len(known) < len(intervals):
-        return "one seed: cannot say"
+        return "one seed: undecided"
     if all(low > 0 for low, _ in known):
         return "helps"
     return "harms" if all(high < 0 for _, high in known) else "no difference shown"
@@ -257,24 +257,38 @@ def show(rows: dict[str, dict]) -> None:
 def _take_a_core(cores: "multiprocessing.Queue[int]") -> None:
     prepare_jax()
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores.get()})  # students this small train fastest on one
+        os.sched_setaffinity(0, {cores.get()})  # small students train fastest on one core
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", required=True, choices=(*SYNTHETIC, *REAL))
-    parser.add_argument("--folder", type=Path, required=True, help="of data, runs and outcomes")
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
-        "--examples", type=int, default=500, help="of a synthetic task, 1000 at most"
+        "--task",
+        required=True,
+        choices=(*SYNTHETIC, *REAL),
+        help="data and teacher of the students",
     )
-    parser.add_argument("--steps", type=int, help="default: 400 synthetic, 1000 real")
-    parser.add_argument("--batch", type=int, default=32, help="examples a step of a real task")
-    parser.add_argument("--processes", type=int, default=1, help="students that train side by side")
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--vocab", type=Path)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="folder of data, runs and outcomes"
+    )
+    parser.add_argument(
+        "--variants", nargs="+", default=VARIANTS, choices=VARIANTS, help="default: all"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=500,
+        help="training examples of a synthetic task, at most 1000",
+    )
+    parser.add_argument(
+        "--steps", type=int, help="training steps (default: 400 synthetic, 1000 real)"
+    )
+    parser.add_argument("--batch", type=int, default=32, help="examples per step of a real task")
+    parser.add_argument("--processes", type=int, default=1, help="students trained in parallel")
+    parser.add_argument("--data-root", type=Path, help="the released datasets")
+    parser.add_argument("--vocab", type=Path, help="SentencePiece model")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
     if args.task in REAL and (args.data_root is None or args.vocab is None):
         parser.error("give --data-root and --vocab")

@@ -1,7 +1,7 @@
 """Distilling step-by-step (Hsieh et al., 2023): small T5 students from large language models.
 
-The names below are the public API; docs/python.md shows them at work. They are imported when they
-are first used, so that `import dss` is quick.
+The names below are the public API; see docs/python.md for examples. Each is imported at its first
+use, so that `import dss` is fast.
 """
 
 import importlib
@@ -55,7 +55,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name, or a module of the package, when it is first used."""
+    """Imports a public name at its first use."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'dss' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)

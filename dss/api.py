@@ -1,7 +1,7 @@
-"""The library's public functions: annotate, train, load; and a trained student.
+"""The public functions `annotate`, `train` and `load`, and the class of a trained student.
 
-`import dss` exports these names; docs/python.md shows them at work. The command line calls the same
-functions of the rooms below.
+`import dss` exports these names; see docs/python.md for examples. The command line calls the same
+library functions.
 """
 
 import collections
@@ -36,10 +36,10 @@ class Prediction:
 
     Attributes:
       label: the label.
-      probabilities: the probability of each possible label, which sum to 1; empty where the student
-        chose among no labels.
-      rationale: the rationale; None where none was asked for.
-      truncated: whether the input was longer than the student reads.
+      probabilities: the probability of each possible label, summing to 1; empty if the dataset has
+        no closed label set.
+      rationale: the rationale; None if none was requested.
+      truncated: whether the input was longer than the student's maximum input length.
     """
 
     label: str
@@ -57,7 +57,7 @@ class Student:
     """
 
     def __init__(self, run: "Run", checkpoint: str = "best"):
-        """Makes a student of a run; parameters are read at the first prediction."""
+        """Opens the student of a run; parameters are read at the first prediction."""
         self.run, self.checkpoint = run, checkpoint
 
     def __repr__(self) -> str:
@@ -65,7 +65,7 @@ class Student:
 
     @property
     def experiment(self) -> Experiment:
-        """The experiment that the student was trained by."""
+        """The configuration that the student was trained with."""
         return self.run.experiment
 
     @functools.cached_property
@@ -80,12 +80,12 @@ class Student:
         """Returns a prediction for each input.
 
         Args:
-          inputs: the texts, without the prefix `predict: `; one text is a list of one.
-          rationales: whether to generate a rationale for each.
+          inputs: the texts, without the prefix `predict: `; a single text counts as a list of one.
+          rationales: whether to generate a rationale for each input.
 
         Raises:
-          UserError: if the student learned no task, or rationales are asked of one that learned
-            none.
+          UserError: if the student was not trained on a task, or rationales are requested and it
+            was not trained to generate them.
         """
         from dss.data.vocabulary import is_cut
         from dss.evaluation.evaluator import EvaluationExample
@@ -95,7 +95,7 @@ class Student:
         length = self.experiment.data.inputs_length
         examples = [EvaluationExample(str(i), text, "") for i, text in enumerate(texts)]
         answers = predictor.answer(mixture, examples, length)
-        written = self.explain(texts) if rationales else [None] * len(texts)
+        explanations = self.explain(texts) if rationales else [None] * len(texts)
         prefix = mixture.tasks[0].prefix
         return [
             Prediction(
@@ -104,17 +104,17 @@ class Student:
                 rationale,
                 is_cut(predictor.vocabulary, prefix + text, length),
             )
-            for answer, rationale, text in zip(answers, written, texts, strict=True)
+            for answer, rationale, text in zip(answers, explanations, texts, strict=True)
         ]
 
     def explain(self, inputs: str | Sequence[str]) -> list[str]:
         """Returns the rationale that the student generates for each input.
 
         Args:
-          inputs: the texts, without a prefix; one text is a list of one.
+          inputs: the texts, without a prefix; a single text counts as a list of one.
 
         Raises:
-          UserError: if the student learned no rationales.
+          UserError: if the student was not trained to generate rationales.
         """
         from dss.runs.student import explain
 
@@ -123,31 +123,32 @@ class Student:
         return explain(self._predictor, self._mixture, texts, length)
 
     def evaluate(self, split: str = "test", *, rationales: bool = False) -> "Evaluation":
-        """Returns the student's predictions for a split of its dataset, scored.
+        """Evaluates the student on a split of its dataset; returns predictions and scores.
 
         Args:
           split: "train", "valid" or "test".
-          rationales: whether to generate rationales, and score them too.
+          rationales: whether to generate and score rationales too.
 
         Raises:
-          UserError: if the split is missing or has no labels, or the student learned no rationales.
+          UserError: if the split is missing or has no labels, or rationales are requested and the
+            student was not trained to generate them.
         """
         from dss.runs.student import evaluate
 
-        return evaluate(self.run, split=split, which=self.checkpoint, rationales=rationales)
+        return evaluate(self.run, split=split, checkpoint=self.checkpoint, rationales=rationales)
 
     def export(
         self, folder: str | os.PathLike, to: Literal["hf", "t5x", "ctranslate2"] = "hf"
     ) -> Path:
-        """Writes the student for another library, and returns the folder.
+        """Exports the student to the format of another library, and returns the folder.
 
         Args:
           folder: a new folder.
           to: "hf" for transformers, "t5x", or "ctranslate2".
 
         Raises:
-          UserError: if the folder is not empty, the format cannot represent the student, or what
-            was written computes other logits.
+          UserError: if the folder is not empty, the format cannot represent the student, or the
+            exported student's logits differ.
         """
         from dss.export.export import export
 
@@ -166,13 +167,13 @@ def load(
     Args:
       source: a run directory, a folder of `dss export`, "hf:FOLDER", "hf:NAME" on the hub, or
         "t5x:FOLDER".
-      checkpoint: "best", "latest" or a step; of a run directory.
-      dataset: the dataset that a checkpoint from elsewhere predicts for; it gives the labels. None
-        for the run's own.
-      method: the method by which such a checkpoint was trained; see `dss.Method`.
+      checkpoint: "best", "latest" or a step of a run directory.
+      dataset: the dataset of an imported checkpoint, whose labels it predicts; None for the
+        dataset of the run.
+      method: the training method of an imported checkpoint; see `dss.Method`.
 
     Raises:
-      UserError: if there is no student, or no vocabulary beside it.
+      UserError: if the source has no student, or no vocabulary.
     """
     from dss.runs.directory import Run
     from dss.runs.student import open_student
@@ -180,7 +181,7 @@ def load(
     path = os.fspath(source)
     folder = Path(path).expanduser()
     if (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
-        path = f"hf:{path}"  # an export keeps the configuration of its run
+        path = f"hf:{path}"  # an export in Hugging Face format, with its run's configuration
     run = open_student(path)
     if dataset is not None:
         experiment = dataclasses.replace(
@@ -197,19 +198,19 @@ def train(
     progress: "Progress | None" = None,
     resume: Literal["never", "auto", "must"] = "auto",
 ) -> Student:
-    """Trains a student, and returns it at its best checkpoint.
+    """Trains a student, and returns it with its best checkpoint.
 
-    A run directory that holds an unfinished run of the same experiment is resumed.
+    If the run directory has an unfinished run of the same experiment, training resumes.
 
     Args:
       experiment: the dataset, the method, the student and the hyperparameters.
       run_dir: the run directory; None for `experiment.run_dir`.
       progress: the callbacks for steps and evaluations; None for none.
-      resume: whether the run directory may, must or must never hold a run already.
+      resume: "auto" to resume a run if there is one, "must" to require one, "never" to fail on one.
 
     Raises:
-      UserError: if something is missing or does not fit together.
-      KeyboardInterrupt: if a signal ended training; the last step is saved.
+      UserError: if the experiment is incomplete or inconsistent.
+      KeyboardInterrupt: if training was interrupted by a signal; the last step is saved.
     """
     from dss.runs.directory import load_run, run_folder
     from dss.runs.train import run_experiment
@@ -227,11 +228,11 @@ class Annotation:
     """The outcome of `annotate`.
 
     Attributes:
-      teacher: the teacher's name in methods, as `Experiment.teacher`.
+      teacher: the teacher's name, for `Experiment.teacher`.
       path: the file with the teacher's outputs, a JSON line for each example.
       counts: the number of outputs by status: "ok", "unparsed", "refused", "error".
-      cost: the cost of all that was ever asked of this teacher; None without prices.
-      stopped: the reason of an early end; None if every example was asked about.
+      cost: the cost of all requests to this teacher so far; None without prices.
+      stopped: the reason for stopping early; None if all examples were annotated.
     """
 
     teacher: str
@@ -260,35 +261,37 @@ def annotate(
     concurrency: int = 64,
     replace: bool = False,
 ) -> Annotation:
-    """Asks a teacher for a label and a rationale of every example that has none of its yet.
+    """Requests a label and a rationale from a teacher for every example that has none yet.
 
-    Answers are journaled as they come: the same call resumes, and pays for none twice.
+    Answers are journaled as they arrive: after an interruption the same call resumes, without
+    repeating paid requests.
 
     Args:
       dataset: the dataset.
       model: the model's name at the endpoint.
-      prompt: the name of a prompt of dss, or a YAML file; None for the dataset's own, which
-        released datasets have.
+      prompt: the name of a prompt of dss, or a YAML file; None for the prompt of a released
+        dataset.
       split: "train", "valid" or "test".
       base_url: an OpenAI-compatible endpoint, up to its version; None for the environment variable
         OPENAI_BASE_URL, or else OpenAI's.
       api: "chat" or "completions".
-      key_env: the environment variable that holds the key.
-      parameters: parameters of every request, over the prompt's; None as a value removes one.
+      key_env: the environment variable with the API key.
+      parameters: parameters of every request; they override the prompt's, and the value None
+        removes one.
       samples: the number of answers for each example.
       name: the teacher's name in files and methods; None for the model's.
       output: the folder to write to; None for the folder of the examples.
       prices: a YAML file with the model's price.
-      max_cost: the limit on the cost of all that was ever asked of this teacher.
+      max_cost: the limit on the cost of all requests to this teacher, earlier calls included.
       max_requests: the limit on the requests of this call.
-      concurrency: the limit on requests in flight.
-      replace: whether to write over outputs though answers would be lost.
+      concurrency: the limit on concurrent requests.
+      replace: whether to overwrite outputs even if answers are lost.
 
     Raises:
-      UserError: if an argument, an example or the key is wrong, or the endpoint refuses to answer.
+      UserError: if an argument, an example or the key is invalid, or the endpoint rejects requests.
     """
     from dss.teacher.annotate import Limits
-    from dss.teacher.ask import ask
+    from dss.teacher.ask import ask, open_journal
     from dss.teacher.job import dataset_job, file_job
     from dss.teacher.prices import load_price
     from dss.teacher.prompt import with_labels
@@ -304,7 +307,7 @@ def annotate(
     folder = None if output is None else Path(output)
     if isinstance(dataset.source, JsonlSource):
         if prompt is None:
-            raise UserError("prompt: give the name of a prompt of dss, or a YAML file")
+            raise UserError("prompt: missing; give the name of a prompt of dss, or a YAML file")
         (file,) = dataset.files(split)
         job = file_job(Path(file), prompt, teacher, output=folder, name=name)
         if dataset.labels.closed:
@@ -312,19 +315,30 @@ def annotate(
             job = dataclasses.replace(job, writer=Writer(labelled, teacher))
     else:
         job = dataset_job(dataset, split, prompt, teacher, output=folder, name=name)
-    session = ask(
-        job,
-        Limits(concurrency=concurrency, max_requests=max_requests, max_cost=max_cost),
-        key_env=key_env,
-        price=None if prices is None else load_price(Path(prices), model),
-        replace=replace,
-    )
+    price = None if prices is None else load_price(Path(prices), model)
+    with open_journal(job) as journal:
+
+        def export() -> Mapping[str, int] | None:
+            counts = job.export(journal, replace=replace)
+            job.save_usage(journal, price)
+            return counts
+
+        state = ask(
+            job,
+            journal,
+            Limits(concurrency=concurrency, max_requests=max_requests, max_cost=max_cost),
+            key_env=key_env,
+            price=price,
+            export=export,
+            replace=replace,
+        )
+        counts = export()
     return Annotation(
         teacher=re.sub(r"\W", "_", job.name, flags=re.ASCII),
         path=job.file("jsonl"),
-        counts=session.counts if session.counts is not None else _count(job.file("jsonl")),
-        cost=session.state.cost,
-        stopped=session.state.stopped,
+        counts=_count(job.file("jsonl")) if counts is None else counts,
+        cost=state.cost,
+        stopped=state.stopped,
     )
 
 

@@ -1,4 +1,4 @@
-"""Checks of configurations: each field holds what its annotation says, in its range."""
+"""Validation of configuration fields: types and ranges."""
 
 import dataclasses
 import types
@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["check_at_least", "check_share", "check_types"]
+__all__ = ["check_at_least", "check_rate", "check_types"]
 
 UNIONS = (typing.Union, types.UnionType)
 
@@ -33,7 +33,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, tuple | list)
 
 
-def _described(hint: Any) -> str:
+def _type_text(hint: Any) -> str:
     parts = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
     if any(typing.get_origin(part) is typing.Literal for part in parts):
         choices = [choice for part in parts for choice in typing.get_args(part) or (None,)]
@@ -42,24 +42,24 @@ def _described(hint: Any) -> str:
 
 
 def check_types(config: Any) -> None:
-    """Checks every field of a dataclass against its annotation.
+    """Checks the type of each field of a dataclass against its annotation.
 
     Raises:
-      ValueError: names the field, what it must be, and what it is.
+      ValueError: if a field has a value of another type.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
             where = f"{type(config).__name__}.{field.name}"
-            raise ValueError(f"{where} must be {_described(hints[field.name])}, got {value!r}")
+            raise ValueError(f"{where} must be {_type_text(hints[field.name])}, got {value!r}")
 
 
 def check_at_least(config: Any, least: float, *names: str) -> None:
-    """Checks that some fields are no less than `least`; None passes.
+    """Checks that the named fields of a configuration are None or at least `least`.
 
     Raises:
-      ValueError: names the field.
+      ValueError: if one is less.
     """
     for name in names:
         value = getattr(config, name)
@@ -68,11 +68,11 @@ def check_at_least(config: Any, least: float, *names: str) -> None:
             raise ValueError(f"{where} must be at least {least}, got {value}")
 
 
-def check_share(config: Any, *names: str) -> None:
-    """Checks that some fields are in [0, 1), as a dropout rate is.
+def check_rate(config: Any, *names: str) -> None:
+    """Checks that the named fields of a configuration are in [0, 1), such as dropout rates.
 
     Raises:
-      ValueError: names the field.
+      ValueError: if one is outside.
     """
     for name in names:
         value = getattr(config, name)

@@ -1,4 +1,4 @@
-"""Folders and files on this machine or in a bucket, such as `gs://bucket/folder`."""
+"""Paths of local files and of objects in a bucket, such as `gs://bucket/folder`."""
 
 import contextlib
 import os
@@ -26,23 +26,23 @@ __all__ = [
 ]
 
 BYTE_ORDER_MARK = "\ufeff"  # Excel and Notepad write it at the start of a text file
-CONFIG_FILE = "config.gin"  # of a run directory
-PREDICTIONS = "predictions"  # folder of a run directory
+CONFIG_FILE = "config.gin"  # configuration in a run directory
+PREDICTIONS = "predictions"  # folder of evaluations in a run directory
 
 
 def in_bucket(path: epath.PathLike) -> bool:
-    """Returns whether a path names something in a bucket."""
+    """Returns whether a path is in a bucket, that is a URL."""
     return "://" in os.fspath(path)
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """Returns a path that means the same in any working folder; `~` is the user's home."""
+    """Returns an absolute path, with `~` as the home directory; paths in a bucket are unchanged."""
     path = epath.Path(path)
     return path if in_bucket(path) else path.expanduser().resolve()
 
 
 def gin_root() -> Path:
-    """Returns the folder of the gin files that come with dss, installed or in a checkout."""
+    """Returns the folder of the gin files that dss includes, installed or in a checkout."""
     installed = Path(__file__).parent / "configs"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "gin"
 
@@ -51,45 +51,45 @@ def find_gin_file(file: str, folders: Sequence[str]) -> str:
     """Returns the path of a gin file.
 
     Args:
-      file: its path, or its path in one of the folders or in `gin_root`.
-      folders: where it is looked for too.
+      file: path of the file, or its path relative to one of the folders or to `gin_root()`.
+      folders: search paths, in order, before `gin_root()`.
 
     Raises:
-      UserError: if it is in none of them.
+      UserError: if no such file exists.
     """
     root = gin_root()
     for path in (epath.Path(file), *(epath.Path(folder) / file for folder in (*folders, root))):
         if path.expanduser().is_file():
             return str(path.expanduser())
-    have = [path.relative_to(root).as_posix() for path in root.rglob("*.gin")]
-    raise unknown_name("gin file", file, have)
+    known = [path.relative_to(root).as_posix() for path in root.rglob("*.gin")]
+    raise unknown_name("gin file", file, known)
 
 
 def is_stream(path: epath.PathLike) -> bool:
-    """Returns whether a path is written to and not replaced: a device, a pipe, /dev/stdout."""
+    """Returns whether a path is written in place: a device, a pipe or /dev/stdout."""
     if in_bucket(path):
         return False
     path = Path(path)
-    system = path.absolute().parts[:2] in (("/", "dev"), ("/", "proc"))
-    return path.exists() and (system or not path.is_file())
+    is_system = path.absolute().parts[:2] in (("/", "dev"), ("/", "proc"))
+    return path.exists() and (is_system or not path.is_file())
 
 
 def check_no_pipes(path: epath.PathLike, *, below: bool = True) -> None:
-    """Checks that a path on this machine is no named pipe, and a folder there holds none.
+    """Checks that a local path is not a named pipe, and that a local folder contains none.
 
-    Reading one would wait for ever, in libraries that nothing interrupts.
+    Libraries that open a named pipe would block forever and could not be interrupted.
 
     Args:
-      path: the file or folder.
-      below: whether folders in the folder are looked at too.
+      path: a file or folder.
+      below: whether to include subfolders of the folder.
 
     Raises:
-      UserError: if there is one.
+      UserError: if there is a named pipe.
     """
     if in_bucket(path):
         return
-    if (found := next(_pipes(os.fspath(path), below), None)) is not None:
-        raise UserError(f"{found}: a named pipe, not a file; delete it")
+    if (pipe := next(_pipes(os.fspath(path), below), None)) is not None:
+        raise UserError(f"{pipe}: a named pipe, not a file; delete it")
 
 
 def _pipes(path: str, below: bool) -> Iterator[str]:
@@ -97,7 +97,7 @@ def _pipes(path: str, below: bool) -> Iterator[str]:
         if Path(path).is_fifo():
             yield path
         return
-    # Another process may be saving there: what has gone meanwhile is no pipe.
+    # Files may disappear while another process writes to the folder.
     with contextlib.suppress(OSError), os.scandir(path) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
@@ -107,25 +107,25 @@ def _pipes(path: str, below: bool) -> Iterator[str]:
 
 
 def create(path: Path, *, binary: bool = False) -> IO[Any]:
-    """Opens a new file in place of what has its name; a symlink is removed, not followed.
+    """Opens a new file for writing, and deletes an existing one; symlinks are not followed.
 
     Args:
-      path: on this machine.
-      binary: for bytes, not UTF-8 text.
+      path: a local path.
+      binary: whether to write bytes instead of UTF-8 text.
     """
     while True:
         path.unlink(missing_ok=True)
-        with contextlib.suppress(FileExistsError):  # another process's, at the same moment
+        with contextlib.suppress(FileExistsError):  # another process created it in between
             return path.open("xb") if binary else path.open("x", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """Opens `<path>.partial`, which replaces `path` once all is written and on the disk.
+    """Opens `<path>.partial` for writing; it replaces `path` after it is flushed to disk.
 
     Args:
-      path: on this machine.
-      binary: for bytes, not UTF-8 text.
+      path: a local path.
+      binary: whether to write bytes instead of UTF-8 text.
     """
     partial = path.with_name(path.name + ".partial")
     with create(partial, binary=binary) as file:
@@ -136,12 +136,12 @@ def replacing(path: Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
 
 def write_whole(path: epath.PathLike, text: str) -> None:
-    """Writes a file, whole or not at all; half characters become question marks.
+    """Writes a text file atomically, in UTF-8. Streams such as /dev/stdout are written directly.
 
-    A stream, such as /dev/stdout, is written to.
+    Characters that UTF-8 cannot encode (unpaired surrogates) become question marks.
     """
     content = text.encode(errors="replace")
-    if in_bucket(path) or is_stream(path):  # in a bucket an object appears when it is whole
+    if in_bucket(path) or is_stream(path):  # writes to a bucket are atomic
         epath.Path(path).write_bytes(content)
         return
     with replacing(Path(path), binary=True) as file:

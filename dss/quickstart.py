@@ -1,9 +1,9 @@
-"""A demonstration on synthetic data: what rationales teach that labels do not.
+"""A demonstration on synthetic data where rationales carry knowledge that labels do not.
 
-Made-up people each lived in a century that nobody states. A question asks who lived first; its
-label, yes or no, says one bit about two people, while the rationale says when both lived. The test
-asks about pairs that training never asked about. The data were chosen because rationales carry
-knowledge here: they show how the method works, not how much it gains on another task.
+Each invented person has an unstated century. A question asks which of two people lived first: its
+label, yes or no, carries one bit about them, and its rationale carries both centuries. Test
+questions are about pairs that are not in the training set. The data are chosen to show how the
+method works, not how much it gains on other tasks.
 """
 
 import concurrent.futures
@@ -44,13 +44,13 @@ DATASET, TEACHER = "timeline", "rules"
 NAMES, CENTURIES = 60, 12
 TRAIN, VALID, TEST = 1000, 100, 400
 STEPS, BATCH = 400, 32
-MAX_PROCESSES = 8  # each needs about a gigabyte
+MAX_PROCESSES = 8  # each needs about 1 GB of memory
 METHODS = ("finetune", "finetune, same compute", "step by step")
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """One trained student."""
+    """The result of one trained student."""
 
     method: str
     examples: int  # labelled training examples
@@ -78,11 +78,11 @@ def _question(people: dict[str, int], first: str, second: str) -> tuple[str, str
 
 
 def make_data(folder: Path, seed: int = 0) -> None:
-    """Writes the examples, the rule-based teacher's journals and a vocabulary of their words.
+    """Writes the examples, the outputs of the rule-based teacher, and a vocabulary of their words.
 
     Args:
-      folder: where `timeline/` and `vocabulary.model` are written.
-      seed: of the people and the questions.
+      folder: the folder for `timeline/` and `vocabulary.model`.
+      seed: the seed of the people and the questions.
     """
     rng = np.random.default_rng(seed)
     people = _people(rng)
@@ -93,16 +93,16 @@ def make_data(folder: Path, seed: int = 0) -> None:
     data.mkdir(parents=True, exist_ok=True)
     words = []
     for split, count in splits.items():
-        lines, journal = [], []
+        lines, outputs = [], []
         for i in range(count):
-            pair = pairs.pop()  # a pair is asked about once, in one split
+            pair = pairs.pop()  # each pair has one question, in one split
             text, label, rationale = _question(people, *rng.permutation(pair))
             lines.append({"id": f"{split}-{i}", "input": text, "label": label})
-            journal.append(
+            outputs.append(
                 {"id": f"{split}-{i}", "rationale": rationale, "label": label, "raw": rationale}
             )
             words += [f"predict: explain: {text}", label, rationale]
-        for name, rows in ((split, lines), (f"{split}.{TEACHER}", journal)):
+        for name, rows in ((split, lines), (f"{split}.{TEACHER}", outputs)):
             content = "".join(json.dumps(row) + "\n" for row in rows)
             (data / f"{name}.jsonl").write_text(content, encoding="utf-8")
     sentencepiece.SentencePieceTrainer.train(
@@ -121,7 +121,7 @@ def make_data(folder: Path, seed: int = 0) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A student to train."""
+    """A student to train, with its experiment."""
 
     method: str
     examples: int  # labelled training examples
@@ -132,7 +132,15 @@ class Student:
 def quickstart_experiment(
     folder: Path, method: str, examples: int, seed: int, steps: int = STEPS
 ) -> Experiment:
-    """Returns the experiment of a student; the data must be made, see `make_data`."""
+    """Returns the experiment of a student.
+
+    Args:
+      folder: the folder with the data, from `make_data`.
+      method: one of `METHODS`.
+      examples: the number of training examples.
+      seed: the seed of parameters, order, subsample and dropout.
+      steps: the number of training steps.
+    """
     vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(folder / "vocabulary.model"))
     run = f"{method.replace(', ', '-').replace(' ', '-')}-{examples}-{seed}"
     fraction = min(1.0, (examples + 0.5) / TRAIN)  # so that rounding loses no example
@@ -157,14 +165,16 @@ def quickstart_experiment(
         data=DataConfig(
             dataset_path=str(folder / DATASET), labels=("yes", "no"), fraction=fraction
         ),
-        # Without the weight decay finetuning stays at chance, even with 1000 examples.
+        # Without weight decay, finetuning stays at chance level even with 1000 examples.
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="constant", weight_decay=1.0),
         trainer=TrainerConfig(train_steps=steps, eval_period=steps, log_period=50),
     )
 
 
 def _compute_ratio(store: TokenStore) -> float:
-    """Returns the tokens of both tasks over those of the label task: the cost of a step."""
+    """Returns the cost of a step relative to finetuning: the tokens of both tasks over those of
+    the label task.
+    """
     tokens = [int(t.inputs.offsets[-1] + t.targets.offsets[-1]) for t in store.tasks]
     return sum(tokens) / tokens[0]
 
@@ -184,21 +194,21 @@ def _students(folder: Path, sizes: Sequence[int], seeds: int) -> list[Student]:
 
 
 def _train(student: Student) -> Outcome:
-    """Trains a student to the end and tests it, in a process of its own."""
+    """Trains and evaluates a student, in a worker process."""
     experiment = student.experiment
     result = run_experiment(experiment)
     if result.stopped_by is not None:
         raise KeyboardInterrupt
     assert experiment.run_dir is not None
     run = load_run(experiment.run_dir)
-    measured = evaluate(run, split="test", which="latest")
-    measured.save(run.folder / PREDICTIONS)  # for `dss report`
-    accuracy = measured.scored.value
+    evaluation = evaluate(run, split="test", checkpoint="latest")
+    evaluation.save(run.folder / PREDICTIONS)  # for `dss report`
+    accuracy = evaluation.scored.value
     return Outcome(student.method, student.examples, student.seed, result.step, accuracy)
 
 
-def _take_a_core(cores: "multiprocessing.Queue[int]", prepare: Callable[[], None]) -> None:
-    """Begins a worker: students this small train fastest on one core each."""
+def _init_worker(cores: "multiprocessing.Queue[int]", prepare: Callable[[], None]) -> None:
+    """Pins a worker process to one core, on which students of this size train fastest."""
     core = cores.get()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
@@ -213,15 +223,16 @@ def run_quickstart(
     say: Callable[[str], None] = print,
     prepare: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
-    """Trains a student for every method, size and seed; a finished one is not trained again.
+    """Trains and evaluates a student for every method, size and seed; finished runs are not
+    repeated.
 
     Args:
-      folder: for data, runs and results.
-      sizes: numbers of training examples, of 1000 at most; the smaller sets are parts of the
-        larger.
-      seeds: how many seeds.
-      say: told of every student.
-      prepare: called once in each of the processes that train; a module's function.
+      folder: the folder for data, runs and results.
+      sizes: the numbers of training examples, at most 1000; smaller sets are subsets of larger
+        ones.
+      seeds: the number of seeds.
+      say: a function that prints a message for every trained student.
+      prepare: a module-level function that each worker process calls at its start.
     """
     if not (folder / "vocabulary.model").is_file():
         make_data(folder)
@@ -237,7 +248,7 @@ def run_quickstart(
         queue.put(core)
     outcomes: list[Outcome] = []
     pool = concurrent.futures.ProcessPoolExecutor(
-        len(cores), context, initializer=_take_a_core, initargs=(queue, prepare)
+        len(cores), context, initializer=_init_worker, initargs=(queue, prepare)
     )
     try:
         for done in concurrent.futures.as_completed([pool.submit(_train, s) for s in students]):
@@ -257,7 +268,9 @@ def run_quickstart(
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], tuple[float, float]]:
-    """Returns mean and standard deviation over seeds by method and number of examples."""
+    """Returns the mean and standard deviation of accuracy over seeds, by method and number of
+    examples.
+    """
     groups: dict[tuple[str, int], list[float]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.method, outcome.examples), []).append(outcome.accuracy)
@@ -268,7 +281,9 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], tuple[float,
 
 
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Saves a figure of accuracy by number of examples, a line a method, seeds as points."""
+    """Saves a figure of accuracy by number of examples, one line per method, with each seed as a
+    point.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -281,10 +296,10 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     for method, (marker, line, colour) in zip(METHODS, styles, strict=True):
         means = [100 * summary[method, size][0] for size in sizes]
         axes.plot(sizes, means, line, color=colour, marker=marker, label=method)
-        mine = [o for o in outcomes if o.method == method]
+        points = [o for o in outcomes if o.method == method]
         axes.scatter(
-            [o.examples for o in mine],
-            [100 * o.accuracy for o in mine],
+            [o.examples for o in points],
+            [100 * o.accuracy for o in points],
             color=colour,
             s=12,
             alpha=0.5,

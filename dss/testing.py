@@ -1,4 +1,4 @@
-"""Fakes for tests: an OpenAI-compatible endpoint on this machine that says what it is told to."""
+"""Fakes for tests: a local OpenAI-compatible endpoint with programmable replies."""
 
 import asyncio
 import collections
@@ -15,14 +15,14 @@ REASONS = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 429: "Too Many Re
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FakeReply:
-    """What the endpoint does with a request.
+    """The endpoint's reply to a request.
 
     Attributes:
       code: HTTP status.
-      body: of the reply.
-      headers: beside its length.
-      delay: seconds before it.
-      lost: True breaks the connection in the middle of the body instead of ending it.
+      body: body of the reply.
+      headers: headers of the reply, besides the content length.
+      delay: seconds before the reply.
+      lost: whether the connection breaks in the middle of the body.
     """
 
     code: int = 200
@@ -35,14 +35,14 @@ class FakeReply:
 def chat_reply(
     text: str | None, *, finish_reason: str = "stop", prompt_tokens: int = 100, **changes: Any
 ) -> FakeReply:
-    """Returns a chat's reply with one choice; `changes` are of its message."""
+    """Returns a chat reply with one choice; `changes` are additional fields of its message."""
     message = {"role": "assistant", "content": text, **changes}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     return _reply("chat.completion", choice, prompt_tokens, text)
 
 
 def completion_reply(text: str, *, finish_reason: str = "stop") -> FakeReply:
-    """Returns a plain completion's reply with one choice."""
+    """Returns a plain completion reply with one choice."""
     choice = {"index": 0, "text": text, "finish_reason": finish_reason}
     return _reply("text_completion", choice, 100, text)
 
@@ -55,29 +55,29 @@ def _reply(kind: str, choice: dict[str, Any], prompt_tokens: int, text: str | No
 
 
 def last_question(body: Mapping[str, Any]) -> str:
-    """Returns the text that a request ends with: its last message, or its prompt."""
+    """Returns the final text of a request: its last message, or its prompt."""
     return body["messages"][-1]["content"] if "messages" in body else body["prompt"]
 
 
 class FakeEndpoint:
-    """An endpoint in a thread of its own, as a context manager.
+    """An endpoint in a separate thread, as a context manager.
 
     Attributes:
-      url: its base URL.
-      bodies: the requests that came, decoded, in order; empty unless `keep`.
-      headers: of the requests that came; empty unless `keep`.
-      count: how many came.
-      asked: how often each last question came; empty unless `keep`.
-      busy: how many are being answered now.
-      at_once: the most that were being answered at the same time.
+      url: base URL.
+      bodies: decoded requests in order of arrival; empty unless `keep`.
+      headers: headers of the requests; empty unless `keep`.
+      count: number of requests.
+      asked: number of requests by their final text; empty unless `keep`.
+      busy: number of requests being answered.
+      at_once: maximum of `busy` so far.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], FakeReply], *, keep: bool = True):
         """Makes an endpoint.
 
         Args:
-          answer: returns the reply to a decoded request; called in the endpoint's thread.
-          keep: keeps the requests that came.
+          answer: function from a decoded request to its reply, called in the endpoint's thread.
+          keep: whether to keep the requests.
         """
         self._answer, self._keep = answer, keep
         self.url = ""
@@ -113,14 +113,17 @@ class FakeEndpoint:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            while await self._exchange(reader, writer):
+            while await self._answer_request(reader, writer):
                 pass
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
-            pass  # the client has gone, or the test is over
+            pass  # the client has disconnected, or the test is over
         finally:
             writer.close()
 
-    async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _answer_request(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> bool:
+        """Answers a request; returns whether the connection stays open."""
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         fields = dict(
             line.lower().split(": ", 1) for line in head.split("\r\n")[1:] if ": " in line

@@ -1,4 +1,4 @@
-# Sourced by the launchers: reading the command line, and quoting for a shell.
+# Command-line parsing and shell quoting; sourced by the launchers.
 
 set -euo pipefail
 
@@ -7,12 +7,12 @@ fail() {
   exit 2
 }
 
-# Prints the comment at the head of the script.
+# Prints the script's header comment.
 usage() {
   sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
-# Prints the arguments as shell words on one line; every POSIX shell reads them back unchanged.
+# Prints the arguments as one line of shell words that any POSIX shell parses back unchanged.
 quote() {
   local word separator="" apostrophe="'\\''"
   for word in "$@"; do
@@ -26,8 +26,8 @@ quote() {
 
 # read_options "NAMES WITH A VALUE" "SWITCHES" ARG...
 #
-# Sets opt_NAME for every option given, others to the options of other names, words to the other words
-# before `--`, and train to what follows it, the arguments of `dss train`.
+# Sets opt_NAME for each given option, `others` to the unknown options, `words` to the positional arguments
+# before `--`, and `train` to the arguments of `dss train` after it.
 read_options() {
   local valued=" $1 " switches=" $2 " name value
   shift 2
@@ -67,14 +67,14 @@ read_options() {
   done
 }
 
-# Fails if options of other names were given.
+# Fails on unknown options.
 no_other_options() {
   if ((${#others[@]} > 0)); then
     fail "unknown option ${others[0]}; --help lists them, and those of dss train come after --"
   fi
 }
 
-# Fails unless the arguments of `dss train` were given.
+# Fails if there are no arguments for `dss train`.
 need_train_arguments() {
   if ((${#train[@]} == 0)); then
     fail "nothing to train: give the arguments of dss train after --, such as" \

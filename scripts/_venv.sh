@@ -1,9 +1,9 @@
-# Sourced by the other scripts: goes to the repository's root and makes .venv, with dss in it.
+# Changes to the repository's root and creates .venv with dss; sourced by the other scripts.
 #
 #   ensure_venv EXTRA,EXTRA
 #   ensure_browser
 #
-# Installs only what was not installed before, or what setup.py has changed since.
+# Installs only if the extras, setup.py or pyproject.toml have changed.
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -28,7 +28,7 @@ ensure_venv() {
   fi
 }
 
-# Without a browser its tests are skipped, and say so: nothing here fails for it.
+# Installs chromium if it can; the browser tests are skipped without it.
 ensure_browser() {
   if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then
     return

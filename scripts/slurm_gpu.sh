@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Submits `dss train` to Slurm, one process a GPU.
+# Submits `dss train` to Slurm, one process per GPU.
 #
 #   scripts/slurm_gpu.sh [OPTION]... -- ARGUMENT_OF_DSS_TRAIN...
 #
-#   --nodes N            (1)
-#   --gpus-per-node N    (1)
-#   --cpus-per-task N    cores of each process (4); Slurm's own default is one
-#   --time LIMIT         such as 24:00:00; without it the partition's
-#   --partition NAME     without it the cluster's
-#   --account NAME       who pays
-#   --job-name NAME      (dss)
-#   --dry-run            print the batch script, submit nothing
+#   --nodes N            number of nodes (default: 1)
+#   --gpus-per-node N    GPUs of each node (default: 1)
+#   --cpus-per-task N    CPU cores of each process (default: 4; Slurm's own is 1)
+#   --time LIMIT         time limit, such as 24:00:00 (default: the partition's)
+#   --partition NAME     partition (default: the cluster's)
+#   --account NAME       account to charge
+#   --job-name NAME      name of the job (default: dss)
+#   --dry-run            print the batch script without submitting it
 #
-# The environment with `dss` must be active. docs/launching.md says more.
+# The environment with `dss` must be active. Details: docs/launching.md
 
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 
@@ -52,17 +52,17 @@ batch_script() {
 set -euo pipefail
 export PYTHONUNBUFFERED=1
 
-# SIGTERM is for the processes, which save; this shell waits for them.
+# The processes save on SIGTERM; this shell ignores it and waits for them.
 trap : TERM
 
-# Every process sees all GPUs of its node, as NCCL needs to copy from one to another directly; JAX
-# takes the one that SLURM_LOCALID names. So no --gpus-per-task, which would hide the others.
+# NCCL copies directly between the GPUs of a node, so every process must see all of them; JAX uses the
+# one of SLURM_LOCALID. --gpus-per-task would hide the others.
 status=0
 srun --label --kill-on-bad-exit=1 --gpu-bind=none --cpus-per-task=$opt_cpus_per_task \\
   dss train $(quote "${train[@]}") || status=\$?
 
-# 143 is SIGTERM: time is up, or another job needs the nodes. The same command goes on from what was
-# saved. A job that was cancelled is no longer RUNNING.
+# 143 is SIGTERM: the time limit, or preemption. The same command resumes from the checkpoint. A
+# cancelled job is no longer RUNNING.
 if ((status == 143)) &&
   [[ "\$(squeue --noheader --jobs="\$SLURM_JOB_ID" --format=%T)" == RUNNING ]]; then
   scontrol requeue "\$SLURM_JOB_ID"

@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs: the same `dss train` on every worker.
+# Runs the same `dss train` on every worker of Cloud TPU VMs.
 #
 #   scripts/tpu_vm.sh COMMAND... --name NAME --zone ZONE [OPTION]... [-- ARGUMENT_OF_DSS_TRAIN...]
 #
 #   create     request TPU VMs as a queued resource (--type, --version)
-#   install    wait for them, copy this checkout as committed to every worker and install it
-#   run        start dss train on every worker; it lives on without this connection
-#   wait       until it has ended on every worker
-#   logs       fetch what every worker printed to logs/NAME/NODE-worker-N.log, show the last lines
-#   delete     delete the queued resource and its TPU VMs without a question
+#   install    wait for them, copy HEAD of this checkout to every worker and install it
+#   run        start dss train on every worker, detached from this connection
+#   wait       wait until it has ended on every worker
+#   logs       fetch every worker's log to logs/NAME/NODE-worker-N.log, print the last lines
+#   delete     delete the queued resource and its TPU VMs without confirmation
 #
-# Several commands are run in the order given, up to the first that fails.
+# Commands run in the order given, up to the first that fails.
 #
-#   --project ID           default: gcloud's
+#   --project ID           Google Cloud project (default: gcloud's)
 #   --type TYPE            accelerator type, such as v4-32; with --topology the version, such as v4
 #   --topology TOPOLOGY    chips along each axis, such as 2x2x4
 #   --version VERSION      image of the VMs, such as tpu-ubuntu2204-base
 #   --slices N             number of slices of this type (default: 1)
 #   --internal-ip          connect to the workers at their internal addresses
 #   --tunnel-through-iap   connect to the workers through Identity-Aware Proxy
-#   --dry-run              print the commands, run none
+#   --dry-run              print the commands without running them
 #
-# Every other option is passed to `gcloud compute tpus queued-resources create`, its value after an =:
+# Other options are passed to `gcloud compute tpus queued-resources create`, each as --OPTION=VALUE:
 # --spot, --reserved, --internal-ips, --network=, --subnetwork=, --service-account=, --labels=, ...
 #
-# docs/launching.md has a whole example.
+# Examples: docs/launching.md
 
 source "$(dirname "${BASH_SOURCE[0]}")/_launch.sh"
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -35,7 +35,7 @@ opt_internal_ip="" opt_tunnel_through_iap="" opt_dry_run=""
 read_options "name zone project type topology version slices" \
   "internal-ip tunnel-through-iap dry-run" "$@"
 
-((${#words[@]} > 0)) || fail "what to do? give one or more of: $COMMANDS"
+((${#words[@]} > 0)) || fail "no command; give one or more of: $COMMANDS"
 for command in "${words[@]}"; do
   [[ " $COMMANDS " == *" $command "* ]] ||
     fail "unknown command '$command'; there are: $COMMANDS; gcloud's options are given as --OPTION=VALUE"
@@ -64,8 +64,7 @@ connect=("${where[@]}")
 [[ -z "$opt_tunnel_through_iap" ]] || connect+=(--tunnel-through-iap)
 everywhere=(--node=all --worker=all "${connect[@]}")
 
-# Each plan_COMMAND prints the shell commands of a command. A dry run prints them, any other run runs
-# them.
+# Each plan_COMMAND prints the shell commands of a command, which are run unless it is a dry run.
 
 # gcloud_tpu GROUP COMMAND ARG...: a gcloud command on queued-resources or tpu-vm.
 gcloud_tpu() {
@@ -112,7 +111,7 @@ done
 END
 }
 
-# The images are Ubuntu 22.04, whose Python 3.10 is too old for dss, so uv brings a newer one.
+# The images' Python (Ubuntu 22.04: 3.10) is too old for dss; uv installs a newer one.
 plan_install() {
   wait_for_resources
   echo 'archive="$(mktemp)"'
@@ -129,11 +128,11 @@ if [ ! -x ~/dss/venv/bin/pip ]; then
   ~/.local/bin/uv venv --quiet --seed --python 3.11 ~/dss/venv
 fi
 cd ~/dss/source
-~/dss/venv/bin/pip install --quiet ".[tpu]"'
+~/dss/venv/bin/pip install --quiet ".[tpu,gcs]"'
 }
 
-# setsid: a lost connection does not end it. train.pid is there from now until the end, and holds the
-# process id of dss itself, so that it can be told to save and stop.
+# With setsid the run survives a lost connection. train.pid exists until the run has ended and holds the
+# process id of dss, to which SIGTERM is sent for save and stop.
 plan_run() {
   on_every_worker "cd ~/dss/source || exit 1
 pid=\"\$(cat ~/dss/train.pid 2>/dev/null)\"

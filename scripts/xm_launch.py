@@ -4,8 +4,8 @@
     python scripts/xm_launch.py --executor=vertex --accelerator=h100=8 --name=cqa [--dry-run] \
       -- ARGUMENT_OF_DSS_TRAIN...
 
-The container holds the checkout as committed, and all accelerators of one machine belong to one
-process. Needs only the package `xmanager`, not `dss`. docs/launching.md says more.
+The container has HEAD of the checkout; one process uses all accelerators of the machine. Needs only
+the package `xmanager`, not `dss`. Details: docs/launching.md
 """
 
 import argparse
@@ -23,18 +23,18 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE_IMAGE = "python:3.11"
-# As in NVIDIA's own images: where the machine's driver is mounted, and that all of it is wanted.
+# As in NVIDIA's images: the path at which the host's driver is mounted, and its capabilities.
 FIND_DRIVER = (
     "ENV LD_LIBRARY_PATH=/usr/local/nvidia/lib64 NVIDIA_VISIBLE_DEVICES=all "
     "NVIDIA_DRIVER_CAPABILITIES=compute,utility"
 )
 
-# XManager's entrypoint waits with `nc` until a TPU answers, and the base image has none.
+# XManager's entrypoint waits for a TPU with `nc`, which the base image lacks.
 INSTALL_NC = (
     "RUN apt-get update && apt-get install -y --no-install-recommends netcat-openbsd "
     "&& rm -rf /var/lib/apt/lists/*"
 )
-HOST_MEMORY = 30  # GiB per accelerator, unless requested; it comes with 6 vCPUs or more
+HOST_MEMORY = 30  # GiB per accelerator by default; comes with at least 6 vCPUs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,18 +139,18 @@ class Launch:
     """The arguments of XManager's functions, each field under XManager's name."""
 
     experiment_title: str
-    revision: str  # of the checkout, what the container holds
+    revision: str  # commit of the checkout in the container
     base_image: str
     docker_instructions: list[str]
-    entrypoint: list[str]  # shell commands, the arguments of `dss train` among them
-    executor: str  # 'Local' or 'Vertex', of xm_local
-    requirements: dict[str, int]  # number of accelerators by kind; only local GPUs and TPUs
+    entrypoint: list[str]  # shell commands, with the arguments of `dss train`
+    executor: str  # executor class of xm_local: 'Local' or 'Vertex'
+    requirements: dict[str, int]  # number of accelerators by kind; local GPUs and TPUs only
     machine_spec: dict[str, int | str] | None  # Vertex AI's; None for Local
-    volumes: dict[str, str]  # folder of this machine: where the container sees it; only of Local
+    volumes: dict[str, str]  # host folder -> container folder; Local only
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2."""
@@ -158,7 +158,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def accelerator(text: str) -> tuple[str, int]:
-    """Reads `a100=8`."""
+    """Parses a kind and number of accelerators, such as `a100=8`."""
     match = re.fullmatch(r"(\w+)=([1-9]\d*)", text)
     if match is None:
         raise argparse.ArgumentTypeError(
@@ -168,7 +168,7 @@ def accelerator(text: str) -> tuple[str, int]:
 
 
 def positive(text: str) -> int:
-    """Reads a whole number above 0."""
+    """Parses a whole number above 0."""
     if not re.fullmatch(r"[1-9]\d*", text):
         raise argparse.ArgumentTypeError(f"{text!r}: give a whole number above 0")
     return int(text)
@@ -186,7 +186,7 @@ def choose_machine(
       memory: minimum host memory, GiB; by default 30 per accelerator.
 
     Raises:
-      ValueError: if there is none.
+      ValueError: if no machine type has them.
     """
     of_kind = [machine for machine in MACHINES if machine.kind == kind]
     if not of_kind:
@@ -212,7 +212,7 @@ def choose_machine(
 
 
 def git(*args: str) -> bytes:
-    """Returns what git says about the checkout."""
+    """Returns the output of a git command in the checkout."""
     return subprocess.run(["git", "-C", ROOT, *args], check=True, capture_output=True).stdout
 
 
@@ -230,32 +230,33 @@ def plan(
       title: title of the experiment.
       revision: commit of the checkout.
       executor: 'vertex' or 'local'.
-      accelerators: their kind and number.
+      accelerators: kind and number of accelerators.
       machine: machine type of Vertex AI; None for a local container.
       train: arguments of `dss train`.
     """
     kind, count = accelerators
     tpu = kind is not None and kind.startswith("tpu")
-    extra = "[tpu]" if tpu else "[cuda]" if kind else ""
+    cuda = kind is not None and not tpu
+    extras = ",".join(["tpu"] * tpu + ["cuda"] * cuda + ["gcs"])  # runs may be in a bucket
     # Not as arguments of the job: those XManager quotes for a shell, and hands to the container
-    # without one. A container of this machine works in this folder, which it sees as its own.
+    # without one. A local container's working folder is this folder, mounted under the same path.
     command = shlex.join(["dss", "train", *train])
     here = os.getcwd()
     local = executor == "local"
-    # Of accelerators of Vertex AI XManager needs to know TPUs alone, which take no service account;
-    # it has no names for some others.
+    # On Vertex AI XManager needs only TPUs as requirements (they have no service account); it lacks
+    # names for some of the other accelerators.
     requirements = {kind: count} if kind is not None and (local or tpu) else {}
     return Launch(
         experiment_title=title,
         revision=revision,
         base_image=BASE_IMAGE,
         docker_instructions=[
-            *([FIND_DRIVER] if extra == "[cuda]" else []),
+            *([FIND_DRIVER] if cuda else []),
             *([INSTALL_NC] if tpu else []),
             "ENV PYTHONUNBUFFERED=1",
             "COPY dss/ /dss",
             "WORKDIR /dss",
-            f"RUN python -m pip install --no-cache-dir '.{extra}'",
+            f"RUN python -m pip install --no-cache-dir '.[{extras}]'",
         ],
         entrypoint=[*([f"cd {shlex.quote(here)}"] if local else []), f"exec {command}"],
         executor=executor.capitalize(),
@@ -276,11 +277,10 @@ def launch(todo: Launch) -> None:
     if todo.machine_spec is not None:
         from xmanager.cloud import vertex
 
-        # XManager 0.8 itself requests an N1 machine for most accelerators, also for those that no
-        # N1 machine has.
+        # XManager 0.8 requests an N1 machine for most accelerators, even for those that N1 lacks.
         vertex.get_machine_spec = lambda job: todo.machine_spec
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "dss"  # the last part is the name of the image
+        source = Path(folder) / "dss"  # the last component becomes the image's name
         source.mkdir()
         archive = git("archive", todo.revision)
         subprocess.run(["tar", "-x", "-C", source], input=archive, check=True)
@@ -310,23 +310,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Launches `dss train` in a container with XManager.",
         allow_abbrev=False,
     )
-    parser.add_argument("--executor", choices=("vertex", "local"), required=True)
     parser.add_argument(
-        "--accelerator", type=accelerator, default=(None, 0), help="NAME=COUNT; default: CPU only"
+        "--executor",
+        choices=("vertex", "local"),
+        required=True,
+        help="Vertex AI, or a container on this machine",
+    )
+    parser.add_argument(
+        "--accelerator",
+        type=accelerator,
+        default=(None, 0),
+        help="kind and number of accelerators, NAME=COUNT (default: CPU only)",
     )
     parser.add_argument(
         "--cpu",
         type=positive,
         default=0,
-        help="minimum number of vCPUs of the machine of Vertex AI",
+        help="minimum number of vCPUs of the Vertex AI machine (default: any)",
     )
     parser.add_argument(
         "--memory",
         type=positive,
-        help="minimum host memory of the machine of Vertex AI, GiB (default: 30 per accelerator)",
+        help="minimum host memory of the Vertex AI machine, GiB (default: 30 per accelerator)",
     )
-    parser.add_argument("--name", required=True, help="of the experiment")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be launched")
+    parser.add_argument("--name", required=True, help="title of the experiment")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the launch without starting it"
+    )
     args = parser.parse_args(argv[:end])
     if not train:
         parser.error(
@@ -367,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name not in ("absl", "xmanager"):
             raise
         parser.error(f"no module {error.name}: pip install xmanager, best in its own environment")
-    flags.FLAGS([parser.prog])  # XManager looks at its flags, and those must have been read
+    flags.FLAGS([parser.prog])  # XManager reads its flags, which must have been parsed
     launch(todo)
     return 0
 

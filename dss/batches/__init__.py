@@ -1,1 +1,1 @@
-"""From the text of a mixture to packed batches."""
+"""Tokenization of a mixture, and packed batches."""

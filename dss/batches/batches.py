@@ -1,9 +1,9 @@
 """Train and validation batches: a pure function of (seed, step), from a token store.
 
-A batch is a dict of int32 arrays. Its sequences, each one view of one example, are its segments.
-Packed, they lie one after another in G groups of N encoder and M decoder slots, and three arrays
-say which slots the rows of attention read (see `dss.student.ops.Rows`). Two segments of a
-group, `predict: a` -> `x` and `explain: b` -> `y z`, look so (1 is EOS, 0 padding):
+A batch is a dict of int32 arrays. A sequence is an example in one task, and a segment of the batch.
+Packed sequences follow each other in G groups of N encoder and M decoder slots, and three arrays
+list the slots of each attention row (see `dss.student.ops.Rows`). For example, a group with the two
+segments `predict: a` -> `x` and `explain: b` -> `y z` (1 is EOS, 0 padding):
 
     encoder_input_tokens   [G, N]   predict : a 1 explain : b 1 0 0
     encoder_segment_ids    [G, N]         1 1 1 1       2 2 2 2 0 0
@@ -11,19 +11,19 @@ group, `predict: a` -> `x` and `explain: b` -> `y z`, look so (1 is EOS, 0 paddi
     decoder_input_tokens   [G, M]   0 x 0 y z 0     targets, shifted right in each segment
     decoder_segment_ids    [G, M]   1 1 2 2 2 0
     decoder_task_ids       [G, M]   1 1 2 2 2 0     1 + the target's task in the mixture
-    encoder_rows           [G, R, S]   slots that a row of the encoder's self-attention reads:
+    encoder_rows           [G, R, S]   slots of each row of encoder self-attention:
                                        (0 1 2 3), (4 5 6 7); N for none
-    decoder_rows           [G, Q, T]   the same for the decoder's: (0 1 2 3 4); M for none
-    cross_rows             [G, Q, C]   encoder slots that a row of decoder_rows attends to:
+    decoder_rows           [G, Q, T]   the same for the decoder: (0 1 2 3 4); M for none
+    cross_rows             [G, Q, C]   encoder slots that each row of decoder_rows attends to:
                                        (0 1 2 3 4 5 6 7); N for none
 
-Unpacked, every group is one sequence and its own row, and there are no rows.
+Unpacked, every group is one sequence, and there are no row arrays.
 
-Where the views of an example have one input, that is encoded once: the input and all its targets
-take the place of a sequence above. Each target is a segment of its own and starts from its task's
-id, and one more array says what it reads:
+With one encoder pass, the tasks of an example share an input, which is encoded once; an example is
+then packed as a unit. Each of its targets is a segment, starts from the start id of its task, and
+attends to the segment of the input:
 
-    decoder_reads          [G, M]   the encoder's segment that each target slot attends to
+    decoder_reads          [G, M]   the encoder segment that each target slot attends to
 """
 
 import dataclasses
@@ -38,11 +38,11 @@ import numpy as np
 from dss.batches.packing import (
     PackedShape,
     RowWidths,
+    balance_groups,
+    balance_steps,
     choose_shapes,
     choose_widths,
-    deal,
-    exchange,
-    members,
+    group_members,
     next_fit,
 )
 from dss.batches.store import TokenStore
@@ -62,18 +62,18 @@ __all__ = [
 
 Batch = dict[str, np.ndarray]
 
-EXCHANGING = 32  # steps among which examples are exchanged; fewer where an epoch has fewer
-SHAPE_BLOCKS = 8  # as many steps each, all over the run, that the shapes are chosen by
-NARROWER = (0.2, 0.4, 0.6, 0.8, 0.9)  # quantiles of their longest sequences, tried as widths too
+BLOCK_STEPS = 32  # steps whose lengths are balanced together, or those of an epoch if fewer
+SHAPE_BLOCKS = 8  # blocks of steps, spread over the run, that shapes are chosen from
+NARROWER = (0.2, 0.4, 0.6, 0.8, 0.9)  # quantiles of the longest sequences, candidates for widths
 
 
 class Sequences(NamedTuple):
-    """The sequences of a step, [n] each.
+    """The n sequences of a step.
 
     Attributes:
-      tasks: of the store.
-      rows: of the task.
-      examples: which of the step's examples each is a view of, from 0 on, ascending.
+      tasks: [n], the index of each sequence's task in the store.
+      rows: [n], the index of each sequence's row in its task.
+      examples: [n], the index of each sequence's example in the step, ascending from 0.
     """
 
     tasks: np.ndarray
@@ -83,11 +83,11 @@ class Sequences(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """Which sequences each step has.
+    """The sequences of each step.
 
     Attributes:
-      draw: maps a step to them.
-      most: no step has more of them.
+      draw: a function from a step to its sequences.
+      most: an upper bound on the number of sequences of a step.
     """
 
     draw: Callable[[int], Sequences]
@@ -106,60 +106,62 @@ def _permutation(n: int, seed: int, epoch: int, stream: int) -> np.ndarray:
 def _shuffled(
     n: int, positions: np.ndarray, seed: int, stream: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the items at some positions of the endless stream of reshuffled epochs, and these."""
+    """Returns the items at positions of an endless stream that is reshuffled each epoch, and the
+    epoch of each.
+    """
     epochs, offsets = np.divmod(positions, n)
-    out = np.empty(len(positions), np.int64)
+    items = np.empty(len(positions), np.int64)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        out[here] = _permutation(n, seed, int(epoch), stream)[offsets[here]]
-    return out, epochs
+        in_epoch = epochs == epoch
+        items[in_epoch] = _permutation(n, seed, int(epoch), stream)[offsets[in_epoch]]
+    return items, epochs
 
 
 def views(
     store: TokenStore, examples: Sequence[int] | np.ndarray, epochs: np.ndarray | int = 0
 ) -> Sequences:
-    """Returns the sequences of some examples: every view that each of them has.
+    """Returns the sequences of some examples: one for each task that an example has a row in.
 
-    Of several rationales the first is that of epoch 0, the second of epoch 1, and so on, in turn.
+    An example with several rationales uses them in turn, one each epoch.
 
     Args:
       store: the tokens.
-      examples: [E].
-      epochs: the epoch that each is drawn in, [E], or that all are.
+      examples: [E], the indices of the examples in the store.
+      epochs: the epoch of all examples, or of each, [E].
     """
-    first, counts = store.rows[examples], store.counts[examples]
-    which, tasks = np.nonzero(counts)
-    turn = np.broadcast_to(epochs, len(first))[which] % counts[which, tasks]
-    rows = first[which, tasks] + turn
-    return Sequences(tasks, rows, which)
+    first_rows, counts = store.rows[examples], store.counts[examples]
+    indices, tasks = np.nonzero(counts)
+    turns = np.broadcast_to(epochs, len(first_rows))[indices] % counts[indices, tasks]
+    rows = first_rows[indices, tasks] + turns
+    return Sequences(tasks, rows, indices)
 
 
 def paired_order(store: TokenStore, batch_size: int, seed: int) -> Order:
-    """Returns the order of training on pairs: `batch_size` examples a step, each in all its views.
+    """Returns the order of paired training: `batch_size` examples per step, each in all its tasks.
 
-    Examples are drawn as the reference draws them: each once in an epoch, in a new order. Then
-    steps that follow each other exchange some of the same epoch, so that each has nearly as many
-    tokens, and few shapes are filled by all.
+    As in the reference implementation, every epoch has each example once, in a new order. Then
+    examples of an epoch are balanced across the steps of a block, so that all steps have nearly
+    equal numbers of tokens and few shapes suffice.
     """
-    steps = min(EXCHANGING, max(1, len(store) // batch_size))
+    steps = min(BLOCK_STEPS, max(1, len(store) // batch_size))
 
     @functools.lru_cache(maxsize=2)
-    def drawn(part: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the examples of `steps` steps [steps, batch_size], and the epochs of these."""
-        positions = np.arange(part * steps * batch_size, (part + 1) * steps * batch_size)
+    def draw_block(block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the examples of a block [steps, batch_size], and the epoch of each."""
+        positions = np.arange(block * steps * batch_size, (block + 1) * steps * batch_size)
         examples, epochs = _shuffled(len(store), positions, seed)
-        tasks, rows, which = views(store, examples, epochs)
+        tasks, rows, indices = views(store, examples, epochs)
         lengths = np.zeros((len(examples), 2), np.int64)
-        np.add.at(lengths, which, store.lengths(tasks, rows))
+        np.add.at(lengths, indices, store.lengths(tasks, rows))
         shape = steps, batch_size
-        taken = exchange(lengths.reshape(*shape, 2), epochs.reshape(shape))
-        at = taken * batch_size + np.arange(batch_size)
-        return examples[at], epochs[at]
+        source_steps = balance_steps(lengths.reshape(*shape, 2), epochs.reshape(shape))
+        balanced = source_steps * batch_size + np.arange(batch_size)
+        return examples[balanced], epochs[balanced]
 
     def order(step: int) -> Sequences:
-        part, at = divmod(step, steps)
-        examples, epochs = drawn(part)
-        return views(store, examples[at], epochs[at])
+        block, offset = divmod(step, steps)
+        examples, epochs = draw_block(block)
+        return views(store, examples[offset], epochs[offset])
 
     return Order(order, batch_size * len(store.tasks))
 
@@ -175,14 +177,14 @@ def sequential_order(store: TokenStore, batch_size: int) -> Order:
 
 
 def sampled_order(store: TokenStore, batch_size: int, seed: int, rates: tuple[float, ...]) -> Order:
-    """Returns the order of a mixture: `batch_size` sequences a step, tasks in proportion to rates.
+    """Returns the order of sampled training: `batch_size` sequences per step, tasks by their rates.
 
-    How many sequences each task has given by step s is rounded, not drawn: the proportion is exact
-    over a run, and the order still a function of the step alone.
+    The number of sequences of each task up to a step is rounded, not drawn at random: the
+    proportions are exact over a run, and the order is a function of the step alone.
     """
 
-    def given(step: int) -> list[int]:
-        """Returns how many sequences each task has given before a step; never falls with it."""
+    def task_counts(step: int) -> list[int]:
+        """Returns the number of sequences of each task before a step; it never decreases."""
         left, counts = step * batch_size, []
         for k, rate in enumerate(rates):
             rest = sum(rates[k:])
@@ -190,16 +192,16 @@ def sampled_order(store: TokenStore, batch_size: int, seed: int, rates: tuple[fl
             left -= counts[-1]
         return counts
 
-    # Of each task its examples, as they follow each other: their first rows, and how many rows.
+    # For each task, the first row and the number of rows of each of its examples, in row order.
     firsts, counts = [], []
     for k in range(len(store.tasks)):
-        there = np.flatnonzero(store.counts[:, k])
-        there = there[np.argsort(store.rows[there, k])]
-        firsts.append(store.rows[there, k])
-        counts.append(store.counts[there, k])
+        examples = np.flatnonzero(store.counts[:, k])
+        examples = examples[np.argsort(store.rows[examples, k])]
+        firsts.append(store.rows[examples, k])
+        counts.append(store.counts[examples, k])
 
     def order(step: int) -> Sequences:
-        begin, end = given(step), given(step + 1)
+        begin, end = task_counts(step), task_counts(step + 1)
         tasks, rows = [], []
         for k in range(len(store.tasks)):
             positions = np.arange(begin[k], end[k])
@@ -213,23 +215,23 @@ def sampled_order(store: TokenStore, batch_size: int, seed: int, rates: tuple[fl
 
 
 def _slots(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Returns the concatenation of `arange(start, start + length)` over all N, [sum of lengths]."""
+    """Returns the concatenated ranges `arange(start, start + length)`, [sum of lengths]."""
     ends = np.cumsum(lengths)
     return np.repeat(starts - ends + lengths, lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def _rows(lengths: np.ndarray, widths: RowWidths) -> tuple[np.ndarray, np.ndarray]:
-    """Returns each item's row of the encoder and of the decoder, [X, n] each."""
+    """Returns the encoder row and the decoder row of each item, [X, n] each."""
     encoder = next_fit(lengths[..., :1], (widths.inputs,))
     return encoder, next_fit(lengths, (widths.cross, widths.targets))
 
 
 def _sample_blocks(num_steps: int) -> list[range]:
-    """Returns blocks of steps all over a run; of a short run, all its steps.
+    """Returns blocks of steps spread over a run; for a short run, all its steps.
 
-    The steps of a block are balanced with each other, see `paired_order`.
+    The lengths of the steps of a block are balanced together, see `paired_order`.
     """
-    size = EXCHANGING
+    size = BLOCK_STEPS
     if num_steps <= SHAPE_BLOCKS * size:
         starts = list(range(0, num_steps, size))
     else:
@@ -238,30 +240,30 @@ def _sample_blocks(num_steps: int) -> list[range]:
     return [range(start, min(start + size, num_steps)) for start in starts]
 
 
-def _ever_larger(shape: PackedShape) -> Iterator[PackedShape]:
+def _growing_shapes(shape: PackedShape) -> Iterator[PackedShape]:
     while True:
         shape = shape.enlarged()
         yield shape
 
 
 class Batches:
-    """The batches of an order, by step: `batches[step]`.
+    """The batches of an order, indexed by step: `batches[step]`.
+
+    Batches are packed from items: an item is a sequence or, with one encoder pass, an example.
 
     Args:
       store: the tokens.
-      order: which sequences each step has.
-      num_steps: how many steps there are; indices go from 0 to below it.
-      packed: sequences in flat slots; or each in a row of its own, padded to the longest.
-      groups: G, among which the sequences are dealt (data shards x microbatches).
-      starts: where the views of an example have one input, the id that each task's outputs start
-        from, [K]; None where each has its own, and all start from 0.
-
-    What is packed, an item below, is a sequence or, where views have one input, an example.
+      order: the sequences of each step.
+      num_steps: the number of steps.
+      packed: whether sequences are packed; else each is padded to the longest, in its own row.
+      groups: G, the number of groups that items are balanced across (data shards x microbatches).
+      starts: the decoder's start id of each task, [K], if the tasks of an example share one input;
+        None if each task has its own input, and all decoders start from 0.
 
     Attributes:
-      shapes: the shapes that batches have, by their work; at most three, and in a run of more steps
-        than the sample that they are chosen by a spare one for steps that need more. A training
-        step is compiled once for each shape that occurs.
+      shapes: the shapes of the batches, in order of work: at most three, and one larger spare for
+        steps outside the sample that shapes are chosen from. The train step is compiled once for
+        each shape that occurs.
     """
 
     def __init__(
@@ -276,41 +278,38 @@ class Batches:
     ):
         self.store, self.order, self.num_steps, self.packed = store, order, num_steps, packed
         self.groups, self.starts = groups, starts
-        self._most = order.most if starts is None else -(-order.most // len(store.tasks))
+        self._max_items = order.most if starts is None else -(-order.most // len(store.tasks))
         longest = store.longest if starts is None else store.longest_together
         if not packed:
-            own = -(-self._most // groups) * groups
-            alone = RowWidths(longest[0], longest[1], longest[0])
-            self.shapes: tuple[PackedShape, ...] = (PackedShape(*longest, own, own, alone),)
+            rows = -(-self._max_items // groups) * groups
+            full = RowWidths(longest[0], longest[1], longest[0])
+            self.shapes: tuple[PackedShape, ...] = (PackedShape(*longest, rows, rows, full),)
             return
-        blocks = [self._dealt(block)[0] for block in _sample_blocks(num_steps)]
+        blocks = [self._grouped_lengths(block)[0] for block in _sample_blocks(num_steps)]
         sample = blocks[0]
-        narrower = np.quantile(self._needed(sample)[:, 2:], NARROWER, axis=0).clip(min=1)
+        narrower = np.quantile(self._slots_needed(sample)[:, 2:], NARROWER, axis=0).clip(min=1)
         bounds = [*map(tuple, narrower.astype(int).tolist()), longest]
         widths = [choose_widths(sample, bound) for bound in bounds]
-        widths = [*dict.fromkeys(reversed(widths))][::-1]  # the last ones hold every sequence
-        needed = np.concatenate([self._needed(block) for block in blocks])
-        rows = np.concatenate(
+        widths = [*dict.fromkeys(reversed(widths))][::-1]  # the last ones fit every sequence
+        needed = np.concatenate([self._slots_needed(block) for block in blocks])
+        row_counts = np.concatenate(
             [np.stack([self._rows_needed(b, w) for w in widths], axis=1) for b in blocks]
         )
-        self.shapes = choose_shapes(needed, rows, widths)
+        self.shapes = choose_shapes(needed, row_counts, widths)
         if len(needed) < num_steps:
-            (N, M), (R, Q) = (x.max(axis=0).tolist() for x in (needed[:, :2], rows[:, -1]))
+            (N, M), (R, Q) = (x.max(axis=0).tolist() for x in (needed[:, :2], row_counts[:, -1]))
             self.shapes += (PackedShape(N, M, R, Q, widths[-1]).enlarged(),)
 
     def __len__(self) -> int:
         return self.num_steps
 
     def lengths(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns what a step encodes and decodes.
-
-        Returns:
-          The lengths of its inputs [i] and of its targets [n], in tokens, and which input each
-          target reads [n].
+        """Returns the lengths of a step's inputs [i] and targets [n] in tokens, and the index of
+        the input that each target attends to [n].
         """
         _, _, lengths, items = self._sequences(step)
-        opens = np.diff(items, prepend=-1) != 0
-        return lengths[opens, 0], lengths[:, 1], items
+        is_first = np.diff(items, prepend=-1) != 0
+        return lengths[is_first, 0], lengths[:, 1], items
 
     def _sequences(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Returns the tasks, rows, lengths [n, 2] and items of a step's n sequences."""
@@ -318,54 +317,55 @@ class Batches:
         lengths = self.store.lengths(tasks, rows)
         return tasks, rows, lengths, np.arange(len(tasks)) if self.starts is None else examples
 
-    def _dealt(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the items of some steps, dealt among the groups.
+    def _grouped_lengths(self, steps: range) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the items of some steps, balanced across groups.
 
         Returns:
-          Lengths [steps * G, n, 2], 0 where a group has fewer than n items, and which item of its
-          step each is [steps * G, n], -1 for none.
+          The lengths [steps * G, n, 2], 0 if a group has fewer than n items, and the index of each
+          item in its step [steps * G, n], -1 for none.
         """
-        most, G = self._most, self.groups
-        lengths = np.zeros((len(steps), most, 2), np.int64)
+        G = self.groups
+        lengths = np.zeros((len(steps), self._max_items, 2), np.int64)
         for i, step in enumerate(steps):
             inputs, targets, items = self.lengths(step)
             lengths[i, : len(inputs), 0] = inputs
             np.add.at(lengths[i, :, 1], items, targets)
-        which, there = members(deal(lengths, G), G)  # in each group the order drawn is kept
-        n = there.shape[-1]
-        dealt = np.take_along_axis(lengths, which.reshape(len(steps), -1, 1), axis=1)
-        dealt, which = dealt.reshape(-1, n, 2), which.reshape(-1, n)
-        there = there.reshape(-1, n) & (dealt[:, :, 0] > 0)
-        return np.where(there[:, :, None], dealt, 0), np.where(there, which, -1)
+        # In each group, items keep the order that they are drawn in.
+        items, exists = group_members(balance_groups(lengths, G), G)
+        n = exists.shape[-1]
+        grouped = np.take_along_axis(lengths, items.reshape(len(steps), -1, 1), axis=1)
+        grouped, items = grouped.reshape(-1, n, 2), items.reshape(-1, n)
+        exists = exists.reshape(-1, n) & (grouped[:, :, 0] > 0)
+        return np.where(exists[:, :, None], grouped, 0), np.where(exists, items, -1)
 
-    def _needed(self, dealt: np.ndarray) -> np.ndarray:
-        """Returns the slots that the fullest group of each step needs, and the longest input and
-        target of the step, [steps, 4].
+    def _slots_needed(self, grouped: np.ndarray) -> np.ndarray:
+        """Returns the encoder and decoder slots that the fullest group of each step needs, and the
+        longest input and target of the step, [steps, 4].
 
         Args:
-          dealt: the lengths of the items, see `_dealt`.
+          grouped: the lengths of the items, from `_grouped_lengths`.
         """
-        found = np.concatenate([dealt.sum(axis=1), dealt.max(axis=1)], axis=1)
-        return found.reshape(-1, self.groups, 4).max(axis=1)
+        needed = np.concatenate([grouped.sum(axis=1), grouped.max(axis=1)], axis=1)
+        return needed.reshape(-1, self.groups, 4).max(axis=1)
 
-    def _rows_needed(self, dealt: np.ndarray, widths: RowWidths) -> np.ndarray:
-        """Returns the rows of encoder and decoder that the fullest group needs, [steps, 2]."""
-        rows = [row.max(axis=1) + 1 for row in _rows(dealt, widths)]
+    def _rows_needed(self, grouped: np.ndarray, widths: RowWidths) -> np.ndarray:
+        """Returns the encoder and decoder rows that the fullest group needs, [steps, 2]."""
+        rows = [row.max(axis=1) + 1 for row in _rows(grouped, widths)]
         return np.stack(rows, axis=1).reshape(-1, self.groups, 2).max(axis=1)
 
-    def _shape(self, dealt: np.ndarray) -> PackedShape:
-        """Returns the shape of one step's batch: the first that holds it.
+    def _shape(self, grouped: np.ndarray) -> PackedShape:
+        """Returns the first shape that fits the batch of a step.
 
         Args:
-          dealt: the lengths of the step's items, see `_dealt`.
+          grouped: the lengths of the step's items, from `_grouped_lengths`.
         """
-        needed = self._needed(dealt)[0]
-        for shape in itertools.chain(self.shapes, _ever_larger(self.shapes[-1])):
-            if shape.holds(needed):
-                rows = self._rows_needed(dealt, shape.widths)[0]
+        needed = self._slots_needed(grouped)[0]
+        for shape in itertools.chain(self.shapes, _growing_shapes(self.shapes[-1])):
+            if shape.fits(needed):
+                rows = self._rows_needed(grouped, shape.widths)[0]
                 if rows[0] <= shape.input_rows and rows[1] <= shape.target_rows:
                     return shape
-        raise AssertionError("a shape that grows without end holds every batch")
+        raise AssertionError("shapes grow until one fits")
 
     def __getitem__(self, step: int) -> Batch:
         if not 0 <= step < self.num_steps:
@@ -375,19 +375,19 @@ class Batches:
             shape, G = self.shapes[0], self.shapes[0].input_rows
             group, segment, starts = np.arange(n), np.ones(n, int), np.zeros((n, 2), int)
             return self._tokens(step, shape, G, group, segment, starts)
-        dealt, which = self._dealt(range(step, step + 1))
-        shape = self._shape(dealt)
-        # Back from the groups [G, n] to the step's own order [n].
-        at = which >= 0
+        grouped, items = self._grouped_lengths(range(step, step + 1))
+        shape = self._shape(grouped)
+        # From the order of the groups [G, n] to that of the step's items [n].
+        exists = items >= 0
         group, segment = np.empty((2, n), np.int64)
-        group[which[at]], segment[which[at]] = (i for i in np.nonzero(at))
-        before = np.cumsum(dealt, axis=1) - dealt
+        group[items[exists]], segment[items[exists]] = (i for i in np.nonzero(exists))
+        before = np.cumsum(grouped, axis=1) - grouped
         starts = np.empty((n, 2), np.int64)
-        starts[which[at]] = before[at]
+        starts[items[exists]] = before[exists]
         batch = self._tokens(step, shape, self.groups, group, segment + 1, starts)
 
         widths = shape.widths
-        encoder, decoder = _rows(dealt, widths)
+        encoder, decoder = _rows(grouped, widths)
         layouts = (
             ("encoder_rows", encoder, 0, shape.input_rows, widths.inputs),
             ("decoder_rows", decoder, 1, shape.target_rows, widths.targets),
@@ -396,13 +396,13 @@ class Batches:
         for name, row, side, num_rows, width in layouts:
             empty = (shape.inputs, shape.targets)[side]
             table = np.full((self.groups, num_rows, width), empty, np.int32)
-            row, first, size = row[at], before[..., side][at], dealt[..., side][at]
-            # A row begins where its first item does, and that is where its slots begin.
-            key = np.nonzero(at)[0] * num_rows + row
-            opens = np.diff(key, prepend=-1) != 0
-            row_start = first[opens][np.cumsum(opens) - 1]
-            to = _slots(key * width + first - row_start, size)
-            table.reshape(-1)[to] = _slots(first, size)
+            row, first, size = row[exists], before[..., side][exists], grouped[..., side][exists]
+            # The first slot of a row is the first slot of its first item.
+            key = np.nonzero(exists)[0] * num_rows + row
+            is_first = np.diff(key, prepend=-1) != 0
+            row_start = first[is_first][np.cumsum(is_first) - 1]
+            positions = _slots(key * width + first - row_start, size)
+            table.reshape(-1)[positions] = _slots(first, size)
             batch[name] = table
         return batch
 
@@ -415,54 +415,56 @@ class Batches:
         segment: np.ndarray,
         first: np.ndarray,
     ) -> Batch:
-        """Returns the arrays of tokens of a step.
+        """Returns the token arrays of a step.
 
         Args:
-          step: which.
-          shape: of a group.
-          groups: how many.
-          group: of each item, [i].
-          segment: its number there, from 1 on, [i].
-          first: its first slots, [i, 2].
+          step: the step.
+          shape: the shape of a group.
+          groups: the number of groups.
+          group: [i], the group of each item.
+          segment: [i], the number of each item in its group, from 1.
+          first: [i, 2], the first encoder slot and the first decoder slot of each item.
         """
         N, M, K = shape.inputs, shape.targets, len(self.store.tasks)
         names = ("target_tokens", "input_tokens", "segment_ids", "task_ids")
         batch = {f"encoder_{name}": np.zeros((groups, N), np.int32) for name in names[1:3]}
         batch |= {f"decoder_{name}": np.zeros((groups, M), np.int32) for name in names}
         tasks, rows, lengths, items = self._sequences(step)
-        opens = np.diff(items, prepend=-1) != 0  # the sequence that has its item's input
-        own = segment[items]  # the number of each target's segment
+        is_first = np.diff(items, prepend=-1) != 0  # the sequence that has its item's input
+        target_segment = segment[items]
         if self.starts is not None:
             batch["decoder_reads"] = np.zeros((groups, M), np.int32)
-            own = (own - 1) * K + tasks + 1
+            target_segment = (target_segment - 1) * K + tasks + 1
         before = np.cumsum(lengths[:, 1]) - lengths[:, 1]
-        before -= before[opens][np.cumsum(opens) - 1]  # targets of the item that come earlier
+        before -= before[is_first][np.cumsum(is_first) - 1]  # earlier target tokens of the item
         flat = {name: array.reshape(-1) for name, array in batch.items()}
         for k, task in enumerate(self.store.tasks):
-            here = (tasks == k) & opens
-            sizes, item = lengths[here, 0], items[here]
-            to = _slots(group[item] * N + first[item, 0], sizes)
-            tokens = task.inputs.tokens[_slots(task.inputs.offsets[rows[here]], sizes)]
-            flat["encoder_input_tokens"][to] = tokens
-            flat["encoder_segment_ids"][to] = np.repeat(segment[item], sizes)
+            chosen = (tasks == k) & is_first
+            sizes, item = lengths[chosen, 0], items[chosen]
+            slots = _slots(group[item] * N + first[item, 0], sizes)
+            tokens = task.inputs.tokens[_slots(task.inputs.offsets[rows[chosen]], sizes)]
+            flat["encoder_input_tokens"][slots] = tokens
+            flat["encoder_segment_ids"][slots] = np.repeat(segment[item], sizes)
 
-            here = tasks == k
-            sizes, item = lengths[here, 1], items[here]
-            to = _slots(group[item] * M + first[item, 1] + before[here], sizes)
-            tokens = task.targets.tokens[_slots(task.targets.offsets[rows[here]], sizes)]
-            flat["decoder_target_tokens"][to] = tokens
+            chosen = tasks == k
+            sizes, item = lengths[chosen, 1], items[chosen]
+            slots = _slots(group[item] * M + first[item, 1] + before[chosen], sizes)
+            tokens = task.targets.tokens[_slots(task.targets.offsets[rows[chosen]], sizes)]
+            flat["decoder_target_tokens"][slots] = tokens
             shifted = np.roll(tokens, 1)
             shifted[np.cumsum(sizes) - sizes] = 0 if self.starts is None else self.starts[k]
-            flat["decoder_input_tokens"][to] = shifted
-            flat["decoder_segment_ids"][to] = np.repeat(own[here], sizes)
-            flat["decoder_task_ids"][to] = k + 1
+            flat["decoder_input_tokens"][slots] = shifted
+            flat["decoder_segment_ids"][slots] = np.repeat(target_segment[chosen], sizes)
+            flat["decoder_task_ids"][slots] = k + 1
             if self.starts is not None:
-                flat["decoder_reads"][to] = np.repeat(segment[item], sizes)
+                flat["decoder_reads"][slots] = np.repeat(segment[item], sizes)
         return batch
 
 
 def fill(batch: Batch) -> tuple[float, float]:
-    """Returns the part of encoder and of decoder slots that hold a token."""
+    """Returns the packing density of a batch: the fraction of encoder slots and of decoder slots
+    with a token.
+    """
     return (
         float((batch["encoder_segment_ids"] > 0).mean()),
         float((batch["decoder_segment_ids"] > 0).mean()),
@@ -470,8 +472,8 @@ def fill(batch: Batch) -> tuple[float, float]:
 
 
 def iterate(batches: Batches, start: int = 0, buffer: int = 4) -> Iterator[Batch]:
-    """Yields the batches from a step on, prepared ahead in another thread."""
-    import grain  # imports slowly; evaluation and packing do without
+    """Yields the batches from a step on, prefetched in another thread."""
+    import grain  # a slow import that evaluation and packing do not need
 
     steps = grain.MapDataset.range(start, len(batches)).map(batches.__getitem__)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=buffer)

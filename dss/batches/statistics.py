@@ -1,4 +1,4 @@
-"""What a dataset's splits and a mixture's tasks hold, in numbers."""
+"""Statistics of a dataset's splits and of a mixture's tasks."""
 
 import collections
 import dataclasses
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 PERCENTILES = (50, 90, 99, 100)
-SHOWN = 3  # labels named in a line
+SHOWN = 3  # labels listed in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class TeacherStatistics:
     """A teacher's outputs for a split.
 
     Attributes:
-      statuses: how many outputs have each status, and "missing": examples without an output.
-      judged: examples that have a gold label and an output that is not stale.
-      correct: those of them whose label is right.
+      statuses: the number of outputs by status; "missing" counts the examples without an output.
+      judged: the number of examples with a gold label and an output that is not stale.
+      correct: the number of judged examples whose teacher label is correct.
     """
 
     statuses: dict[str, int]
@@ -44,27 +44,27 @@ class TeacherStatistics:
 
     @property
     def accuracy(self) -> float | None:
-        """The teacher's accuracy against gold, in [0, 1]; None where nothing can be judged."""
+        """The teacher's accuracy on gold labels, in [0, 1]; None without judged examples."""
         return self.correct / self.judged if self.judged else None
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitStatistics:
-    """A split: its examples, how many have a gold label, and what each teacher wrote."""
+    """The number of examples of a split, and the outputs of each teacher for it."""
 
     examples: int
-    labelled: int
+    labelled: int  # examples with a gold label
     teachers: dict[str, TeacherStatistics]
 
 
 def count_statuses(
     examples: Sequence[Example], outputs: Mapping[str, TeacherOutput]
 ) -> dict[str, int]:
-    """Returns how many examples have an output of each status, "missing" for those without one."""
-    found = collections.Counter(
+    """Returns the number of examples by the status of their output, "missing" without one."""
+    counts = collections.Counter(
         outputs[e.id].status if e.id in outputs else "missing" for e in examples
     )
-    return {name: found[name] for name in (*STATUSES, "stale", "missing") if found[name]}
+    return {name: counts[name] for name in (*STATUSES, "stale", "missing") if counts[name]}
 
 
 def measure_split(
@@ -78,17 +78,17 @@ def measure_split(
     """Returns the statistics of a split.
 
     Args:
-      dataset: which.
+      dataset: the dataset.
       split: "train", "valid" or "test".
-      teachers: those that have outputs for it.
-      fraction: of the training examples; see `Dataset.examples`.
-      seed: of the subsample.
+      teachers: the teachers with outputs for the split.
+      fraction: the fraction of the training examples; see `Dataset.examples`.
+      seed: the seed of the subsample.
 
     Raises:
-      UserError: see `Dataset.examples`.
+      UserError: if a file is missing or malformed, or the split has no examples.
     """
     examples = dataset.examples(split, fraction=fraction, seed=seed)
-    found = {}
+    statistics = {}
     for teacher in teachers:
         outputs = dataset.outputs(split, teacher)
         verdicts = [
@@ -97,18 +97,18 @@ def measure_split(
             if e.id in outputs and e.label is not None and outputs[e.id].status != "stale"
         ]
         statuses = count_statuses(examples, outputs)
-        found[teacher] = TeacherStatistics(statuses, len(verdicts), sum(verdicts))
-    return SplitStatistics(len(examples), sum(e.label is not None for e in examples), found)
+        statistics[teacher] = TeacherStatistics(statuses, len(verdicts), sum(verdicts))
+    return SplitStatistics(len(examples), sum(e.label is not None for e in examples), statistics)
 
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Lengths of some texts in tokens, EOS counted.
+    """Statistics of text lengths in tokens, including EOS.
 
     Attributes:
-      percentiles: the lengths at 50, 90, 99 and 100 percent.
-      total: tokens in all.
-      truncated: the share of texts that are longer than the limit, in [0, 1].
+      percentiles: the 50th, 90th, 99th and 100th percentile of the lengths.
+      total: the total number of tokens.
+      truncated: the fraction of texts longer than the limit, in [0, 1].
     """
 
     percentiles: tuple[int, ...]
@@ -117,7 +117,7 @@ class Lengths:
 
     @classmethod
     def of(cls, lengths: Sequence[int], limit: int) -> "Lengths":
-        """Returns the statistics of some lengths (at least one) under a limit."""
+        """Returns the statistics of lengths (at least one), given their limit."""
         array = np.asarray(lengths)
         ranks = np.percentile(array, PERCENTILES, method="inverted_cdf")
         return cls(tuple(int(r) for r in ranks), int(array.sum()), float((array > limit).mean()))
@@ -126,7 +126,7 @@ class Lengths:
 def measure_lengths(
     rows: Sequence[TextRow], vocabulary: Vocabulary, *, inputs_length: int, targets_length: int
 ) -> tuple[Lengths, Lengths]:
-    """Returns the lengths of the inputs and of the targets of a task's rows, before cutting."""
+    """Returns the lengths of the inputs and of the targets of a task's rows, not truncated."""
     inputs = [len(vocabulary.encode(row.inputs)) + 1 for row in rows]
     targets = [len(vocabulary.encode(row.targets)) + 1 for row in rows]
     return Lengths.of(inputs, inputs_length), Lengths.of(targets, targets_length)
@@ -140,14 +140,14 @@ def describe_labels(
     fraction: float = 1.0,
     seed: int = 0,
 ) -> list[str]:
-    """Returns lines about labels that look alike, and about what of labels and inputs the
-    vocabulary cannot write; often none.
+    """Returns warnings about similar labels, labels that the metric cannot read, and labels and
+    inputs that the vocabulary cannot represent.
 
     Args:
-      mixture: the mixture that is trained on.
+      mixture: the mixture to train on.
       vocabulary: the student's vocabulary.
       store: the mixture's training tokens.
-      fraction: the part of the training examples that is used; see `Dataset.examples`.
+      fraction: the fraction of the training examples in use; see `Dataset.examples`.
       seed: the seed of the subsample.
     """
     lines = []
@@ -157,20 +157,21 @@ def describe_labels(
     lines += describe_look_alikes(e.label for e in examples if e.label is not None)
     distinct = sorted({e.label for e in examples if e.label is not None})
     metric = mixture.dataset.labels.metric
-    unread = [label for label in distinct if not mixture.dataset.labels.is_readable(label)]
-    if unread:
-        shown = ", ".join(map(repr, unread[:SHOWN])) + (", ..." if len(unread) > SHOWN else "")
+    unreadable = [label for label in distinct if not mixture.dataset.labels.is_readable(label)]
+    if unreadable:
+        shown = ", ".join(map(repr, unreadable[:SHOWN]))
+        more = ", ..." if len(unreadable) > SHOWN else ""
         lines.append(
-            f"the metric {metric!r} cannot read {len(unread)} of {len(distinct)} different labels: "
-            f"{shown}; each is right against the same text alone"
+            f"the metric {metric!r} cannot read {len(unreadable)} of {len(distinct)} different "
+            f"labels: {shown}{more}; a prediction matches such a label only with the same text"
         )
     changed = [(a, b) for a in distinct if (b := round_trip(vocabulary, a)) != a]
     if changed:
         shown = ", ".join(f"{a!r} (written as {b!r})" for a, b in changed[:SHOWN])
         more = ", ..." if len(changed) > SHOWN else ""
         lines.append(
-            f"the vocabulary cannot write {len(changed)} of {len(distinct)} different labels: "
-            f"{shown}{more}; predictions are compared with what it writes"
+            f"the vocabulary cannot represent {len(changed)} of {len(distinct)} different labels: "
+            f"{shown}{more}; predictions are compared with the labels as it writes them"
         )
     inputs = [task.inputs.tokens for task in store.tasks]
     total = sum(map(len, inputs))

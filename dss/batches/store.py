@@ -1,8 +1,8 @@
-"""The token store: each tokenised split of a mixture once, in memory-mapped arrays.
+"""The token store: a tokenized split of a mixture, in memory-mapped arrays.
 
-A store holds, for every task of a mixture, the token ids of all inputs and targets, flat, with
-offsets; and for every example the row that each task has of it, so that the views of one example
-can be trained together. Training reads nothing else: no text, no TensorFlow.
+For every task of the mixture, a store has the token ids of all inputs and targets in flat arrays
+with offsets, and the row of each example in the task. Training reads only token stores: no text, no
+TensorFlow.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from dss.mixtures.tasks import Task, TaskRows, TextRow
 
 __all__ = ["Ragged", "TaskTokens", "TokenStore", "cache_dir", "open_store", "tokenize"]
 
-FORMAT = 6  # part of the key: raise it when the arrays change their meaning
+FORMAT = 6  # part of the cache key; increment it when the meaning of the arrays changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ragged:
 
     tokens: np.ndarray  # [all tokens] int32
     offsets: np.ndarray  # [N + 1] int64
-    num_cut: int = 0  # how many sequences lost tokens to the limit of length
+    num_cut: int = 0  # number of truncated sequences
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]], num_cut: int = 0) -> "Ragged":
@@ -58,24 +58,24 @@ class Ragged:
 
 @dataclasses.dataclass(frozen=True)
 class TaskTokens:
-    """One task's tokenised rows: row i reads `inputs[i]` and writes `targets[i]`."""
+    """The tokenized rows of a task: row i has input `inputs[i]` and target `targets[i]`."""
 
     inputs: Ragged
     targets: Ragged
-    ledger: Ledger | None = None  # what became of the file's rows; None where nobody asked
+    ledger: Ledger | None = None  # the outcomes of the file's rows; None without a file
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenStore:
-    """A tokenised split of a mixture.
+    """A tokenized split of a mixture.
 
     Attributes:
-      tasks: one `TaskTokens` a task, in the mixture's order.
-      rows: [N examples, K tasks] int32, the row of each example in each task, -1 where the task
-        has none (an unparsed rationale, a missing label).
-      counts: [N, K] int32, how many rows a task has of an example, from that one on: several
-        rationales are trained on in turn.
-      ids: the examples' ids, N of them.
+      tasks: the tokens of each task, in the mixture's order.
+      rows: [N examples, K tasks] int32, the first row of each example in each task; -1 for none,
+        such as for an unparsed rationale.
+      counts: [N, K] int32, the number of adjacent rows of each example in each task; with several
+        rationales, training uses them in turn.
+      ids: [N], the ids of the examples.
     """
 
     tasks: tuple[TaskTokens, ...]
@@ -88,13 +88,15 @@ class TokenStore:
 
     @property
     def longest(self) -> tuple[int, int]:
-        """The longest input and the longest target, in tokens."""
+        """The lengths of the longest input and target, in tokens."""
         inputs, targets = self._longest_of_tasks
         return max(inputs), max(targets)
 
     @property
     def longest_together(self) -> tuple[int, int]:
-        """The longest input, and the most that an example's targets may be together, in tokens."""
+        """The length of the longest input, and an upper bound on the total length of an example's
+        targets, in tokens.
+        """
         inputs, targets = self._longest_of_tasks
         return max(inputs), sum(targets)
 
@@ -109,21 +111,21 @@ class TokenStore:
         """Returns the lengths of the inputs and targets of some sequences, in tokens, [n, 2]."""
         out = np.empty((len(tasks), 2), np.int64)
         for k, task in enumerate(self.tasks):
-            here = np.flatnonzero(tasks == k)
+            indices = np.flatnonzero(tasks == k)
             for side, ragged in enumerate((task.inputs, task.targets)):
-                first = ragged.offsets[rows[here]]
-                out[here, side] = ragged.offsets[rows[here] + 1] - first
+                first = ragged.offsets[rows[indices]]
+                out[indices, side] = ragged.offsets[rows[indices] + 1] - first
         return out
 
     def ids_of(self, tasks: np.ndarray, rows: np.ndarray) -> list[str]:
-        """Returns the ids of the examples of some sequences, each once."""
+        """Returns the ids of the examples of some sequences, without duplicates."""
         pairs = zip(tasks, rows, strict=True)
         first, end = self.rows, self.rows + self.counts
-        found = [np.flatnonzero((first[:, k] <= r) & (r < end[:, k]))[0] for k, r in pairs]
-        return [self.ids[i] for i in dict.fromkeys(found)]
+        examples = [np.flatnonzero((first[:, k] <= r) & (r < end[:, k]))[0] for k, r in pairs]
+        return [self.ids[i] for i in dict.fromkeys(examples)]
 
     def save(self, path: Path) -> None:
-        """Writes the store to the folder `path`, all of it or nothing."""
+        """Writes the store to the folder `path`, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as temporary:
             folder = Path(temporary) / "store"
@@ -144,12 +146,12 @@ class TokenStore:
             try:
                 os.rename(folder, path)
             except OSError:
-                if not path.is_dir():  # else another process wrote the same store first
+                if not path.is_dir():  # otherwise another process has written the same store
                     raise
 
     @classmethod
     def load(cls, path: Path) -> "TokenStore":
-        """Opens the store in the folder `path`; its tokens stay on disk until they are read."""
+        """Opens the store in the folder `path`; its tokens are memory-mapped."""
         rows = np.load(path / "rows.npy")
 
         def ragged(name: str, num_cut: int) -> Ragged:
@@ -177,13 +179,13 @@ def tokenize(
     inputs_length: int,
     targets_length: int,
 ) -> TokenStore:
-    """Returns the store of some tasks' text rows, joined over tasks by the rows' ids.
+    """Returns the store of text rows, joined across tasks by the ids of the rows.
 
     Args:
-      rows_by_task: the rows of each task; those of one example follow each other.
-      vocabulary: how text becomes ids.
-      inputs_length: longest input in tokens, EOS counted; longer ones are cut.
-      targets_length: the same for targets.
+      rows_by_task: the rows of each task; rows of the same example are adjacent.
+      vocabulary: the vocabulary that encodes the texts.
+      inputs_length: the maximum input length in tokens, including EOS; longer inputs are truncated.
+      targets_length: the maximum target length.
     """
 
     def ragged(texts: Sequence[str], length: int) -> Ragged:
@@ -200,9 +202,9 @@ def tokenize(
     tasks = []
     for k, rows in enumerate(rows_by_task):
         for i, row in enumerate(rows):
-            at = index[row.id], k
-            table[at] = i - counts[at]
-            counts[at] += 1
+            cell = index[row.id], k
+            table[cell] = i - counts[cell]
+            counts[cell] += 1
         tasks.append(
             TaskTokens(
                 ragged([row.inputs for row in rows], inputs_length),
@@ -213,7 +215,7 @@ def tokenize(
 
 
 def cache_dir() -> Path:
-    """Where stores are kept between runs: DSS_CACHE, or the user's cache folder."""
+    """Returns the cache folder: DSS_CACHE, or `dss` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dss"
     return Path(os.environ.get("DSS_CACHE", default))
 
@@ -228,7 +230,7 @@ def _key(
         hashes = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]
         held_out = not dataset.source.has("valid")
         parts.append([dataset.name, task.kind, task.teacher, task.prefix, hashes, held_out])
-        parts.append(dataset.labels.closed)  # reading checks them
+        parts.append(dataset.labels.closed)  # examples are checked against it when read
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -244,25 +246,27 @@ def open_store(
     keep_unparsed: bool = False,
     rationales: RationaleConfig = ALL_RATIONALES,
 ) -> TokenStore:
-    """Returns the store of a mixture's split, from the cache where data and settings are the same.
+    """Returns the token store of a mixture's split, from the cache if data and options are the
+    same.
 
     Args:
-      mixture: which tasks.
+      mixture: the mixture of the tasks.
       split: "train", "valid" or "test".
-      vocabulary: how text becomes ids.
-      inputs_length: longest input in tokens.
-      targets_length: longest target in tokens.
-      fraction: the part of the training examples to use, (0, 1].
-      seed: of the subsample.
-      keep_unparsed: train on blanks where the teacher's text was not parsed, as the reference does.
-      rationales: which ones of the training split.
+      vocabulary: the vocabulary that encodes the texts.
+      inputs_length: the maximum input length in tokens.
+      targets_length: the maximum target length in tokens.
+      fraction: the fraction of the training examples to use, in (0, 1].
+      seed: the seed of the subsample.
+      keep_unparsed: whether to train on empty targets where parsing failed, as the reference
+        implementation does.
+      rationales: the selection of rationales in the training split.
 
     Raises:
-      UserError: a missing or malformed file, or a split without rows.
+      UserError: if a file is missing or malformed, or the split has no rows.
     """
     options: dict[str, Any] = {"fraction": fraction, "seed": seed, "keep_unparsed": keep_unparsed}
-    settings = options | dataclasses.asdict(rationales)
-    key = _key(mixture, split, vocabulary, (inputs_length, targets_length), settings)
+    key_options = options | dataclasses.asdict(rationales)
+    key = _key(mixture, split, vocabulary, (inputs_length, targets_length), key_options)
     path = cache_dir() / "tokens" / f"{mixture.name}-{split}-{key}"
     if not path.is_dir():
         reads = [task.read(split, **options, rationales=rationales) for task in mixture.tasks]
@@ -278,9 +282,11 @@ def open_store(
             for task, read, tokens in zip(mixture.tasks, reads, store.tasks, strict=True)
         ]
         for task, read, ledger in zip(mixture.tasks, reads, ledgers, strict=True):
-            # A validation set without rationales still shows the label's loss.
+            # A validation split without rationales still has a label loss.
             if not read.rows and (split == "train" or not any(read.rows for read in reads)):
-                raise UserError(f"{task.name}: no {split} rows: of {ledger.rows:,} {ledger}")
+                raise UserError(
+                    f"{task.name}: no {split} rows; of {ledger.rows:,} rows in the file: {ledger}"
+                )
         pairs = zip(store.tasks, ledgers, strict=True)
         tasks = tuple(dataclasses.replace(tokens, ledger=ledger) for tokens, ledger in pairs)
         store = dataclasses.replace(store, tasks=tasks)
@@ -297,26 +303,26 @@ def _ledger(
     limits: tuple[int, int],
     fraction: float,
 ) -> Ledger:
-    """Returns a task's ledger, with what its vocabulary and limits did."""
-    full = (tokens.inputs.lengths >= limits[0]) | (tokens.targets.lengths >= limits[1])
+    """Returns a task's ledger, with rows that are truncated or have an unwritable label."""
+    at_limit = (tokens.inputs.lengths >= limits[0]) | (tokens.targets.lengths >= limits[1])
 
-    long = [
+    truncated_rows = [
         row
-        for row in (read.rows[i] for i in np.flatnonzero(full))
+        for row in (read.rows[i] for i in np.flatnonzero(at_limit))
         if is_cut(vocabulary, row.inputs, limits[0]) or is_cut(vocabulary, row.targets, limits[1])
     ]
-    written: dict[str, str] = {}
+    decoded: dict[str, str] = {}
     if task.kind == "label":
         labels = {row.targets.strip() for row in read.rows}
-        written = {label: round_trip(vocabulary, label) for label in labels}
+        decoded = {label: round_trip(vocabulary, label) for label in labels}
     return make_ledger(
         task,
         task.dataset,
         split,
         read,
         fraction=fraction,
-        truncated={row.id for row in long},
+        truncated={row.id for row in truncated_rows},
         unwritable={
-            row.id for row in read.rows if (text := row.targets.strip()) != written.get(text, text)
+            row.id for row in read.rows if (text := row.targets.strip()) != decoded.get(text, text)
         },
     )

@@ -1,4 +1,4 @@
-"""How annotating shows itself."""
+"""Progress display of `dss annotate`."""
 
 import time
 
@@ -12,7 +12,7 @@ __all__ = ["AnnotateProgress"]
 
 
 class AnnotateProgress(Progress):
-    """Shows rate, tokens, money so far and projected, failures by kind, and the time left."""
+    """Shows the rate, tokens, current and projected cost, failures by status, and time left."""
 
     def __init__(self, display: Lines, price: Price | None):
         self.display, self.price = display, price
@@ -21,17 +21,17 @@ class AnnotateProgress(Progress):
     def update(self, state: State, pacer: Pacer) -> None:
         """See `Progress.update`."""
         usage, seconds = state.usage, time.monotonic() - self._began
-        rate = state.asked / seconds if seconds else 0.0
-        parts = [f"{rate:.1f}/s", f"{pacer.in_flight} at once"]
+        rate = state.done_in_run / seconds if seconds else 0.0
+        parts = [f"{rate:.1f}/s", f"{pacer.in_flight} in flight"]
         parts.append(f"{usage.prompt + usage.completion:,} tokens")
         if self.price is None or state.cost is None:
             parts.append("cost unknown")
         else:
             projected = state.projected_cost
-            ahead = "" if projected is None else f" of about {self.price.text(projected)}"
-            parts.append(self.price.text(state.cost) + ahead)
-        failures = {name: n for name, n in state.kinds.items() if name not in FINAL}
-        parts += [f"{count} {name}" for name, count in sorted(failures.items())]
+            total = "" if projected is None else f" of about {self.price.text(projected)}"
+            parts.append(self.price.text(state.cost) + total)
+        failures = {s: count for s, count in state.status_counts.items() if s not in FINAL}
+        parts += [f"{count} {status}" for status, count in sorted(failures.items())]
         if rate:
             parts.append(time_left((state.total - state.done) / rate))
         self.display.show(state.done, "  ".join(parts))

@@ -1,4 +1,4 @@
-"""`python -m dss.cli.child VERB ...`: a `dss` command that ends with the process that began it."""
+"""`python -m dss.cli.child COMMAND ...`: a `dss` command that ends when its parent process ends."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ __all__: list[str] = []
 
 
 def _end_with_parent() -> None:
-    """Waits for the other end of standard input to be closed, which a killed process does too."""
-    os.read(sys.stdin.fileno(), 1)  # not sys.stdin's own, whose lock would be held at our end
-    os.kill(os.getpid(), signal.SIGTERM)  # training saves first
+    """Waits until standard input is closed, which also happens if the parent is killed."""
+    os.read(sys.stdin.fileno(), 1)  # sys.stdin.read would hold a lock when the process exits
+    os.kill(os.getpid(), signal.SIGTERM)  # training saves a checkpoint and exits
 
 
 if __name__ == "__main__":

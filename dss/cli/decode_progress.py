@@ -1,4 +1,4 @@
-"""How decoding shows itself."""
+"""Progress display of decoding."""
 
 import sys
 import time
@@ -11,9 +11,9 @@ __all__ = ["DecodeProgress"]
 
 
 class DecodeProgress(DecodingProgress):
-    """Shows answers a second and the time left, on standard error: standard output is for results.
+    """Prints predictions per second and the time left on standard error.
 
-    Batches that compile are left out of the rate.
+    Batches that include compilation do not count towards the rate.
     """
 
     def __init__(self) -> None:
@@ -23,8 +23,8 @@ class DecodeProgress(DecodingProgress):
 
     def expect(self, total: int | None) -> None:
         """See `DecodingProgress.expect`."""
-        self._display = Lines("answer", total, file=sys.stderr)
-        self._display.say("reading the student")
+        self._display = Lines("prediction", total, file=sys.stderr)
+        self._display.say("loading the student")
 
     def began(self, shape: Hashable) -> None:
         """See `DecodingProgress.began`."""
@@ -43,5 +43,5 @@ class DecodeProgress(DecodingProgress):
             self._seconds += time.monotonic() - self._began
         if self._counted:
             rate = self._counted / self._seconds
-            parts = [f"{rate:.1f} answers/s", *self._display.left(self._done, rate)]
+            parts = [f"{rate:.1f} predictions/s", *self._display.left(self._done, rate)]
         self._display.show(self._done, "  ".join(parts))

@@ -1,4 +1,4 @@
-"""`dss eval`."""
+"""The command `dss eval`."""
 
 import argparse
 import json
@@ -22,23 +22,25 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-MATRIX_LABELS = 10  # a closed set of more is shown without its confusion matrix
+MATRIX_LABELS = 10  # labels of a closed set whose confusion matrix is printed, at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the command's options."""
     add_run_options(parser)
-    parser.add_argument("--split", default="test", help="train, valid or test (default)")
+    parser.add_argument("--split", default="test", help="split: train, valid or test (default)")
     parser.add_argument(
-        "--rationales", action="store_true", help="have rationales written too, and judge them"
+        "--rationales",
+        action="store_true",
+        help="also generate and score rationales",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the result there too")
+    parser.add_argument("--json", metavar="FILE", help="also write the metrics to FILE")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints how good the answers are; writes them into the run directory."""
+    """Evaluates a student, prints the metrics, and writes predictions into the run directory."""
     check_run(args.run)
-    # A sweep has the summary written among the predictions, a folder that evaluating makes.
+    # A sweep writes FILE into the run's predictions folder, which is created below.
     if args.json and Path(args.json).parent != Path(args.run, PREDICTIONS):
         check_output("--json", args.json)
     data = {"DATA_ROOT": args.data_root, "DATASET_PATH": args.dataset_path}
@@ -50,20 +52,20 @@ def run(args: argparse.Namespace) -> int:
     from dss.runs.student import evaluate
 
     prepare_jax()
-    found = open_run(args)
+    student_run = open_run(args)
     result = evaluate(
-        found,
+        student_run,
         split=args.split,
-        which=args.checkpoint,
+        checkpoint=args.checkpoint,
         rationales=args.rationales,
         progress=DecodeProgress() if is_leader() else DecodingProgress(),
     )
     if not is_leader():
         return 0
-    path = result.save(found.folder / PREDICTIONS)
+    path = result.save(student_run.folder / PREDICTIONS)
     console = make_console()
-    where = f"{result.mixture} {result.split}, step {result.step}"
-    console.print(f"{where}: {_describe(result.scored)}", markup=False)
+    title = f"{result.mixture} {result.split}, step {result.step}"
+    console.print(f"{title}: {_describe(result.scored)}", markup=False)
     for name, teacher in result.teachers.items():
         line = f"teacher {name}: {_describe(teacher.scored)}, p = {teacher.p_value:.3g} (McNemar)"
         console.print(line, markup=False)
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         _print_rationales(console, result.quality)
     console.print(f"predictions: {path}", markup=False)
     if args.json:
-        # Whole or not at all: a sweep takes one that is there as the run's end.
+        # Written atomically: a sweep takes an existing file as a completed run.
         write_whole(epath.Path(args.json).expanduser(), json.dumps(result.summary()) + "\n")
     return 0
 
@@ -84,8 +86,8 @@ def _describe(scored: "Scored") -> str:
     text = f"{scored.metric.replace('_', ' ')} {scored.value:.2%}"
     if scored.interval:
         low, high = scored.interval
-        right, total = int(sum(scored.verdicts)), len(scored.verdicts)
-        text += f" (95%: {low:.2%} to {high:.2%}; {right} of {total})"
+        correct, total = int(sum(scored.verdicts)), len(scored.verdicts)
+        text += f" (95% CI: {low:.2%} to {high:.2%}; {correct} of {total})"
     return text
 
 
@@ -95,11 +97,13 @@ def _print_confusion(console: "Console", confusion: "Confusion") -> None:
     from dss.evaluation.significance import wilson_interval
 
     matrix = len(confusion.labels) <= MATRIX_LABELS
-    # Who chooses among the labels never says anything else.
-    predicted = [*confusion.labels, "else"][: None if any(r[-1] for r in confusion.counts) else -1]
+    # Only generated text can be outside the set, so the column "other" is often empty and omitted.
+    has_other = any(row[-1] for row in confusion.counts)
+    predicted = [*confusion.labels, *(["other"] if has_other else [])]
     headings = [escape(f"-> {label}") for label in predicted] if matrix else []
-    columns = ("right label", "examples", "accuracy", "95%", *headings)
-    table = make_table("by label", *columns, texts=1)
+    columns = ("target label", "examples", "accuracy", "95% CI", *headings)
+    title = "by target label (-> predicted label)" if matrix else "by target label"
+    table = make_table(title, *columns, texts=1)
     rows = zip(confusion.labels, confusion.counts, confusion.examples, confusion.right, strict=True)
     for label, counts, examples, right in rows:
         cells = ["", ""]
@@ -113,7 +117,7 @@ def _print_confusion(console: "Console", confusion: "Confusion") -> None:
 
 def _print_calibration(console: "Console", calibration: "Calibration") -> None:
     title = (
-        f"calibration: expected error {calibration.expected_error:.1%}, "
+        f"expected calibration error {calibration.expected_error:.1%}, "
         f"Brier score {calibration.brier:.3f} (0 to 2)"
     )
     table = make_table(title, "mean confidence", "accuracy", "examples", texts=0)
@@ -126,11 +130,11 @@ def _print_rationales(console: "Console", quality: "RationaleQuality") -> None:
     line = f"rationales: {quality.examples}"
     if quality.rouge_l is not None:
         line += f", ROUGE-L {quality.rouge_l:.1%} against {quality.referenced} of the teacher's"
-    line += f"; {quality.concluding} conclude a label"
+    line += f"; {quality.concluding} conclude with a label"
     if quality.concluding:
-        predicted, right = quality.predicted, quality.right
+        predicted, correct = quality.predicted, quality.right
         line += (
-            f": {predicted} ({predicted / quality.concluding:.1%}) the predicted one, "
-            f"{right} ({right / quality.concluding:.1%}) the right one"
+            f": {predicted} ({predicted / quality.concluding:.1%}) with the predicted one, "
+            f"{correct} ({correct / quality.concluding:.1%}) with the correct one"
         )
     console.print(line, markup=False)

@@ -21,23 +21,29 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-FILL_STEPS = 8  # batches looked at to tell how full they are
+FILL_STEPS = 8  # batches whose packing density is averaged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the options of the command."""
     parser.add_argument(
         "mixture",
         nargs="?",
         metavar="MIXTURE",
-        help="its name; without one, all are listed, or those of DATASET_PATH",
+        help="the name of a mixture; without it, all names are listed, or those of DATASET_PATH",
     )
     add_gin_options(parser)
-    parser.add_argument("--examples", type=int, default=2, metavar="N", help="to show of each task")
+    parser.add_argument(
+        "--examples",
+        type=int,
+        default=2,
+        metavar="N",
+        help="the number of examples to show for each task (default: 2)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what the mixture holds."""
+    """Prints the contents of a mixture, or lists the mixtures."""
     search = gin_folders(args)
     check_flags(args.gin)
 
@@ -52,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
         experiment = dataclasses.replace(experiment, mixture=args.mixture, method=None)
     if not experiment.has_task:
         datasets = open_datasets(experiment.data, experiment.dataset_name)
-        own = experiment.data.dataset_path is not None
-        for dataset in [*datasets.values()][: 1 if own else None]:
+        has_path = experiment.data.dataset_path is not None
+        for dataset in [*datasets.values()][: 1 if has_path else None]:
             for name in mixture_names(dataset):
                 console.print(name)
         return 0
@@ -67,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         mixture.dataset.labels.check_distinct(vocabulary)
     _print_ledgers(console, mixture, experiment, vocabulary)
     if vocabulary is None:
-        console.print("lengths, packed fill, examples: give --gin.VOCABULARY=FILE to see them")
+        console.print("give --gin.VOCABULARY=FILE to see lengths, batches and examples")
         return 0
     _print_lengths(console, mixture, vocabulary, experiment)
     _print_batches(console, mixture, vocabulary, experiment)
@@ -82,12 +88,13 @@ def _splits(mixture: "Mixture") -> list[str]:
 
 
 def _print_sources(console: "Console", mixture: "Mixture") -> None:
-    table = make_table("tasks", "task", "reads and writes", "rate")
-    wrote = {"label": "label", "rationale": "rationale", "rationale_then_label": "both in one"}
+    table = make_table("tasks", "task", "input -> target", "rate")
     for task, rate in zip(mixture.tasks, mixture.rates, strict=True):
-        what = f"{task.prefix}x -> {wrote[task.kind]} of {task.teacher or 'gold'}"
-        what += ", as the decoder is told" if task.mark else ""
-        table.add_row(task.name, what, f"{rate:g}")
+        target = task.kind.replace("_", " ")
+        source = "gold" if task.teacher is None else task.teacher
+        form = f"{task.prefix}x -> {target} ({source})"
+        form += ", by its start id" if task.mark else ""
+        table.add_row(task.name, form, f"{rate:g}")
     console.print(table)
     teachers = {task.teacher for task in mixture.tasks}
     for split in ("train", "valid", "test"):
@@ -116,19 +123,19 @@ def _print_counts(console: "Console", mixture: "Mixture", experiment: "Experimen
     dataset = mixture.dataset
     teachers = sorted({t.teacher for t in mixture.tasks if t.teacher})
     table = make_table(
-        "examples", "split", "teacher", "examples", "labelled", "statuses", "teacher's accuracy"
+        "examples", "split", "teacher", "examples", "labelled", "outputs", "teacher accuracy"
     )
     for split in _splits(mixture):
-        here = [teacher for teacher in teachers if dataset.has(split, teacher)]
-        measured = measure_split(
-            dataset, split, here, fraction=experiment.data.fraction, seed=experiment.seed
+        available = [teacher for teacher in teachers if dataset.has(split, teacher)]
+        statistics = measure_split(
+            dataset, split, available, fraction=experiment.data.fraction, seed=experiment.seed
         )
-        counts = str(measured.examples), str(measured.labelled)
-        if not here:
+        counts = str(statistics.examples), str(statistics.labelled)
+        if not available:
             table.add_row(split, "-", *counts, "", "")
-        for teacher, found in measured.teachers.items():
-            statuses = ", ".join(f"{count} {name}" for name, count in found.statuses.items())
-            accuracy = "" if found.accuracy is None else f"{found.accuracy:.2%}"
+        for teacher, outputs in statistics.teachers.items():
+            statuses = ", ".join(f"{count} {name}" for name, count in outputs.statuses.items())
+            accuracy = "" if outputs.accuracy is None else f"{outputs.accuracy:.2%}"
             table.add_row(split, teacher, *counts, statuses, accuracy)
     console.print(table)
 
@@ -139,24 +146,24 @@ def _print_ledgers(
     experiment: "Experiment",
     vocabulary: "Vocabulary | None",
 ) -> None:
-    """Prints what becomes of every row of each file."""
+    """Prints the ledger of each file."""
     from dss.mixtures.ledger import LEFT_OUT, USED
 
     for split in _splits(mixture):
         if not any(task.has(split) for task in mixture.tasks):
             continue
         ledgers = _ledgers(mixture.available(split), split, experiment, vocabulary)
-        table = make_table(f"{split}: the file's rows", "rows", *(task.name for task, _ in ledgers))
+        table = make_table(f"{split}: rows of the file", "rows", *(t.name for t, _ in ledgers))
         for fate in (*USED, *LEFT_OUT):
             counts = [ledger.fates.get(fate, 0) for _, ledger in ledgers]
             if any(counts):
                 table.add_row(fate, *(f"{count:,}" for count in counts))
-        table.add_row("in all", *(f"{ledger.rows:,}" for _, ledger in ledgers))
+        table.add_row("total", *(f"{ledger.rows:,}" for _, ledger in ledgers))
         console.print(table)
         for task, ledger in ledgers:
             if ledger.strays:
-                named = ", ".join(map(repr, ledger.stray_ids))
-                line = f"{task.teacher} has {ledger.strays:,} outputs whose id no row has: {named}"
+                ids = ", ".join(map(repr, ledger.stray_ids))
+                line = f"{task.teacher} has {ledger.strays:,} outputs whose id no row has: {ids}"
                 console.print(f"  {line}\n", markup=False)
 
 
@@ -167,7 +174,7 @@ def _ledgers(
     from dss.runs.data import split_store
 
     if vocabulary is not None:
-        with contextlib.suppress(UserError):  # no rows: said after the table that shows why
+        with contextlib.suppress(UserError):  # no rows: the error follows the table
             store = split_store(experiment, mixture, split, vocabulary)
             pairs = zip(mixture.tasks, store.tasks, strict=True)
             return [(task, tokens.ledger) for task, tokens in pairs if tokens.ledger is not None]
@@ -188,7 +195,7 @@ def _ledgers(
 
 
 def _read(task: "Task", split: str, experiment: "Experiment") -> "TaskRows":
-    """Returns what the experiment would read."""
+    """Returns the rows that the experiment reads."""
     data = experiment.data
     return task.read(
         split,
@@ -206,8 +213,8 @@ def _print_lengths(
 
     data = experiment.data
     table = make_table(
-        "tokens, EOS counted",
-        *("split", "text", "rows", "50%", "90%", "99%", "longest", "total", "limit", "cut"),
+        "tokens, including EOS",
+        *("split", "text", "rows", "50%", "90%", "99%", "longest", "total", "limit", "truncated"),
     )
     for split in _splits(mixture):
         for task in mixture.tasks:
@@ -224,17 +231,17 @@ def _print_lengths(
             )
             names = (f"{task.prefix}inputs", task.kind)
             limits = (data.inputs_length, data.targets_length)
-            for name, found, limit in zip(names, both, limits, strict=True):
-                lengths = [str(p) for p in found.percentiles]
-                cells = (f"{found.total:,}", str(limit), f"{found.truncated:.1%}")
-                table.add_row(split, name, str(len(rows)), *lengths, *cells)
+            for name, lengths, limit in zip(names, both, limits, strict=True):
+                percentiles = [str(p) for p in lengths.percentiles]
+                cells = (f"{lengths.total:,}", str(limit), f"{lengths.truncated:.1%}")
+                table.add_row(split, name, str(len(rows)), *percentiles, *cells)
     console.print(table)
 
 
 def _print_batches(
     console: "Console", mixture: "Mixture", vocabulary: "Vocabulary", experiment: "Experiment"
 ) -> None:
-    """Prints the shapes that training batches have and how full the first ones are."""
+    """Prints the shapes of training batches, and the packing density of the first ones."""
     import dataclasses
 
     import numpy as np
@@ -254,7 +261,7 @@ def _print_batches(
     kind = "packed" if batches.packed else "unpacked"
     table = make_table(
         f"{kind} batches of {experiment.batch_size} examples",
-        *("shape", "side", "slots", "rows of attention"),
+        *("shape", "side", "slots", "attention rows"),
     )
     for number, shape in enumerate(batches.shapes, start=1):
         if not batches.packed:
@@ -270,7 +277,7 @@ def _print_batches(
     steps = min(FILL_STEPS, len(batches))
     encoder, decoder = np.mean([fill(batches[step]) for step in range(steps)], axis=0)
     console.print(
-        f"  filled, mean of {steps} steps: encoder {encoder:.1%}, decoder {decoder:.1%}\n"
+        f"  packing density over {steps} steps: encoder {encoder:.1%}, decoder {decoder:.1%}\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The `dss` command. A verb's module is imported only when it is asked for."""
+"""The `dss` command line. The module of a command is imported only if the command is called."""
 
 import argparse
 import importlib
@@ -11,28 +11,28 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dss import __version__
-from dss.errors import UserError
+from dss.errors import UserError, missing_package
 
 __all__ = ["main"]
 
-VERBS = {
-    "quickstart": "see the method's gain on synthetic data, in minutes, without a download",
-    "annotate": "have a teacher write a label and a rationale for every example",
-    "inspect": "show what a mixture holds: sources, counts, lengths, examples",
-    "plan": "say what a run would need, before paying for it",
-    "train": "train a student, or continue a run",
-    "eval": "measure a run's accuracy on a split",
+COMMANDS = {
+    "quickstart": "demonstrate the method on synthetic data, in minutes, without a download",
+    "annotate": "collect a label and a rationale for every example from a teacher",
+    "inspect": "show the contents of a mixture: sources, counts, lengths, examples",
+    "plan": "estimate the requirements of a run, without training",
+    "train": "train a student, or resume a run",
+    "eval": "evaluate a student on a split",
     "sweep": "train and evaluate methods x students x fractions of the data x seeds",
-    "predict": "label new inputs with a run's student",
-    "report": "show what runs say, in one page: accuracy by data and size, comparisons, answers",
-    "import": "make a run of a T5 checkpoint of T5X or Hugging Face",
-    "export": "write a run's student for Hugging Face, T5X or CTranslate2",
+    "predict": "predict labels, and rationales, for new inputs",
+    "report": "write a page of results: accuracy by data and size, comparisons, answers",
+    "import": "create a run from a T5 checkpoint of T5X or Hugging Face",
+    "export": "convert a student to the format of Hugging Face, T5X or CTranslate2",
 }
 FULL_DISK = "No space left on device"
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line, as verbs do."""
+    """A parser with one-line error messages, like those of the commands."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -46,27 +46,28 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return out
 
 
-def _parser(verb: str | None) -> argparse.ArgumentParser:
+def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="dss", description="Distilling step-by-step: small T5 students from large models."
+        prog="dss",
+        description="Distilling step-by-step: small T5 students from large language models.",
     )
     parser.add_argument("--version", action="version", version=f"dss {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    for name, help_text in VERBS.items():
-        sub = verbs.add_parser(name, help=help_text, description=help_text)
-        if name == verb:
-            _module(name).add_arguments(sub)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, help_text in COMMANDS.items():
+        subparser = commands.add_parser(name, help=help_text, description=help_text)
+        if name == command:
+            _module(name).add_arguments(subparser)
     return parser
 
 
-def _module(verb: str):
-    return importlib.import_module(f"dss.cli.{verb}_command")
+def _module(command: str):
+    return importlib.import_module(f"dss.cli.{command}_command")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    verb = next((a for a in argv if not a.startswith("-")), None)
-    parser = _parser(verb)
-    # argparse would take one with a blank in it for a positional argument.
+    command = next((a for a in argv if not a.startswith("-")), None)
+    parser = _parser(command)
+    # argparse counts an unknown option with a space in it as a positional argument.
     gin = [a for a in argv if a.startswith("--gin.")]
     args, unknown = parser.parse_known_args([a for a in argv if a not in gin])
     if gin and not getattr(args, "takes_gin", False):
@@ -77,30 +78,38 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _is_echo(error: BaseException | None) -> bool:
-    """Returns whether an error is one that libraries print of a full disk, where the raised one
-    is enough: writers in threads, and Orbax's writes that end after it has given up.
+def _is_redundant(error: BaseException | None) -> bool:
+    """Returns whether an error of a background thread only repeats that the disk is full.
+
+    Libraries print such errors from writer threads, and from Orbax writes that end after it has
+    failed; the error that the main thread raises is enough.
     """
     return FULL_DISK in str(error) or str(error) == "Event loop is closed"
 
 
 def _thread_excepthook(args: threading.ExceptHookArgs) -> None:
-    if not _is_echo(args.exc_value):
+    if not _is_redundant(args.exc_value):
         threading.__excepthook__(args)
 
 
 def _unraisable_hook(args: Any) -> None:
-    if not _is_echo(args.exc_value):
+    if not _is_redundant(args.exc_value):
         sys.__unraisablehook__(args)
 
 
-def _is_of_another(error: BaseException) -> bool:
-    """Returns whether an error is what JAX raises where another process has gone."""
+def _without_gcsfs(chain: Sequence[BaseException]) -> UserError | None:
+    """Returns the error for a bucket that no installed package can read; None for other errors."""
+    found = any(isinstance(error, ImportError) and "gcsfs" in str(error) for error in chain)
+    return missing_package("a gs:// path", "gcsfs", "gcs") if found else None
+
+
+def _is_process_loss(error: BaseException) -> bool:
+    """Returns whether an error is one that JAX raises if another process has ended."""
     return type(error).__name__ == "JaxRuntimeError" or "Gloo" in str(error)
 
 
 def _process() -> str | None:
-    """Returns which one of several processes this is; None if it is alone."""
+    """Returns the index and number of the processes, in words; None for a single process."""
     jax = sys.modules.get("jax")
     if jax is None or not jax.distributed.is_initialized() or jax.process_count() == 1:
         return None
@@ -108,7 +117,7 @@ def _process() -> str | None:
 
 
 def _end_at_once(status: int) -> NoReturn:
-    """Ends one of several processes without waiting for the others, which may wait for it."""
+    """Ends one of several processes without the exit barrier, which could wait forever."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -117,39 +126,40 @@ def _end_at_once(status: int) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit status."""
     args = _parse(sys.argv[1:] if argv is None else argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # so that a log file shows how far it is
+    if isinstance(sys.stdout, io.TextIOWrapper):  # log files are complete while a command runs
         sys.stdout.reconfigure(line_buffering=True)
     threading.excepthook, sys.unraisablehook = _thread_excepthook, _unraisable_hook
     try:
-        return _module(args.verb).run(args)
+        return _module(args.command).run(args)
     except KeyboardInterrupt:
         print("dss: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of standard output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
         chain, process = _chain(error), _process()
-        verb = args.verb if process is None else f"{args.verb}: {process}"
-        if isinstance(error, UserError):  # which every process has
-            print(f"dss {verb}: {error}", file=sys.stderr)
+        error = _without_gcsfs(chain) or error
+        prefix = f"dss {args.command}" if process is None else f"dss {args.command}: {process}"
+        if isinstance(error, UserError):  # raised in every process
+            print(f"{prefix}: {error}", file=sys.stderr)
             return 2
         if any(FULL_DISK in str(e) for e in chain):
-            where = next((e.filename for e in chain if isinstance(e, OSError) and e.filename), None)
+            path = next((e.filename for e in chain if isinstance(e, OSError) and e.filename), None)
             print(
-                f"dss {verb}: {where or 'disk'}: {FULL_DISK.lower()}; free some and give the "
-                "same command again: what was saved stays, and a run goes on from there",
+                f"{prefix}: {path or 'disk'}: {FULL_DISK.lower()}; free some space and repeat the "
+                "command: saved files are kept, and a run resumes from its last checkpoint",
                 file=sys.stderr,
             )
-            # At exit libraries try to write once more, and say at length that they cannot.
+            # At exit, libraries retry their writes and print long errors.
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         elif isinstance(error, OSError) and error.filename:
             reason = (error.strerror or type(error).__name__).lower()
-            print(f"dss {verb}: {error.filename}: {reason}", file=sys.stderr)
-        elif process and (lost := next(filter(_is_of_another, chain), None)):
+            print(f"{prefix}: {error.filename}: {reason}", file=sys.stderr)
+        elif process and (lost := next(filter(_is_process_loss, chain), None)):
             print(
-                f"dss {verb}: {str(lost).splitlines()[0]}; if another process has gone, start all "
-                "of them again: the run goes on from its last checkpoint",
+                f"{prefix}: {str(lost).splitlines()[0]}; if another process has ended, restart all "
+                "processes: the run resumes from its last checkpoint",
                 file=sys.stderr,
             )
         elif process:

@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options that several commands share."""
 
 import argparse
 import os
@@ -19,13 +19,17 @@ def add_gin_options(parser: argparse.ArgumentParser) -> None:
     """Adds --gin_file, --gin_search_paths and --gin.NAME=VALUE."""
     parser.set_defaults(takes_gin=True)
     parser.add_argument(
-        "--gin_file", action="append", default=[], metavar="FILE", help="read in order; repeatable"
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a gin file; repeatable, later files override earlier ones",
     )
     parser.add_argument(
         "--gin_search_paths",
         default="",
         metavar="DIRS",
-        help="where gin files are looked for too, separated by commas",
+        help="more folders to search for gin files, separated by commas",
     )
     parser.add_argument_group(
         "configuration", "--gin.NAME=VALUE sets a macro or a field, such as --gin.BATCH_SIZE=32"
@@ -33,10 +37,10 @@ def add_gin_options(parser: argparse.ArgumentParser) -> None:
 
 
 def gin_folders(args: argparse.Namespace) -> list[str]:
-    """Returns the folders of --gin_search_paths, having checked that all gin files exist.
+    """Returns the folders of --gin_search_paths, and checks that all gin files exist.
 
     Raises:
-      UserError: if one does not; files and folders in a bucket are left to the reading.
+      UserError: if a gin file does not exist; files and folders in buckets are not checked.
     """
     folders = [folder for folder in args.gin_search_paths.split(",") if folder]
     if not any(map(in_bucket, (*args.gin_file, *folders))):
@@ -46,27 +50,33 @@ def gin_folders(args: argparse.Namespace) -> list[str]:
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which student: a run directory and a checkpoint in it."""
+    """Adds the options that select a student: the run directory, the checkpoint and so on."""
     parser.set_defaults(takes_gin=True)
     parser.add_argument("run", metavar="RUN", help="a run directory of `dss train` or `dss import`")
     parser.add_argument(
         "--checkpoint", default="best", metavar="STEP", help="best (default), latest or a step"
     )
     parser.add_argument(
-        "--mixture", metavar="NAME", help="in place of the mixture that the run was trained on"
+        "--mixture", metavar="NAME", help="a mixture instead of the one that the run trained on"
     )
-    parser.add_argument("--data_root", metavar="DIR", help="where the released datasets are now")
-    parser.add_argument("--dataset_path", metavar="PATH", help="where your JSON lines are now")
-    parser.add_argument("--num_beams", type=int, metavar="N", help="beam search; 1 is greedy")
+    parser.add_argument(
+        "--data_root", metavar="DIR", help="the folder of the released datasets, if it has moved"
+    )
+    parser.add_argument(
+        "--dataset_path", metavar="PATH", help="your JSON lines, if they have moved"
+    )
+    parser.add_argument(
+        "--num_beams", type=int, metavar="N", help="the number of beams; 1 is greedy decoding"
+    )
     parser.add_argument(
         "--generate",
         action="store_true",
-        help="write the label out, even where it can be chosen among the possible ones",
+        help="generate the label freely, even with a closed label set",
     )
 
 
 def open_run(args: argparse.Namespace):
-    """Returns the run that the options name."""
+    """Opens the run that the options select."""
     from dss.runs.directory import load_run
 
     flags = list(args.gin)
@@ -83,14 +93,14 @@ def open_run(args: argparse.Namespace):
 
 
 def prepare_jax(*, steps: bool = True) -> None:
-    """Keeps compiled programs between runs, in the cache folder of dss, and memory between steps;
-    quiets the libraries; joins the processes that the environment tells of.
+    """Configures JAX: compilation cache, memory allocation, library logs, distributed processes.
 
     Args:
-      steps: whether there will be steps; else memory is given back as soon as it is free.
+      steps: whether to keep freed memory for the next training step; False returns it to the
+        system at once.
 
     Raises:
-      UserError: see `join_processes`.
+      UserError: if the processes of the environment's variables cannot be joined.
     """
     import logging
 
@@ -105,7 +115,7 @@ def prepare_jax(*, steps: bool = True) -> None:
     quiet_tpu()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
-    # What Orbax and its event loop log as an error Orbax raises too.
+    # Orbax also raises the errors that it and its event loop log.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -113,8 +123,8 @@ def prepare_jax(*, steps: bool = True) -> None:
 
 
 def quiet_tpu() -> None:
-    """Has libtpu, where there is no TPU, neither look for one, saying so at length, nor keep other
-    processes from loading it.
+    """Without a TPU, keeps libtpu from searching for one, which prints long warnings, and from
+    locking out other processes.
     """
     from dss.parallel.devices import has_tpu
 

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-OWN = ("label", "rationale", "truncated")  # fields that a student fills
-CHUNK = 1024  # inputs read before their predictions are written
+PREDICTED = ("label", "rationale", "truncated")  # fields that predictions set
+CHUNK = 1024  # inputs that are read and predicted together
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the options of the command."""
     add_run_options(parser)
     parser.add_argument(
         "--input",
@@ -35,27 +35,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON lines with an 'input', or - (default) for standard input: JSON or plain lines",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
-    parser.add_argument("--replace", action="store_true", help="an output that has more lines too")
-    parser.add_argument("--rationale", action="store_true", help="write the rationale too")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the output file (default: standard output)"
+    )
+    parser.add_argument(
+        "--replace", action="store_true", help="replace the output even if it has more lines"
+    )
+    parser.add_argument("--rationale", action="store_true", help="predict rationales too")
 
 
 def _read(source: str) -> Iterator[tuple["Example", dict[str, Any]]]:
-    """Yields what is asked for and the fields of its row; of standard input as it comes."""
+    """Yields each input and the fields of its row; standard input is streamed."""
     from dss.data.examples import read_example, read_json_lines
 
     rows = _standard_input() if source == "-" else read_json_lines(Path(source))
     seen = set()
-    for number, (where, row) in enumerate(rows):
-        example = read_example(where, row, f"input-{number}")
+    for number, (location, row) in enumerate(rows):
+        example = read_example(location, row, f"input-{number}")
         if example.id in seen:
-            raise UserError(f"{where}: id {example.id!r} came before; ids must differ")
+            raise UserError(f"{location}: duplicate id {example.id!r}; ids must differ")
         seen.add(example.id)
         yield example, row
 
 
 def _count(source: str, *, passes: int) -> int | None:
-    """Returns the number of answers to a file's inputs; None for what can be read only once.
+    """Returns the number of texts to decode for a file; None for a source that is read only once.
+
+    Args:
+      source: the file, or "-" for standard input.
+      passes: the number of texts to decode for each input.
 
     Raises:
       UserError: if a row of the file is malformed.
@@ -64,7 +72,7 @@ def _count(source: str, *, passes: int) -> int | None:
     return passes * sum(1 for _ in _read(source)) if is_file else None
 
 
-OTHER_KINDS = {  # what files of other kinds begin with
+OTHER_FORMATS = {  # the first bytes of other file formats
     b"\x1f\x8b": "compressed",
     b"\x28\xb5\x2f\xfd": "compressed",
     b"PK\x03\x04": "compressed, or a spreadsheet",
@@ -73,44 +81,44 @@ OTHER_KINDS = {  # what files of other kinds begin with
 
 
 def _standard_input() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (where it stands, row) of lines that are JSON objects, JSON texts or plain texts."""
+    """Yields the location and the row of each line, a JSON object, a JSON string or plain text."""
     from dss.data.examples import read_json
     from dss.paths import BYTE_ORDER_MARK
 
     lines = enumerate(sys.stdin.buffer, 1)
     first = list(itertools.islice(lines, 2))
-    for begins, kind in OTHER_KINDS.items():
-        if first and first[0][1].startswith(begins):
+    for prefix, name in OTHER_FORMATS.items():
+        if first and first[0][1].startswith(prefix):
             raise UserError(
-                f"standard input: {kind}; give JSON lines with an 'input', or the texts alone, one "
-                "a line"
+                f"standard input: {name}; give JSON lines with an 'input', or plain text, one "
+                "input per line"
             )
     if len(first) == 2 and _is_table(*(content for _, content in first)):
         raise UserError(
-            "standard input:1: the header of a table; give JSON lines with an 'input', or the "
-            "texts alone, one a line"
+            "standard input:1: the header of a table; give JSON lines with an 'input', or plain "
+            "text, one input per line"
         )
     for number, content in itertools.chain(first, lines):
-        where = f"standard input:{number}"
+        location = f"standard input:{number}"
         try:
             line = content.decode().strip().removeprefix(BYTE_ORDER_MARK).strip()
         except UnicodeDecodeError:
-            raise UserError(f"{where}: not UTF-8") from None
+            raise UserError(f"{location}: not UTF-8") from None
         value: Any = line
         if not line:
             continue
         if line.startswith("{"):
-            value = read_json(where, line)
+            value = read_json(location, line)
         elif line[0] in '["':
-            with contextlib.suppress(ValueError, RecursionError):  # a text that begins so
+            with contextlib.suppress(ValueError, RecursionError):  # plain text
                 value = json.loads(line)
         if isinstance(value, list):
-            raise UserError(f"{where}: a JSON array; give one object with an 'input' a line")
-        yield where, value if isinstance(value, dict) else {"input": value}
+            raise UserError(f"{location}: a JSON array; give one object with an 'input' per line")
+        yield location, value if isinstance(value, dict) else {"input": value}
 
 
 def _is_table(header: bytes, row: bytes) -> bool:
-    """Returns whether two lines are a header of names and a row with as many separators."""
+    """Returns whether two lines are a table: a header, and a row with at least as many cells."""
     for separator in b",;\t":
         cells = header.removeprefix(codecs.BOM_UTF8).strip().split(bytes([separator]))
         if len(cells) > 1 and row.count(separator) >= len(cells) - 1:
@@ -120,10 +128,15 @@ def _is_table(header: bytes, row: bytes) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> Iterator[IO[str]]:
-    """Opens the output; a file is written beside, and replaced by no fewer lines.
+    """Opens the output. An existing file is replaced at the end, unless it has more lines.
+
+    Args:
+      path: the output file; None for standard output.
+      replace: whether to replace a file with more lines too.
+      count: a function that returns the number of lines written.
 
     Raises:
-      UserError: the file that is there has more lines.
+      UserError: if the existing file has more lines and `replace` is False.
     """
     if path is None:
         yield sys.stdout
@@ -140,21 +153,21 @@ def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> It
             before = sum(1 for _ in file)
         if before > count():
             raise UserError(
-                f"{path}: kept, as it has {before:,} lines and these are {count():,}, which are in "
-                f"{partial.name}; give another --output, or --replace"
+                f"{path}: not replaced: it has {before:,} lines, and the {count():,} predictions "
+                f"are in {partial.name}; give another --output, or --replace"
             )
     partial.replace(path)
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    """Raises UserError if the output could not be written, or is the input."""
+    """Raises UserError if the output cannot be written, or is the input."""
     check_output("--output", str(args.output))
     if args.output.exists() and args.input != "-" and args.output.samefile(args.input):
         raise UserError(f"{args.output}: input and output are the same file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes one JSON line an input: its id, its row's other fields, label, rationale if asked."""
+    """Writes a JSON line per input: its id, the other fields of its row, label and rationale."""
     check_run(args.run)
     if args.input != "-":
         args.input = os.path.expanduser(args.input)
@@ -170,27 +183,27 @@ def run(args: argparse.Namespace) -> int:
     from dss.runs.student import explain, label
 
     prepare_jax()
-    found = open_run(args)
-    experiment = found.experiment
-    mixture = found.mixture(must_exist=False)
+    opened = open_run(args)
+    experiment = opened.experiment
+    mixture = opened.mixture(must_exist=False)
     progress = DecodingProgress()
     if is_leader():
         progress = DecodeProgress()
         progress.expect(_count(args.input, passes=1 + args.rationale))
-    predictor, _ = found.predictor(args.checkpoint, progress)
+    predictor, _ = opened.predictor(args.checkpoint, progress)
     length = experiment.data.inputs_length
     examples = _read(args.input)
-    count = cut = 0
+    count = truncated = 0
 
     def predictions() -> Iterator[dict[str, Any]]:
-        nonlocal count, cut
+        nonlocal count, truncated
         while chunk := list(itertools.islice(examples, CHUNK)):
             texts = [example.input for example, _ in chunk]
             labels = label(predictor, mixture, texts, length)
             rationales = explain(predictor, mixture, texts, length) if args.rationale else None
             for i, (example, row) in enumerate(chunk):
                 line: dict[str, Any] = {"id": example.id, "input": example.input}
-                line |= {name: row[name] for name in row if name not in (*line, *OWN)}
+                line |= {name: row[name] for name in row if name not in (*line, *PREDICTED)}
                 if "label" in row:
                     line.setdefault("gold", row["label"])
                 line["label"] = labels[i]
@@ -199,19 +212,19 @@ def run(args: argparse.Namespace) -> int:
                 count += 1
                 if is_cut(predictor.vocabulary, mixture.tasks[0].prefix + example.input, length):
                     line["truncated"] = True
-                    cut += 1
+                    truncated += 1
                 yield line
 
     lines = predictions()
-    first = list(itertools.islice(lines, 1))  # before anything is opened for writing
-    path = args.output if is_leader() else Path(os.devnull)  # all predict, one writes
+    first = list(itertools.islice(lines, 1))  # errors come before the output is opened
+    path = args.output if is_leader() else Path(os.devnull)  # all processes predict, one writes
     with _opened(path, replace=args.replace, count=lambda: count) as output:
         for line in itertools.chain(first, lines):
             print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
-    if cut and is_leader():
+    if truncated and is_leader():
         print(
-            f"{cut:,} of {count:,} inputs ({cut / count:.1%}) are longer than {length} tokens and "
-            "were cut; their rows say truncated",
+            f"{truncated:,} of {count:,} inputs ({truncated / count:.1%}) are longer than {length} "
+            "tokens and were truncated; their rows have the field truncated",
             file=sys.stderr,
         )
     return 0

@@ -1,4 +1,4 @@
-"""How long work shows itself: a bar on a terminal, lines elsewhere."""
+"""Progress displays: a bar on a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ __all__ = ["Bar", "Lines", "display_for", "time_left"]
 
 
 def time_left(seconds: float) -> str:
-    """Returns a time for people to read.
+    """Returns the time left as text.
 
     >>> time_left(250), time_left(40)
     ('4 min left', '40 s left')
@@ -42,15 +42,15 @@ class Lines:
         self._ended = False
 
     def show(self, done: int, text: str) -> None:
-        """Shows how far it is."""
+        """Shows the number of things done and a text, unless a line was printed recently."""
         is_end = done == self.total and not self._ended
         if is_end or time.monotonic() - self._printed >= self.every:
             self._printed, self._ended = time.monotonic(), done == self.total
-            of = "" if self.total is None else f"/{self.total}"
-            self.say(f"{self.noun} {done}{of}  {text}".rstrip())
+            total = "" if self.total is None else f"/{self.total}"
+            self.say(f"{self.noun} {done}{total}  {text}".rstrip())
 
     def left(self, done: int, rate: float) -> list[str]:
-        """Returns the time left at a rate, things a second, as words; none if it is unknown."""
+        """Returns the time left at a rate, in things per second; empty if the total is unknown."""
         return [] if self.total is None else [time_left((self.total - done) / rate)]
 
     def say(self, line: str) -> None:
@@ -62,7 +62,7 @@ class Lines:
 
 
 class Bar(Lines):
-    """A bar that is drawn again and again, and lines above it."""
+    """A progress bar, with lines above it."""
 
     def __init__(self, noun: str, total: int):
         super().__init__(noun, total)
@@ -92,5 +92,5 @@ class Bar(Lines):
 
 
 def display_for(noun: str, total: int) -> Lines:
-    """Returns the display that suits standard output."""
+    """Returns a bar if standard output is a terminal, else lines."""
     return (Bar if sys.stdout.isatty() else Lines)(noun, total)

@@ -9,27 +9,39 @@ from dss.errors import UserError
 __all__ = ["add_arguments", "run"]
 
 NOTE = """\
-The data are synthetic: made-up people, and questions about who lived first. They were chosen
-because the rationale carries knowledge that the label does not, so this shows how the method works,
-not how much it gains on your task."""
+The data are synthetic: questions about which of two invented people lived first. Their rationales
+carry knowledge that the labels do not: they show how the method works, not how much it gains on
+your task."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), metavar="DIR")
+    """Adds the options of the command."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("quickstart"),
+        metavar="DIR",
+        help="the folder for data, runs and results (default: quickstart)",
+    )
     parser.add_argument(
         "--sizes",
         type=int,
         nargs="+",
         default=[250, 500, 1000],
         metavar="N",
-        help="numbers of training examples",
+        help="numbers of training examples (default: 250 500 1000)",
     )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="students a point")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="number of seeds for each method and size (default: 3)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains the students; prints a table; saves a figure."""
+    """Trains the students, prints a table and saves a figure."""
     if args.seeds < 1:
         raise UserError(f"--seeds {args.seeds}: give at least 1")
     if args.output.exists() and not args.output.is_dir():
@@ -49,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     outcomes = run_quickstart(args.output, sizes=sizes, seeds=args.seeds, prepare=prepare_jax)
 
     summary = summarize(outcomes)
-    table = Table(title=f"accuracy on unseen pairs, mean ± deviation of {args.seeds} seeds")
+    table = Table(title=f"test accuracy, mean ± standard deviation of {args.seeds} seeds")
     table.add_column("examples", justify="right")
     for method in METHODS:
         table.add_column(method, justify="right")
@@ -61,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         draw(outcomes, args.output / "accuracy.png")
         print(f"figure: {args.output / 'accuracy.png'} (and .svg)")
     except ModuleNotFoundError:
-        print("no figure: it needs matplotlib; pip install 'dss[report]', then give this again")
+        print("no figure: matplotlib is missing; pip install 'dss[report]', then repeat this")
     print(f"numbers: {args.output / 'results.json'}; runs: {args.output / 'runs'}")
-    print(f"a page of all that they show: dss report {args.output / 'runs'}")
+    print(f"a page of results: dss report {args.output / 'runs'}")
     return 0

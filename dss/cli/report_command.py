@@ -1,4 +1,4 @@
-"""`dss report`."""
+"""The command `dss report`."""
 
 import argparse
 import re
@@ -13,9 +13,9 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the command's options."""
     parser.add_argument(
-        "runs", nargs="+", metavar="RUNS", help="run directories, or folders that hold them"
+        "runs", nargs="+", metavar="RUNS", help="run directories, or folders that contain them"
     )
     parser.add_argument(
         "-o",
@@ -23,36 +23,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("report.html"),
         metavar="FILE",
-        help="the page (default: report.html); figures and numbers go to FILE-figures beside it",
+        help="HTML file to write (default: report.html); figures and their data go to "
+        "a folder beside it (report-figures/ for report.html)",
     )
-    parser.add_argument("--split", default="test", help="train, valid or test (default)")
+    parser.add_argument("--split", default="test", help="split: train, valid or test (default)")
     parser.add_argument(
         "--teacher-size",
         action="append",
         default=[],
         metavar="TEACHER=PARAMETERS",
-        help="what the page shows of a teacher's size, such as llama=70B; PaLM's and GPT-NeoX's "
+        help="number of parameters of a teacher, such as llama=70B; those of PaLM and GPT-NeoX "
         "are known",
     )
 
 
 def _teacher_size(text: str) -> tuple[str, float]:
-    """Returns a teacher's name, as mixtures have it, and its parameters.
+    """Parses TEACHER=PARAMETERS into the teacher's name in mixtures and a number of parameters.
 
     >>> _teacher_size("gpt-oss=20B"), _teacher_size("mine=350M")
     (('gpt_oss', 20000000000.0), ('mine', 350000000.0))
     """
-    found = re.fullmatch(r"(.+)=(\d+\.?\d*)([MB])", text)
-    if not found or not float(found[2]):
+    match = re.fullmatch(r"(.+)=(\d+\.?\d*)([MB])", text)
+    if not match or not float(match[2]):
         raise UserError(
             f"--teacher-size={text}: give a teacher and its parameters, such as llama=70B"
         )
-    name = re.sub(r"\W", "_", found[1], flags=re.ASCII)
-    return name, float(found[2]) * {"M": 1e6, "B": 1e9}[found[3]]
+    name = re.sub(r"\W", "_", match[1], flags=re.ASCII)
+    return name, float(match[2]) * {"M": 1e6, "B": 1e9}[match[3]]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the report, and prints its answers."""
+    """Writes the report, and prints the main result of each dataset."""
     check_folders(args.runs)
     sizes = dict(map(_teacher_size, args.teacher_size))
     if args.output.is_dir():
@@ -66,14 +67,14 @@ def run(args: argparse.Namespace) -> int:
     from dss.reporting.analysis import RELEASED_TEACHERS
     from dss.reporting.collect import collect
     from dss.reporting.page import figures_folder, write_report
-    from dss.reporting.words import answer
+    from dss.reporting.words import main_result
 
     quiet_tpu()
-    jax.config.update("jax_platforms", "cpu")  # an accelerator may be training
+    jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use by a training run
     collected = collect(args.runs)
     if not collected.runs and collected.problems:
-        where, why = collected.problems[0]
-        raise UserError(f"{', '.join(args.runs)}: no run that can be shown: {where}: {why}")
+        path, problem = collected.problems[0]
+        raise UserError(f"{', '.join(args.runs)}: no readable run: {path}: {problem}")
     options = [f"--teacher-size={text}" for text in args.teacher_size]
     if args.split != "test":
         options.append(f"--split={args.split}")
@@ -84,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
         teacher_sizes=RELEASED_TEACHERS | sizes,
         command=shlex.join(["dss", "report", *args.runs, *options, "-o", str(args.output)]),
     )
-    for where, why in collected.problems:
-        print(f"left out: {where}: {why}")
+    for path, problem in collected.problems:
+        print(f"excluded: {path}: {problem}")
     for group in groups:
-        said = answer(group)
-        print(f"{group.dataset}: {said.headline} {said.basis}")
+        result = main_result(group)
+        print(f"{group.dataset}: {result.headline} {result.basis}")
     print(f"{len(collected.runs)} runs: {args.output}; figures: {figures_folder(args.output)}")
     return 0

@@ -17,27 +17,27 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the options of the command."""
     add_gin_options(parser)
     parser.add_argument(
         "--shard",
         metavar="I/N",
-        help="do the runs of the I-th of N parts, counted from 0, such as an array job's",
+        help="execute only the I-th of N parts, counted from 0, such as in an array job",
     )
     parser.add_argument(
         "--print-commands",
         action="store_true",
-        help="print a line of shell for each run, and run nothing",
+        help="print a shell command for each run instead of executing it",
     )
     parser.epilog = (
         "dss sweep --gin_file=runs/sweep.gin --gin.DATASET=cqa --gin.DATA_ROOT=DIR "
-        "--gin.VOCABULARY=FILE --gin.MODEL_DIR=runs/cqa-sweep. The same command goes on where it "
-        "was stopped, and tries again what failed."
+        "--gin.VOCABULARY=FILE --gin.MODEL_DIR=runs/cqa-sweep. The same command resumes an "
+        "interrupted sweep, and repeats failed runs."
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does a sweep; returns 1 if a run failed, 128 + the signal's number where one stopped it."""
+    """Executes a sweep; returns 1 if a run failed, or 128 + the number of a signal."""
     part = _part(args.shard) if args.shard else None
     search = gin_folders(args)
     check_flags(args.gin, trains=True)
@@ -49,21 +49,21 @@ def run(args: argparse.Namespace) -> int:
 
     if has_others():
         raise UserError(
-            "one process does a sweep, and JAX's variables or Slurm tell of several; start the "
-            "lines of --print-commands, or a --shard in each job of an array"
+            "a sweep runs in one process, but JAX's or Slurm's environment variables are set for "
+            "several; start the commands of --print-commands, or a --shard in each array job"
         )
     sweep = plan_sweep(args.gin_file, args.gin, search)
     if part is not None:
-        sweep = sweep.take(*part)
+        sweep = sweep.select_part(*part)
     if args.print_commands:
-        for one in sweep.runs:
-            print(" && ".join(shlex.join(["dss", *command]) for command in one.commands))
+        for sweep_run in sweep.runs:
+            print(" && ".join(shlex.join(["dss", *command]) for command in sweep_run.commands))
         return 0
     if not sweep.runs:
-        print("no run is left for this part")
+        print("no runs in this part: there are more parts than runs")
         return 0
     outcomes, stopped_by = run_sweep(sweep, SweepLines(len(sweep.runs)))
-    return _say_all(outcomes, stopped_by)
+    return _print_outcomes(outcomes, stopped_by)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -73,8 +73,8 @@ def _part(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def _say_all(outcomes: "Sequence[Outcome]", stopped_by: int | None) -> int:
-    """Prints the table and what is missing or failed; returns the exit status."""
+def _print_outcomes(outcomes: "Sequence[Outcome]", stopped_by: int | None) -> int:
+    """Prints the table, the failed runs and the number of missing ones; returns the exit status."""
     if any(outcome.status == "done" for outcome in outcomes):
         _print_table(outcomes)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
@@ -82,9 +82,9 @@ def _say_all(outcomes: "Sequence[Outcome]", stopped_by: int | None) -> int:
     for outcome in failed:
         print(f"FAILED {outcome.run.name}: {outcome.error}; log: {outcome.log}")
     if failed:
-        print(f"{len(failed)} of {len(outcomes)} runs failed; the same command tries them again")
+        print(f"{len(failed)} of {len(outcomes)} runs failed; the same command repeats them")
     if stopped_by is not None:
-        print(f"{missing} of {len(outcomes)} runs are not done; the same command goes on")
+        print(f"{missing} of {len(outcomes)} runs are not done; the same command resumes the sweep")
         return 128 + stopped_by
     return int(bool(failed))
 
@@ -98,7 +98,7 @@ def _print_table(outcomes: "Sequence[Outcome]") -> None:
         run = outcome.run
         groups.setdefault((run.method, run.student, run.examples), []).append(outcome)
     metric = next(outcome.summary["metric"] for outcome in outcomes if outcome.summary)
-    columns = ("method", "student", "examples", "seeds", "mean", "95%")
+    columns = ("method", "student", "examples", "seeds", "mean", "95% interval")
     title = f"{metric.replace('_', ' ')} on {outcomes[0].run.split}, mean over seeds"
     table = make_table(title, *columns)
     for (method, student, examples), group in groups.items():

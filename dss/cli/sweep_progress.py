@@ -1,4 +1,4 @@
-"""How a sweep shows itself."""
+"""Progress of a sweep on the terminal."""
 
 from pathlib import Path
 
@@ -10,23 +10,23 @@ __all__ = ["SweepLines"]
 
 
 class SweepLines(SweepProgress):
-    """Prints a line when a run begins and when it ends, with the time left."""
+    """Prints a line at the start and at the end of each run, with the time left."""
 
     def __init__(self, total: int):
-        """Makes a display for some number of runs."""
+        """Creates a display for `total` runs."""
         self.total = total
 
     def began(self, done: int) -> None:
         """See `SweepProgress.began`."""
-        print(f"{self.total} runs, {done} of them done before", flush=True)
+        print(f"{self.total} runs, {done} of them already done", flush=True)
 
     def started(self, number: int, run: SweepRun, log: Path) -> None:
         """See `SweepProgress.started`."""
-        print(f"[{number}/{self.total}] {run.name}: begins; log: {log}", flush=True)
+        print(f"[{number}/{self.total}] {run.name}: started; log: {log}", flush=True)
 
     def waiting(self, run: SweepRun) -> None:
         """See `SweepProgress.waiting`."""
-        print(f"{run.name}: another process is at it; waiting for its end", flush=True)
+        print(f"{run.name}: waiting for another process that executes it", flush=True)
 
     def ended(self, number: int, outcome: Outcome, seconds: float, left: float | None) -> None:
         """See `SweepProgress.ended`."""

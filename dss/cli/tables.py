@@ -1,4 +1,4 @@
-"""Tables that verbs print."""
+"""Tables printed by commands."""
 
 import sys
 from typing import TYPE_CHECKING
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 
 __all__ = ["make_console", "make_table"]
 
-FILE_WIDTH = 120  # columns where the output is no terminal
+FILE_WIDTH = 120  # characters per line if the output is not a terminal
 
 
 def make_console() -> "Console":
-    """Returns where tables are printed."""
+    """Returns the console that tables are printed to."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
@@ -24,9 +24,9 @@ def make_table(title: str, *columns: str, texts: int = 2) -> "Table":
     """Returns a table without rows.
 
     Args:
-      title: stands above it.
-      columns: their headings.
-      texts: how many columns, from the left, hold text and no numbers.
+      title: title above the table.
+      columns: headings of the columns.
+      texts: number of text columns, left-aligned; the columns after them are numbers.
     """
     from rich import box
     from rich.table import Table

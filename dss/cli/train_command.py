@@ -9,19 +9,20 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the options of the command."""
     add_gin_options(parser)
     parser.add_argument(
         "--resume",
         choices=("never", "auto", "must"),
         default="auto",
-        help="whether MODEL_DIR may (auto, the default), must or must never hold a run already",
+        help="auto (default): resume the run in MODEL_DIR if there is one; must: fail if there is "
+        "none; never: fail if there is one",
     )
     parser.add_argument(
         "--changed-data",
         choices=("refuse", "accept"),
         default="refuse",
-        help="whether a run may go on (no, the default) after the files that it reads have changed",
+        help="whether to resume a run whose data files have changed (default: refuse)",
     )
     parser.epilog = (
         "dss train --gin_file=students/tiny.gin --gin_file=datasets/svamp.gin "
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; returns the exit status, 128 + the signal's number where one ended it."""
+    """Trains a student; returns the exit status, 128 + the number of a signal that ended it."""
     search = gin_folders(args)
     check_flags(args.gin, trains=True)
 
@@ -58,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
     if not is_leader():
         return 0 if result.stopped_by is None else 128 + result.stopped_by
     if result.stopped_by is not None:
-        print(f"{result.stopped_by.name}: saved at step {result.step}; same command to go on")
+        print(f"{result.stopped_by.name}: saved at step {result.step}; the same command resumes")
         return 128 + result.stopped_by
     print(
         f"{experiment.run_dir}: step {result.step} done; best checkpoint: step {result.best_step}"
     )
-    print(f"now: dss eval {experiment.run_dir}")
+    print(f"next: dss eval {experiment.run_dir}")
     return 0

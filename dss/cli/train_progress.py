@@ -1,4 +1,4 @@
-"""How training shows itself."""
+"""Progress of training on the terminal."""
 
 from dss.cli.progress import Lines
 from dss.training.loop import Progress
@@ -7,7 +7,7 @@ __all__ = ["TrainProgress"]
 
 
 class TrainProgress(Progress):
-    """Shows the loss, the accuracy, examples a second and the time left."""
+    """Shows the loss, the accuracy, the throughput and the time left."""
 
     def __init__(self, display: Lines, examples_per_step: int):
         self.display, self.examples_per_step = display, examples_per_step
@@ -36,7 +36,7 @@ class TrainProgress(Progress):
 
     def finished(self, data_wait: float) -> None:
         """See `Progress.finished`."""
-        self.display.say(f"steps waited for batches {data_wait:.1%} of their time")
+        self.display.say(f"waiting for batches: {data_wait:.1%} of step time")
 
     def close(self) -> None:
         """See `Progress.close`."""

@@ -1,1 +1,1 @@
-"""The configuration of an experiment, and its gin files."""
+"""Configuration of experiments, and its gin files."""

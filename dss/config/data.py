@@ -1,4 +1,4 @@
-"""The dataset and the mixture that a configuration names."""
+"""Opens the dataset and the mixture of a configuration."""
 
 import dataclasses
 
@@ -16,49 +16,50 @@ __all__ = ["open_dataset", "open_datasets", "open_mixture", "resolve"]
 def open_datasets(
     data: DataConfig, name: str | None = None, *, must_exist: bool = True
 ) -> dict[str, Dataset]:
-    """Returns the datasets that a configuration can name, by their names; the user's own first.
+    """Returns the available datasets by name: the user's first, then the released ones.
 
     Args:
       data: the configuration of the data.
-      name: the name of the user's own dataset; None for that of its folder or file.
-      must_exist: False for predicting, which reads no data.
+      name: the name of the dataset; that of an export is used as it is, since an export has
+        no path.
+      must_exist: whether data files must exist; False for prediction, which reads none.
 
     Raises:
-      UserError: if the data are not where the configuration points to.
+      UserError: if the data do not exist.
     """
     root = data.root
     if root is not None and must_exist and not epath.Path(root).expanduser().is_dir():
         raise UserError(f"DATA_ROOT {root}: no such folder")
-    own, path = [], data.dataset_path
+    datasets, path = [], data.dataset_path
     if path is None and not must_exist and name not in RELEASED:
-        path = name  # of an export, which keeps the name and the labels of its data alone
+        path = name  # an exported student keeps only the name and the labels of its dataset
     if path is not None:
-        own.append(
+        datasets.append(
             Dataset.from_files(
                 path,
-                name=None if name in RELEASED else name,
                 labels=data.labels,
                 metric=data.metric,
                 must_exist=must_exist,
             )
         )
-    return {d.name: d for d in (*own, *(Dataset.released(name, root) for name in RELEASED))}
+    datasets += [Dataset.released(released, root) for released in RELEASED]
+    return {dataset.name: dataset for dataset in datasets}
 
 
 def open_dataset(experiment: Experiment, *, must_exist: bool = True) -> Dataset:
-    """Returns the dataset of an experiment that names no mixture.
+    """Returns the dataset of an experiment with DATASET or DATASET_PATH.
 
     Args:
       experiment: the experiment.
-      must_exist: False for predicting, which reads no data.
+      must_exist: whether data files must exist; False for prediction, which reads none.
 
     Raises:
-      UserError: if there is none, or no files are where the configuration points to.
+      UserError: if the experiment has no dataset, its name is unknown, or its files do not exist.
     """
     known = open_datasets(experiment.data, experiment.dataset_name, must_exist=must_exist)
     name = experiment.dataset_name
     if name is None and experiment.data.dataset_path is None:
-        raise UserError("no dataset: give DATASET, or DATASET_PATH for your own")
+        raise UserError("no dataset: give DATASET, or DATASET_PATH for your own data")
     if name is not None and name not in known:
         raise unknown_name("dataset", name, known)
     return next(iter(known.values())) if name is None else known[name]
@@ -68,11 +69,11 @@ def open_mixture(experiment: Experiment, *, must_exist: bool = True) -> Mixture:
     """Returns the mixture of an experiment.
 
     Args:
-      experiment: the experiment; it names a mixture, or a method and a dataset.
-      must_exist: False for predicting, which reads no data.
+      experiment: the experiment, with a mixture, or a method and a dataset.
+      must_exist: whether data files must exist; False for prediction, which reads none.
 
     Raises:
-      UserError: if it names none, there is no such mixture, or its data are not there.
+      UserError: if the experiment has neither, a name is unknown, or the data do not exist.
     """
     one_input = experiment.data.one_encoder_pass
     if experiment.mixture is None:
@@ -98,8 +99,8 @@ def open_mixture(experiment: Experiment, *, must_exist: bool = True) -> Mixture:
         return mixture
     if mixture.teacher is None:
         raise UserError(
-            f"mixture {mixture.name!r} has no teacher that TEACHER {experiment.teacher!r} could "
-            "replace"
+            f"TEACHER is {experiment.teacher!r}, but mixture {mixture.name!r} uses no teacher; "
+            "leave TEACHER out"
         )
     return named_mixture(
         mixture.name.removesuffix(mixture.teacher) + experiment.teacher,
@@ -110,7 +111,7 @@ def open_mixture(experiment: Experiment, *, must_exist: bool = True) -> Mixture:
 
 
 def _teacher(experiment: Experiment, dataset: Dataset, method: Method) -> str | None:
-    """Returns the teacher that an experiment names or, where it names none, the only one."""
+    """Returns the experiment's teacher or, if it has none, the only teacher of the dataset."""
     teachers = dataset.source.teachers
     if not method.needs_teacher:
         return None
@@ -122,7 +123,9 @@ def _teacher(experiment: Experiment, dataset: Dataset, method: Method) -> str | 
 
 
 def resolve(experiment: Experiment) -> Experiment:
-    """Returns an experiment with what its data decide: dataset, method, teacher, labels and metric.
+    """Returns an experiment with dataset, method, teacher, labels and metric set.
+
+    A mixture's name is replaced by its dataset, method and teacher.
 
     Raises:
       UserError: see `open_mixture`.

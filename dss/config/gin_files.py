@@ -1,4 +1,4 @@
-"""gin at the edge: files and flags in, an `Experiment` out, and back into a run's config.gin."""
+"""Reads an `Experiment` from gin files and flags, and writes a run's config.gin."""
 
 import ast
 import dataclasses
@@ -54,7 +54,7 @@ NESTED = {
     "decoding": DecodingConfig,
 }
 
-# What gin's parser calls the statements that a run's file may not have.
+# The statements of gin's parser that are not allowed in a run's config.gin.
 STATEMENTS = {
     "ImportStatement": "an import",
     "IncludeStatement": "an include",
@@ -68,17 +68,17 @@ for _kind in NESTED.values():
 
 
 def _open(path: str) -> io.StringIO:
-    """Returns a gin file without a byte order mark, from a bucket too; gin names it in errors."""
+    """Opens a gin file, local or in a bucket, without its byte order mark."""
     file = io.StringIO(epath.Path(path).read_text("utf-8").removeprefix(BYTE_ORDER_MARK))
-    file.name = path
+    file.name = path  # gin's error messages contain it
     return file
 
 
-def _but_folders(exists: Callable[[str], bool]) -> Callable[[str], bool]:
-    """Returns one of gin's tests for a file, which a folder of the package's name does not break.
+def _without_type_error(exists: Callable[[str], bool]) -> Callable[[str], bool]:
+    """Returns one of gin's file checks with TypeError counted as False.
 
-    gin looks for `runs/train.gin` in a package `runs` first, and takes a folder of that name where
-    one works for a package without a file.
+    gin looks for `runs/train.gin` in a Python package `runs` first. A folder `runs` in the working
+    directory is a namespace package, whose missing file makes gin raise TypeError.
     """
 
     def check(path: str) -> bool:
@@ -90,18 +90,18 @@ def _but_folders(exists: Callable[[str], bool]) -> Callable[[str], bool]:
     return check
 
 
-# Ours stands before gin's own, which know neither a byte order mark nor a bucket.
+# Tried before gin's own readers, which support neither byte order marks nor buckets.
 gin.config._FILE_READERS[:] = [
     (_open, lambda path: epath.Path(path).is_file()),
-    *((read, _but_folders(exists)) for read, exists in gin.config._FILE_READERS),
+    *((read, _without_type_error(exists)) for read, exists in gin.config._FILE_READERS),
 ]
 
 
 def _binding(flag: str) -> str:
-    """Returns the gin binding of `NAME=VALUE`; a value that is no gin literal is a text."""
+    """Returns the gin binding of `NAME=VALUE`; a value that is not a literal becomes a string."""
     name, equals, value = flag.partition("=")
     if not equals:
-        raise UserError(f"--gin.{flag}: give it as --gin.NAME=VALUE")
+        raise UserError(f"--gin.{flag}: no value; give it as --gin.NAME=VALUE")
     if not value.startswith(("@", "%")):
         try:
             ast.literal_eval(value)
@@ -111,11 +111,11 @@ def _binding(flag: str) -> str:
 
 
 class _NotAValueError(Exception):
-    """A run's file holds something other than values; gin appends the line."""
+    """Raised for a run's config.gin with anything but values; gin appends the line number."""
 
 
 class _ValuesOnly(config_parser.ParserDelegate):
-    """Refuses references to anything but the classes of an experiment."""
+    """Rejects macros, and references to anything but the classes of an experiment."""
 
     def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
         if scoped_configurable_name not in CLASSES or not evaluate:
@@ -127,23 +127,23 @@ class _ValuesOnly(config_parser.ParserDelegate):
 
 
 def _check_run_file(path: epath.Path) -> None:
-    """Refuses a run's config.gin that is a program.
+    """Checks that a run's config.gin only sets fields of an experiment to values.
 
-    A gin file can import modules and call functions. A user's own may; a run directory may have
-    been downloaded, and nothing of it is executed.
+    gin files can import modules and call functions. That is safe for a user's own files, but a run
+    directory may be a download.
 
     Args:
       path: the config.gin of a run directory.
 
     Raises:
-      UserError: if it imports, includes, or names anything but the fields of an experiment and
-        their values.
+      UserError: if the file has an import, an include, a macro, or a name other than the fields of
+        an experiment.
     """
 
-    def refuse(what: str, line: int) -> UserError:
+    def rejected(statement: str, line: int) -> UserError:
         return UserError(
-            f"{path}:{line}: {what} in the configuration of a run, which may hold values only; "
-            "nothing was read from it"
+            f"{path}:{line}: {statement} in the configuration of a run, which may hold values "
+            "only; nothing was read from it"
         )
 
     try:
@@ -152,12 +152,12 @@ def _check_run_file(path: epath.Path) -> None:
             line = statement.location.line_num
             if not isinstance(statement, config_parser.BindingStatement):
                 kind = type(statement).__name__
-                raise refuse(STATEMENTS.get(kind, kind), line)
+                raise rejected(STATEMENTS.get(kind, kind), line)
             if statement.scope or statement.selector not in CLASSES:
-                raise refuse(f"{statement.scope or statement.selector!r}", line)
+                raise rejected(f"{statement.scope or statement.selector!r}", line)
     except _NotAValueError as error:
-        where = re.search(r"line (\d+)", str(error))
-        raise refuse(f"{first_line(error)!r}", int(where[1]) if where else 1) from None
+        location = re.search(r"line (\d+)", str(error))
+        raise rejected(f"{first_line(error)!r}", int(location[1]) if location else 1) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
     except (SyntaxError, ValueError, tokenize.TokenError, RecursionError) as error:
@@ -167,7 +167,7 @@ def _check_run_file(path: epath.Path) -> None:
 def _read(
     files: Sequence[str], bindings: Sequence[str], search: Sequence[str], make: Callable[[], T]
 ) -> T:
-    """Returns what `make` makes when gin has read some files and bindings."""
+    """Reads gin files and bindings, and returns the result of `make`."""
     gin.clear_config()
     root = gin_root()
     for folder in (str(root), *search):
@@ -176,7 +176,7 @@ def _read(
     for path in map(epath.Path, paths):
         if path.name == CONFIG_FILE:
             _check_run_file(path)
-    logging.disable(logging.ERROR)  # gin says at length what it also raises
+    logging.disable(logging.ERROR)  # gin logs its errors and raises them too
     try:
         gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
         return make()
@@ -200,14 +200,14 @@ def _parse(
     experiment = _read(files, bindings, search, make)
     read = {*_names(gin.operative_config_str()), *_names(_defaults())}
     for name in _names(gin.config_str()):
-        if name not in read:  # nothing reads it: a slip of the pen, or a student that is not there
+        if name not in read:  # a misspelled name, or a field of a student that is not configured
             if "." not in name:
                 raise unknown_name("macro", name, [n for n in read if "." not in n])
             raise UserError(
-                f"configuration: {name} is set and nothing reads it; without a students/ file give "
+                f"configuration: {name} is set but not used; without a students/ file give "
                 "Experiment.dtype, Experiment.remat and DROPOUT_RATE"
                 if name.startswith("T5Config.")
-                else f"configuration: {name} is set and nothing reads it"
+                else f"configuration: {name} is set but not used"
             )
     return experiment
 
@@ -222,20 +222,23 @@ def _macro_fields() -> dict[str, str]:
 
 
 def _names(config: str) -> list[str]:
-    """Returns the names of the macros and fields that a configuration's text binds."""
+    """Returns the names of the macros and fields that are set in the text of a configuration."""
     return re.findall(r"^([\w.]+) = ", config, re.MULTILINE)
 
 
 def _describe(error: Exception) -> str:
-    """Returns gin's message in a line, with the file and line that it appends to it."""
-    where = re.search(r"(?:file|In) \"?([^\"\n]+\.gin)\"?,? line (\d+)", str(error))
+    """Returns gin's error message as one line, with the file and line that gin appends."""
+    location = re.search(r"(?:file|In) \"?([^\"\n]+\.gin)\"?,? line (\d+)", str(error))
     text = first_line(error)
     unset = re.search(r"configurable 'macro' .* in scope '(\w+)'", str(error))
     if unset and "'value'" in text:
-        return f"macro {unset[1]!r} is used and never set"
+        return f"macro {unset[1]!r} is used but not set"
     if isinstance(error, KeyError):
         text = text.strip("'\"")
-    return f"{text} ({where[1]}:{where[2]})" if where else text
+    missing = isinstance(error, ImportError) and re.search(r"\b(seqio|tensorflow)\b", text)
+    if missing and "pip install" not in text:
+        text += ": pip install 'dss[seqio]'"
+    return f"{text} ({location[1]}:{location[2]})" if location else text
 
 
 def parse_gin(
@@ -248,13 +251,14 @@ def parse_gin(
     """Returns the experiment of gin files and flags, over the defaults of runs/train.gin.
 
     Args:
-      files: `--gin_file`, in order; looked for here, among the files of dss and in search_paths.
-      flags: `NAME=VALUE` of `--gin.NAME=VALUE`.
-      search_paths: more folders.
-      beside: other configurations that the same files set; see `parse_beside`.
+      files: gin files, in order; relative ones are searched for in the working directory, the gin
+        files of dss and `search_paths`.
+      flags: `NAME=VALUE` of each `--gin.NAME=VALUE`.
+      search_paths: more folders to search for gin files.
+      beside: other configuration classes that the same files set; see `parse_beside`.
 
     Raises:
-      UserError: a missing file, an unknown name, a value out of range.
+      UserError: if a file is missing, a name is unknown, or a value is invalid.
     """
     return _parse([DEFAULTS, *files], [_binding(flag) for flag in flags], search_paths, beside)
 
@@ -265,25 +269,25 @@ def parse_beside(
     flags: Sequence[str] = (),
     search_paths: Sequence[str] = (),
 ) -> T:
-    """Returns another configuration than an experiment's that gin files and flags set.
+    """Returns a configuration other than `Experiment` from gin files and flags.
 
-    Names that it does not read are the experiment's: `parse_gin` checks them.
+    Unknown names are not errors here: they may be the experiment's, and `parse_gin` checks them.
 
     Args:
-      kind: its class, registered with gin.
-      files: see `parse_gin`.
-      flags: see `parse_gin`.
-      search_paths: see `parse_gin`.
+      kind: the class of the configuration, registered with gin.
+      files: gin files, in order, as for `parse_gin`.
+      flags: `NAME=VALUE` of each `--gin.NAME=VALUE`.
+      search_paths: more folders to search for gin files.
 
     Raises:
-      UserError: see `parse_gin`.
+      UserError: if a file is missing or a value is invalid.
     """
     bindings = [_binding(flag) for flag in flags]
     return _read([DEFAULTS, *files], bindings, search_paths, gin.get_configurable(kind))
 
 
 def _values(experiment: Experiment) -> dict[str, Any]:
-    """Returns the value of every field by the name that gin knows it by."""
+    """Returns the value of every field of an experiment, by the field's name in gin."""
     configs = {"Experiment": experiment}
     configs |= {kind.__name__: getattr(experiment, name) for name, kind in NESTED.items()}
     return {
@@ -296,13 +300,14 @@ def _values(experiment: Experiment) -> dict[str, Any]:
 
 
 def gin_name(path: str) -> str:
-    """Returns how a user sets a field of an experiment.
+    """Returns the name by which gin files and flags set a field of an experiment.
 
     Args:
       path: the field, such as `trainer.train_steps`.
 
     Returns:
-      Its macro, as `TRAIN_STEPS`, or where it has none `TrainerConfig.patience`.
+      The field's macro, such as `TRAIN_STEPS`; without one, the field with its class, such as
+      `TrainerConfig.patience`.
     """
     nested, _, field = path.rpartition(".")
     kind = NESTED[nested] if nested else Experiment
@@ -312,11 +317,11 @@ def gin_name(path: str) -> str:
 
 
 def gin_flags(experiment: Experiment, base: Experiment) -> list[str]:
-    """Returns the `--gin.NAME=VALUE` that make one experiment of another.
+    """Returns the flags `--gin.NAME=VALUE` that turn one experiment into another.
 
     Args:
-      experiment: the one that is wanted; it has a student if the other has.
-      base: the one without the flags, such as of a student's gin file alone.
+      experiment: the experiment with the flags; it has a student if `base` has one.
+      base: the experiment without the flags, such as that of a student's gin file.
     """
     macros = {field: macro for macro, field in _macro_fields().items()}
     before, flags = _values(base), []
@@ -331,7 +336,7 @@ def gin_flags(experiment: Experiment, base: Experiment) -> list[str]:
 
 
 def _is_plain(text: str) -> bool:
-    """Returns whether a flag's value that reads so is this text."""
+    """Returns whether a flag's value is read as this string without quotes."""
     return _binding(f"x={text}") == f"x = {text!r}"
 
 
@@ -344,7 +349,7 @@ def _lines(prefix: str, config: Any) -> list[str]:
 
 
 def save_config(experiment: Experiment, run: epath.Path) -> None:
-    """Writes a run's config.gin: every value, so that it needs no other file to be read."""
+    """Writes a run's config.gin with the values of all fields."""
     blocks = [_lines("Experiment", experiment)]
     for name, kind in NESTED.items():
         value = getattr(experiment, name)
@@ -359,21 +364,21 @@ def load_config(run: epath.PathLike, flags: Sequence[str] = ()) -> Experiment:
     """Returns the experiment of a run directory.
 
     Args:
-      run: the directory.
-      flags: `NAME=VALUE` of gin values to read differently; a macro stands for its field.
+      run: the run directory.
+      flags: `NAME=VALUE` of gin values to override, by field or macro.
 
     Raises:
-      UserError: it is no run directory.
+      UserError: if it is not a run directory.
     """
     path = epath.Path(run).expanduser() / CONFIG_FILE
     if not path.is_file():
         raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
-    # A run's file has no macros: what they set is in the fields that the defaults name.
+    # A run's file has no macros, so a macro is replaced by the field that it sets.
     fields, bindings = _macro_fields(), []
     for flag in flags:
         name, equals, value = flag.partition("=")
         bindings.append(_binding(fields.get(name, name) + equals + value))
-    # A mixture takes the place of the run's method, and a method that of its mixture.
+    # A mixture replaces the run's method, and a method replaces its mixture.
     for given, other in (("mixture", "method"), ("method", "mixture")):
         if any(binding.startswith(f"Experiment.{given} = ") for binding in bindings):
             bindings.insert(0, f"Experiment.{other} = None")

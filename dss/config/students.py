@@ -1,4 +1,4 @@
-"""The students that dss ships by name, in gin/students."""
+"""The students of gin/students, by name."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ __all__ = ["named_student"]
 
 
 def named_student(name: str) -> T5Config:
-    """Returns the configuration of a student by the name of its gin file.
+    """Returns the configuration of a student of gin/students.
 
     >>> named_student("small").d_model
     512

@@ -29,11 +29,21 @@ __all__ = [
     "Dataset",
     "JsonlSource",
     "Source",
+    "name_of",
     "read_declared",
 ]
 
 SPLITS = ("train", "valid", "test")
 DATASET_FILE = "dataset.json"
+
+
+def name_of(path: epath.PathLike) -> str:
+    """Returns the name of the dataset in a folder or file.
+
+    >>> name_of("data/my-tickets.jsonl")
+    'my_tickets'
+    """
+    return absolute(path).stem.replace("-", "_")
 
 
 class Source(Protocol):
@@ -166,8 +176,8 @@ class Dataset:
 
         Args:
           path: a folder or a file, see `JsonlSource`.
-          name: the name of the dataset: letters, digits and underscores; None for the name of the
-            folder or file, a hyphen written as an underscore.
+          name: the name of the dataset in SeqIO's names: letters, digits and underscores; None for
+            `name_of` the path, which runs use.
           labels: the closed set of labels, among which predictions are chosen. Empty for those of
             the data's `dataset.json`, see `read_declared`.
           metric: "text" or "equation".
@@ -178,7 +188,7 @@ class Dataset:
             the metric is unknown, or `dataset.json` contradicts the arguments.
         """
         path = epath.Path(path).expanduser()
-        name = absolute(path).stem.replace("-", "_") if name is None else name
+        name = name_of(path) if name is None else name
         if must_exist and path.is_file():
             check_kind(path)
         if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):

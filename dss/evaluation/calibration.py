@@ -1,4 +1,4 @@
-"""Whether a student is right as often as the probability of its answer says."""
+"""Calibration of label probabilities: reliability bins, calibration error, Brier score."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ BINS = 10
 
 @dataclasses.dataclass(frozen=True)
 class ReliabilityBin:
-    """Examples that were answered with like confidence.
+    """Bin of a reliability diagram: examples predicted with similar confidence.
 
     Attributes:
-      examples: how many.
-      confidence: mean probability of the answer, in [0, 1].
-      accuracy: the share that was right, in [0, 1].
+      examples: number of examples.
+      confidence: mean probability of the predicted label, in [0, 1].
+      accuracy: accuracy of the predicted label, in [0, 1].
     """
 
     examples: int
@@ -27,15 +27,15 @@ class ReliabilityBin:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """How far probabilities can be taken at their word.
+    """Agreement between the probabilities of labels and their accuracy.
 
     Attributes:
-      bins: of equal counts as far as equal confidences, which stay together, let them be; from the
-        least confident to the most.
-      expected_error: sum over bins of their share times |accuracy - confidence|, in [0, 1] (Naeini
-        et al., 2015). Few examples make it larger than it would be for many.
-      brier: mean over examples of the sum over candidates of (probability - 1 if right, else 0)
-        squared, in [0, 2] (Brier, 1950).
+      bins: reliability bins, by rising confidence. They have equal numbers of examples, except that
+        examples of equal confidence are never split.
+      expected_error: expected calibration error: the mean of |accuracy - confidence| over bins,
+        weighted by their examples, in [0, 1] (Naeini et al., 2015). Few examples bias it upwards.
+      brier: Brier score: mean over examples of the squared differences between each candidate's
+        probability and 1 (correct) or 0, summed over candidates, in [0, 2] (Brier, 1950).
     """
 
     bins: tuple[ReliabilityBin, ...]
@@ -46,37 +46,39 @@ class Calibration:
     def of(
         cls,
         probabilities: Sequence[Sequence[float]],
-        right: Sequence[Sequence[bool]],
+        correct: Sequence[Sequence[bool]],
         *,
         bins: int = BINS,
     ) -> "Calibration":
-        """Returns the calibration of some answers; the answer is the most likely candidate.
+        """Returns the calibration of label probabilities; each prediction is the likeliest label.
 
         >>> Calibration.of([[0.9, 0.1], [0.6, 0.4]], [[True, False], [False, True]], bins=1)
         Calibration(bins=(ReliabilityBin(examples=2, confidence=0.75, accuracy=0.5),), \
 expected_error=0.25, brier=0.37)
 
         Args:
-          probabilities: of each example's candidates.
-          right: whether each of them is right.
-          bins: how many at most.
+          probabilities: each example's probability of each of its candidates.
+          correct: whether each candidate is correct, in the same layout.
+          bins: maximum number of bins.
 
         Raises:
-          ValueError: there is no example.
+          ValueError: if there are no examples.
         """
         if not probabilities:
             raise ValueError("no probabilities to calibrate")
         chosen = [int(np.argmax(p)) for p in probabilities]
         confidence = np.array([p[c] for p, c in zip(probabilities, chosen, strict=True)])
-        hits = np.array([r[c] for r, c in zip(right, chosen, strict=True)], np.float64)
-        pairs = zip(probabilities, right, strict=True)
-        brier = np.mean([np.square(np.subtract(p, r, dtype=np.float64)).sum() for p, r in pairs])
+        hits = np.array([o[c] for o, c in zip(correct, chosen, strict=True)], np.float64)
+        pairs = zip(probabilities, correct, strict=True)
+        brier = np.mean([np.square(np.subtract(p, o, dtype=np.float64)).sum() for p, o in pairs])
 
         order = np.argsort(confidence, kind="stable")
         confidence, hits = confidence[order], hits[order]
         starts = np.arange(min(bins, len(order))) * len(order) // min(bins, len(order))
         starts = np.unique(np.searchsorted(confidence, confidence[starts]))
         parts = zip(np.split(confidence, starts[1:]), np.split(hits, starts[1:]), strict=True)
-        found = tuple(ReliabilityBin(len(c), float(c.mean()), float(h.mean())) for c, h in parts)
-        error = sum(b.examples * abs(b.accuracy - b.confidence) for b in found) / len(order)
-        return cls(found, float(error), float(brier))
+        reliability = tuple(
+            ReliabilityBin(len(c), float(c.mean()), float(h.mean())) for c, h in parts
+        )
+        error = sum(b.examples * abs(b.accuracy - b.confidence) for b in reliability) / len(order)
+        return cls(reliability, float(error), float(brier))

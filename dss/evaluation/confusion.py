@@ -1,4 +1,4 @@
-"""Which label of a closed set is taken for which."""
+"""Confusion matrix of a closed set of labels."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ __all__ = ["Confusion"]
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """Predictions counted by the right label.
+    """Counts of predicted labels by target label.
 
     Attributes:
-      labels: the closed set, L labels.
-      counts: [L, L + 1]; row i, column j: examples of label i predicted as label j, in the last
-        column as none of the labels.
+      labels: the closed set of L labels.
+      counts: numbers of examples, [L, L + 1]: row i, column j counts targets i predicted as label
+        j; the last column counts predictions outside the set.
     """
 
     labels: tuple[str, ...]
@@ -21,17 +21,17 @@ class Confusion:
 
     @property
     def examples(self) -> tuple[int, ...]:
-        """How many examples each label has."""
+        """Number of examples of each target label."""
         return tuple(sum(row) for row in self.counts)
 
     @property
     def right(self) -> tuple[int, ...]:
-        """How many of each label's examples are predicted as it."""
+        """Number of correct predictions for each target label."""
         return tuple(row[i] for i, row in enumerate(self.counts))
 
     @property
     def accuracies(self) -> tuple[float | None, ...]:
-        """The accuracy on each label's examples, in [0, 1]; None where it has none."""
+        """Accuracy on the examples of each target label, in [0, 1]; None if it has none."""
         pairs = zip(self.right, self.examples, strict=True)
         return tuple(right / examples if examples else None for right, examples in pairs)
 
@@ -39,7 +39,7 @@ class Confusion:
     def of(
         cls, labels: Sequence[str], targets: Sequence[str], predictions: Sequence[str]
     ) -> "Confusion":
-        """Returns the counts of some predictions; a target that is none of the labels is left out.
+        """Returns the confusion matrix of some predictions; targets outside the set are skipped.
 
         >>> Confusion.of(("no", "yes"), ["no", "yes", "yes"], ["no", "no", "maybe"]).counts
         ((1, 0, 0), (1, 0, 1))

@@ -1,4 +1,4 @@
-"""Predictions of a student, and how good they are."""
+"""Prediction with a student, and scoring of the predictions."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -32,21 +32,29 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationExample:
-    """An input with what a prediction is held against."""
+    """An input and the target that its prediction is scored against.
+
+    Attributes:
+      id: the example's id.
+      text: input text, without the task's prefix.
+      target: expected output.
+      gold: whether the target is a gold label.
+    """
 
     id: str
     text: str
     target: str
-    gold: bool = True  # whether the target is a gold label
+    gold: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a student makes of an input.
+    """A student's prediction for one input.
 
     Attributes:
-      text: the label, or a rationale where that is all it learnt.
-      probabilities: of each possible label, where it was chosen among them; they sum to 1.
+      text: predicted label; the rationale if the student learnt only rationales.
+      probabilities: probability of each possible label, summing to 1; empty if the student
+        generated the text instead of choosing among labels.
     """
 
     text: str
@@ -54,26 +62,26 @@ class Answer:
 
 
 def metric_name(mixture: Mixture) -> str:
-    """Returns what a mixture's student is judged by: "accuracy", or "rouge_l" of rationales."""
+    """Returns the metric of a mixture: "rouge_l" if it has rationales only, else "accuracy"."""
     return "rouge_l" if mixture.tasks[0].kind == "rationale" else "accuracy"
 
 
 def evaluation_set(
     mixture: Mixture, split: str, *, fraction: float = 1.0, seed: int = 0
 ) -> list[EvaluationExample]:
-    """Returns the examples of a split that a mixture's student can be judged on.
+    """Returns the examples of a split that a mixture's student can be evaluated on.
 
-    The target is the gold label; the teacher's where a split has no gold label at all; and the
-    rationale where the mixture has no label.
+    The target is the gold label; the teacher's label if the split has no gold label at all; the
+    rationale if the mixture has rationales only.
 
     Args:
-      mixture: its first task predicts.
+      mixture: the student's mixture; predictions are those of its first task.
       split: "train", "valid" or "test".
-      fraction: of the training examples; see `Dataset.examples`.
-      seed: of the subsample.
+      fraction: fraction of the training examples; see `Dataset.examples`.
+      seed: random seed of the subsample.
 
     Raises:
-      UserError: there is none.
+      UserError: if no example of the split has a target.
     """
     task = mixture.tasks[0]
     if task.kind != "rationale":
@@ -92,11 +100,11 @@ def evaluation_set(
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """Predictions, judged.
+    """Scores of a set of predictions.
 
     Attributes:
       metric: "accuracy" or "rouge_l".
-      verdicts: each prediction's score: 0 or 1, or ROUGE-L in [0, 1].
+      verdicts: score of each prediction: 0 or 1 for accuracy, in [0, 1] for ROUGE-L.
     """
 
     metric: str
@@ -104,12 +112,12 @@ class Scored:
 
     @property
     def value(self) -> float:
-        """The mean score, in [0, 1]."""
+        """Mean score, in [0, 1]."""
         return sum(self.verdicts) / len(self.verdicts)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95% Wilson interval of an accuracy."""
+        """95% confidence interval of an accuracy (Wilson); None for ROUGE-L."""
         if self.metric != "accuracy":
             return None
         return wilson_interval(int(sum(self.verdicts)), len(self.verdicts))
@@ -122,14 +130,14 @@ class Scored:
         predictions: Sequence[str],
         vocabulary: Vocabulary | None = None,
     ) -> "Scored":
-        """Returns the scores of some predictions by the mixture's metric.
+        """Returns the scores of predictions under the mixture's metric.
 
         Args:
-          mixture: the mixture whose first task predicts.
+          mixture: the student's mixture; predictions are those of its first task.
           examples: the N examples with their targets.
           predictions: the N predictions.
-          vocabulary: the student's vocabulary. A label is right too if it is what the vocabulary
-            makes of the target, since the student can write nothing else.
+          vocabulary: the student's vocabulary. A label is also correct if it equals the target
+            encoded and decoded again, which is the closest text that the student can generate.
         """
         metric = metric_name(mixture)
         pairs = zip(predictions, (e.target for e in examples), strict=True)
@@ -154,15 +162,15 @@ class DecodingProgress:
 
 @dataclasses.dataclass(frozen=True)
 class Predictor:
-    """A student with its vocabulary, on a mesh.
+    """Batched inference with a student on a device mesh.
 
     Attributes:
-      config: the student's shape.
-      params: its parameters, on the mesh.
-      vocabulary: its vocabulary.
-      mesh: where it computes; inputs are split over `data` where they divide.
-      decoding: how text is read off it.
-      progress: the callbacks for its batches.
+      config: the student's architecture.
+      params: the student's parameters, placed on the mesh.
+      vocabulary: the student's vocabulary.
+      mesh: the device mesh; batches are sharded over its `data` axis if their size is divisible.
+      decoding: decoding options: lengths, batch size, beams, choice among labels.
+      progress: callbacks for progress.
     """
 
     config: T5Config
@@ -175,15 +183,15 @@ class Predictor:
     def generate(
         self, inputs: Sequence[Sequence[int]], *, max_length: int, start: int = 0
     ) -> list[str]:
-        """Returns the text that the student writes for each input.
+        """Returns the text that the student generates for each input.
 
         Args:
-          inputs: token ids, EOS included.
-          max_length: longest output in tokens, EOS counted.
-          start: the id that the output starts from; see `Task.start_id`.
+          inputs: token ids, including EOS.
+          max_length: maximum output length in tokens, including EOS.
+          start: token id that decoding starts from; see `Task.start_id`.
         """
         out = [""] * len(inputs)
-        for rows, tokens in self._batches(inputs):
+        for batch, tokens in self._batches(inputs):
             self.progress.began((tokens.shape, max_length, start))
             decoded, _ = generate(
                 self.config,
@@ -193,22 +201,22 @@ class Predictor:
                 num_beams=self.decoding.num_beams,
                 start=start,
             )
-            for row, ids in zip(rows, fetch(decoded), strict=False):
-                out[row] = self.vocabulary.decode(ids.tolist())
-            self.progress.ended(len(rows))
+            for i, ids in zip(batch, fetch(decoded), strict=False):
+                out[i] = self.vocabulary.decode(ids.tolist())
+            self.progress.ended(len(batch))
         return out
 
     def choose(
         self, inputs: Sequence[Sequence[int]], candidates: Sequence[Sequence[str]]
     ) -> list[Answer]:
-        """Returns, for each input, the candidate label that the student finds most likely.
+        """Returns each input's most likely candidate label, with the candidates' probabilities.
 
-        The score is the log-probability of the whole candidate, EOS included; a candidate's
-        probability is its share among those of the input.
+        The score of a candidate is its log-likelihood, including EOS; the probabilities are a
+        softmax over the candidates of the input.
 
         Args:
-          inputs: token ids, EOS included.
-          candidates: of each input, at least one, all different.
+          inputs: token ids, including EOS.
+          candidates: candidate labels of each input: at least one, without duplicates.
         """
         encoded = [[[*self.vocabulary.encode(c), EOS] for c in cs] for cs in candidates]
         most = max((len(cs) for cs in encoded), default=1)
@@ -219,36 +227,39 @@ class Predictor:
             for j, c in enumerate(cs):
                 table[i, j, : len(c)] = c
         out = [Answer("")] * len(inputs)
-        for rows, tokens in self._batches(inputs):
+        for batch, tokens in self._batches(inputs):
             self.progress.began((tokens.shape, table.shape[1:], slots))
-            padded_rows = np.resize(rows, len(tokens))
-            padded_rows[len(rows) :] = rows[-1]
-            offered = self._put(table[padded_rows])
-            scores = score_candidates(self.config, self.params, self._put(tokens), offered, slots)
-            for row, of_row in zip(rows, fetch(scores), strict=False):
-                own = of_row[: len(candidates[row])].astype(np.float64)
-                shares = np.exp(own - own.max())
-                shares /= shares.sum()
-                named = dict(zip(candidates[row], shares.tolist(), strict=True))
-                out[row] = Answer(candidates[row][own.argmax()], named)
-            self.progress.ended(len(rows))
+            padded_batch = np.resize(batch, len(tokens))
+            padded_batch[len(batch) :] = batch[-1]
+            labels = self._put(table[padded_batch])
+            scores = score_candidates(self.config, self.params, self._put(tokens), labels, slots)
+            for i, padded_scores in zip(batch, fetch(scores), strict=False):
+                log_likelihoods = padded_scores[: len(candidates[i])].astype(np.float64)
+                softmax = np.exp(log_likelihoods - log_likelihoods.max())
+                softmax /= softmax.sum()
+                probabilities = dict(zip(candidates[i], softmax.tolist(), strict=True))
+                out[i] = Answer(candidates[i][log_likelihoods.argmax()], probabilities)
+            self.progress.ended(len(batch))
         return out
 
     def predict(
         self, mixture: Mixture, examples: Sequence[EvaluationExample], inputs_length: int
     ) -> list[str]:
-        """Returns the texts of `answer`."""
+        """Returns the predicted texts only; see `answer`."""
         return [answer.text for answer in self.answer(mixture, examples, inputs_length)]
 
     def answer(
         self, mixture: Mixture, examples: Sequence[EvaluationExample], inputs_length: int
     ) -> list[Answer]:
-        """Returns what the student answers: a label, or a rationale where that is all it learnt.
+        """Returns the student's prediction for each example.
+
+        A label is chosen among the possible labels of the input if these are known and
+        `decoding.closed` is set; otherwise text is generated.
 
         Args:
-          mixture: the one that the student learnt.
-          examples: their texts are the inputs.
-          inputs_length: longest input, tokens.
+          mixture: the mixture that the student was trained on.
+          examples: the examples to predict.
+          inputs_length: maximum input length in tokens.
         """
         task, dataset = mixture.tasks[0], mixture.dataset
         inputs = [
@@ -256,14 +267,14 @@ class Predictor:
         ]
         if task.kind == "label":
             choices = [dataset.choices(e.text) if self.decoding.closed else () for e in examples]
-            choices = [tuple(dict.fromkeys(cs)) for cs in choices]  # an input may offer one twice
+            choices = [tuple(dict.fromkeys(cs)) for cs in choices]  # an input may list one twice
             out = [Answer("")] * len(inputs)
-            some = [i for i, c in enumerate(choices) if c]
-            chosen = self.choose([inputs[i] for i in some], [choices[i] for i in some])
+            closed = [i for i, c in enumerate(choices) if c]
+            chosen = self.choose([inputs[i] for i in closed], [choices[i] for i in closed])
             others = [i for i, c in enumerate(choices) if not c]
             length = self.decoding.max_length
-            written = self.generate([inputs[i] for i in others], max_length=length)
-            for i, answer in zip(some + others, chosen + list(map(Answer, written)), strict=True):
+            texts = self.generate([inputs[i] for i in others], max_length=length)
+            for i, answer in zip(closed + others, chosen + list(map(Answer, texts)), strict=True):
                 out[i] = answer
             return out
         texts = self.generate(inputs, max_length=self.decoding.rationale_length)
@@ -274,17 +285,20 @@ class Predictor:
         return put_batch(self.mesh, {"array": array})["array"]
 
     def _batches(self, inputs: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields (rows [n], tokens [B, S]), inputs of like length together; rows past n repeat."""
+        """Yields batches of inputs of similar length: (indices [n], token ids [B, S]), n <= B.
+
+        The last input fills an incomplete batch up to B.
+        """
         size, multiple = self.decoding.batch_size, self.decoding.length_multiple
         by_length = np.argsort([len(i) for i in inputs], kind="stable")
         for start in range(0, len(inputs), size):
-            rows = by_length[start : start + size]
-            longest = max(len(inputs[r]) for r in rows)
+            batch = by_length[start : start + size]
+            longest = max(len(inputs[i]) for i in batch)
             tokens = np.zeros((size, -(-longest // multiple) * multiple), np.int32)
-            for i in range(size):
-                row = inputs[rows[min(i, len(rows) - 1)]]
-                tokens[i, : len(row)] = row
-            yield rows, tokens
+            for row in range(size):
+                ids = inputs[batch[min(row, len(batch) - 1)]]
+                tokens[row, : len(ids)] = ids
+            yield batch, tokens
 
 
 def token_metrics(
@@ -295,30 +309,31 @@ def token_metrics(
     rates: Sequence[float],
     prefix: str,
 ) -> dict[str, float]:
-    """Returns the loss of a whole split: of each task, and their mean weighted by rate.
+    """Returns the loss and token accuracy of each task on a split, and the mixture's loss.
 
-    A task without a token in the split is left out.
+    The mixture's loss is the mean of the tasks' losses, weighted by their rates. Tasks without
+    target tokens in the split are skipped.
 
     Args:
-      eval_step: from `make_eval_step`.
-      params: the student's.
-      batches: the split, on the mesh.
+      eval_step: the function that `make_eval_step` returns.
+      params: the student's parameters.
+      batches: all batches of the split, on the mesh.
       task_names: names of the mixture's tasks.
-      rates: their rates.
-      prefix: of the metrics' names, such as "valid".
+      rates: mixing rates of the tasks.
+      prefix: prefix of the metrics' names, such as "valid".
     """
     totals: Any = None
     for batch in batches:
         sums = jax.tree.map(np.asarray, eval_step(params, batch))
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-    there = np.flatnonzero(totals["counts"])
-    losses = totals["sums"][there] / totals["counts"][there]
-    weights = np.asarray(rates)[there]
-    if not weights.any():  # only tasks of rate 0: alpha is 0 and no rationale is there
+    present = np.flatnonzero(totals["counts"])
+    losses = totals["sums"][present] / totals["counts"][present]
+    weights = np.asarray(rates)[present]
+    if not weights.any():  # all tasks present have rate 0, as with alpha 0 and no rationales
         weights = np.ones_like(weights)
     metrics = {f"{prefix}/loss": float(np.average(losses, weights=weights))}
-    for k, loss in zip(there.tolist(), losses, strict=True):
-        right = totals["correct"][k] / totals["counts"][k]
+    for k, loss in zip(present.tolist(), losses, strict=True):
+        accuracy = totals["correct"][k] / totals["counts"][k]
         metrics[f"{prefix}/{task_names[k]}_loss"] = float(loss)
-        metrics[f"{prefix}/{task_names[k]}_token_accuracy"] = float(right)
+        metrics[f"{prefix}/{task_names[k]}_token_accuracy"] = float(accuracy)
     return metrics

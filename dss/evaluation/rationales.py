@@ -1,4 +1,4 @@
-"""How good rationales are: like the teacher's, and of one mind with the label."""
+"""Rationale quality: ROUGE-L against the teacher's, and consistency with the label."""
 
 import dataclasses
 import re
@@ -14,10 +14,11 @@ __all__ = ["RationaleQuality", "conclusion"]
 
 
 def conclusion(rationale: str, choices: Sequence[str] = ()) -> str | None:
-    """Returns the label that a rationale concludes; None where it concludes none.
+    """Returns the label that a rationale concludes with; None if it concludes with none.
 
-    It is what follows "So the answer is" or, of the possible labels, the one that is named last,
-    after these words if they are there; teachers' rationales are stored without them.
+    With `choices`, that is the choice named last, after "So the answer is" if the rationale has
+    these words (released rationales are stored without them). If no choice is named, it is the text
+    after these words.
 
     >>> conclusion("Beavers need wood. So the answer is (d) wooded area.", ["wood", "wooded area"])
     'wooded area'
@@ -26,11 +27,11 @@ def conclusion(rationale: str, choices: Sequence[str] = ()) -> str | None:
     >>> conclusion("Beavers build dams", ["dam", "wooded area"])
 
     Args:
-      rationale: a text.
-      choices: the possible labels; empty where any text is.
+      rationale: text of the rationale.
+      choices: the possible labels; empty if any text may be a label.
     """
     text = extract_label(rationale)
-    # Of two that end at the same place the longer one is meant: "area" and "wooded area".
+    # Of two matches with the same end the longer one is the label: "wooded area", not "area".
     named = [
         (match.end(), len(choice), choice)
         for choice in choices
@@ -43,15 +44,15 @@ def conclusion(rationale: str, choices: Sequence[str] = ()) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class RationaleQuality:
-    """Rationales of a student, judged.
+    """Quality of a student's rationales.
 
     Attributes:
-      examples: how many rationales.
-      referenced: about how many of the examples the teacher wrote one too.
-      rouge_l: mean ROUGE-L against the teacher's, in [0, 1]; None where it wrote none.
-      concluding: how many conclude a label, see `conclusion`.
-      predicted: how many conclude the label that the student predicts.
-      right: how many conclude the right label.
+      examples: number of rationales.
+      referenced: number of rationales with a teacher's rationale for the same example.
+      rouge_l: mean ROUGE-L against the teacher's rationales, in [0, 1]; None without any of these.
+      concluding: number of rationales that conclude with a label; see `conclusion`.
+      predicted: number of rationales that conclude with the student's predicted label.
+      right: number of rationales that conclude with the correct label.
     """
 
     examples: int
@@ -70,14 +71,14 @@ class RationaleQuality:
         rationales: Sequence[str],
         references: Mapping[str, str],
     ) -> "RationaleQuality":
-        """Returns the quality of some rationales.
+        """Returns the quality of a student's rationales.
 
         Args:
-          dataset: says when a label is another.
-          examples: N of them; the targets are labels.
-          predictions: the student's labels, N.
-          rationales: its rationales, N.
-          references: the teacher's, by the example's id.
+          dataset: the dataset, for its possible labels and their comparison.
+          examples: the N examples, with labels as targets.
+          predictions: the student's N predicted labels.
+          rationales: the student's N rationales.
+          references: the teacher's rationales, by example id.
         """
         scores, predicted, right, concluding = [], 0, 0, 0
         rows = zip(examples, predictions, rationales, strict=True)

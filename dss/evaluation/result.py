@@ -1,4 +1,4 @@
-"""An evaluation: a student's answers to a split, and all that is measured on them."""
+"""Evaluation of a student on a split: predictions, metrics, and the files they are saved to."""
 
 import dataclasses
 import json
@@ -21,21 +21,21 @@ __all__ = ["Evaluation"]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A student's answers to a split, judged.
+    """A student's predictions for a split, with all metrics.
 
     Attributes:
-      mixture: the name of what it learnt.
+      mixture: name of the mixture that the student was trained on.
       split: "train", "valid" or "test".
-      step: of its checkpoint.
-      scored: the verdict on every answer.
-      examples: N of them.
-      answers: N of them.
-      teachers: the teachers' scores beside the student's, by name.
-      confusion: of labels, where the dataset has a closed set.
-      calibration: of the probabilities, where answers were chosen among possible labels.
-      rationales: the student's, N, where they were asked for.
-      quality: of the rationales.
-      outputs: what each teacher wrote for the split, by name.
+      step: training step of the checkpoint.
+      scored: scores of the predictions.
+      examples: the N examples.
+      answers: the student's N predictions.
+      teachers: scores of the teachers on the same examples, by teacher.
+      confusion: confusion matrix; None unless the dataset has a closed set of labels.
+      calibration: calibration of the label probabilities; None if all text was generated.
+      rationales: the student's N rationales; None if not requested.
+      quality: quality of the rationales; None if not requested.
+      outputs: outputs of the teachers for the split, by teacher.
     """
 
     mixture: str
@@ -53,7 +53,7 @@ class Evaluation:
 
     @property
     def predictions(self) -> tuple[str, ...]:
-        """The answers' texts."""
+        """The predicted texts."""
         return tuple(answer.text for answer in self.answers)
 
     @classmethod
@@ -68,16 +68,16 @@ class Evaluation:
         rationales: Sequence[str] | None = None,
         vocabulary: Vocabulary | None = None,
     ) -> "Evaluation":
-        """Returns what there is to say about some answers.
+        """Returns the evaluation of a student's predictions.
 
         Args:
-          mixture: the one that the student learnt.
-          split: of the examples.
-          step: of the checkpoint.
-          examples: N of them.
-          answers: the student's, N.
-          teachers: what they wrote for the split.
-          rationales: the student's, N; the targets are labels.
+          mixture: the mixture that the student was trained on.
+          split: the split that the examples belong to.
+          step: training step of the checkpoint.
+          examples: the N examples.
+          answers: the student's N predictions.
+          teachers: outputs of the teachers for the split, by teacher.
+          rationales: the student's N rationales, for examples whose targets are labels.
           vocabulary: the student's vocabulary; see `Scored.of`.
         """
         dataset, texts = mixture.dataset, [answer.text for answer in answers]
@@ -87,8 +87,8 @@ class Evaluation:
         if dataset.labels.closed and scored.metric == "accuracy":
             confusion = Confusion.of(dataset.labels.closed, [e.target for e in examples], texts)
         if rationales is not None:
-            writer = next(task.teacher for task in mixture.tasks if task.kind != "label")
-            outputs = teachers.get(writer or "", {})
+            teacher = next(task.teacher for task in mixture.tasks if task.kind != "label")
+            outputs = teachers.get(teacher or "", {})
             references = {i: o.rationale for i, o in outputs.items() if o.has_rationale}
             quality = RationaleQuality.of(dataset, examples, texts, rationales, references)
         return cls(
@@ -107,7 +107,7 @@ class Evaluation:
         )
 
     def save(self, folder: epath.Path) -> epath.Path:
-        """Writes a JSON line for each example, and the summary beside; returns the first file."""
+        """Writes predictions (JSON lines) and summary (JSON); returns the path of the former."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.mixture}-{self.split}-{self.step}.jsonl"
         lines = []
@@ -124,10 +124,12 @@ class Evaluation:
                 line["probabilities"] = answer.probabilities
             if self.rationales is not None:
                 line["rationale"] = self.rationales[i]
-            said = {t: outputs.get(example.id) for t, outputs in self.outputs.items()}
-            if any(said.values()):
+            by_teacher = {t: outputs.get(example.id) for t, outputs in self.outputs.items()}
+            if any(by_teacher.values()):
                 line["teachers"] = {
-                    t: {"label": o.label, "rationale": o.rationale} for t, o in said.items() if o
+                    teacher: {"label": output.label, "rationale": output.rationale}
+                    for teacher, output in by_teacher.items()
+                    if output
                 }
             lines.append(line)
         write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -135,7 +137,7 @@ class Evaluation:
         return path
 
     def summary(self) -> dict[str, Any]:
-        """Returns what was measured, for JSON; what was not is None."""
+        """Returns the metrics as JSON-serializable values; None for what was not measured."""
 
         def fields(value: Any) -> dict[str, Any] | None:
             return None if value is None else dataclasses.asdict(value)

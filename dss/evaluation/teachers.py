@@ -1,4 +1,4 @@
-"""Teachers judged as students are: by the same metric on the same examples."""
+"""Scores of teachers under the student's metric, on the same examples."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,17 +10,18 @@ from dss.mixtures.methods import Mixture
 
 __all__ = ["TeacherOutputs", "TeacherScore", "read_teachers", "score_teacher"]
 
-TeacherOutputs = Mapping[str, TeacherOutput]  # by the example's id
+TeacherOutputs = Mapping[str, TeacherOutput]  # by example id
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherScore:
-    """A teacher's labels, judged.
+    """Scores of a teacher's labels.
 
     Attributes:
-      scored: the verdicts on the examples with a gold label that the teacher wrote about; no label
-        is a wrong one.
-      p_value: of the student being as accurate as the teacher on these, by McNemar's exact test.
+      scored: scores on the examples with a gold label and an output of the teacher; an output
+        without a label is incorrect.
+      p_value: p-value of McNemar's exact test that student and teacher are equally accurate on
+        these examples.
     """
 
     scored: Scored
@@ -28,10 +29,10 @@ class TeacherScore:
 
 
 def read_teachers(mixture: Mixture, split: str) -> dict[str, TeacherOutputs]:
-    """Returns what each teacher that has outputs for a split wrote, but for what is stale.
+    """Returns the outputs for a split by teacher, except stale ones.
 
     Raises:
-      UserError: a malformed file.
+      UserError: if a file of outputs is malformed.
     """
     dataset = mixture.dataset
     return {
@@ -51,17 +52,19 @@ def score_teacher(
     student: Scored,
     outputs: TeacherOutputs,
 ) -> TeacherScore | None:
-    """Returns a teacher's score beside a student's; None where nothing can be judged.
+    """Returns a teacher's scores and their comparison with a student's.
+
+    None if no example has both a gold label and an output of the teacher.
 
     Args:
-      mixture: the student's.
-      examples: that the student was judged on.
-      student: its verdicts on them.
-      outputs: the teacher's.
+      mixture: the student's mixture.
+      examples: the examples that the student was evaluated on.
+      student: the student's scores on these examples.
+      outputs: the teacher's outputs, by example id.
     """
-    rows = [i for i, example in enumerate(examples) if example.gold and example.id in outputs]
-    if not rows:
+    indices = [i for i, example in enumerate(examples) if example.gold and example.id in outputs]
+    if not indices:
         return None
-    judged = [examples[i] for i in rows]
-    scored = Scored.of(mixture, judged, [outputs[e.id].label or "" for e in judged])
-    return TeacherScore(scored, mcnemar([student.verdicts[i] for i in rows], scored.verdicts))
+    common = [examples[i] for i in indices]
+    scored = Scored.of(mixture, common, [outputs[e.id].label or "" for e in common])
+    return TeacherScore(scored, mcnemar([student.verdicts[i] for i in indices], scored.verdicts))

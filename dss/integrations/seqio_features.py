@@ -12,8 +12,13 @@ and SeqIO's own segment ids, positions and loss weights.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import seqio
-import tensorflow as tf
+from dss.errors import missing_package
+
+try:
+    import seqio
+    import tensorflow as tf
+except ModuleNotFoundError as error:
+    raise missing_package("the SeqIO integration", error.name, "seqio") from None
 
 __all__ = ["StepByStepFeatureConverter"]
 

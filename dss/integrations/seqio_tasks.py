@@ -10,8 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-import seqio
-import tensorflow as tf
 
 from dss.data.datasets import Dataset
 from dss.data.metrics import equation_accuracy, rouge_l_mean, text_accuracy
@@ -23,8 +21,15 @@ from dss.data.vocabulary import (
     Vocabulary,
     load_vocabulary,
 )
+from dss.errors import missing_package
 from dss.mixtures.methods import mixture_names, named_mixture
 from dss.mixtures.tasks import Task, extract_label
+
+try:
+    import seqio
+    import tensorflow as tf
+except ModuleNotFoundError as error:
+    raise missing_package("the SeqIO integration", error.name, "seqio") from None
 
 __all__ = ["SPLITS", "get_vocabulary", "register_seqio", "vocabulary_source"]
 

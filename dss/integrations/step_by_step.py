@@ -12,11 +12,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from dss.batches.statistics import measure_split
 from dss.data.datasets import SPLITS, Dataset, JsonlSource
 from dss.data.released import RELEASED
+from dss.errors import missing_package
+
+try:
+    import tensorflow_datasets as tfds
+except ModuleNotFoundError as error:
+    raise missing_package("the TFDS builder", error.name, "tfds") from None
 
 __all__ = ["StepByStep"]
 

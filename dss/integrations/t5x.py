@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import seqio
 from etils import epath
 
 from dss.batches.batches import Batch, Batches
@@ -23,7 +22,7 @@ from dss.config.data import open_mixture, resolve
 from dss.config.experiment import Experiment
 from dss.config.gin_files import gin_name
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError
+from dss.errors import MissingPackageError, UserError
 from dss.integrations.seqio_features import StepByStepFeatureConverter
 from dss.integrations.seqio_tasks import get_vocabulary, register_seqio, vocabulary_source
 from dss.interop.t5x_export import DATASET, DATASET_FILE
@@ -35,12 +34,13 @@ from dss.training.loss import cross_entropy, task_sums, token_counts, token_weig
 from dss.training.optimizer import make_optimizer, make_schedule
 
 try:
+    import seqio
     from clu import metrics as clu_metrics
     from clu.data import dataset_iterator
     from t5x import adafactor, models, optimizers
     from t5x.examples.t5 import network
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackageError(
         f"dss.integrations.t5x needs T5X ({error}): pip install --no-deps "
         "git+https://github.com/google-research/t5x git+https://github.com/google/airio "
         "git+https://github.com/google-research/jestimator, and what docs/t5x.md lists"
@@ -381,7 +381,7 @@ def transformer(experiment: Experiment) -> network.Transformer:
         raise UserError(
             "T5X's network scales the logits where the embeddings are tied, and only there"
         )
-    return network.Transformer(_network_config(experiment.settle(student)))
+    return network.Transformer(_network_config(experiment.resolve_student(student)))
 
 
 def _network_config(student: T5Config) -> network.T5Config:

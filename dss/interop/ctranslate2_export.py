@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from dss.errors import UserError
+from dss.errors import missing_package
 from dss.interop.huggingface_export import SPIECE, quiet_transformers
 from dss.student.config import T5Config
 
@@ -17,9 +17,7 @@ def check_installed() -> None:
     """Raises the user's error where the converter is not installed."""
     missing = [package for package in NEEDS if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(
-            f"--to ctranslate2 needs {' and '.join(missing)}: pip install {' '.join(NEEDS)}"
-        )
+        raise missing_package("--to ctranslate2", ", ".join(missing), "export")
 
 
 def convert(source: Path, folder: Path, config: T5Config) -> None:

@@ -1,1 +1,1 @@
-"""Tasks and mixtures: what a student reads and learns to write."""
+"""Tasks and mixtures: the inputs and targets that a student is trained on."""

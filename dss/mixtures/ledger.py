@@ -1,7 +1,6 @@
-"""The ledger: what became of every row of a file that a task reads.
+"""The ledger: how many rows of a data file a task uses, and why it skips the others.
 
-Each row has one fate, and their counts add up to the file's rows. So a row is trained on, or it is
-counted with the reason.
+Each row has one outcome (`fate`), so the counts add up to the number of rows.
 """
 
 import collections
@@ -18,8 +17,8 @@ __all__ = ["LEFT_OUT", "USED", "Ledger", "make_ledger"]
 
 USED = (
     "trained",
-    "truncated",  # trained, cut to the limit of length
-    "unwritable",  # trained, as what the vocabulary makes of the label
+    "truncated",  # trained, truncated to the maximum length
+    "unwritable",  # trained, though the vocabulary cannot represent the label exactly
     "duplicate",  # trained, and an earlier row has the same input and target
     "conflicting duplicate",  # trained, and an earlier row has the same input and another label
 )
@@ -27,23 +26,23 @@ LEFT_OUT = (
     *(NO_LABEL, OUTSIDE, EMPTY_INPUT),
     *(MISSING, *(status for status in STATUSES if status != "ok"), "stale"),
     *REASONS,
-    "in another split",  # held out for validation, or trained on where the split is that one
+    "in another split",  # held out for validation; or, of a held-out split, trained on
     "not in TRAIN_FRACTION",
 )
 NOT_DRAWN = (EMPTY_INPUT, "in another split", "not in TRAIN_FRACTION")
-SHOWN = 3  # ids named
+SHOWN = 3  # ids listed
 
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """The fates of a file's rows in one task.
+    """The outcome counts of a file's rows in one task.
 
     Attributes:
-      rows: how many rows the file has.
-      fates: how many rows have each fate, in the order of `USED` and `LEFT_OUT`; those that none
-        has are not there.
-      strays: how many outputs of the teacher are for no row of the file.
-      stray_ids: the first of their ids.
+      rows: the number of rows in the file.
+      fates: the number of rows with each outcome, in the order of `USED` and `LEFT_OUT`, without
+        zeros.
+      strays: the number of teacher outputs whose id no row has.
+      stray_ids: the first few of these ids.
     """
 
     rows: int
@@ -53,7 +52,7 @@ class Ledger:
 
     @property
     def drawn(self) -> int:
-        """How many rows with an input the split's fraction has, whatever tasks can use of them.
+        """The number of rows with an input in the split's fraction, used by the task or not.
 
         >>> Ledger(10, {"trained": 6, "no label": 1, "empty input": 1, "in another split": 2}).drawn
         7
@@ -61,11 +60,11 @@ class Ledger:
         return self.rows - sum(self.fates.get(fate, 0) for fate in NOT_DRAWN)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns the ledger for JSON; `Ledger(**value)` reads it."""
+        """Returns the ledger as a JSON value; `Ledger(**value)` restores it."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        """Returns the ledger as a line without the name of its task."""
+        """Returns the ledger as one line, without the name of its task."""
         parts = [f"{count:,} {fate}" for fate, count in self.fates.items()]
         if self.strays:
             names = ", ".join(map(repr, self.stray_ids))
@@ -84,29 +83,29 @@ def make_ledger(
     truncated: Collection[str] = (),
     unwritable: Collection[str] = (),
 ) -> Ledger:
-    """Returns what became of each row of the file that holds a split.
+    """Returns the ledger of the file of a split.
 
     Args:
-      task: that read it.
-      dataset: of the task.
+      task: the task that reads the file.
+      dataset: the dataset of the task.
       split: "train", "valid" or "test".
-      read: what the task read.
-      fraction: the part of the training examples that was used; see `Dataset.examples`.
-      truncated: ids of the examples whose row was cut.
-      unwritable: ids of the examples whose label the vocabulary cannot write.
+      read: the rows of the split in the task.
+      fraction: the fraction of the training examples in use; see `Dataset.examples`.
+      truncated: the ids of the examples with a truncated row.
+      unwritable: the ids of the examples whose label the vocabulary cannot represent exactly.
     """
     ids = [example.id for example in dataset.source.examples(dataset.source_split(split))]
     fates = _fates_of_rows(read.rows, truncated, unwritable, labels=task.kind != "rationale")
-    found = collections.Counter({**fates, **read.left_out}.values())
+    counts = collections.Counter({**fates, **read.left_out}.values())
     drawn = dataset.count_drawn(split, len(ids), fraction=fraction)
-    found["not in TRAIN_FRACTION"] = len(ids) - drawn
-    found["in another split"] = drawn - len(fates) - len(read.left_out)
+    counts["not in TRAIN_FRACTION"] = len(ids) - drawn
+    counts["in another split"] = drawn - len(fates) - len(read.left_out)
     outputs = dataset.outputs(split, task.teacher) if task.teacher else {}
     known = set(ids)
     strays = [id_ for id_ in outputs if id_ not in known]
     return Ledger(
         rows=len(ids),
-        fates={fate: found[fate] for fate in (*USED, *LEFT_OUT) if found[fate]},
+        fates={fate: counts[fate] for fate in (*USED, *LEFT_OUT) if counts[fate]},
         strays=len(strays),
         stray_ids=tuple(strays[:SHOWN]),
     )
@@ -119,7 +118,7 @@ def _fates_of_rows(
     *,
     labels: bool,
 ) -> dict[str, str]:
-    """Returns the fate of each example that has a row, by its id."""
+    """Returns the outcome of each example with a row, by its id."""
     first: dict[str, TextRow] = {}
     fates: dict[str, str] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Methods and mixtures: the tasks that a student learns, and the rate of each.
+"""Methods and mixtures: the tasks that a student is trained on, and the rate of each.
 
     <dataset>_finetune                          gold labels
     <dataset>_distill_<teacher>                 the teacher's labels
@@ -6,7 +6,7 @@
     <dataset>_step_by_step_unlabeled_<teacher>  the teacher's labels at rate alpha, and rationales
     <dataset>_single_target_<teacher>           rationale, then gold label, as one target
 
-The name of a task is the name of the mixture of that task alone, too.
+The name of a task is also the name of the mixture with that task only.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ __all__ = ["Method", "Mixture", "make_mixture", "mixture_names", "named_mixture"
 
 
 class Method(enum.StrEnum):
-    """A way to train a student (Hsieh et al., 2023, sections 3 and 4.4)."""
+    """A training method (Hsieh et al., 2023, sections 3 and 4.4)."""
 
     FINETUNE = "finetune"
     DISTILL = "distill"
@@ -34,31 +34,31 @@ class Method(enum.StrEnum):
 
     @classmethod
     def parse(cls, name: str) -> "Method":
-        """Returns the method of a name.
+        """Returns the method with a name.
 
         Raises:
           UserError: if there is no such method.
         """
         if name not in [*cls]:
-            raise unknown_name("method", name, cls)
+            raise unknown_name("method", name, [method.value for method in cls])
         return cls(name)
 
     @property
     def display_name(self) -> str:
-        """The method in words, for tables."""
+        """The name of the method for tables."""
         return TITLES[self]
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any of the tasks reads a teacher's outputs."""
+        """Whether a task uses a teacher's outputs."""
         return self is not Method.FINETUNE
 
     def tasks(self, dataset: Dataset, teacher: str | None) -> tuple[Task, ...]:
-        """Returns the tasks that a student learns; it predicts with the first.
+        """Returns the tasks of the method; the first one is used for prediction.
 
         Args:
           dataset: the dataset of the examples.
-          teacher: the name of the teacher; None where the method needs none.
+          teacher: the name of the teacher; None if the method needs none.
         """
         return tuple(
             Task(dataset, kind, teacher if by_teacher else None) for kind, by_teacher in TASKS[self]
@@ -73,7 +73,7 @@ TITLES = {
     Method.SINGLE_TARGET: "single target",
     Method.RATIONALE: "rationales only",
 }
-TASKS: dict[Method, tuple[tuple[Kind, bool], ...]] = {  # kind, and whether it reads a teacher
+TASKS: dict[Method, tuple[tuple[Kind, bool], ...]] = {  # kind, uses a teacher
     Method.FINETUNE: (("label", False),),
     Method.DISTILL: (("label", True),),
     Method.STEP_BY_STEP: (("label", False), ("rationale", True)),
@@ -81,7 +81,7 @@ TASKS: dict[Method, tuple[tuple[Kind, bool], ...]] = {  # kind, and whether it r
     Method.SINGLE_TARGET: (("rationale_then_label", True),),
     Method.RATIONALE: (("rationale", True),),
 }
-# Names of mixtures, without dataset and teacher; those of single tasks come last.
+# The method of each mixture name without dataset and teacher; names of single tasks come last.
 FORMS = {
     **{method.value: method for method in Method},
     "label_gold": Method.FINETUNE,
@@ -93,13 +93,13 @@ WITHOUT_TEACHER = ("finetune", "label_gold")
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Tasks over the examples of one dataset, and their rates.
+    """The tasks of a method on one dataset, with their rates.
 
     Attributes:
       name: the name of the mixture.
       dataset: the dataset of all tasks.
-      method: the method that the tasks make up.
-      tasks: the tasks; the first one predicts.
+      method: the method of the tasks.
+      tasks: the tasks; the first one is used for prediction.
       rates: the weight of each task's mean loss, or its sampling rate; they sum to 1.
     """
 
@@ -111,33 +111,33 @@ class Mixture:
 
     @property
     def short_names(self) -> tuple[str, ...]:
-        """The kinds of the tasks, for naming metrics."""
+        """The kinds of the tasks, for the names of metrics."""
         return tuple(task.kind for task in self.tasks)
 
     @property
     def teacher(self) -> str | None:
-        """The name of the teacher; None where no task reads one."""
+        """The name of the teacher; None if no task uses one."""
         return next((task.teacher for task in self.tasks if task.teacher is not None), None)
 
     def start_ids(self, vocabulary: Vocabulary) -> tuple[int, ...] | None:
-        """Returns the decoder's start id of each task where all views of an example share one
-        input; None where each view has its own.
+        """Returns the decoder's start id of each task if the tasks of an example share one input;
+        None if each task has an input of its own.
         """
         if not any(task.mark for task in self.tasks):
             return None
         return tuple(task.start_id(vocabulary) for task in self.tasks)
 
     def available(self, split: str) -> "Mixture":
-        """Returns the mixture of those tasks that have files for a split, at the same rates.
+        """Returns the mixture with only the tasks that have files for a split, at the same rates.
 
-        A validation split without rationales still has the label's loss.
+        A validation split without rationales still has a label loss.
 
         Raises:
-          UserError: if no task has.
+          UserError: if no task has files for the split.
         """
         kept = [k for k, task in enumerate(self.tasks) if task.has(split)]
         if not kept:
-            self.tasks[0].rows(split)  # raises, with the missing file
+            self.tasks[0].rows(split)  # raises an error that names the missing file
         tasks, rates = zip(*((self.tasks[k], self.rates[k]) for k in kept), strict=True)
         return dataclasses.replace(self, tasks=tasks, rates=rates)
 
@@ -156,21 +156,21 @@ def make_mixture(
     Args:
       dataset: the dataset of the examples.
       method: the method to train with.
-      teacher: the name of the teacher; it is ignored where the method needs none.
-      alpha: the rate of the label task in a mixture of two, in [0, 1].
+      teacher: the name of the teacher; ignored if the method needs none.
+      alpha: the rate of the label task in a mixture of two tasks, in [0, 1].
       one_input: whether all tasks share the input `predict: x`, and the decoder's start id selects
         the task.
-      name: the name of the mixture; None for the one made of dataset, method and teacher.
+      name: the name of the mixture; None for the name made of dataset, method and teacher.
 
     Raises:
       UserError: if alpha is out of range, or the method needs a teacher and none is given.
     """
     if not 0 <= alpha <= 1:
-        raise UserError(f"ALPHA is {alpha}; it is the label task's rate, between 0 and 1")
+        raise UserError(f"ALPHA is {alpha}; the label task's rate must be between 0 and 1")
     if method.needs_teacher and teacher is None:
         known = ", ".join(dataset.source.teachers) or "none yet; `dss annotate` makes them"
         raise UserError(
-            f"method {method.value!r} needs a teacher: give TEACHER; those with outputs for "
+            f"method {method.value!r} needs a teacher: give TEACHER; teachers with outputs for "
             f"{dataset.name!r}: {known}"
         )
     tasks = method.tasks(dataset, teacher)
@@ -182,35 +182,35 @@ def make_mixture(
 
 
 def read_name(rest: str, teachers: Sequence[str] = ()) -> tuple[Method, str | None] | None:
-    """Returns the method and the teacher in a mixture's name; None if there is no method.
+    """Returns the method and the teacher of a mixture's name; None if it names no method.
 
     >>> read_name("step_by_step_palm")
     (<Method.STEP_BY_STEP: 'step_by_step'>, 'palm')
 
     Args:
-      rest: the name without the dataset's at its front.
-      teachers: the teachers that have outputs. Where there are none, any teacher is taken, so that
-        a student predicts where its data are not, and training names the missing file.
+      rest: the name without the dataset's name at its start.
+      teachers: the teachers with outputs. If empty, any teacher is accepted: prediction works
+        without the data, and training names the missing file.
 
     Raises:
-      UserError: if two teachers fit.
+      UserError: if the name can be read with two teachers.
     """
     if rest in WITHOUT_TEACHER:
         return FORMS[rest], None
-    found = {
+    matches = {
         form: rest.removeprefix(f"{form}_")
         for form in FORMS
         if form not in WITHOUT_TEACHER and rest.startswith(f"{form}_") and rest != f"{form}_"
     }
     if teachers:
-        found = {form: teacher for form, teacher in found.items() if teacher in teachers}
-        if len(found) > 1:
-            both = " or ".join(f"METHOD {FORMS[f]!s}, TEACHER {t}" for f, t in found.items())
-            raise UserError(f"mixture ..._{rest} may be {both}; give these in its place")
-    if not found:
+        matches = {form: teacher for form, teacher in matches.items() if teacher in teachers}
+        if len(matches) > 1:
+            both = " or ".join(f"METHOD {FORMS[f]!s}, TEACHER {t}" for f, t in matches.items())
+            raise UserError(f"mixture ..._{rest} may be {both}; give METHOD and TEACHER instead")
+    if not matches:
         return None
-    form = max(found, key=len)
-    return FORMS[form], found[form]
+    form = max(matches, key=len)
+    return FORMS[form], matches[form]
 
 
 def mixture_names(dataset: Dataset) -> list[str]:
@@ -224,24 +224,25 @@ def mixture_names(dataset: Dataset) -> list[str]:
 def named_mixture(
     name: str, datasets: Iterable[Dataset] = (), alpha: float = 0.5, *, one_input: bool = False
 ) -> Mixture:
-    """Returns the mixture of a name.
+    """Returns the mixture with a name.
 
     Args:
-      name: the name, as this module lists them; that of a task is accepted.
-      datasets: the datasets that it may be of, besides the released ones; these come first.
-      alpha: see `make_mixture`.
-      one_input: see `make_mixture`.
+      name: the name of a mixture or task, in a form listed at the top of this module.
+      datasets: the datasets to search before the released ones.
+      alpha: the rate of the label task in a mixture of two tasks, in [0, 1].
+      one_input: whether all tasks share one input, as for `make_mixture`.
 
     Raises:
-      UserError: if there is no such mixture, two teachers fit, or alpha is out of range.
+      UserError: if there is no such mixture, its name can be read with two teachers, or alpha is
+        out of range.
     """
     datasets = [*datasets]
-    own = {dataset.name for dataset in datasets}
-    datasets += [Dataset.released(released) for released in RELEASED if released not in own]
+    given = {dataset.name for dataset in datasets}
+    datasets += [Dataset.released(released) for released in RELEASED if released not in given]
     for dataset in datasets:
         if name.startswith(f"{dataset.name}_"):
-            found = read_name(name.removeprefix(f"{dataset.name}_"), dataset.source.teachers)
-            if found is not None:
-                return make_mixture(dataset, *found, alpha, one_input=one_input, name=name)
+            parts = read_name(name.removeprefix(f"{dataset.name}_"), dataset.source.teachers)
+            if parts is not None:
+                return make_mixture(dataset, *parts, alpha, one_input=one_input, name=name)
     known = [mixture for dataset in datasets for mixture in mixture_names(dataset)]
     raise unknown_name("mixture", name, known)

@@ -1,4 +1,4 @@
-"""Tasks: the text that a student reads, and the text that it learns to write.
+"""Tasks: the input and target text of each example.
 
 <dataset>_label_gold                      predict: x -> gold label
 <dataset>_label_<teacher>                 predict: x -> the teacher's label
@@ -30,15 +30,15 @@ __all__ = [
 
 Kind = Literal["label", "rationale", "rationale_then_label"]
 PREDICT, EXPLAIN = "predict: ", "explain: "
-CONCLUSION = "So the answer is"  # stands between a rationale and its label
-# Why an example has no row, beside the statuses of outputs and the reasons of rationales.
+CONCLUSION = "So the answer is"  # separates a rationale from its label
+# Reasons to skip an example, besides the statuses of outputs and the reasons of rationales.
 NO_LABEL, OUTSIDE = "no label", "label outside the set"
 EMPTY_INPUT, MISSING = "empty input", "missing"
 
 
 @dataclasses.dataclass(frozen=True)
 class TextRow:
-    """An example as one task sees it."""
+    """The input and target text of an example in one task."""
 
     id: str
     inputs: str
@@ -47,11 +47,11 @@ class TextRow:
 
 @dataclasses.dataclass(frozen=True)
 class TaskRows:
-    """What a task reads of a split.
+    """The rows of a split in one task.
 
     Attributes:
-      rows: the rows that train, or are scored.
-      left_out: why an example has none, by its id: see `dss.mixtures.ledger`.
+      rows: the rows to train on or to score.
+      left_out: the reason for each example without a row, by its id; see `dss.mixtures.ledger`.
     """
 
     rows: list[TextRow]
@@ -59,7 +59,7 @@ class TaskRows:
 
 
 def extract_rationale(text: str) -> str:
-    """Returns the rationale in a text that ends with a label; all of the text if it does not.
+    """Returns the rationale of a text, without a label at its end.
 
     >>> extract_rationale("Beavers build with wood. So the answer is wooded area")
     'Beavers build with wood.'
@@ -69,7 +69,7 @@ def extract_rationale(text: str) -> str:
 
 
 def extract_label(text: str) -> str:
-    """Returns the label in a rationale that ends with it; all of the text if it does not.
+    """Returns the label at the end of a rationale, or the whole text if there is no rationale.
 
     >>> extract_label("Beavers build with wood. So the answer is wooded area")
     'wooded area'
@@ -79,15 +79,15 @@ def extract_label(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One view of a dataset's examples.
+    """An input prefix and a kind of target for the examples of a dataset.
 
     Attributes:
       dataset: the dataset of the examples.
       kind: the kind of the target.
-      teacher: the name of the teacher that wrote the rationale or, for a label, the label; None for
-        the gold label.
-      mark: the distance past the vocabulary of the id that the decoder starts from, where all views
-        of an example share one input; 0 for T5's own start id.
+      teacher: the teacher whose label (of a label task) or rationale is the target; None for gold
+        labels.
+      mark: the number of the decoder's start id past the vocabulary, from 1, if all tasks of an
+        example share one input; 0 for T5's start id.
     """
 
     dataset: Dataset
@@ -97,24 +97,24 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The task's name."""
+        """The name of the task."""
         return f"{self.dataset.name}_{self.kind}_{self.teacher or 'gold'}"
 
     @property
     def prefix(self) -> str:
-        """What stands before the input."""
+        """The prefix of the input."""
         return EXPLAIN if self.kind == "rationale" and not self.mark else PREDICT
 
     def start_id(self, vocabulary: Vocabulary) -> int:
-        """Returns the id that the decoder starts from; T5's sentinels lie past the vocabulary."""
+        """Returns the decoder's start id; past the vocabulary are ids for T5's sentinels."""
         return vocabulary.size + self.mark - 1 if self.mark else 0
 
     def has(self, split: str) -> bool:
-        """Returns whether the files that the task needs for a split are there."""
+        """Returns whether the files of the task for a split exist."""
         return self.dataset.has(split, self.teacher)
 
     def rows(self, split: str, **options: Any) -> list[TextRow]:
-        """Returns the rows of `read`, whose arguments it takes."""
+        """Returns the rows of a split; `options` are keyword arguments of `read`."""
         return self.read(split, **options).rows
 
     def read(
@@ -126,20 +126,23 @@ class Task:
         keep_unparsed: bool = False,
         rationales: RationaleConfig = ALL_RATIONALES,
     ) -> TaskRows:
-        """Returns the task's rows of a split, in the order of the examples, and what is left out.
+        """Returns the task's rows of a split, in the order of the examples, and the reason for each
+        example without a row.
 
-        An example has at most one, but for several rationales, which follow each other.
+        An example has one row, or one for each of several rationales; these are adjacent.
 
         Args:
           split: "train", "valid" or "test".
-          fraction: see `Dataset.examples`.
-          seed: see `Dataset.examples`.
-          keep_unparsed: also the rows whose target the teacher's text did not give, with the blank
-            that parsing left, as the reference trains on them.
-          rationales: which ones of the training split; other splits have the teacher's own choice.
+          fraction: the fraction of the training examples, in (0, 1].
+          seed: the seed of the subsample.
+          keep_unparsed: whether to keep rows whose target could not be parsed from the teacher's
+            text, with the empty text that parsing left, as the reference implementation does.
+          rationales: the selection of rationales in the training split; other splits use the
+            (voted) rationale of each output.
 
         Raises:
-          UserError: see `Dataset.examples` and `choose_rationales`.
+          UserError: if a file is missing or malformed, or `rationales` needs samples that the
+            teacher's outputs do not have.
         """
         dataset = self.dataset
         examples = dataset.examples(split, fraction=fraction, seed=seed)
@@ -173,7 +176,7 @@ class Task:
         choice: Choice | None,
         labels: Labels,
     ) -> tuple[tuple[str, ...], str | None]:
-        """Returns what an example is to be answered with and, where with nothing, why."""
+        """Returns the targets of an example or, if it has none, the reason."""
         if self.kind == "rationale_then_label" and example.label is None:
             return (), NO_LABEL
         if self.teacher is None:
@@ -189,8 +192,8 @@ class Task:
             return (output.label,), None
         assert choice is not None
         if not choice.rationales:
-            unread = choice.reason == NONE and output.status != "ok"
-            return (), output.status if unread else choice.reason
+            failed = choice.reason == NONE and output.status != "ok"
+            return (), output.status if failed else choice.reason
         return self._with_label(choice.rationales, example.label), None
 
     def _kept_unparsed(self, gold: str, output: TeacherOutput | None) -> tuple[str, ...]:

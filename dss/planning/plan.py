@@ -429,7 +429,7 @@ def plan(
     mesh = experiment.mesh
     if mesh.data < 1:
         raise UserError("no mesh: give --mesh data=N,model=N, the devices of a run")
-    config = experiment.settle(experiment.config)
+    config = experiment.resolve_student(experiment.config)
     chip = find_accelerator(accelerator, mesh.data * mesh.model)
     devices, compiler = planned_devices(chip, mesh.data * mesh.model)
     store, lengths, real = _open_data(experiment, config, tokens)

@@ -1,4 +1,4 @@
-"""What run directories hold, read for a report. Nothing here computes; nothing is written."""
+"""Reads run directories into records for a report. Computes no predictions, writes no files."""
 
 import dataclasses
 import json
@@ -22,23 +22,24 @@ from dss.training.metrics import read_metrics
 
 __all__ = ["SHOWN_EXAMPLES", "Collected", "EvaluationRecord", "RunRecord", "collect", "find_runs"]
 
-SHOWN_EXAMPLES = 300  # of an evaluation, whose texts are kept
+SHOWN_EXAMPLES = 300  # examples of an evaluation whose texts are kept, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationRecord:
-    """A student's answers to a split, as `dss eval` left them.
+    """An evaluation of a student on a split, as saved by `dss eval`.
 
     Attributes:
-      mixture: the name of what it was judged on.
+      mixture: name of the mixture that the student was evaluated on.
       split: "train", "valid" or "test".
-      step: of the checkpoint.
+      step: training step of the checkpoint.
       metric: "accuracy" or "rouge_l".
-      scores: of each answer, by the example's id, in [0, 1].
-      judged: a hash of each example's input and target, by its id.
-      teachers: what `dss eval` measured of each; empty where it measured none.
-      majority: the share of the most frequent label of a closed set; None for others.
-      shown: every so many lines, at most `SHOWN_EXAMPLES`, with all their texts.
+      scores: score of each prediction, in [0, 1], by example id.
+      hashes: hash of each example's input and target, by example id.
+      teachers: summary of each teacher's scores, by teacher; empty without teachers.
+      majority: accuracy of always predicting the most frequent label of a closed set; None if
+        labels are not a closed set.
+      shown: an evenly spaced sample of at most `SHOWN_EXAMPLES` lines of the predictions file.
     """
 
     mixture: str
@@ -46,33 +47,33 @@ class EvaluationRecord:
     step: int
     metric: str
     scores: Mapping[str, float]
-    judged: Mapping[str, str]
+    hashes: Mapping[str, str]
     teachers: Mapping[str, Mapping[str, Any]]
     majority: float | None
     shown: Sequence[Mapping[str, Any]]
 
     @property
     def value(self) -> float:
-        """The mean score."""
+        """Mean score, in [0, 1]."""
         return sum(self.scores.values()) / len(self.scores)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run directory's contents.
+    """Contents of a run directory.
 
     Attributes:
-      name: where it lies, from what the user named.
-      experiment: its configuration.
-      config_text: the same, as its file has it.
-      dataset: the name of what it learns from.
-      method: how it learns, in words.
-      teacher: whose outputs it learns from; None for none.
-      parameters: of its student.
-      metrics: the lines of metrics.jsonl.
-      speed: the lines of speed.jsonl.
-      sessions: the lines of sessions.jsonl.
-      evaluations: all that were kept, those on the test split first.
+      name: path of the run directory, as found from the folders that the user gave.
+      experiment: the run's configuration.
+      config_text: text of the configuration file.
+      dataset: name of the dataset.
+      method: display name of the training method.
+      teacher: name of the teacher that the student is trained on; None without one.
+      parameters: number of the student's parameters.
+      metrics: lines of metrics.jsonl.
+      speed: lines of speed.jsonl.
+      sessions: lines of sessions.jsonl.
+      evaluations: all saved evaluations, those on the test split first.
     """
 
     name: str
@@ -89,17 +90,17 @@ class RunRecord:
 
     @property
     def step(self) -> int:
-        """The last step that was logged."""
+        """Last step in the metrics; 0 if there are none."""
         return max((int(line["step"]) for line in self.metrics), default=0)
 
     @property
     def is_imported(self) -> bool:
-        """Whether it holds a checkpoint that was never trained here."""
+        """Whether the run is an imported checkpoint without training."""
         return not self.experiment.has_task
 
     @property
     def is_done(self) -> bool:
-        """Whether it was trained to its last step, or to the end of its patience."""
+        """Whether training reached its last step, or was stopped early by patience."""
         trainer = self.experiment.trainer
         at_end = self.step >= trainer.train_steps
         if trainer.patience is not None and self.sessions:
@@ -108,31 +109,32 @@ class RunRecord:
 
     @property
     def failure(self) -> str | None:
-        """What ended its last session, where that was no signal and not the end."""
+        """Error that ended the last session; None if it ended otherwise."""
         outcome = str(self.sessions[-1].get("outcome", "")) if self.sessions else ""
         return outcome.removeprefix("failed: ") if outcome.startswith("failed") else None
 
     @property
     def status(self) -> str:
-        """How far it got, in words."""
+        """Progress of the run, in words."""
         if self.is_imported:
             return "imported, not trained"
-        of = f"step {self.step:,} of {self.experiment.trainer.train_steps:,}"
+        progress = f"step {self.step:,} of {self.experiment.trainer.train_steps:,}"
         if self.failure:
-            return f"failed at {of}: {self.failure}"
+            return f"failed at {progress}: {self.failure}"
         if self.is_done:
             return "done"
-        return f"unfinished, {of}" if self.metrics else "not begun"
+        return f"unfinished, {progress}" if self.metrics else "not started"
 
     @property
     def data(self) -> Mapping[str, Any] | None:
-        """What it trains on, in numbers; None where its sessions did not say."""
+        """Statistics of the training data; None if no session recorded them."""
         return next((s["data"] for s in reversed(self.sessions) if "data" in s), None)
 
     @property
     def examples(self) -> int | None:
-        """How many training examples it has, those that its method cannot use included: methods
-        on one fraction of the data have the same.
+        """Number of training examples, including those that the method cannot use.
+
+        So methods trained on the same fraction of the data have the same number.
         """
         if self.data is None:
             return None
@@ -141,29 +143,36 @@ class RunRecord:
 
     @property
     def machine(self) -> Mapping[str, Any] | None:
-        """Devices and versions of its last session."""
+        """Devices and versions of the last session; None if not recorded."""
         return next((s for s in reversed(self.sessions) if "device" in s), None)
 
     @property
     def seconds(self) -> tuple[float, bool] | None:
-        """How long its sessions took, and whether that is all: who is killed says nothing."""
+        """Total seconds of the sessions, and whether all are recorded; None without sessions.
+
+        A killed session records no time.
+        """
         if not self.sessions:
             return None
         ended = [float(s["seconds"]) for s in self.sessions if "seconds" in s]
         return sum(ended), len(ended) == sum("device" in s for s in self.sessions)
 
     def evaluation(self, split: str) -> EvaluationRecord | None:
-        """Returns the evaluation that counts: of the step that validation chose or, where that
-        was not evaluated, of the last one. What the split itself scores has no say.
+        """Returns the evaluation to report for a split; None without one.
+
+        That is the evaluation of the step with the best validation score, else of the last step
+        evaluated. Scores on the split itself are not used for the choice.
         """
         mixture = self.experiment.mixture_name
-        found = [e for e in self.evaluations if e.split == split and mixture in (None, e.mixture)]
+        evaluations = [
+            e for e in self.evaluations if e.split == split and mixture in (None, e.mixture)
+        ]
         best = self.best_step
-        return max(found, key=lambda e: (e.step == best, e.step), default=None)
+        return max(evaluations, key=lambda e: (e.step == best, e.step), default=None)
 
     @property
     def best_step(self) -> int | None:
-        """The step with the best score on validation."""
+        """Step with the best validation score; None without validation."""
         for name in ("valid/accuracy", "valid/rouge_l"):
             lines = [line for line in self.metrics if name in line]
             if lines:
@@ -172,18 +181,18 @@ class RunRecord:
 
     @property
     def best_valid(self) -> float | None:
-        """The best accuracy on validation, in [0, 1]."""
+        """Best validation accuracy, in [0, 1]; None without one."""
         values = [line["valid/accuracy"] for line in self.metrics if "valid/accuracy" in line]
         return max(values, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """All that was found.
+    """Runs read from folders, and problems met.
 
     Attributes:
-      runs: the runs, by name.
-      problems: (where, what is wrong) of what could not be read and is left out.
+      runs: runs that could be read, in order of their paths.
+      problems: (path, message) of each file, run or sweep entry that is excluded.
     """
 
     runs: Sequence[RunRecord]
@@ -191,23 +200,25 @@ class Collected:
 
 
 def find_runs(folders: Sequence[str]) -> list[epath.Path]:
-    """Returns the run directories that are, or lie in, some folders.
+    """Returns all run directories among folders and their subfolders, each once.
 
     Raises:
-      UserError: a folder is not there, or there is no run.
+      UserError: if a folder does not exist, or there is no run directory.
     """
-    found: dict[str, epath.Path] = {}
+    runs: dict[str, epath.Path] = {}
     for folder in folders:
         path = epath.Path(folder).expanduser()
         if not path.is_dir():
-            raise UserError(f"{folder}: no such folder; give run directories or folders of them")
-        found |= {str(run): run for run in _walk(path)}
-    if not found:
+            raise UserError(
+                f"{folder}: no such folder; give run directories, or folders that contain them"
+            )
+        runs |= {str(run): run for run in _walk(path)}
+    if not runs:
         raise UserError(
             f"{', '.join(folders)}: no run found: no folder with a {CONFIG_FILE}; "
-            "give what --gin.MODEL_DIR was, or a folder above it"
+            "give the value of --gin.MODEL_DIR of a run, or a folder above it"
         )
-    return list(found.values())
+    return list(runs.values())
 
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
@@ -220,7 +231,7 @@ def _walk(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _natural(name: str) -> tuple[tuple[int, str], ...]:
-    """Returns what sorts run-9 before run-10."""
+    """Returns a sort key that puts run-9 before run-10."""
     digits, parts = "", []
     for letter in name:
         if letter.isdecimal():
@@ -234,39 +245,42 @@ def _natural(name: str) -> tuple[tuple[int, str], ...]:
 
 
 def collect(folders: Sequence[str]) -> Collected:
-    """Reads all run directories that are, or lie in, some folders.
+    """Reads all run directories among folders and their subfolders.
 
-    A run or an evaluation that cannot be read becomes a problem, and the others are read on; so
-    does a sweep's run that has not begun.
+    A run or an evaluation that cannot be read is recorded as a problem and skipped, and so is a
+    run of a sweep without a run directory.
 
     Raises:
-      UserError: see `find_runs`.
+      UserError: if a folder does not exist, or there is no run directory.
     """
     runs: list[RunRecord] = []
     problems: list[tuple[str, str]] = []
-    found = find_runs(folders)
-    for folder in found:
+    run_folders = find_runs(folders)
+    for folder in run_folders:
         try:
             run = _read_run(folder, problems)
-            _ = run.examples, run.machine  # of what its sessions recorded
+            _ = run.examples, run.machine  # raises here if sessions.jsonl has unexpected contents
             runs.append(run)
-        except Exception as error:  # whatever its files make of the code that reads them
+        except Exception as error:  # malformed files may raise any exception
             problems.append((str(folder), str(error) or type(error).__name__))
-    above = [*(epath.Path(f).expanduser() for f in folders), *(run.parent for run in found)]
-    for folder in {str(path): path for path in above}.values():
+    parents = [*(epath.Path(f).expanduser() for f in folders), *(run.parent for run in run_folders)]
+    for folder in {str(path): path for path in parents}.values():
         try:
-            problems += _not_begun(folder).items()
+            problems += _missing_runs(folder).items()
         except (UserError, OSError) as error:
             problems.append((str(folder), f"the sweep's status cannot be read: {error}"))
     for run in [run for run in runs if run.is_imported and not run.evaluations]:
         runs.remove(run)
-        problems.append((run.name, "an imported checkpoint that was not evaluated; left out"))
-    problems += _judged_otherwise(runs)
+        problems.append((run.name, "an imported checkpoint that was not evaluated"))
+    problems += _changed_examples(runs)
     return Collected(runs, problems)
 
 
-def _judged_otherwise(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
-    """Returns the runs whose test examples are not the first such run's though their ids are."""
+def _changed_examples(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """Returns a problem for each run with examples that differ from another run's of the same id.
+
+    The other run is the first one that was evaluated on the same dataset, split and metric.
+    """
     out = []
     first: dict[tuple[str, str, str], tuple[str, EvaluationRecord]] = {}
     for run in runs:
@@ -274,25 +288,25 @@ def _judged_otherwise(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
             key = (run.dataset, evaluation.split, evaluation.metric)
             name, other = first.setdefault(key, (run.name, evaluation))
             differ = sum(
-                evaluation.judged[id_] != judged
-                for id_, judged in other.judged.items()
-                if id_ in evaluation.judged
+                evaluation.hashes[id_] != value
+                for id_, value in other.hashes.items()
+                if id_ in evaluation.hashes
             )
             if differ:
                 out.append(
                     (
                         run.name,
-                        f"{differ:,} of its {len(evaluation.judged):,} {evaluation.split} examples "
-                        f"have the ids of {name}'s and another input or target: the data changed "
-                        "in between, or a teacher's labels are judged by; they are left out of "
-                        "comparisons",
+                        f"{differ:,} of its {len(evaluation.hashes):,} {evaluation.split} examples "
+                        f"have another input or target than those of the same id in {name}: the "
+                        "data changed in between, or the targets are a teacher's labels; they are "
+                        "excluded from comparisons",
                     )
                 )
     return out
 
 
-def _not_begun(folder: epath.Path) -> dict[str, str]:
-    """Returns those runs of the sweeps in a folder that have no run directory, and why."""
+def _missing_runs(folder: epath.Path) -> dict[str, str]:
+    """Returns the runs of a folder's sweeps that have no run directory, with the reason."""
     out = {}
     for path in sorted(folder.glob("sweep*.jsonl")):
         check_no_pipes(path)
@@ -300,7 +314,7 @@ def _not_begun(folder: epath.Path) -> dict[str, str]:
             run = folder / str(line.get("run"))
             if not (run / CONFIG_FILE).is_file():
                 error = line.get("error")
-                out[str(run)] = f"failed: {error}" if error else "of the sweep, and not begun"
+                out[str(run)] = f"failed: {error}" if error else "a run of a sweep, not started"
     return out
 
 
@@ -334,12 +348,14 @@ def _read_run(folder: epath.Path, problems: list[tuple[str, str]]) -> RunRecord:
 
 
 def _read_numbers(path: epath.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics file, each of numbers and of a step."""
+    """Returns the lines of a metrics file, checked to be numbers with a step."""
     lines = read_metrics(path)
     for number, line in enumerate(lines, 1):
         values = [line.get("step"), *line.values()]
         if not all(isinstance(value, int | float) for value in values):
-            raise UserError(f"{path}:{number}: a line of metrics has a step, and numbers")
+            raise UserError(
+                f"{path}:{number}: a line of metrics must have a step, and numbers only"
+            )
     return lines
 
 
@@ -353,15 +369,15 @@ def _dataset_name(experiment: Experiment, sessions: Sequence[Mapping[str, Any]])
 
 
 def _parse_mixture(name: str, dataset: str | None) -> tuple[str, str, str | None]:
-    """Returns the parts of a mixture's name: dataset, method in words, teacher."""
+    """Returns the parts of a mixture's name: dataset, display name of the method, teacher."""
     if dataset is None or not name.startswith(f"{dataset}_"):
         starts = (match.start() for match in re.finditer("_", name))
         dataset = next((name[:i] for i in starts if read_name(name[i + 1 :])), name)
     rest = name[len(dataset) + 1 :]
-    found = read_name(rest)
-    if found is None:
+    parsed = read_name(rest)
+    if parsed is None:
         return dataset, rest.replace("_", " ") or "unknown", None
-    return dataset, found[0].display_name, found[1]
+    return dataset, parsed[0].display_name, parsed[1]
 
 
 def _read_evaluation(path: epath.Path) -> EvaluationRecord:
@@ -369,36 +385,39 @@ def _read_evaluation(path: epath.Path) -> EvaluationRecord:
     with path.open(encoding="utf-8") as file:
         stride = -(-sum(1 for _ in file) // SHOWN_EXAMPLES) or 1
     scores: dict[str, float] = {}
-    judged: dict[str, tuple[Any, Any]] = {}
+    texts: dict[str, tuple[Any, Any]] = {}
     shown = []
     for number, (where, line) in enumerate(read_json_lines(path)):
         score = line.get("score")
         if not isinstance(score, int | float) or not math.isfinite(score) or "id" not in line:
-            raise UserError(f"{where}: no id and score; `dss eval` writes the file again")
+            raise UserError(f"{where}: no id or no score; write the file again with `dss eval`")
         scores[str(line["id"])] = float(score)
-        judged[str(line["id"])] = line.get("input"), line.get("target")
+        texts[str(line["id"])] = line.get("input"), line.get("target")
         if number % stride == 0:
             shown.append(line)
     if not scores:
-        raise UserError(f"{path}: empty; `dss eval` writes it again")
-    summary = path.with_suffix(".json")
-    said = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    metric = said.get("metric") or ("accuracy" if set(scores.values()) <= {0.0, 1.0} else "rouge_l")
-    if metric == "accuracy" and not set(scores.values()) <= {0.0, 1.0}:
-        raise UserError(f"{path}: scores of an accuracy that are neither 0 nor 1")
-    counts = [sum(row) for row in (said.get("confusion") or {}).get("counts", ())]
+        raise UserError(f"{path}: empty; write it again with `dss eval`")
+    summary_file = path.with_suffix(".json")
+    summary: dict[str, Any] = {}
+    if summary_file.is_file():
+        summary = json.loads(summary_file.read_text(encoding="utf-8"))
+    is_binary = set(scores.values()) <= {0.0, 1.0}
+    metric = summary.get("metric") or ("accuracy" if is_binary else "rouge_l")
+    if metric == "accuracy" and not is_binary:
+        raise UserError(f"{path}: the metric is accuracy, but some scores are neither 0 nor 1")
+    counts = [sum(row) for row in (summary.get("confusion") or {}).get("counts", ())]
     return EvaluationRecord(
         mixture=mixture,
         split=split,
         step=int(step),
         metric=metric,
         scores=scores,
-        # A rationale to resemble is a teacher's own, and no sign of other data.
-        judged={
+        # Target rationales differ by teacher on the same data, so they are not hashed.
+        hashes={
             id_: hash_input(json.dumps(pair if metric == "accuracy" else pair[:1]))
-            for id_, pair in judged.items()
+            for id_, pair in texts.items()
         },
-        teachers=said.get("teachers") or {},
+        teachers=summary.get("teachers") or {},
         majority=max(counts) / sum(counts) if any(counts) else None,
         shown=shown,
     )

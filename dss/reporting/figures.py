@@ -1,7 +1,7 @@
-"""Figures of a report: each drawn once, as SVG for the page and as SVG, PNG and CSV in a folder.
+"""Figures of a report: SVG for the page, and SVG, PNG and CSV (the plotted numbers) in a folder.
 
-Methods differ in colour, in lightness, in marker and in line, so that a print in grey tells them
-apart, and so does who sees fewer colours.
+Methods differ in colour, lightness, marker and line style, so that they can be told apart in
+greyscale and with colour blindness.
 """
 
 import csv
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dss.errors import UserError
+from dss.errors import missing_package
 from dss.reporting.analysis import Cell, Group
 from dss.reporting.collect import RunRecord
 from dss.reporting.naming import count_text
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Figure", "draw_figures", "safe_name", "save_figures"]
 
-# Colour, marker, line of each method in turn; neighbours differ in lightness too.
+# Colour, marker and line style of successive methods; neighbours also differ in lightness.
 STYLES = (
     ("#d55e00", "s", (0, (5, 2))),
     ("#0b3c6f", "^", "-"),
@@ -34,8 +34,8 @@ STYLES = (
     ("#e69f00", "X", (0, (8, 2))),
 )
 QUIET = "#5a5a5a"
-LEGEND_WIDTH = 46  # characters of two labels beside each other
-SIZE = (4.7, 3.8)  # inches: its text is still legible on a phone's page
+LEGEND_WIDTH = 46  # characters of two labels that fit side by side
+SIZE = (4.7, 3.8)  # inches; small enough for the text to be legible on a phone
 PIXELS_PER_INCH = 200
 STYLE: Any = {
     "font.size": 10.5,
@@ -50,23 +50,23 @@ STYLE: Any = {
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.9,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text stays text: small, and it can be searched
-    "text.parse_math": False,  # a name may have a dollar
+    "svg.fonttype": "none",  # text as text: smaller files, and searchable
+    "text.parse_math": False,  # names may contain dollar signs
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A drawn figure.
+    """A figure with its numbers.
 
     Attributes:
-      name: of its files.
-      kind: "data", "size" or "curves".
-      title: says what it shows.
-      svg: for the page; without a network, a script or an outer font.
-      png: its bytes.
-      columns: names of its numbers.
-      rows: the numbers.
+      name: name of the figure's files, without suffix.
+      kind: "data" (accuracy by examples), "size" (accuracy by parameters) or "curves" (losses).
+      title: caption of the figure.
+      svg: SVG text, without scripts or external resources.
+      png: contents of the PNG file.
+      columns: column names of the plotted numbers.
+      rows: the plotted numbers.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Figure:
 
 
 def safe_name(text: str) -> str:
-    """Returns a text as the name of a file.
+    """Returns a text with characters that are safe in file names.
 
     >>> safe_name("0.12M from flan/t5")
     '0.12M-from-flan-t5'
@@ -88,17 +88,15 @@ def safe_name(text: str) -> str:
 
 
 def draw_figures(group: Group) -> list[Figure]:
-    """Returns the figures of a dataset's runs; those that nothing was measured for are left out.
+    """Returns the figures of a dataset's runs, except those without measurements.
 
     Raises:
-      UserError: matplotlib is not installed.
+      UserError: if matplotlib is not installed.
     """
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise UserError(
-            "the report's figures need matplotlib; pip install 'dss[report]', then give this again"
-        ) from None
+        raise missing_package("the report", "matplotlib", "report") from None
     methods = dict.fromkeys(group.methods.values())
     styles = {m: STYLES[i % len(STYLES)] for i, m in enumerate(methods)}
     figures = []
@@ -107,8 +105,8 @@ def draw_figures(group: Group) -> list[Figure]:
             cells = [c for c in group.cells if c.student == student and c.examples]
             if cells:
                 figures.append(_draw_data(group, student, cells, styles))
-        most = max((c.fraction for c in group.cells), default=0)
-        full = [c for c in group.cells if c.fraction == most]
+        max_fraction = max((c.fraction for c in group.cells), default=0)
+        full = [c for c in group.cells if c.fraction == max_fraction]
         if len({c.parameters for c in full}) > 1:
             figures.append(_draw_size(group, full, styles))
         for student in dict.fromkeys(group.students.values()):
@@ -126,7 +124,17 @@ def _finish(
     numbers: tuple[tuple[str, ...], Sequence[tuple]],
     size: tuple[float, float] = SIZE,
 ) -> Figure:
-    """Returns a figure that `draw` draws on an empty one."""
+    """Returns the figure that a function draws.
+
+    Args:
+      draw: function that draws on an empty matplotlib figure.
+      group: runs of the dataset.
+      name: name of the figure's files, without the dataset.
+      kind: kind of figure; see `Figure`.
+      title: caption of the figure.
+      numbers: column names and rows of the plotted numbers.
+      size: width and height in inches.
+    """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -135,7 +143,7 @@ def _finish(
     canvas = Canvas(figsize=size, layout="constrained")
     draw(canvas)
     svg, png = io.StringIO(), io.BytesIO()
-    # Ids are hashes: with a salt of its own no figure of a page has another's.
+    # SVG ids are hashes. A salt for each figure keeps them unique on the page.
     with matplotlib.rc_context({"svg.hashsalt": name}):
         canvas.savefig(svg, format="svg", metadata={"Date": None, "Creator": "dss report"})
     FigureCanvasAgg(canvas)
@@ -157,8 +165,8 @@ def _cell_rows(group: Group, cells: Sequence[Cell]) -> list[tuple]:
         by_seed = " ".join(
             f"{r.experiment.seed}:{e.value:.4f}" for r, e in zip(c.runs, c.evaluations, strict=True)
         )
-        place = (c.method, c.student, c.parameters, c.fraction, c.examples, len(c.runs))
-        rows.append((*place, c.mean, low, high, by_seed))
+        key = (c.method, c.student, c.parameters, c.fraction, c.examples, len(c.runs))
+        rows.append((*key, c.mean, low, high, by_seed))
     for t in group.comparable_teachers:
         low, high = t.interval or (None, None)
         rows.append((f"teacher {t.name}", "", t.parameters, "", "", "", t.value, low, high, ""))
@@ -171,30 +179,30 @@ def _cell_rows(group: Group, cells: Sequence[Cell]) -> list[tuple]:
 def _draw_lines(
     axes: "Axes", group: Group, cells: Sequence[Cell], x: str, styles: Mapping[str, tuple]
 ) -> None:
-    """Draws a line a method with intervals and seeds over an attribute of the cells."""
+    """Draws each method's accuracy over an attribute `x` of the cells, with intervals and seeds."""
     methods = [m for m in group.method_order if any(c.method == m for c in cells)]
     for k, method in enumerate(methods):
         colour, marker, dashes = styles[method]
-        shift = 1.018 ** (k - (len(methods) - 1) / 2)  # so that intervals do not hide each other
+        shift = 1.018 ** (k - (len(methods) - 1) / 2)  # keeps intervals of methods from overlapping
         line = sorted((c for c in cells if c.method == method), key=lambda c: getattr(c, x))
-        at = [getattr(c, x) * shift for c in line]
+        xs = [getattr(c, x) * shift for c in line]
         means = [100 * c.mean for c in line]
-        for place, c in zip(at, line, strict=True):
+        for x_value, c in zip(xs, line, strict=True):
             if c.interval:
-                axes.plot([place] * 2, [100 * v for v in c.interval], color=colour, lw=1.1)
+                axes.plot([x_value] * 2, [100 * v for v in c.interval], color=colour, lw=1.1)
             seeds = [100 * e.value for e in c.evaluations]
             axes.scatter(
-                [place * 1.03] * len(seeds), seeds, s=13, marker=marker, facecolors="none",
+                [x_value * 1.03] * len(seeds), seeds, s=13, marker=marker, facecolors="none",
                 edgecolors=colour, linewidths=0.8, zorder=3,
             )  # fmt: skip
         axes.plot(
-            at, means, color=colour, marker=marker, markersize=6.5, linestyle=dashes, label=method,
+            xs, means, color=colour, marker=marker, markersize=6.5, linestyle=dashes, label=method,
             markeredgecolor="white", markeredgewidth=0.7, zorder=4,
         )  # fmt: skip
 
 
 def _accuracy_axis(axes: "Axes", group: Group, cells: Sequence[Cell]) -> None:
-    """Draws teachers and the most frequent label as lines, and labels the axis."""
+    """Draws accuracies of teachers and of the most frequent label as lines, and labels the axis."""
     shown = [v for c in cells for v in (c.interval or (c.mean,))]
     shown += [e.value for c in cells for e in c.evaluations]
     references = []
@@ -208,8 +216,8 @@ def _accuracy_axis(axes: "Axes", group: Group, cells: Sequence[Cell]) -> None:
     for value, name, dashes in references:
         axes.axhline(100 * value, color="#1c1c1c", lw=1, linestyle=dashes, zorder=2, label=name)
         shown.append(value)
-    room = 0.06 * (max(shown) - min(shown)) + 0.01
-    axes.set_ylim(100 * (min(shown) - room), 100 * (max(shown) + room))
+    margin = 0.06 * (max(shown) - min(shown)) + 0.01
+    axes.set_ylim(100 * (min(shown) - margin), 100 * (max(shown) + margin))
     axes.set_ylabel(f"accuracy on the {group.split} split, %")
 
 
@@ -225,7 +233,7 @@ def _log_axis(axes: "Axes", values: Sequence[float], text: Callable[[float], str
 
 
 def _legend(canvas: Any, labels: Sequence[str], **options: Any) -> None:
-    """Puts the legend under the figure, in two columns where the labels are short."""
+    """Puts the legend below the figure, in two columns if the labels are short."""
     rows = -(-len(labels) // 2)
     sides = [max(map(len, side), default=0) for side in (labels[:rows], labels[rows:])]
     columns = 1 if sum(sides) > LEGEND_WIDTH else 2
@@ -256,8 +264,8 @@ def _draw_size(group: Group, cells: list[Cell], styles: Mapping) -> Figure:
         _legend(canvas, axes.get_legend_handles_labels()[1])
 
     examples = max((c.examples for c in cells if c.examples), default=None)
-    on = "the most data" if examples is None else f"{examples:,.0f} training examples"
-    title = f"Accuracy by student size, {on}"
+    data = "largest training set" if examples is None else f"{examples:,.0f} training examples"
+    title = f"Accuracy by student size, {data}"
     numbers = (CELL_COLUMNS, _cell_rows(group, cells))
     return _finish(draw, group, "accuracy-by-size", "size", title, numbers)
 
@@ -270,7 +278,7 @@ LOSSES = {
 
 
 def _curve(runs: Sequence[RunRecord], name: str) -> tuple[list[int], list[float]]:
-    """Returns steps and the mean over the runs that have a value there."""
+    """Returns the steps of a metric and its mean over the runs that logged it at each step."""
     values: dict[int, list[float]] = {}
     for run in runs:
         for line in run.metrics:
@@ -282,8 +290,8 @@ def _curve(runs: Sequence[RunRecord], name: str) -> tuple[list[int], list[float]
 
 def _draw_curves(group: Group, student: str, styles: Mapping) -> Figure | None:
     runs = [r for r in group.runs if group.students[r.name] == student and r.metrics]
-    most = max((r.experiment.data.fraction for r in runs), default=0)
-    runs = [r for r in runs if r.experiment.data.fraction == most]
+    max_fraction = max((r.experiment.data.fraction for r in runs), default=0)
+    runs = [r for r in runs if r.experiment.data.fraction == max_fraction]
     kinds = [
         k for k in LOSSES if any(f"train/{k}_loss" in line for r in runs for line in r.metrics)
     ]
@@ -317,14 +325,14 @@ def _draw_curves(group: Group, student: str, styles: Mapping) -> Figure | None:
             axes.yaxis.set_minor_locator(NullLocator())
             axes.set_xlabel("step")
             axes.set_title(LOSSES[kind], fontsize=10, loc="left")
-        panels[0].set_ylabel("loss, nats a token (log)")
+        panels[0].set_ylabel("loss, nats per token (log)")
         handles = [
             Line2D([], [], color=c, linestyle=d, marker=m, label=method)
             for method, (c, m, d) in ((method, styles[method]) for method in methods)
         ]
         _legend(canvas, methods, handles=handles)
 
-    title = f"Losses, {student} student, the most data"
+    title = f"Losses, {student} student, largest training set"
     columns = ("method", "task", "split", "step", "loss", "runs")
     rows = [
         (method, kind, split, step, loss, len(by_method[method]))
@@ -336,7 +344,7 @@ def _draw_curves(group: Group, student: str, styles: Mapping) -> Figure | None:
 
 
 def save_figures(figures: Sequence[Figure], folder: Path) -> None:
-    """Writes every figure as SVG and PNG, and its numbers as CSV."""
+    """Writes each figure as SVG and PNG, and its numbers as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
     for figure in figures:
         (folder / f"{figure.name}.svg").write_text(figure.svg, encoding="utf-8")
@@ -348,6 +356,6 @@ def save_figures(figures: Sequence[Figure], folder: Path) -> None:
 
 
 def _no_formula(cell: Any) -> Any:
-    """Returns a cell that a spreadsheet does not compute: a run may be named `=1+1`."""
+    """Returns a cell that no spreadsheet evaluates as a formula, even if a run is named `=1+1`."""
     is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
     return f"'{cell}" if is_formula else cell

@@ -1,4 +1,4 @@
-"""What methods and students are called: by what they have in common, and by what they differ in."""
+"""Display names of methods and students: a common name and the hyperparameters that differ."""
 
 import collections
 import dataclasses
@@ -13,19 +13,19 @@ from dss.reporting.collect import RunRecord
 
 __all__ = ["count_text", "method_names", "student_names"]
 
-# What may differ between runs that are repeats of each other.
+# Configuration fields that may differ between repeats, or that group runs elsewhere in the report.
 IGNORED = {
     "mixture", "teacher", "run_dir", "student", "initial_checkpoint", "vocabulary", "seed",
     "microbatches", "remat", "eval_examples", "mesh", "decoding",
     "data.root", "data.dataset_path", "data.fraction",
     "trainer.eval_period", "trainer.log_period",
 }  # fmt: skip
-NEARLY = 1.1  # numbers within this ratio are one setting: steps of the same compute differ a little
+NEARLY = 1.1  # numbers within this ratio count as equal: equal compute gives unequal steps
 ORDER = [method.display_name for method in Method]
 
 
 def count_text(number: float) -> str:
-    """Returns a number of parameters.
+    """Returns a number of parameters in short form.
 
     >>> count_text(120_640), count_text(77e6), count_text(2.85e9), count_text(540e9)
     ('0.121M', '77M', '2.85B', '540B')
@@ -33,27 +33,31 @@ def count_text(number: float) -> str:
     return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
 
 
-def _beginning(run: RunRecord) -> str:
+def _initialization(run: RunRecord) -> str:
+    """Returns the name of a student's initial checkpoint, or "scratch"."""
     source = run.experiment.initial_checkpoint
     return "scratch" if source is None else epath.Path(source.removeprefix("hf:")).name
 
 
 def student_names(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Returns a name of each run's student, by the run's name: its size and, where students of
-    one size began from different checkpoints, that.
+    """Returns the display name of each run's student, by run name.
+
+    That is its number of parameters, with the initial checkpoint if students of one size have
+    different ones.
     """
-    beginnings: dict[str, set[str]] = collections.defaultdict(set)
+    initializations: dict[str, set[str]] = collections.defaultdict(set)
     for run in runs:
-        beginnings[count_text(run.parameters)].add(_beginning(run))
+        initializations[count_text(run.parameters)].add(_initialization(run))
     out = {}
     for run in runs:
         size = count_text(run.parameters)
-        several = len(beginnings[size]) > 1
-        out[run.name] = f"{size} from {_beginning(run)}" if several else size
+        several = len(initializations[size]) > 1
+        out[run.name] = f"{size} from {_initialization(run)}" if several else size
     return out
 
 
-def _settings(experiment: Experiment) -> dict[str, Any]:
+def _hyperparameters(experiment: Experiment) -> dict[str, Any]:
+    """Returns the configuration fields that distinguish methods, such as `trainer.train_steps`."""
     out: dict[str, Any] = {}
     for field in dataclasses.fields(experiment):
         value = getattr(experiment, field.name)
@@ -69,10 +73,10 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def method_names(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Returns a name of each run's method, by the run's name.
+    """Returns the display name of each run's method, by run name, ordered by method.
 
-    Where runs of one method, student and fraction differ in more than their seed, they are no
-    repeats of each other: the names say what they differ in.
+    Runs of the same method, student and fraction of the data are repeats if only their seeds
+    differ. Otherwise their names include the hyperparameters that differ.
     """
     teachers = {run.teacher for run in runs if run.teacher}
     groups: dict[tuple[str, str | None], list[RunRecord]] = collections.defaultdict(list)
@@ -80,34 +84,42 @@ def method_names(runs: Sequence[RunRecord]) -> dict[str, str]:
         groups[run.method, run.teacher if len(teachers) > 1 else None].append(run)
     names = {}
     for (method, teacher), group in groups.items():
-        settings = {run.name: _settings(run.experiment) for run in group}
-        varying = _varying(group, settings)
-        labels = {f: _labels([settings[run.name][f] for run in group]) for f in varying}
+        values = {run.name: _hyperparameters(run.experiment) for run in group}
+        varying = _varying_fields(group, values)
+        labels = {f: _labels([values[run.name][f] for run in group]) for f in varying}
         for run in group:
-            parts = [_say(f, labels[f][repr(settings[run.name][f])]) for f in varying]
-            said = ", ".join([teacher, *parts] if teacher else parts)
-            names[run.name] = f"{method} ({said})" if said else method
-    first = {run.name: run.method for run in runs}
+            parts = [_field_text(f, labels[f][repr(values[run.name][f])]) for f in varying]
+            details = ", ".join([teacher, *parts] if teacher else parts)
+            names[run.name] = f"{method} ({details})" if details else method
+    methods = {run.name: run.method for run in runs}
     rank = {m: i for i, m in enumerate(ORDER)}
-    order = sorted(names, key=lambda run: (rank.get(first[run], len(rank)), names[run]))
+    order = sorted(names, key=lambda run: (rank.get(methods[run], len(rank)), names[run]))
     return {run: names[run] for run in order}
 
 
-def _varying(group: Sequence[RunRecord], settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _varying_fields(
+    group: Sequence[RunRecord], values: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Returns the fields that differ between runs of the same student and fraction of the data.
+
+    Args:
+      group: runs of one method.
+      values: hyperparameters of each run, by run name.
+    """
     repeats: dict[Any, list[RunRecord]] = collections.defaultdict(list)
     for run in group:
-        repeats[run.parameters, _beginning(run), run.experiment.data.fraction].append(run)
+        repeats[run.parameters, _initialization(run), run.experiment.data.fraction].append(run)
     varying: dict[str, None] = {}
     for same in repeats.values():
-        for field in settings[same[0].name]:
-            labels = _labels([settings[run.name][field] for run in same])
+        for field in values[same[0].name]:
+            labels = _labels([values[run.name][field] for run in same])
             if len(set(labels.values())) > 1:
                 varying[field] = None
     return list(varying)
 
 
 def _labels(values: Sequence[Any]) -> dict[str, str]:
-    """Returns what to call each value, by its repr; numbers that are nearly the same alike."""
+    """Returns a label for each value, by its repr; nearly equal numbers have the same label."""
     distinct = {repr(v): v for v in values}
     if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in distinct.values()):
         return {r: str(v) for r, v in distinct.items()}
@@ -124,6 +136,6 @@ def _labels(values: Sequence[Any]) -> dict[str, str]:
     }
 
 
-def _say(field: str, label: str) -> str:
+def _field_text(field: str, label: str) -> str:
     name = field.rpartition(".")[2]
     return f"{label} steps" if name == "train_steps" else f"{name.replace('_', ' ')} {label}"

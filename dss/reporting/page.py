@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs no network, and its figures in a folder beside it."""
+"""Writes the report: a self-contained HTML file, and a folder with its figures."""
 
 import dataclasses
 import datetime
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dss import __version__
-from dss.errors import UserError
+from dss.errors import UserError, missing_package
 from dss.evaluation.significance import wilson_interval
 from dss.mixtures.ledger import Ledger
 from dss.paths import write_whole
@@ -23,8 +23,8 @@ from dss.reporting.figures import Figure, draw_figures, safe_name, save_figures
 from dss.reporting.words import (
     NOT_MEASURED,
     NOT_RECORDED,
-    answer,
     interval_text,
+    main_result,
     p_text,
     percent,
     points,
@@ -36,15 +36,15 @@ from dss.reporting.words import (
 __all__ = ["figures_folder", "write_report"]
 
 TEMPLATE = importlib.resources.files("dss.reporting") / "report.html"
-SHOWN_ANSWERS = 20_000  # of all runs together, that a page holds at most
-UNFOLDED_ROWS = 24  # of a table; the rest opens at a click, and on paper
-LEAST_EXAMPLES = 20  # of a run whose answers are shown at all
-SHOWN_STATUS = 240  # characters of how a run ended
-SHOWN_TEXT = 1_500  # characters of a text; longer ones are cut, and say so
+SHOWN_PREDICTIONS = 20_000  # predictions on the page, at most
+UNFOLDED_ROWS = 24  # rows of a table that are always visible; the others can be unfolded
+MIN_EXAMPLES = 20  # predictions of each shown run, at least; it limits the number of runs
+SHOWN_STATUS = 240  # characters of a run's status
+SHOWN_TEXT = 1_500  # characters of a text; longer texts are truncated with a note
 
 
 def figures_folder(page: Path) -> Path:
-    """Returns the folder of a page's figures."""
+    """Returns the folder for the figures of a page."""
     return page.with_name(f"{page.stem}-figures")
 
 
@@ -56,27 +56,25 @@ def write_report(
     teacher_sizes: Mapping[str, float] = RELEASED_TEACHERS,
     command: str = "dss report",
 ) -> list[Group]:
-    """Writes the page and the folder of its figures.
+    """Writes the report and the folder of its figures.
 
     Args:
       collected: the runs.
-      page: the HTML file.
-      split: that accuracies are of.
-      teacher_sizes: parameters of the teachers whose are known, by name.
-      command: that makes it, to be shown.
+      page: path of the HTML file.
+      split: split of the reported accuracies.
+      teacher_sizes: number of parameters of each teacher where known, by teacher.
+      command: command line shown at the end of the page.
 
     Returns:
-      What was found, a group a dataset.
+      The statistics of each dataset's runs.
 
     Raises:
-      UserError: a package of the extra `report` is missing, or the page is a folder.
+      UserError: if a package of the extra `report` is not installed, or the page is a folder.
     """
     try:
         import jinja2
     except ModuleNotFoundError:
-        raise UserError(
-            "the report needs jinja2; pip install 'dss[report]', then give this again"
-        ) from None
+        raise missing_package("the report", "jinja2", "report") from None
     if page.is_dir():
         raise UserError(
             f"{page}: a folder; give the name of a file, such as {page / 'report.html'}"
@@ -86,7 +84,7 @@ def write_report(
     folder = figures_folder(page)
     page.parent.mkdir(parents=True, exist_ok=True)
     save_figures([figure for drawn in figures.values() for figure in drawn], folder)
-    answers = _answers(groups)
+    predictions = _predictions(groups)
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -99,8 +97,8 @@ def write_report(
         runs=len(collected.runs),
         problems=collected.problems,
         groups=[_group(group, figures[group.dataset]) for group in groups],
-        answers=_script_json(answers),
-        held=_held(answers),
+        predictions=_script_json(predictions),
+        predictions_note=_predictions_note(predictions),
         folder=folder.name,
         unfolded=UNFOLDED_ROWS,
         not_measured=NOT_MEASURED,
@@ -116,12 +114,12 @@ def _title(groups: Sequence[Group]) -> str:
 
 
 def _script_json(value: Any) -> str:
-    """Returns JSON to stand in a script element, which only "<" could end or open a comment in."""
+    """Returns JSON for a script element; "<" is escaped, since it could end the element."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _group(group: Group, figures: Sequence[Figure]) -> dict[str, Any]:
-    """Returns what the template shows of a dataset."""
+    """Returns the template's values for a dataset."""
     drawn = [
         {
             "kind": figure.kind,
@@ -137,7 +135,7 @@ def _group(group: Group, figures: Sequence[Figure]) -> dict[str, Any]:
         "id": safe_name(group.dataset),
         "name": group.dataset,
         "split": group.split,
-        "answer": answer(group),
+        "result": main_result(group),
         "tiles": tiles(group),
         "figures": {k: [f for f in drawn if f["kind"] == k] for k in ("data", "size", "curves")},
         "reaches": [reach_row(r) for r in (*group.data_reaches, *group.size_reaches)],
@@ -147,17 +145,17 @@ def _group(group: Group, figures: Sequence[Figure]) -> dict[str, Any]:
         "data": list(_data_rows(group)),
         "versions": _versions(group.runs),
         "configs": list(_configs(group.runs)),
-        "repeat": _repeat(group.runs[0]),
+        "repeat": _repeat_commands(group.runs[0]),
         "unfinished": sum(not (r.is_done or r.is_imported) for r in group.runs),
         "unmeasured": sum(r.is_done and not r.evaluation(group.split) for r in group.runs),
     }
 
 
 def _inline(figure: Figure) -> str:
-    """Returns a figure's SVG for the page: without a size of its own, its ids its own."""
+    """Returns a figure's SVG for the page: scalable, and with ids that are unique on the page."""
     svg = figure.svg[figure.svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)  # would style all the page
+    svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)  # not scoped to the figure
     svg = re.sub(r'^<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg)
     prefix = figure.name.replace(".", "-")
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
@@ -177,7 +175,7 @@ def _comparison_rows(group: Group) -> Iterator[tuple[str, ...]]:
         examples = NOT_RECORDED if c.first.examples is None else f"{c.first.examples:,.0f}"
         p_values = ", ".join(p_text(p) for _, p in c.p_values) or "no seed in common"
         yield (
-            f"{c.first.method} against {c.second.method}",
+            f"{c.first.method} vs. {c.second.method}",
             c.first.student,
             examples,
             f"{percent(c.first.mean)} and {percent(c.second.mean)}",
@@ -188,22 +186,22 @@ def _comparison_rows(group: Group) -> Iterator[tuple[str, ...]]:
 
 
 def _run_rows(group: Group) -> Iterator[tuple[str | tuple[str, ...], ...]]:
-    """Yields a row a run; a cell is a text, or one with another below it and what is amiss."""
-    against, folder = _against_finetuning(group), _folder(group.runs)
+    """Yields a row for each run; a cell is a text, or (text, second line, problem)."""
+    differences, folder = _differences_to_finetuning(group), _folder(group.runs)
     for run in group.runs:
         evaluation, machine = run.evaluation(group.split), run.machine
-        alarm = "" if run.is_done else run.status[:SHOWN_STATUS]
+        problem = "" if run.is_done else run.status[:SHOWN_STATUS]
         accuracy = percent(evaluation.value if evaluation else None)
         if evaluation and evaluation.metric != "accuracy":
             accuracy = f"ROUGE-L {accuracy}"
         interval = _run_interval(evaluation) or f"validation: {percent(run.best_valid)}"
         yield (
-            (group.methods[run.name], run.name.removeprefix(folder), alarm),
+            (group.methods[run.name], run.name.removeprefix(folder), problem),
             group.students[run.name],
             NOT_RECORDED if run.examples is None else f"{run.examples:,}",
             str(run.experiment.seed),
             (accuracy, interval, ""),
-            against.get(run.name, NOT_MEASURED),
+            differences.get(run.name, NOT_MEASURED),
             f"{run.step:,}",
             time_text(run),
             NOT_RECORDED if machine is None else _device(machine),
@@ -212,7 +210,7 @@ def _run_rows(group: Group) -> Iterator[tuple[str | tuple[str, ...], ...]]:
 
 
 def _folder(runs: Sequence[RunRecord]) -> str:
-    """Returns the folder, with its slash, that several runs lie in; "" where there is none."""
+    """Returns the common parent folder of several runs with a final slash; "" without one."""
     parts = zip(*(run.name.split("/")[:-1] for run in runs), strict=False)
     common = [same[0] for same in itertools.takewhile(lambda part: len(set(part)) == 1, parts)]
     return "/".join([*common, ""]) if any(common) and len(runs) > 1 else ""
@@ -232,10 +230,10 @@ def _device(machine: Mapping[str, Any]) -> str:
     return text if processes == 1 else f"{text}, {processes} processes"
 
 
-def _against_finetuning(group: Group) -> dict[str, str]:
-    """Returns how each run differs from finetuning with its student, data and seed, and surely."""
+def _differences_to_finetuning(group: Group) -> dict[str, str]:
+    """Returns each run's difference to finetuning of the same student, data and seed, with p."""
     finetuned = {
-        (c.student, c.fraction, run.experiment.seed): _alone(c, i)
+        (c.student, c.fraction, run.experiment.seed): _single_run(c, i)
         for c in reversed(group.cells)
         if c.runs[0].method == "finetuning"
         for i, run in enumerate(c.runs)
@@ -244,22 +242,22 @@ def _against_finetuning(group: Group) -> dict[str, str]:
     for cell in group.cells:
         for i, run in enumerate(cell.runs):
             other = finetuned.get((cell.student, cell.fraction, run.experiment.seed))
-            found = compare(_alone(cell, i), other) if other else None
+            comparison = compare(_single_run(cell, i), other) if other else None
             if other and other.runs[0].name == run.name:
                 out[run.name] = "baseline"
-            elif found:
-                p = p_text(found.p_values[0][1])
-                out[run.name] = f"{points(found.difference)}, p {p if '<' in p else f'= {p}'}"
+            elif comparison:
+                p = p_text(comparison.p_values[0][1])
+                out[run.name] = f"{points(comparison.difference)}, p {p if '<' in p else f'= {p}'}"
     return out
 
 
-def _alone(cell: Cell, i: int) -> Cell:
-    """Returns the cell of one of a cell's runs."""
+def _single_run(cell: Cell, i: int) -> Cell:
+    """Returns the cell of a single run of a cell."""
     return dataclasses.replace(cell, runs=(cell.runs[i],), evaluations=(cell.evaluations[i],))
 
 
 def _teacher_cost(run: RunRecord) -> str:
-    """Returns the cost of the teachers' outputs that a run learns from: its share of all."""
+    """Returns the tokens and cost of the teachers' outputs that a run is trained on."""
     if run.data is None:
         return NOT_RECORDED
     by_teacher = {t["teacher"]: t for t in run.data["tasks"] if t["teacher"] is not None}
@@ -269,17 +267,17 @@ def _teacher_cost(run: RunRecord) -> str:
         if not usage or not usage["outputs"]:
             parts.append(f"{teacher}: {NOT_RECORDED}")
             continue
-        share = min(1, task["examples"] / usage["outputs"])
-        tokens = share * (usage["prompt_tokens"] + usage["completion_tokens"])
+        fraction = min(1, task["examples"] / usage["outputs"])
+        tokens = fraction * (usage["prompt_tokens"] + usage["completion_tokens"])
         cost = NOT_RECORDED
         if usage.get("cost") is not None:
-            cost = f"{share * usage['cost']:,.2f} {usage.get('currency') or ''}".strip()
+            cost = f"{fraction * usage['cost']:,.2f} {usage.get('currency') or ''}".strip()
         parts.append(f"{teacher}: {tokens:,.0f}, cost {cost}")
     return "; ".join(parts) or "none used"
 
 
 def _fates(task: dict[str, Any]) -> str:
-    """Returns what became of a file's rows; of older runs, the teacher's outputs by status."""
+    """Returns the counts of a task's rows by fate, or of outputs by status in older runs."""
     if task.get("ledger") is not None:
         return str(Ledger(**task["ledger"]))
     statuses = task.get("statuses", {})
@@ -287,7 +285,7 @@ def _fates(task: dict[str, Any]) -> str:
 
 
 def _data_rows(group: Group) -> Iterator[tuple[str, ...]]:
-    """Yields what runs train on, every different one once."""
+    """Yields a row for each task that runs are trained on, without duplicates."""
     seen = set()
     for run in group.runs:
         if run.data is None or run.examples is None:
@@ -307,21 +305,21 @@ def _data_rows(group: Group) -> Iterator[tuple[str, ...]]:
                 f"{task['target_tokens'] / max(count, 1):,.1f}",
                 f"{task['cut_inputs']:,} and {task['cut_targets']:,}",
             )
-            if row[:5] not in seen:  # other seeds draw other examples, of other lengths
+            if row[:5] not in seen:  # seeds draw other examples, of other lengths
                 seen.add(row[:5])
                 yield row
 
 
 def _versions(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
-    found: dict[str, dict[str, None]] = {}
+    by_name: dict[str, dict[str, None]] = {}
     for run in runs:
         for name, version in (run.machine or {}).get("versions", {}).items():
-            found.setdefault(name, {})[str(version)] = None
-    return [(name, ", ".join(versions)) for name, versions in found.items()]
+            by_name.setdefault(name, {})[str(version)] = None
+    return [(name, ", ".join(versions)) for name, versions in by_name.items()]
 
 
 def _configs(runs: Sequence[RunRecord]) -> Iterator[dict[str, str]]:
-    """Yields each run's configuration: the first whole, of the others the lines that differ."""
+    """Yields each run's configuration: the first in full, of the others the lines that differ."""
     first = runs[0].config_text.splitlines()
     for run in runs:
         lines = run.config_text.splitlines()
@@ -334,8 +332,8 @@ def _configs(runs: Sequence[RunRecord]) -> Iterator[dict[str, str]]:
         yield {"name": run.name, "text": "\n".join(changed)}
 
 
-def _repeat(run: RunRecord) -> list[str]:
-    """Returns the commands that do a run again."""
+def _repeat_commands(run: RunRecord) -> list[str]:
+    """Returns the commands that repeat a run."""
     new = f"{run.name}-again"
     flags = [f"--gin_file={run.name}/config.gin", f"--gin.Experiment.run_dir={new}"]
     vocabulary = run.experiment.vocabulary
@@ -344,7 +342,7 @@ def _repeat(run: RunRecord) -> list[str]:
     return [shlex.join(["dss", "train", *flags]), shlex.join(["dss", "eval", new])]
 
 
-def _cut(text: Any) -> str | None:
+def _truncate(text: Any) -> str | None:
     if text is None:
         return None
     text = str(text)
@@ -353,36 +351,36 @@ def _cut(text: Any) -> str | None:
     return f"{text[:SHOWN_TEXT]}… ({len(text) - SHOWN_TEXT:,} more characters)"
 
 
-def _answers(groups: Sequence[Group]) -> dict[str, Any]:
-    """Returns the answers to read, for the page's script: each example once, and what runs said.
+def _predictions(groups: Sequence[Group]) -> dict[str, Any]:
+    """Returns the predictions for the page's script; examples of several runs are stored once.
 
     {"examples": [[id, input, gold, [[teacher, label, rationale], ...]], ...],
      "runs": [{"name", "label", "answers": [[example, prediction, score, rationale], ...]}, ...],
-     "of": answers that there are in all, "cut": runs whose answers are not here}
+     "of": number of all predictions, "cut": number of runs without predictions on the page}
     """
-    judged = [
+    evaluated = [
         (group, run, evaluation)
         for group in groups
         for run in group.runs
         if (evaluation := run.evaluation(group.split))
     ]
-    judged.sort(key=lambda item: -item[2].value)  # a stable sort: of one dataset, best first
-    judged.sort(key=lambda item: item[0].dataset)
-    kept = judged[: SHOWN_ANSWERS // LEAST_EXAMPLES]
-    most = SHOWN_ANSWERS // max(len(kept), 1)
+    evaluated.sort(key=lambda item: (item[0].dataset, -item[2].value))
+    kept = evaluated[: SHOWN_PREDICTIONS // MIN_EXAMPLES]
+    limit = SHOWN_PREDICTIONS // max(len(kept), 1)
     examples: dict[tuple, int] = {}
     texts: list[list[Any]] = []
     runs = []
     for group, run, evaluation in kept:
-        stride = -(-len(evaluation.shown) // most) or 1
+        stride = -(-len(evaluation.shown) // limit) or 1
         answers = []
         for line in evaluation.shown[::stride]:
             key = group.dataset, str(line["id"]), line.get("input"), line.get("target")
             if key not in examples:
                 examples[key] = len(texts)
-                texts.append([_cut(v) for v in key[1:]] + [_teacher_texts(line)])
-            said = _cut(line.get("prediction")), line["score"], _cut(line.get("rationale"))
-            answers.append([examples[key], *said])
+                texts.append([_truncate(v) for v in key[1:]] + [_teacher_texts(line)])
+            prediction = _truncate(line.get("prediction"))
+            rationale = _truncate(line.get("rationale"))
+            answers.append([examples[key], prediction, line["score"], rationale])
         accuracy = f"{evaluation.metric.replace('_', '-')} {percent(evaluation.value)}"
         label = f"{group.methods[run.name]}, {group.students[run.name]}"
         if run.examples is not None:
@@ -393,27 +391,27 @@ def _answers(groups: Sequence[Group]) -> dict[str, Any]:
         runs.append(
             {"name": run.name, "label": label, "metric": evaluation.metric, "answers": answers}
         )
-    total = sum(len(e.scores) for _, _, e in judged)
-    return {"examples": texts, "runs": runs, "of": total, "cut": len(judged) - len(kept)}
+    total = sum(len(e.scores) for _, _, e in evaluated)
+    return {"examples": texts, "runs": runs, "of": total, "cut": len(evaluated) - len(kept)}
 
 
 def _teacher_texts(line: Mapping[str, Any]) -> list[list[str | None]]:
-    said = line.get("teachers")
-    if not isinstance(said, dict):
+    outputs = line.get("teachers")
+    if not isinstance(outputs, dict):
         return []
     return [
-        [name, _cut(o.get("label")), _cut(o.get("rationale"))]
-        for name, o in said.items()
-        if isinstance(o, dict)
+        [name, _truncate(output.get("label")), _truncate(output.get("rationale"))]
+        for name, output in outputs.items()
+        if isinstance(output, dict)
     ]
 
 
-def _held(answers: Mapping[str, Any]) -> str:
-    """Returns how many of the answers a page holds, in words."""
-    here = sum(len(run["answers"]) for run in answers["runs"])
-    if here == answers["of"]:
-        return f"All {here:,} answers are here."
-    text = f"This page holds {here:,} of the {answers['of']:,} answers, taken evenly over each file"
-    if answers["cut"]:
-        text += f"; none of {answers['cut']:,} more runs"
-    return text + ". The rest is in each run's folder predictions."
+def _predictions_note(predictions: Mapping[str, Any]) -> str:
+    """Returns a sentence with the number of predictions on the page and in all."""
+    count = sum(len(run["answers"]) for run in predictions["runs"])
+    if count == predictions["of"]:
+        return f"All {count:,} predictions."
+    text = f"{count:,} of {predictions['of']:,} predictions, evenly spaced in each run's file"
+    if predictions["cut"]:
+        text += f"; none of {predictions['cut']:,} further runs"
+    return text + ". All are in the folder predictions of each run directory."

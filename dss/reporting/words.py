@@ -1,4 +1,4 @@
-"""What numbers say, in words: the answers that stand first, and the cells of the tables."""
+"""Texts of a report: the main result of each dataset, and the cells of tables."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from dss.reporting.naming import count_text
 __all__ = [
     "NOT_MEASURED",
     "NOT_RECORDED",
-    "Answer",
+    "MainResult",
     "Tile",
-    "answer",
     "duration",
     "interval_text",
+    "main_result",
     "p_text",
     "percent",
     "points",
@@ -24,12 +24,12 @@ __all__ = [
 ]
 
 MINUS = "\N{MINUS SIGN}"
-MOST_ALSO = 5  # further sentences; tables have the rest
+MAX_DETAILS = 5  # further results in sentences; the tables have all
 NOT_MEASURED, NOT_RECORDED = "not measured", "not recorded"
 
 
 def percent(value: float | None) -> str:
-    """Returns a share in [0, 1].
+    """Returns a proportion in [0, 1] as a percentage.
 
     >>> percent(0.8755), percent(None)
     ('87.5%', 'not measured')
@@ -38,12 +38,12 @@ def percent(value: float | None) -> str:
 
 
 def interval_text(interval: Sequence[float] | None) -> str:
-    """Returns a 95% interval of a share."""
+    """Returns the text of a confidence interval of a proportion."""
     return NOT_MEASURED if interval is None else f"{interval[0]:.1%} to {interval[1]:.1%}"
 
 
 def points(difference: float) -> str:
-    """Returns a difference of shares in percentage points, with a true minus.
+    """Returns a difference of proportions in percentage points, with a typographic minus sign.
 
     >>> points(0.0312), points(-0.2).replace(MINUS, "minus ")
     ('+3.1', 'minus 20.0')
@@ -52,7 +52,7 @@ def points(difference: float) -> str:
 
 
 def p_text(p: float) -> str:
-    """Returns a p-value.
+    """Returns the text of a p-value.
 
     >>> p_text(0.03125), p_text(1e-9)
     ('0.031', '< 0.001')
@@ -61,7 +61,7 @@ def p_text(p: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time.
+    """Returns the text of a duration.
 
     >>> duration(42.4), duration(125), duration(7300)
     ('42 s', '2 min 5 s', '2 h 1 min')
@@ -75,20 +75,25 @@ def duration(seconds: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
-    """The answer to whether the method helped: one sentence, what it rests on, what else there is
-    to say, and what to doubt.
+class MainResult:
+    """Main result of a dataset: how much data step-by-step needs to match finetuning.
+
+    Attributes:
+      headline: the result in one sentence.
+      basis: the measurements that it is based on.
+      details: further results, a sentence each.
+      caveats: limits of the result, a sentence each.
     """
 
     headline: str
     basis: str
-    also: tuple[str, ...] = ()
-    doubts: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """A number with what it is."""
+    """A key figure: value, label and note."""
 
     value: str
     label: str
@@ -96,109 +101,118 @@ class Tile:
 
 
 def _main_reach(group: Group) -> Reach | None:
-    """Returns the answer that stands first: of the largest student, of the method that is best."""
-    found = [r for r in group.data_reaches if isinstance(r.target, Cell)]
+    """Returns the result of the headline: the largest student's, with its most accurate method."""
+    reaches = [r for r in group.data_reaches if isinstance(r.target, Cell)]
     order = group.student_order
-    return max(found, key=lambda r: (order.index(r.student or ""), r.best.mean), default=None)
+    return max(reaches, key=lambda r: (order.index(r.student or ""), r.best.mean), default=None)
 
 
-def answer(group: Group) -> Answer:
-    """Returns what to say first about a dataset."""
+def main_result(group: Group) -> MainResult:
+    """Returns the main result of a dataset."""
     main = _main_reach(group)
     if main is None:
-        return Answer("Nothing to compare yet.", _missing(group))
+        return MainResult("Nothing to compare yet.", _missing(group))
     full = main.target
     assert isinstance(full, Cell)
-    method, rest = _capital(main.method), f"{full.method} on {_all(full)} examples"
-    against = f"{full.student} student; {full.method} has {percent(full.mean)} on {group.split}. "
-    rest_of_it = _also(group, main), _doubts(group, main, full)
+    method, baseline = _capitalize(main.method), f"{full.method} on {_data_text(full)} examples"
+    setup = (
+        f"{full.student} student; {full.method} has an accuracy of {percent(full.mean)} on "
+        f"{group.split}. "
+    )
+    remarks = _details(group, main), _caveats(group, main, full)
     low = full.interval[0] if full.interval else full.mean
     if group.majority is not None and low <= group.majority:
         headline = (
-            f"{rest} is not surely better than the most frequent label; {main.method} has "
-            f"{percent(main.best.mean)} with {_count(main.best)}."
+            f"{baseline} is not significantly better than the most frequent label; {main.method} "
+            f"has {percent(main.best.mean)} with {_count(main.best)} examples."
         )
         basis = (
-            f"Always saying the most frequent label has {percent(group.majority)}, so to match "
-            "finetuning would say little."
+            "Always predicting the most frequent label has an accuracy of "
+            f"{percent(group.majority)}, so matching finetuning would mean little."
         )
-        return Answer(_capital(headline), against + basis, *rest_of_it)
-    if main.at is None:
-        basis = f"At best it has {percent(main.best.mean)}, with {_count(main.best)} examples."
-        return Answer(f"{method} did not match {rest}, here.", against + basis, *rest_of_it)
-    if main.estimate is None or main.before is None:
-        share = _share(main.at.examples, full.examples)
-        headline = f"{method} matches {rest} with {_count(main.at)} or fewer{share}."
-        basis = f"{_count(main.at)} is the least that was trained with."
+        return MainResult(_capitalize(headline), setup + basis, *remarks)
+    if main.reached is None:
+        basis = (
+            f"The best accuracy of {main.method} is {percent(main.best.mean)}, with "
+            f"{_count(main.best)} examples."
+        )
+        return MainResult(f"{method} did not match {baseline}.", setup + basis, *remarks)
+    if main.estimate is None or main.previous is None:
+        percentage = _percentage(main.reached.examples, full.examples)
+        headline = f"{method} matches {baseline} with {_count(main.reached)} or fewer{percentage}."
+        basis = f"{_count(main.reached)} is the smallest number of examples measured."
     else:
-        share = _share(main.estimate, full.examples)
-        about = f"about {_round(main.estimate)}{share}"
-        headline = f"{method} needs {about} to match {rest}."
+        percentage = _percentage(main.estimate, full.examples)
+        estimate = f"about {_round(main.estimate)}{percentage}"
+        headline = f"{method} needs {estimate} to match {baseline}."
         basis = (
-            f"Interpolated between the measured {_count(main.before)} "
-            f"({percent(main.before.mean)}) and {_count(main.at)} ({percent(main.at.mean)})."
+            f"Interpolated between the measured {_count(main.previous)} "
+            f"({percent(main.previous.mean)}) and {_count(main.reached)} "
+            f"({percent(main.reached.mean)})."
         )
     if main.comparison:
-        basis += " " + _compared(main.comparison)
-    return Answer(headline, against + basis, *rest_of_it)
+        basis += " " + _difference(main.comparison)
+    return MainResult(headline, setup + basis, *remarks)
 
 
-def _also(group: Group, main: Reach) -> tuple[str, ...]:
+def _details(group: Group, main: Reach) -> tuple[str, ...]:
     out = []
-    ahead, behind, places = 0, 0, 0
+    better, worse, total = 0, 0, 0
     for c in group.comparisons:
         if c.first.method == main.method and c.second.runs[0].method == "finetuning":
-            places += 1
-            ahead += c.interval[0] > 0
-            behind += c.interval[1] < 0
-    if places > 1:
+            total += 1
+            better += c.interval[0] > 0
+            worse += c.interval[1] < 0
+    if total > 1:
         out.append(
-            f"On the same student and data, {main.method} is ahead of finetuning in {ahead} of "
-            f"{places} comparisons and behind in {behind or 'none'}, by the 95% interval over the "
-            "test examples."
+            f"With the same student and data, {main.method} is better than finetuning in {better} "
+            f"of {total} comparisons and worse in {worse or 'none'}, counting differences whose "
+            "95% confidence interval over test examples excludes 0."
         )
     for r in group.data_reaches:
         if r.method == main.method and r is not main and isinstance(r.target, Cell):
-            _, on, target, accuracy, took, _ = reach_row(r)
-            out.append(f"{on}, to match {target} ({accuracy}): {took}.")
-    return tuple(out[:MOST_ALSO])
+            _, student, target, accuracy, needed, _ = reach_row(r)
+            out.append(f"{student}, to match {target} ({accuracy}): {needed}.")
+    return tuple(out[:MAX_DETAILS])
 
 
 def _missing(group: Group) -> str:
     if not group.cells:
         return (
-            f"No run of {group.dataset} is finished and evaluated on the {group.split} split: "
-            f"dss eval RUN --split={group.split} evaluates one."
+            f"No run of {group.dataset} is finished and evaluated on the {group.split} split. "
+            f"Evaluate one with dss eval RUN --split={group.split}."
         )
     return (
-        "It takes finished and evaluated runs of finetuning and of step-by-step, on the same "
-        f"student, whose training examples are recorded. Here: {', '.join(group.method_order)}."
+        "The comparison needs finished and evaluated runs of finetuning and of step-by-step, with "
+        "the same student and recorded numbers of training examples. Methods with evaluated runs: "
+        f"{', '.join(group.method_order)}."
     )
 
 
-def _doubts(group: Group, main: Reach, full: Cell) -> tuple[str, ...]:
+def _caveats(group: Group, main: Reach, full: Cell) -> tuple[str, ...]:
     out = []
-    seeds = min(len(c.runs) for c in (full, main.at or main.best))
-    if seeds < 3:
-        of = "one seed" if seeds == 1 else "two seeds"
-        out.append(f"It rests on {of}: what another seed would give is hardly known.")
-    if main.at is not None:
-        line = [c for c in group.cells if (c.method, c.student) == (main.method, main.student)]
-        later = [c for c in line if (c.examples or 0) > (main.at.examples or 0)]
-        if any(c.mean < main.value for c in later):
-            out.append("With more examples than that it falls below again: the line is not steady.")
+    seeds = min(len(c.runs) for c in (full, main.reached or main.best))
+    if seeds == 1:
+        out.append("Only one seed: the variance between seeds is unknown.")
+    if seeds == 2:
+        out.append("Only two seeds: the variance between seeds is poorly known.")
+    if main.reached is not None:
+        curve = [c for c in group.cells if (c.method, c.student) == (main.method, main.student)]
+        larger = [c for c in curve if (c.examples or 0) > (main.reached.examples or 0)]
+        if any(c.mean < main.value for c in larger):
+            out.append("With more examples the accuracy falls below that of finetuning again.")
     return tuple(out)
 
 
-def _compared(c: Comparison) -> str:
+def _difference(c: Comparison) -> str:
     low, high = c.interval
     return (
-        f"At {_count(c.first)} examples the difference is {points(c.difference)} points (95%: "
+        f"At {_count(c.first)} examples the difference is {points(c.difference)} points (95% CI: "
         f"{points(low)} to {points(high)}) on the same {c.examples:,} test examples."
     )
 
 
-def _capital(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
@@ -206,78 +220,79 @@ def _count(cell: Cell) -> str:
     return NOT_RECORDED if cell.examples is None else f"{cell.examples:,.0f}"
 
 
-def _all(cell: Cell) -> str:
-    """Returns how many examples a cell has, and whether these are all that there are."""
+def _data_text(cell: Cell) -> str:
+    """Returns a cell's number of examples, after "all" if it is the whole dataset."""
     return f"all {_count(cell)}" if cell.fraction == 1 else _count(cell)
 
 
 def _round(number: float) -> str:
-    """Returns a number with no more digits than an interpolation deserves."""
+    """Returns a number rounded to two significant digits, since it is interpolated."""
     return f"{float(f'{number:.2g}'):,.0f}"
 
 
-def _share(part: float | None, total: float | None) -> str:
+def _percentage(part: float | None, total: float | None) -> str:
     return f" ({part / total:.0%})" if part and total and part <= total else ""
 
 
 def tiles(group: Group) -> list[Tile]:
-    """Returns the few numbers that stand under the answer."""
+    """Returns the key figures shown under the main result."""
     out = []
     for prefix in ("step-by-step", "finetuning"):
         cells = [c for c in group.cells if c.runs[0].method.startswith(prefix)]
         if cells:
             best = max(cells, key=lambda c: c.mean)
             note = f"{best.student} student, {_count(best)} examples"
-            out.append(Tile(percent(best.mean), f"{best.method}, at best", note))
+            out.append(Tile(percent(best.mean), f"best {best.method}", note))
         else:
             out.append(Tile(NOT_MEASURED, prefix, "no finished and evaluated run"))
     for t in group.teachers:
-        of = f"{t.examples:,} test examples"
-        if t.examples < t.judged:
-            of = f"{t.examples:,} of {t.judged:,} test examples"
-        note = f"95%: {interval_text(t.interval)}, on {of}"
+        coverage = f"{t.examples:,} test examples"
+        if t.examples < t.evaluated:
+            coverage = f"{t.examples:,} of {t.evaluated:,} test examples"
+        note = f"95% CI: {interval_text(t.interval)}, on {coverage}"
         if not t.is_comparable:
             note += ": too few to compare with"
         out.append(Tile(percent(t.value), f"teacher {t.name}", note))
     if not group.teachers:
-        out.append(Tile(NOT_MEASURED, "teacher", f"none wrote about the {group.split} split"))
+        out.append(Tile(NOT_MEASURED, "teacher", f"no outputs for the {group.split} split"))
     if group.majority is not None:
-        out.append(Tile(percent(group.majority), "most frequent label", "said always"))
+        note = "predicted for every example"
+        out.append(Tile(percent(group.majority), "most frequent label", note))
     return out
 
 
 def reach_row(r: Reach) -> tuple[str, ...]:
-    """Returns a row: method, on what, what to match, its accuracy, what it takes, what was seen."""
-    is_size = r.what == "parameters"
-    on = "the most data" if is_size else f"{r.student} student"
+    """Returns a table row: method, student or data, target, its accuracy, needed, measured."""
+    is_size = r.axis == "parameters"
+    setup = "largest training set" if is_size else f"{r.student} student"
     if not isinstance(r.target, Cell):
         target = f"teacher {r.target.name}"
     elif is_size:
         target = f"{r.target.method} of the {r.target.student} student"
     else:
-        target = f"{r.target.method} on {_all(r.target)}"
-    row = r.method, on, target, percent(r.value)
+        target = f"{r.target.method} on {_data_text(r.target)}"
+    row = r.method, setup, target, percent(r.value)
 
     def name(cell: Cell) -> str:
         return f"{cell.student} student" if is_size else f"{_count(cell)} examples"
 
-    if r.at is None:
-        return *row, "not reached, here", f"{name(r.best)}, at best: {percent(r.best.mean)}"
-    seen = f"{name(r.at)}: {percent(r.at.mean)}"
+    if r.reached is None:
+        return *row, "not reached", f"best: {percent(r.best.mean)} with {name(r.best)}"
+    measured = f"{name(r.reached)}: {percent(r.reached.mean)}"
     if r.comparison:
         low, high = r.comparison.interval
-        seen += f", {points(r.comparison.difference)} points ({points(low)} to {points(high)})"
+        measured += f", {points(r.comparison.difference)} points ({points(low)} to {points(high)})"
     if r.estimate is None:
-        least = "the smallest trained" if is_size else "the fewest trained with"
-        return *row, f"{name(r.at)}, {least}", seen
+        least = "smallest measured" if is_size else "fewest measured"
+        return *row, f"{name(r.reached)}, the {least}", measured
     if is_size:
-        return *row, f"{name(r.at)} (interpolated: {count_text(r.estimate)})", seen
-    return *row, f"about {_round(r.estimate)} examples (interpolated)", seen
+        return *row, f"{name(r.reached)} (interpolated: {count_text(r.estimate)})", measured
+    return *row, f"about {_round(r.estimate)} examples (interpolated)", measured
 
 
 def time_text(run: RunRecord) -> str:
-    """Returns how long a run took."""
+    """Returns the wall time of a run's sessions; "over" marks a sum without killed sessions."""
     if run.seconds is None:
         return NOT_RECORDED
-    seconds, is_all = run.seconds
-    return duration(seconds) if is_all else f"over {duration(seconds)}"
+    seconds, is_complete = run.seconds
+    return duration(seconds) if is_complete else f"over {duration(seconds)}"

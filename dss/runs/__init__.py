@@ -1,1 +1,1 @@
-"""Run directories: training, resuming and using a student."""
+"""Run directories: training and resuming runs, and using their students."""

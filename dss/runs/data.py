@@ -1,4 +1,4 @@
-"""The data of a run: token stores, the order of examples, and batches."""
+"""The data of a run: token stores, the order of sequences, and batches."""
 
 from dss.batches.batches import (
     Batches,
@@ -26,7 +26,7 @@ __all__ = [
 def split_store(
     experiment: Experiment, mixture: Mixture, split: str, vocabulary: Vocabulary
 ) -> TokenStore:
-    """Returns the tokens that an experiment reads of a split; see `open_store`."""
+    """Returns the token store of a split, with the options of an experiment."""
     data = experiment.data
     return open_store(
         mixture,
@@ -42,14 +42,14 @@ def split_store(
 
 
 def training_store(experiment: Experiment) -> TokenStore:
-    """Returns the tokens that an experiment trains on."""
+    """Returns the token store of an experiment's training split."""
     assert experiment.vocabulary is not None
     vocabulary = load_vocabulary(experiment.vocabulary)
     return split_store(experiment, open_mixture(experiment), "train", vocabulary)
 
 
 def training_order(experiment: Experiment, store: TokenStore, rates: tuple[float, ...]) -> Order:
-    """Returns which sequences each step of an experiment has."""
+    """Returns the order of an experiment's training sequences."""
     if experiment.data.batches == "paired":
         return paired_order(store, experiment.batch_size, experiment.seed)
     return sampled_order(store, experiment.batch_size, experiment.seed, rates)
@@ -62,9 +62,14 @@ def training_batches(
     groups: int,
     starts: tuple[int, ...] | None = None,
 ) -> Batches:
-    """Returns the training batches of an experiment, in some number of groups.
+    """Returns the training batches of an experiment.
 
-    What the outputs start from is the mixture's `start_ids`.
+    Args:
+      experiment: the experiment.
+      mixture: the mixture to train on.
+      store: the token store of the training split.
+      groups: the number of groups of a batch (data shards x microbatches).
+      starts: the decoder's start id of each task, from `start_ids`.
     """
     return Batches(
         store,
@@ -77,12 +82,12 @@ def training_batches(
 
 
 def start_ids(mixture: Mixture, vocabulary: Vocabulary, config: T5Config) -> tuple[int, ...] | None:
-    """Returns the decoder's start id of each task; None where all start from T5's own.
+    """Returns the decoder's start id of each task; None if all tasks use T5's start id.
 
     Args:
       mixture: the mixture of the tasks.
-      vocabulary: the vocabulary, past which the start ids are.
-      config: the student, whose embeddings must hold them.
+      vocabulary: the vocabulary; start ids are past its end.
+      config: the student's configuration.
 
     Raises:
       UserError: if the student has too few embeddings.
@@ -92,6 +97,6 @@ def start_ids(mixture: Mixture, vocabulary: Vocabulary, config: T5Config) -> tup
         raise UserError(
             f"DataConfig.one_encoder_pass: {mixture.tasks[-1].name} starts from the id "
             f"{max(starts)} past the vocabulary, and the student has {config.vocab_size} "
-            "embeddings; train one with more, or without it"
+            "embeddings; raise T5Config.vocab_size, or train without one_encoder_pass"
         )
     return starts

@@ -1,13 +1,15 @@
-"""Run directories: a student with its configuration, vocabulary and checkpoints, whole by itself.
+"""Run directories: a student with its configuration, vocabulary and checkpoints.
 
-config.gin            the configuration, complete
-vocabulary.model      the SentencePiece model (none for bytes)
-checkpoints/          Orbax: the latest two and the best
-metrics.jsonl         what was computed: losses, accuracy
-speed.jsonl           what the clock said
-sessions.jsonl        what each session began with and how it ended
-tensorboard/          both, for TensorBoard
-predictions/          of `dss eval`
+A run directory is self-contained, except for the data:
+
+config.gin            the complete configuration
+vocabulary.model      the SentencePiece model (not for bytes)
+checkpoints/          Orbax checkpoints: the latest two and the best
+metrics.jsonl         losses, gradient norms and accuracy
+speed.jsonl           throughput
+sessions.jsonl        the start and the end of each session
+tensorboard/          metrics and throughput for TensorBoard
+predictions/          predictions of `dss eval`
 """
 
 import dataclasses
@@ -53,64 +55,65 @@ CHECKPOINTS = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run directory that has a checkpoint."""
+    """A run directory and its configuration."""
 
     folder: epath.Path
     experiment: Experiment
 
     @property
     def config(self) -> T5Config:
-        """The student's shape."""
+        """The student's configuration."""
         assert self.experiment.config is not None
         return self.experiment.config
 
     @property
     def vocabulary_source(self) -> str:
-        """The run's vocabulary, a path or "bytes"."""
+        """The run's vocabulary: a path or "bytes"."""
         source = self.experiment.vocabulary
         return BYTES if source == BYTES else str(self.folder / VOCABULARY_FILE)
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether any step was saved."""
+        """Whether the run has a checkpoint."""
         folder = self.folder / CHECKPOINTS
         return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
     def mixture(self, *, must_exist: bool = True) -> Mixture:
-        """Returns the mixture that the student learnt.
+        """Returns the mixture that the student was trained on.
 
         Args:
-          must_exist: False for predicting, which reads no data.
+          must_exist: whether data files must exist; False for prediction, which reads none.
 
         Raises:
-          UserError: if the run has none, there is no such mixture, or its data are not there.
+          UserError: if the run has no mixture, the mixture is unknown, or its data do not exist.
         """
         if not self.experiment.has_task:
             raise UserError(
-                f"{self.folder}: no mixture; say with --mixture what the student predicts"
+                f"{self.folder}: no mixture; give --mixture=NAME for the task that the student "
+                "predicts"
             )
         return open_mixture(self.experiment, must_exist=must_exist)
 
     def checkpoints(self) -> Checkpoints:
-        """Returns the run's checkpoints, for reading."""
+        """Returns the run's checkpoints, read-only."""
         return Checkpoints(self.folder / CHECKPOINTS, read_only=True)
 
     def predictor(
-        self, which: str = "best", progress: DecodingProgress | None = None
+        self, checkpoint: str = "best", progress: DecodingProgress | None = None
     ) -> tuple[Predictor, int]:
-        """Returns the student of a checkpoint, and the checkpoint's step.
+        """Returns a predictor with the parameters of a checkpoint, and the checkpoint's step.
 
         Args:
-          which: the checkpoint "best", "latest" or a step.
-          progress: the callbacks for its batches; None for none.
+          checkpoint: "best", "latest" or a step.
+          progress: the callbacks for decoded batches; None for none.
 
         Raises:
-          UserError: there is no such checkpoint, or it is of another size.
+          UserError: if there is no such checkpoint, or its shape is not the student's.
         """
         mesh = make_mesh(self.experiment.mesh)
         shardings = student_shardings(self.config, mesh, self.experiment.mesh)
         checkpoints = self.checkpoints()
-        step = checkpoints.find(which)
+        step = checkpoints.find(checkpoint)
         abstract = abstract_like(abstract_params(self.config), shardings)
         params = checkpoints.restore_params(step, abstract)
         checkpoints.close()
@@ -120,40 +123,41 @@ class Run:
 
 
 def student_shardings(config: T5Config, mesh: Mesh, mesh_config: MeshConfig) -> Any:
-    """Returns the shardings of a student's parameters."""
+    """Returns the shardings of a student's parameters on a mesh."""
     shapes = abstract_params(config)
     return param_shardings(mesh, mesh_config, logical_axes(config), shapes)
 
 
 def load_run(folder: str | epath.Path, flags: Sequence[str] = ()) -> Run:
-    """Returns a run directory's run.
+    """Opens a run directory.
 
     Args:
       folder: the run directory.
-      flags: `NAME=VALUE` of gin values to read differently.
+      flags: `NAME=VALUE` of gin values to override.
 
     Raises:
-      UserError: if it is none, its configuration names no student, or a file is a named pipe.
+      UserError: if it is not a run directory, its configuration has no student, or a file is a
+        named pipe.
     """
     folder = epath.Path(folder).expanduser()
     check_no_pipes(folder, below=False)
     experiment = load_config(folder, flags)
     if experiment.config is None:
-        raise UserError(f"{folder}: no run: its {CONFIG_FILE} names no student")
+        raise UserError(f"{folder}: no run directory: its {CONFIG_FILE} has no student")
     return Run(folder, experiment)
 
 
 def save_run(folder: epath.Path, experiment: Experiment) -> Run:
-    """Writes a run directory's configuration, from which the run is found from any folder.
+    """Writes the configuration of a run directory, with absolute paths of the data.
 
-    Of several processes the leader writes, and the others wait until it has.
+    With several processes, process 0 writes and the others wait.
 
     Raises:
-      UserError: another process cannot see it.
+      UserError: if a process does not see the file that process 0 has written.
     """
     paths = {n: getattr(experiment.data, n) for n in ("root", "dataset_path")}
-    settled: dict[str, Any] = {n: str(absolute(p)) for n, p in paths.items() if p is not None}
-    data = dataclasses.replace(experiment.data, **settled)
+    resolved: dict[str, Any] = {n: str(absolute(p)) for n, p in paths.items() if p is not None}
+    data = dataclasses.replace(experiment.data, **resolved)
     experiment = dataclasses.replace(experiment, data=data)
     if is_leader():
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,17 +165,17 @@ def save_run(folder: epath.Path, experiment: Experiment) -> Run:
     wait_for_all(CONFIG_FILE)
     if not (folder / CONFIG_FILE).is_file():
         raise UserError(
-            f"{folder}: process 0 has written its {CONFIG_FILE} and process {jax.process_index()} "
-            "does not see it; MODEL_DIR must be a folder that all processes share"
+            f"{folder}: process 0 has written its {CONFIG_FILE}, but process {jax.process_index()} "
+            "cannot find it; MODEL_DIR must be a folder that all processes share"
         )
     return Run(folder, experiment)
 
 
 def run_folder(experiment: Experiment) -> epath.Path:
-    """Returns the run directory that an experiment names.
+    """Returns the run directory of an experiment.
 
     Raises:
-      UserError: it names none.
+      UserError: if the experiment has none.
     """
     if experiment.run_dir is None:
         raise UserError("no run directory: give --gin.MODEL_DIR=FOLDER")

@@ -1,4 +1,4 @@
-"""Opening the run of an experiment: a new one, or one begun before that is the same."""
+"""Opens the run of an experiment: creates a new one, or resumes one of the same experiment."""
 
 import dataclasses
 import json
@@ -31,31 +31,40 @@ Resume = Literal["never", "auto", "must"]
 
 
 def open_run(experiment: Experiment, resume: Resume) -> tuple[Run, Any | None]:
-    """Returns the run, new or begun before, and a new one's parameters if it has some already.
+    """Creates or resumes the run of an experiment.
+
+    Args:
+      experiment: the resolved experiment.
+      resume: "auto" to resume a run if there is one, "must" to require one, "never" to fail on one.
+
+    Returns:
+      The run and, for a new run with an initial checkpoint, the parameters.
 
     Raises:
-      UserError: the run directory is another experiment's, or not as `resume` wants it.
+      UserError: if the run directory has a run of another experiment, or `resume` does not allow
+        its state.
     """
     folder = run_folder(experiment)
     run = load_run(folder) if (folder / CONFIG_FILE).is_file() else None
-    if run is None or not run.has_checkpoint:  # whatever it was, nothing of it would be lost
+    if run is None or not run.has_checkpoint:  # without a checkpoint, nothing is lost
         if resume == "must":
             raise UserError(f"{folder}: no run to resume: it has no checkpoint")
         return create_run(experiment)
     if resume == "never":
         raise UserError(
-            f"{folder}: holds a run with checkpoints; use a new MODEL_DIR, or resume this one"
+            f"{folder}: has a run with checkpoints; use a new MODEL_DIR, or resume this run with "
+            "--resume=auto"
         )
     if not run.experiment.has_task:
-        raise UserError(f"{folder}: holds an imported checkpoint; train in another MODEL_DIR")
+        raise UserError(f"{folder}: has an imported checkpoint; train in another MODEL_DIR")
     check_same(run, experiment)
-    # Where the data lie and the mesh may change.
-    settled = dataclasses.replace(run.experiment, data=experiment.data, mesh=experiment.mesh)
-    return save_run(folder, settled), None
+    # The location of the data and the mesh may change.
+    resumed = dataclasses.replace(run.experiment, data=experiment.data, mesh=experiment.mesh)
+    return save_run(folder, resumed), None
 
 
 def _differences(prefix: str, before: Any, now: Any, may_change: tuple[str, ...]) -> list[str]:
-    """Returns a phrase for each field that differs, of nested configurations too."""
+    """Returns a phrase for each field that differs, nested configurations included."""
     out = []
     for field in dataclasses.fields(before):
         a, b = getattr(before, field.name), getattr(now, field.name)
@@ -69,35 +78,43 @@ def _differences(prefix: str, before: Any, now: Any, may_change: tuple[str, ...]
 
 
 def check_same(run: Run, now: Experiment) -> None:
-    """Raises the user's error where a run is not of the experiment that would continue it."""
+    """Checks that a run is of the experiment that resumes it.
+
+    Args:
+      run: the run to resume.
+      now: the experiment.
+
+    Raises:
+      UserError: if they differ in anything but paths and the mesh.
+    """
     before = run.experiment
-    if before.mixture is not None:  # written before runs kept dataset and method
-        named = resolve(dataclasses.replace(before, data=now.data))
+    if before.mixture is not None:  # an older configuration, without dataset and method
+        resolved = resolve(dataclasses.replace(before, data=now.data))
         before = dataclasses.replace(
             before,
             mixture=None,
-            dataset=named.dataset,
-            method=named.method,
-            teacher=named.teacher,
+            dataset=resolved.dataset,
+            method=resolved.method,
+            teacher=resolved.teacher,
         )
     now = resolve(now)
     check_size(str(run.folder), run.config, now.config)
-    settled = ("run_dir", "student", "vocabulary", "data", "mesh")
-    differs = _differences("", before, now, settled)
+    may_change = ("run_dir", "student", "vocabulary", "data", "mesh")
+    differs = _differences("", before, now, may_change)
     if now.config is not None:
-        wanted = now.settle(now.config)
+        student = now.resolve_student(now.config)
         differs += [
             f"{gin_name(f'student.{name}')} was {getattr(run.config, name)!r} and is "
-            f"{getattr(wanted, name)!r}"
+            f"{getattr(student, name)!r}"
             for name in ("dtype", "remat")
-            if getattr(run.config, name) != getattr(wanted, name)
+            if getattr(run.config, name) != getattr(student, name)
         ]
     if now.vocabulary is not None:
         vocabularies = load_vocabulary(run.vocabulary_source), load_vocabulary(now.vocabulary)
         if vocabularies[0].fingerprint != vocabularies[1].fingerprint:
-            raise UserError(f"{now.vocabulary}: wrong vocabulary: {run.folder} began with another")
+            raise UserError(f"{now.vocabulary}: wrong vocabulary: that of {run.folder} differs")
     data = now.data
-    if set(data.labels) == set(before.data.labels):  # their order is the run's
+    if set(data.labels) == set(before.data.labels):  # the order of labels does not matter
         data = dataclasses.replace(data, labels=before.data.labels)
     differs += _differences("data.", before.data, data, ("root", "dataset_path"))
     if differs:
@@ -107,27 +124,34 @@ def check_same(run: Run, now: Experiment) -> None:
         )
 
 
-# Where things lie may differ from machine to machine.
-PLACES = ("run_dir", "vocabulary", "initial_checkpoint", "data.root", "data.dataset_path")
+# Paths, which may differ between machines.
+PATHS = ("run_dir", "vocabulary", "initial_checkpoint", "data.root", "data.dataset_path")
 
 
-def check_processes_agree(mine: dict[str, str]) -> None:
-    """Raises the user's error in every process where one was given other arguments or data."""
-    mine = {name: value for name, value in mine.items() if name not in PLACES}
-    leaders = json.loads(leaders_text(json.dumps(mine)))
+def check_processes_agree(values: dict[str, str]) -> None:
+    """Checks that all processes of a run have the same arguments and data.
+
+    Args:
+      values: the arguments and the hashes of data files of this process, by name.
+
+    Raises:
+      UserError: if they differ between processes; it is raised in every process.
+    """
+    values = {name: value for name, value in values.items() if name not in PATHS}
+    leaders = json.loads(leaders_text(json.dumps(values)))
     differs = [
-        f"{name} = {leaders.get(name)} and this one {mine.get(name)}"
-        for name in leaders | mine
-        if leaders.get(name) != mine.get(name)
+        f"{name} = {leaders.get(name)} and this one {values.get(name)}"
+        for name in leaders | values
+        if leaders.get(name) != values.get(name)
     ]
     if all_agree(not differs):
         return
-    what = f"process 0 has {'; '.join(differs)}" if differs else "another process has other values"
-    raise UserError(f"the processes of a run need the same arguments and data: {what}")
+    fault = f"process 0 has {'; '.join(differs)}" if differs else "another process has other values"
+    raise UserError(f"the processes of a run need the same arguments and data: {fault}")
 
 
 def describe_values(name: str, value: Any) -> dict[str, str]:
-    """Returns each value of nested configurations as it is written, by its name."""
+    """Returns the values of a configuration as text, by their names, nested ones included."""
     if not dataclasses.is_dataclass(value):
         return {name: repr(value)}
     out: dict[str, str] = {}
@@ -137,15 +161,20 @@ def describe_values(name: str, value: Any) -> dict[str, str]:
 
 
 def changed_since(run: Run, files: dict[str, str], *, accept: bool) -> list[str]:
-    """Returns the names of the files that have changed since a run began or went on.
+    """Returns the names of the data files that have changed since the last session of a run.
+
+    Args:
+      run: the run.
+      files: the current hashes, from `hash_files`.
+      accept: whether changed files are accepted.
 
     Raises:
-      UserError: some have, and they are not accepted.
+      UserError: if files have changed and `accept` is False.
     """
     changed = changed_files(run.folder, files) if run.has_checkpoint else []
     if changed and not accept:
         raise UserError(
-            f"{run.folder}: its data have changed since: {', '.join(changed)}; use a new "
-            "MODEL_DIR, or go on with what is there now with --changed-data=accept"
+            f"{run.folder}: data files have changed since the last session: {', '.join(changed)}; "
+            "use a new MODEL_DIR, or resume with the changed files by --changed-data=accept"
         )
     return changed

@@ -1,8 +1,8 @@
-"""What each session of `dss train` on a run began with and how it ended: RUN/sessions.jsonl.
+"""The log of a run's sessions: RUN/sessions.jsonl.
 
-A session is one process (or several as one) from its start to its end; a run that was stopped and
-continued has several. One line is written as it begins, one as it ends; who is killed leaves the
-second out. Reports are made of it; nothing that trains reads it.
+A session is one invocation of `dss train`; a run that was interrupted and resumed has several. A
+session writes one line at its start and one at its end; a killed session has no end line. Reports
+read the log, and resuming compares its hashes of data files.
 """
 
 import datetime
@@ -41,7 +41,7 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns the devices and versions that this process trains with, for JSON."""
+    """Returns the devices and library versions of this process, as a JSON value."""
     versions = {"dss": __version__, "python": platform.python_version()}
     return {
         "device": jax.devices()[0].device_kind,
@@ -52,7 +52,12 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_data(mixture: Mixture, store: TokenStore) -> dict[str, Any]:
-    """Returns what a mixture trains on, in numbers, for JSON; `store` holds its tokens."""
+    """Returns statistics of a mixture's training data as a JSON value.
+
+    Args:
+      mixture: the mixture to train on.
+      store: the token store of its training split.
+    """
     tasks = [
         {
             "kind": task.kind,
@@ -71,10 +76,10 @@ def describe_data(mixture: Mixture, store: TokenStore) -> dict[str, Any]:
 
 
 def hash_files(mixtures: Mapping[str, Mixture]) -> dict[str, str]:
-    """Returns the hash of every file that a run reads, by "<split> <file's name>".
+    """Returns the hash of every data file that a run reads, by "<split> <file name>".
 
     Args:
-      mixtures: what is read of each split.
+      mixtures: the mixture that is read of each split, by the split.
     """
     out = {}
     for split, mixture in mixtures.items():
@@ -85,28 +90,28 @@ def hash_files(mixtures: Mapping[str, Mixture]) -> dict[str, str]:
 
 
 def changed_files(folder: epath.Path, files: Mapping[str, str]) -> list[str]:
-    """Returns the names of the files that are not as the last session of a run read them.
+    """Returns the names of the files that have changed since the last session of a run.
 
     Args:
       folder: the run directory.
-      files: what `hash_files` returns now.
+      files: the current hashes, from `hash_files`.
     """
     before = None
     for line in read_sessions(folder):
         before = line.get("data", {}).get("files", before)
-    if before is None:  # a run that began before files were recorded
+    if before is None:  # an older run without recorded files
         return []
     return sorted(name for name in before.keys() | files if before.get(name) != files.get(name))
 
 
 def read_sessions(folder: epath.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's sessions.jsonl, without one that was cut short."""
+    """Returns the lines of a run's sessions.jsonl, without an incomplete last one."""
     return read_metrics(folder / SESSIONS_FILE)
 
 
 def _usage(task: Task) -> dict[str, Any] | None:
-    """Returns what `dss annotate` said that a teacher's training outputs took; None where nothing
-    says it.
+    """Returns the tokens and cost that `dss annotate` recorded for a teacher's training outputs;
+    None without a record.
     """
     if task.teacher is None:
         return None
@@ -115,15 +120,15 @@ def _usage(task: Task) -> dict[str, Any] | None:
     check_no_pipes(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # it is no reason not to train
+    except (OSError, ValueError, RecursionError):  # training does not need the record
         return None
 
 
 class Session:
-    """Writes a session's two lines, the leader's alone: the first at `begin`, the second at exit.
+    """Writes the two lines of a session, in process 0: one at `begin`, one at exit.
 
     Attributes:
-      outcome: how it ended, in words, where it raises nothing.
+      outcome: the outcome of the session in words; an exception replaces it.
     """
 
     outcome: str = "done"
@@ -133,12 +138,12 @@ class Session:
         self._started = time.monotonic()
 
     def begin(self, folder: epath.Path, step: int, facts: dict[str, Any]) -> None:
-        """Writes what the session begins with.
+        """Writes the first line of the session.
 
         Args:
           folder: the run directory.
-          step: that it goes on from.
-          facts: for JSON.
+          step: the step that training starts or resumes from.
+          facts: more fields of the line, as JSON values.
         """
         if is_leader():
             self._path = folder / SESSIONS_FILE
@@ -147,7 +152,7 @@ class Session:
     def _append(self, line: dict[str, Any]) -> None:
         assert self._path is not None
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        # A bucket cannot append; of a line that a kill cut short nothing is kept.
+        # Buckets cannot append, so the file is rewritten, without an incomplete last line.
         before = self._path.read_text(encoding="utf-8") if self._path.exists() else ""
         text = before[: before.rfind("\n") + 1] + json.dumps({"time": now, **line}) + "\n"
         write_whole(self._path, text)
@@ -164,11 +169,11 @@ class Session:
         if self._path is None:
             return
         if error is not None:
-            said = next(iter(str(error).splitlines()), "")
-            self.outcome = f"failed: {said or type(error).__name__}"
+            message = next(iter(str(error).splitlines()), "")
+            self.outcome = f"failed: {message or type(error).__name__}"
         seconds = round(time.monotonic() - self._started, 1)
         try:
             self._append({"event": "end", "outcome": self.outcome, "seconds": seconds})
-        except OSError:  # such as a full disk, of which `error` tells
+        except OSError:  # such as a full disk, which `error` already reports
             if error is None:
                 raise

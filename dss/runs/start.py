@@ -1,4 +1,4 @@
-"""The student that a run begins with: from scratch, or from a checkpoint of any kind."""
+"""The initial student of a run: randomly initialised, or from a checkpoint of any format."""
 
 import dataclasses
 from collections.abc import Callable
@@ -38,13 +38,13 @@ __all__ = [
 
 
 def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
-    """Makes the run directory of an experiment, and settles what the experiment left open.
+    """Creates the run directory of an experiment, with the student and vocabulary resolved.
 
     Returns:
-      The run and, where it begins from a checkpoint, the parameters.
+      The run and, with an initial checkpoint, the parameters.
 
     Raises:
-      UserError: see `read_initial`.
+      UserError: if the student, its vocabulary or the initial checkpoint is missing or invalid.
     """
     student, source, params = read_initial(experiment)
     folder = run_folder(experiment)
@@ -58,70 +58,73 @@ def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
 
 
 def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
-    """Returns the student's shape, its vocabulary and, from a checkpoint, its parameters.
-
-    The parameters lie on the experiment's mesh, and are read last, for they may be large.
+    """Returns the student's configuration, its vocabulary and, with an initial checkpoint, its
+    parameters, sharded over the experiment's mesh.
 
     Raises:
-      UserError: something is missing, the checkpoint is not of the student's size, or the
-        vocabulary is not the student's.
+      UserError: if the student or its vocabulary is missing, the checkpoint's shape is not the
+        student's, or the vocabulary is too large for the student.
     """
     student, vocabulary, load = _open_initial(experiment)
     return student, vocabulary, load() if load else None
 
 
 def describe_initial(experiment: Experiment) -> tuple[T5Config, str]:
-    """Returns the student's shape and its vocabulary, which fit; no parameters are read.
+    """Returns the student's configuration and its vocabulary, checked, without its parameters.
 
     Raises:
-      UserError: see `read_initial`.
+      UserError: as for `read_initial`.
     """
     return _open_initial(experiment)[:2]
 
 
 def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], Any] | None]:
-    """Returns the student's shape, its vocabulary and what reads its parameters, if anything."""
+    """Returns the student's configuration, its vocabulary and a function that reads its parameters,
+    None without an initial checkpoint.
+    """
     source, student = experiment.initial_checkpoint, experiment.config
-    load = beside = None
+    load = own_vocabulary = None
     if source is not None:
-        found, load, beside = _open_checkpoint(source, experiment)
-        check_size(source, found, student)
-        dtype, remat = (student.dtype, student.remat) if student else (found.dtype, found.remat)
-        student = dataclasses.replace(found, dtype=dtype, remat=remat)
+        config, load, own_vocabulary = _open_checkpoint(source, experiment)
+        check_size(source, config, student)
+        dtype, remat = (student.dtype, student.remat) if student else (config.dtype, config.remat)
+        student = dataclasses.replace(config, dtype=dtype, remat=remat)
     if student is None:
         raise UserError(
             "no student: give --gin_file=students/SIZE.gin to train from scratch, or "
             "--gin.INITIAL_CHECKPOINT_PATH=hf:FOLDER (or t5x:FOLDER)"
         )
-    vocabulary = experiment.vocabulary or beside
+    vocabulary = experiment.vocabulary or own_vocabulary
     if vocabulary is None:
         raise UserError(
-            "no vocabulary: give --gin.VOCABULARY=FILE (of `dss import`: --vocabulary=FILE), a "
-            f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes; in a Hugging Face "
-            "folder spiece.model is read, tokenizer.json is not"
+            "no vocabulary: give --gin.VOCABULARY=FILE (for `dss import`: --vocabulary=FILE), a "
+            f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes; of a Hugging Face "
+            "folder, spiece.model is read, not tokenizer.json"
         )
     check_vocabulary(vocabulary, student)
-    return experiment.settle(student), vocabulary, load
+    return experiment.resolve_student(student), vocabulary, load
 
 
 def _open_checkpoint(
     source: str, experiment: Experiment
 ) -> tuple[T5Config, Callable[[], Any], str | None]:
-    """Returns a checkpoint's shape, what reads its parameters, and the vocabulary beside it."""
+    """Returns a checkpoint's configuration, a function that reads its parameters, and the path of
+    its vocabulary, if it has one.
+    """
     mesh_config = experiment.mesh
     if is_run(source):
         run = load_run(source)
         run = Run(run.folder, dataclasses.replace(run.experiment, mesh=mesh_config))
         return run.config, lambda: run.predictor("best")[0].params, run.vocabulary_source
-    t5x = source.startswith("t5x:")
-    if not t5x and not source.startswith("hf:"):  # T5X's own INITIAL_CHECKPOINT_PATH
-        t5x = t5x_checkpoint.is_checkpoint(source)
-    module: Any = t5x_checkpoint if t5x else huggingface
+    is_t5x = source.startswith("t5x:")
+    if not is_t5x and not source.startswith("hf:"):  # INITIAL_CHECKPOINT_PATH of T5X's gin files
+        is_t5x = t5x_checkpoint.is_checkpoint(source)
+    module: Any = t5x_checkpoint if is_t5x else huggingface
     folder = module.resolve(source)
     config = module.read_config(folder)
-    if t5x and experiment.config is not None:
-        untold = {name: getattr(experiment.config, name) for name in t5x_checkpoint.UNTOLD}
-        config = dataclasses.replace(config, **untold)
+    if is_t5x and experiment.config is not None:
+        missing = {name: getattr(experiment.config, name) for name in t5x_checkpoint.UNTOLD}
+        config = dataclasses.replace(config, **missing)
     vocabulary = huggingface.find_vocabulary(folder) if module is huggingface else None
 
     def load() -> Any:
@@ -148,19 +151,36 @@ SHAPE = (
 )
 
 
-def check_size(source: str, found: T5Config, student: T5Config | None) -> None:
-    """Raises the user's error where a checkpoint's shape is not the student's."""
-    differs = [n for n in SHAPE if student and getattr(found, n) != getattr(student, n)]
+def check_size(source: str, checkpoint: T5Config, student: T5Config | None) -> None:
+    """Checks that a checkpoint has the student's shape.
+
+    Args:
+      source: the checkpoint's name, for the error message.
+      checkpoint: the configuration of the checkpoint.
+      student: the configuration of the student; None for that of the checkpoint.
+
+    Raises:
+      UserError: if the shapes differ.
+    """
+    differs = [n for n in SHAPE if student and getattr(checkpoint, n) != getattr(student, n)]
     if differs:
-        parts = [f"{n} {getattr(found, n)}, not {getattr(student, n)}" for n in differs]
+        parts = [f"{n} {getattr(checkpoint, n)}, not {getattr(student, n)}" for n in differs]
         raise UserError(
             f"{source}: a checkpoint of another size than the student: {'; '.join(parts)}; leave "
-            "the students/ gin file out to take the checkpoint's"
+            "the students/ gin file out to use the checkpoint's size"
         )
 
 
 def check_vocabulary(source: str, student: T5Config) -> None:
-    """Raises the user's error where a vocabulary, a path or "bytes", is not a student's."""
+    """Checks that the student has an embedding for every id of a vocabulary.
+
+    Args:
+      source: the path of the vocabulary, or "bytes".
+      student: the configuration of the student.
+
+    Raises:
+      UserError: if it has too few.
+    """
     vocabulary = load_vocabulary(source)
     if vocabulary.size > student.vocab_size:
         raise UserError(
@@ -170,13 +190,14 @@ def check_vocabulary(source: str, student: T5Config) -> None:
 
 
 def import_checkpoint(experiment: Experiment) -> Run:
-    """Makes a run directory, at step 0, of the checkpoint that the experiment begins from.
+    """Creates a run directory, at step 0, from the experiment's initial checkpoint.
 
     Raises:
-      UserError: the folder holds something, or the checkpoint cannot be read.
+      UserError: if the folder is not empty, or the checkpoint cannot be read.
     """
     folder = run_folder(experiment)
-    if not all_agree(not folder.exists() or not any(folder.iterdir())):  # before one writes
+    # All processes check before one of them writes.
+    if not all_agree(not folder.exists() or not any(folder.iterdir())):
         raise UserError(f"{folder}: not empty; import into a new folder")
     run, params = create_run(experiment)
     checkpoints = Checkpoints(folder / CHECKPOINTS, largest=largest_part(params), frozen=True)

@@ -1,4 +1,4 @@
-"""A trained student at work: evaluation, labels and rationales."""
+"""Evaluation and prediction with a trained student."""
 
 import atexit
 import dataclasses
@@ -36,16 +36,16 @@ __all__ = [
 
 
 def open_student(source: str, flags: Sequence[str] = ()) -> Run:
-    """Returns the run of a student, wherever it lies.
+    """Opens the run of a student, importing a checkpoint of another format first.
 
     Args:
-      source: a run directory; or what INITIAL_CHECKPOINT_PATH can be, such as `hf:FOLDER` of
-        `dss export`, which is made a run in a folder that is there as long as this process. An
-        exported student's own config.gin says what it learnt.
-      flags: `NAME=VALUE` of gin values to read differently.
+      source: a run directory, or a checkpoint as in INITIAL_CHECKPOINT_PATH, such as `hf:FOLDER`
+        of `dss export`. A checkpoint is imported into a temporary folder, with the mixture of its
+        config.gin if it is an exported student.
+      flags: `NAME=VALUE` of gin values to override.
 
     Raises:
-      UserError: there is no student, or no vocabulary beside it.
+      UserError: if the source has no student, or no vocabulary.
     """
     if is_run(source):
         return load_run(source, flags)
@@ -75,7 +75,7 @@ def evaluate(
     run: Run,
     *,
     split: str = "test",
-    which: str = "best",
+    checkpoint: str = "best",
     rationales: bool = False,
     progress: DecodingProgress | None = None,
 ) -> Evaluation:
@@ -84,57 +84,61 @@ def evaluate(
     Args:
       run: the run.
       split: "train", "valid" or "test".
-      which: the checkpoint "best", "latest" or a step.
-      rationales: has the student write its rationales too, and judges them.
-      progress: the callbacks for its answers and rationales; None for none.
+      checkpoint: "best", "latest" or a step.
+      rationales: whether to generate and score rationales too.
+      progress: the callbacks for decoded answers and rationales; None for none.
 
     Raises:
-      UserError: no checkpoint, no such split, no labels in it, or no rationales learnt.
+      UserError: if the run has no such checkpoint, the split is missing or has no labels, or
+        rationales are requested and the student was not trained to generate them.
     """
     experiment = run.experiment
     mixture = run.mixture()
     if rationales:
         _rationale_task(mixture)
         if metric_name(mixture) != "accuracy":
-            raise UserError(f"{mixture.name}: it predicts rationales; leave --rationales out")
+            raise UserError(
+                f"{mixture.name}: its predictions are rationales; leave --rationales out"
+            )
     examples = evaluation_set(
         mixture, split, fraction=experiment.data.fraction, seed=experiment.seed
     )
     teachers = read_teachers(mixture, split)
     progress = progress or DecodingProgress()
     progress.expect((1 + rationales) * len(examples))
-    predictor, step = run.predictor(which, progress)
+    predictor, step = run.predictor(checkpoint, progress)
     inputs_length = experiment.data.inputs_length
     answers = predictor.answer(mixture, examples, inputs_length)
-    written = None
+    explanations = None
     if rationales:
-        written = explain(predictor, mixture, [e.text for e in examples], inputs_length)
+        explanations = explain(predictor, mixture, [e.text for e in examples], inputs_length)
     vocabulary = predictor.vocabulary
     return Evaluation.of(
-        mixture, split, step, examples, answers, teachers, written, vocabulary=vocabulary
+        mixture, split, step, examples, answers, teachers, explanations, vocabulary=vocabulary
     )
 
 
 def explain(
     predictor: Predictor, mixture: Mixture, texts: Sequence[str], inputs_length: int
 ) -> list[str]:
-    """Returns the rationale that a student writes for each input.
+    """Returns the rationale that a student generates for each input.
 
     Raises:
-      UserError: the mixture that it learnt has no rationales.
+      UserError: if the mixture has no task with rationales.
     """
     task = _rationale_task(mixture)
     inputs = [encode_example(predictor.vocabulary, task.prefix + t, inputs_length) for t in texts]
     length, start = predictor.decoding.rationale_length, task.start_id(predictor.vocabulary)
-    written = predictor.generate(inputs, max_length=length, start=start)
-    return [extract_rationale(t) for t in written] if task.kind != "rationale" else written
+    outputs = predictor.generate(inputs, max_length=length, start=start)
+    return [extract_rationale(t) for t in outputs] if task.kind != "rationale" else outputs
 
 
 def _rationale_task(mixture: Mixture) -> Task:
     task = next((task for task in mixture.tasks if task.kind != "label"), None)
     if task is None:
         raise UserError(
-            f"{mixture.name}: its students learn no rationales; train one on a step_by_step mixture"
+            f"{mixture.name}: its students generate no rationales; train one with METHOD "
+            "step_by_step"
         )
     return task
 

@@ -1,7 +1,7 @@
-"""Training a student: a run from its configuration to its last checkpoint.
+"""Training of a student, from its configuration to its last checkpoint.
 
-`run_experiment` reads as the list of its parts, each a function here: the data, the two compiled
-steps, the initial state, validation, and the loop with its hooks.
+`run_experiment` calls the other functions of this module: for the data, the jitted steps, the
+initial state, validation, and the training loop with its hooks.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ class RunData:
     """The tokenized data of a run."""
 
     mixture: Mixture
-    valid_mixture: Mixture  # of the tasks that have a validation split
+    valid_mixture: Mixture  # the tasks with a validation split
     vocabulary: Vocabulary
     store: TokenStore
     valid_store: TokenStore
@@ -99,7 +99,7 @@ class RunData:
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """The mesh of a run, and what is compiled for it."""
+    """The mesh of a run, its optimizer and its jitted steps."""
 
     mesh: Mesh
     shardings: TrainState
@@ -115,16 +115,17 @@ def run_experiment(
     *,
     accept_changed_data: bool = False,
 ) -> Result:
-    """Trains a student, from the start or from the latest checkpoint of its run directory.
+    """Trains a student, from the latest checkpoint of its run directory if there is one.
 
     Args:
       experiment: the experiment.
-      progress: the callbacks for what a user sees.
-      resume: whether the run directory may, must or must never hold a run already.
-      accept_changed_data: whether to resume though data files have changed; it is recorded.
+      progress: the callbacks that show progress; None for none.
+      resume: "auto" to resume a run if there is one, "must" to require one, "never" to fail on one.
+      accept_changed_data: whether to resume even if data files have changed.
 
     Raises:
-      UserError: see `dss.errors`.
+      UserError: if the experiment or its data are invalid, the run cannot be resumed as `resume`
+        requires, or a loss is not finite.
     """
     progress = progress or Progress()
     with Session() as session:
@@ -143,8 +144,8 @@ def run_experiment(
         checkpoints = Checkpoints(run.folder / CHECKPOINTS, largest=largest_part(abstract))
         state = initial_state(run, steps, checkpoints, abstract, initial, progress)
 
-        described = {**describe_data(mixture, data.store), "files": files}
-        facts = {**describe_machine(), "data": described}
+        statistics = {**describe_data(mixture, data.store), "files": files}
+        facts = {**describe_machine(), "data": statistics}
         if changed:
             facts["changed_data"] = changed
         session.begin(run.folder, int(state.step), facts)
@@ -155,7 +156,7 @@ def run_experiment(
 
 
 def load_data(run: Run, mixture: Mixture, progress: Progress) -> RunData:
-    """Returns the tokenized data of a run, having reported what becomes of its rows.
+    """Returns the tokenized data of a run, and reports the ledger of its rows.
 
     Args:
       run: the run.
@@ -163,7 +164,7 @@ def load_data(run: Run, mixture: Mixture, progress: Progress) -> RunData:
       progress: the callbacks for the report.
 
     Raises:
-      UserError: if data are missing or malformed, or labels are equal to the vocabulary.
+      UserError: if data are missing or malformed, or labels of a closed set have the same tokens.
     """
     experiment = run.experiment
     vocabulary = load_vocabulary(run.vocabulary_source)
@@ -184,7 +185,7 @@ def load_data(run: Run, mixture: Mixture, progress: Progress) -> RunData:
 
 
 def _describe_length(experiment: Experiment, store: TokenStore) -> str:
-    """Returns the number of epochs of a run, with advice where there are very many."""
+    """Returns the number of epochs of a run in words, with advice above `MANY_EPOCHS`."""
     paired = experiment.data.batches == "paired"
     count = len(store) if paired else sum(len(task.inputs) for task in store.tasks)
     steps, size = experiment.trainer.train_steps, experiment.batch_size
@@ -196,8 +197,8 @@ def _describe_length(experiment: Experiment, store: TokenStore) -> str:
     if epochs > MANY_EPOCHS and experiment.trainer.patience is None:
         fewer = max(1, round(MANY_EPOCHS * count / size))
         line += (
-            f"; that is often: --gin.TRAIN_STEPS={fewer} are {MANY_EPOCHS}, and "
-            "--gin.TrainerConfig.patience=8 ends a run that gets no better"
+            f"; this is many: --gin.TRAIN_STEPS={fewer} gives {MANY_EPOCHS}, and "
+            "--gin.TrainerConfig.patience=8 ends a run that no longer improves"
         )
     return line
 
@@ -251,28 +252,28 @@ def initial_state(
     initial: Any | None,
     progress: Progress,
 ) -> TrainState:
-    """Returns the state to train from: the latest readable checkpoint of the run, or else the
-    parameters of its initial checkpoint, or else random ones.
+    """Returns the state to start training from: the latest readable checkpoint of the run, the
+    parameters of its initial checkpoint, or random parameters.
 
     Args:
       run: the run.
       steps: the mesh and the shardings.
       checkpoints: the checkpoints of the run.
       abstract: the shapes and shardings of the state.
-      initial: the parameters that were read with the initial checkpoint, if any.
-      progress: the callbacks for a corrupt checkpoint.
+      initial: the parameters of the initial checkpoint, if they are already read.
+      progress: the callbacks that report corrupt checkpoints.
     """
     experiment = run.experiment
     if checkpoints.latest is not None:
-        state, damaged = checkpoints.restore_newest(abstract)
-        for step, why in damaged.items():
+        state, corrupt = checkpoints.restore_newest(abstract)
+        for step, reason in corrupt.items():
             progress.say(
-                f"checkpoint {step} cannot be read ({why}); it is set aside as {step}.damaged, and "
-                f"step {int(state.step)} taken"
+                f"checkpoint {step} cannot be read ({reason}); it is quarantined as "
+                f"{step}.damaged, and training resumes from step {int(state.step)}"
             )
         return state
     params = initial
-    if params is None:  # a new run, or one whose checkpoints are all corrupt
+    if params is None:  # a new run, or a run with only corrupt checkpoints
         source = dataclasses.replace(experiment, vocabulary=run.vocabulary_source)
         params = read_initial(source)[2]
     if params is None:
@@ -283,7 +284,7 @@ def initial_state(
 def make_validation(
     run: Run, data: RunData, steps: Steps
 ) -> Callable[[TrainState], dict[str, float]]:
-    """Returns a function from a state to its validation metrics: loss, accuracy and so on."""
+    """Returns a function from a state to its validation metrics, such as loss and accuracy."""
     experiment, mixture = run.experiment, data.mixture
     batches = Batches(
         data.valid_store,
@@ -317,8 +318,8 @@ def make_validation(
 
 
 def _earlier_scores(run: Run, score: str, start: int) -> dict[int, float]:
-    """Returns the scores of a run's evaluations up to a step, by their step, as process 0 reads
-    them; an empty dictionary where the run has no patience to lose.
+    """Returns the scores of a run's evaluations up to a step, by step, as read by process 0; an
+    empty dictionary if the run has no `patience`.
     """
     if run.experiment.trainer.patience is None:
         return {}
@@ -335,7 +336,7 @@ def _fit(
     checkpoints: Checkpoints,
     progress: Progress,
 ) -> Result:
-    """Trains a state to the end of its run, and saves it; `checkpoints` are closed."""
+    """Trains a state to the end of its run, saves it and closes `checkpoints`."""
     experiment, config, start = run.experiment, run.experiment.trainer, int(state.step)
     groups = steps.mesh.shape["data"] * experiment.microbatches
     batches = training_batches(experiment, data.mixture, data.store, groups, data.starts)
@@ -377,7 +378,7 @@ def _fit(
             checkpoints.wait()
         result = Result(int(state.step), stop.received, checkpoints.best)
     except BaseException:
-        if jax.process_count() == 1:  # else closing would wait for others, which wait elsewhere
+        if jax.process_count() == 1:  # closing is a barrier, which other processes may not reach
             checkpoints.close()
         raise
     finally:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from dss.fields import check_at_least, check_share, check_types
+from dss.fields import check_at_least, check_rate, check_types
 
 __all__ = ["AXES", "DecodingConfig", "T5Config"]
 
@@ -55,7 +55,7 @@ class T5Config:
         check_types(self)
         sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
         check_at_least(self, 1, *sizes)
-        check_share(self, "dropout_rate")
+        check_rate(self, "dropout_rate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

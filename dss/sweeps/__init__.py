@@ -1,1 +1,1 @@
-"""Sweeps: one experiment across students, sizes, methods and seeds."""
+"""Sweeps over methods, students, training-set sizes and seeds."""

@@ -1,13 +1,13 @@
-"""Doing a sweep: its runs one after another, each command in a process of its own.
+"""Executes a sweep: one run after another, each command in a separate process.
 
-A process gives its memory, an accelerator's too, back when it ends, and what breaks in it breaks
-nothing else; compiled programs are found again in the cache of dss. A run is done when the summary
-of its evaluation is there. Everything else of the state is in the run directories, so a sweep goes
-on wherever it was killed.
+Separate processes release all memory, of accelerators too, and isolate failures; compiled programs
+are reused from the cache of dss. A run is done when the summary of its evaluation exists. All other
+state is in the run directories, so an interrupted sweep can resume anywhere.
 
-sweep.jsonl           a line for each run: what was varied, its status, its accuracy or its error
-sweep-1-of-4.jsonl    the same of a part
-logs/NAME.log         what the run's commands printed
+sweep.jsonl           one line per run: its method, student, size and seed, status, and accuracy or
+                      error
+sweep-1-of-4.jsonl    the same for one part of a sweep
+logs/NAME.log         the output of a run's commands
 """
 
 import contextlib
@@ -33,20 +33,20 @@ from dss.sweeps.sweep import Sweep, SweepRun
 
 __all__ = ["Outcome", "SweepProgress", "read_outcome", "run_sweep"]
 
-WAIT = 0.5  # seconds between looks at a run that another process is at
-TAIL = 65536  # bytes of a log in which its error is looked for
+WAIT = 0.5  # seconds between attempts to lock a run that another process executes
+TAIL = 65536  # bytes at the end of a log that are searched for an error message
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How far a run is.
+    """The outcome of a run of a sweep.
 
     Attributes:
-      run: which one.
+      run: the run.
       status: "done", "failed" or "missing".
-      summary: of its evaluation, when it is done; see `Evaluation.summary`.
-      error: in a line, when it failed.
-      log: what its commands printed, if they ran.
+      summary: the summary of the evaluation of a run that is done; see `Evaluation.summary`.
+      error: the error message of a failed run, one line.
+      log: the log of a failed run's commands.
     """
 
     run: SweepRun
@@ -57,18 +57,18 @@ class Outcome:
 
     @property
     def predictions(self) -> Path:
-        """The file of predictions of a run that is done."""
+        """The predictions file of a run that is done."""
         name = f"{self.summary['mixture']}-{self.summary['split']}-{self.summary['step']}.jsonl"
         return self.run.result.parent / name
 
     @property
     def scores(self) -> list[float]:
-        """The score of every example of a run that is done."""
+        """The scores of the test examples of a run that is done."""
         lines = self.predictions.read_text(encoding="utf-8").splitlines()
         return [json.loads(line)["score"] for line in lines]
 
     def line(self) -> dict[str, Any]:
-        """Returns it for JSON."""
+        """Returns the line of sweep.jsonl as a JSON value."""
         run, experiment = self.run, self.run.experiment
         return {
             "run": run.name,
@@ -86,51 +86,51 @@ class Outcome:
 
 
 class SweepProgress:
-    """Is told how a sweep gets on; this one says nothing."""
+    """Callbacks that show a sweep's progress; the base class ignores all events."""
 
     def began(self, done: int) -> None:
-        """The sweep begins; some of its runs were done before."""
+        """Called at the start of the sweep, with the number of runs that are already done."""
 
     def started(self, number: int, run: SweepRun, log: Path) -> None:
-        """A run is trained from here on; `number` counts from 1."""
+        """Called at the start of a run, with its number, from 1, and its log."""
 
     def waiting(self, run: SweepRun) -> None:
-        """Another process is at a run."""
+        """Called if another process is executing a run."""
 
     def ended(self, number: int, outcome: Outcome, seconds: float, left: float | None) -> None:
-        """A run has ended.
+        """Called at the end of a run.
 
         Args:
-          number: of the run, from 1.
-          outcome: how.
-          seconds: that it took here.
-          left: seconds until the sweep is done, as far as was measured.
+          number: the number of the run, from 1.
+          outcome: the outcome of the run.
+          seconds: the duration of the run in this process.
+          left: the estimated seconds until the sweep is done; None if unknown.
         """
 
 
 def read_outcome(run: SweepRun) -> Outcome:
-    """Returns how far a run is, as its directory says: done or, without a whole result, missing."""
+    """Returns the outcome of a run from its directory: done or, without a valid result, missing."""
     try:
         summary = json.loads(run.result.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return Outcome(run)
-    is_whole = isinstance(summary, dict) and {"mixture", "split", "step", "metric"} <= {*summary}
-    outcome = Outcome(run, "done", summary) if is_whole else Outcome(run)
-    return outcome if is_whole and outcome.predictions.is_file() else Outcome(run)
+    is_valid = isinstance(summary, dict) and {"mixture", "split", "step", "metric"} <= {*summary}
+    outcome = Outcome(run, "done", summary) if is_valid else Outcome(run)
+    return outcome if is_valid and outcome.predictions.is_file() else Outcome(run)
 
 
 def run_sweep(sweep: Sweep, progress: SweepProgress) -> tuple[list[Outcome], signal.Signals | None]:
-    """Does what is missing of a sweep.
+    """Executes the runs of a sweep that are not done.
 
     Args:
-      sweep: its runs.
-      progress: told of each.
+      sweep: the sweep.
+      progress: the callbacks that show progress.
 
     Returns:
-      How every run ended, in order, and the signal that stopped the sweep if one did.
+      The outcome of every run, in order, and the signal that interrupted the sweep, if any.
 
     Raises:
-      UserError: the sweep's folder cannot be written.
+      UserError: if the sweep's folder cannot be written.
     """
     outcomes = {run.name: read_outcome(run) for run in sweep.runs}
     clock = _Clock()
@@ -141,7 +141,7 @@ def run_sweep(sweep: Sweep, progress: SweepProgress) -> tuple[list[Outcome], sig
             if outcomes[run.name].status == "done":
                 continue
             began = time.monotonic()
-            outcome = _do(sweep, run, number, children, progress)
+            outcome = _execute(sweep, run, number, children, progress)
             if children.stopped_by is not None and outcome.status != "done":
                 break
             seconds = time.monotonic() - began
@@ -155,7 +155,7 @@ def run_sweep(sweep: Sweep, progress: SweepProgress) -> tuple[list[Outcome], sig
     return list(outcomes.values()), children.stopped_by
 
 
-def _do(
+def _execute(
     sweep: Sweep, run: SweepRun, number: int, children: "_Children", progress: SweepProgress
 ) -> Outcome:
     path = _log_path(sweep, run)
@@ -177,7 +177,7 @@ def _do(
 
 
 def _log_path(sweep: Sweep, run: SweepRun) -> Path:
-    """Returns where a run's log is: in the sweep's folder, but on this machine."""
+    """Returns the path of a run's log: in the sweep's folder or, for a bucket, in the cache."""
     if in_bucket(sweep.folder):
         name = os.fspath(sweep.folder).replace("://", "-").replace("/", "-")
         return cache_dir() / "sweeps" / name / f"{run.name}.log"
@@ -188,27 +188,31 @@ def _log_path(sweep: Sweep, run: SweepRun) -> Path:
 def _locked_log(
     path: Path, run: SweepRun, children: "_Children", progress: SweepProgress
 ) -> Iterator[IO[bytes]]:
-    """Opens a run's log, which nobody else writes then.
+    """Opens and locks the log of a run, waiting for other processes that execute the run.
 
-    The lock is the open file's: a command that outlives its sweep for a moment has it too.
+    Child processes inherit the lock, so it also covers a command that outlives its sweep.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as log:
-        told = False
+        is_waiting = False
         while children.stopped_by is None:
             try:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if not told:
+                if not is_waiting:
                     progress.waiting(run)
-                told = True
+                is_waiting = True
                 time.sleep(WAIT)
         yield log
 
 
 class _Children:
-    """Runs `dss` commands one at a time; SIGTERM and SIGINT have the one that runs save and end."""
+    """Runs `dss` commands one at a time.
+
+    At SIGTERM or SIGINT the current command gets SIGTERM, so that it saves and exits; at a second
+    signal, SIGKILL.
+    """
 
     def __init__(self):
         self.stopped_by: signal.Signals | None = None
@@ -231,23 +235,28 @@ class _Children:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        again = self.stopped_by is not None
+        is_repeated = self.stopped_by is not None
         self.stopped_by = signal.Signals(number)
         if self._child is not None:
-            self._child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+            self._child.send_signal(signal.SIGKILL if is_repeated else signal.SIGTERM)
 
     def run(self, command: Sequence[str], log: IO[bytes]) -> int:
-        """Runs the command of some arguments to its end; returns its exit status."""
+        """Runs a command to its end; returns its exit status.
+
+        Args:
+          command: the arguments of `dss`.
+          log: the file for the output.
+        """
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "dss.cli.child", *command],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=self._environment,
-            start_new_session=True,  # the terminal's Ctrl-C is ours to pass on, once
+            start_new_session=True,  # Ctrl-C reaches the child only through `_receive`, once
         )
         self._child = process
-        if self.stopped_by is not None:  # since it was last looked at
+        if self.stopped_by is not None:  # a signal came before `_child` was set
             process.terminate()
         try:
             return process.wait()
@@ -257,48 +266,58 @@ class _Children:
             process.stdin.close()
 
 
-def _describe_failure(verb: str, status: int, path: Path, begin: int) -> str:
-    """Returns in a line why a command failed, whose output begins somewhere in a log."""
+def _describe_failure(command: str, status: int, path: Path, begin: int) -> str:
+    """Returns the error message of a failed command, one line.
+
+    Args:
+      command: the name of the command.
+      status: the exit status; negative for a signal.
+      path: the log.
+      begin: the position of the command's output in the log, in bytes.
+    """
     if status < 0:
         name = signal.Signals(-status).name
         hint = "; out of memory?" if name == "SIGKILL" else ""
-        return f"dss {verb}: ended by {name}{hint}"
+        return f"dss {command}: ended by {name}{hint}"
     with path.open("rb") as log:
         log.seek(max(begin, path.stat().st_size - TAIL))
         text = log.read().decode("utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if line.startswith(f"dss {verb}: ")]
-    return (said or [f"dss {verb}: {lines[-1]}" if lines else f"dss {verb}: status {status}"])[-1]
+    messages = [line for line in lines if line.startswith(f"dss {command}: ")]
+    last_line = lines[-1] if lines else f"exit status {status}"
+    return (messages or [f"dss {command}: {last_line}"])[-1]
 
 
 class _Clock:
-    """Guesses how long runs will take by how long those like them took."""
+    """Estimates the duration of runs from finished runs of the same method and student."""
 
     def __init__(self):
-        self._taken: list[tuple[SweepRun, float]] = []
+        self._durations: list[tuple[SweepRun, float]] = []
 
     def add(self, run: SweepRun, seconds: float) -> None:
-        self._taken.append((run, seconds))
+        self._durations.append((run, seconds))
 
     def left(self, runs: Sequence[SweepRun]) -> float | None:
-        """Returns the seconds that runs will take; None before any was timed."""
-        if not self._taken:
+        """Returns the estimated seconds that runs will take; None if no run is finished."""
+        if not self._durations:
             return None
-        return sum(map(self._guess, runs))
+        return sum(map(self._estimate, runs))
 
-    def _guess(self, run: SweepRun) -> float:
-        def like(*names: str) -> list[float]:
+    def _estimate(self, run: SweepRun) -> float:
+        def durations(*same: str) -> list[float]:
             return [
                 seconds
-                for other, seconds in self._taken
-                if all(getattr(other, name) == getattr(run, name) for name in names)
+                for other, seconds in self._durations
+                if all(getattr(other, name) == getattr(run, name) for name in same)
             ]
 
-        return statistics.mean(like("method", "student") or like("student") or like())
+        return statistics.mean(
+            durations("method", "student") or durations("student") or durations()
+        )
 
 
 def _write_status(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
-    """Writes the sweep's table for programs, whole or not at all."""
+    """Writes sweep.jsonl, atomically."""
     part = "" if sweep.part is None else f"-{sweep.part[0]}-of-{sweep.part[1]}"
     path = sweep.folder / f"sweep{part}.jsonl"
     try:

@@ -1,8 +1,8 @@
-"""What a sweep runs: methods x students x fractions of the training examples x seeds.
+"""The runs of a sweep: methods x students x fractions of the training examples x seeds.
 
-Every run is a run directory of its own in the sweep's MODEL_DIR, trained by an ordinary `dss train`
-and tested by an ordinary `dss eval`. Runs of one fraction and seed have the same examples, whatever
-their method and student; of one seed, a smaller fraction's examples are among a larger one's.
+Every run has a run directory in the sweep's MODEL_DIR, written by `dss train` and `dss eval`. Runs
+with the same fraction and seed have the same examples; with the same seed, the examples of a
+smaller fraction are a subset of those of a larger one.
 """
 
 import dataclasses
@@ -32,23 +32,23 @@ __all__ = ["Student", "Sweep", "SweepConfig", "SweepMethod", "SweepRun", "plan_s
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """What a sweep varies. gin fills it in; see gin/runs/sweep.gin."""
+    """The configuration of a sweep, set by gin; see gin/runs/sweep.gin."""
 
-    methods: tuple[str, ...] = ()  # see `SweepMethod.parse`
-    students: tuple[str, ...] = ()  # see `Student.parse`
-    fractions: tuple[float, ...] = (1.0,)  # of the training examples, each in (0, 1]
-    seeds: tuple[int, ...] = (0,)  # of parameters, order, subsample and dropout
-    split: str = "test"  # that every run is evaluated on
+    methods: tuple[str, ...] = ()  # methods in the syntax of `SweepMethod.parse`
+    students: tuple[str, ...] = ()  # students in the syntax of `Student.parse`
+    fractions: tuple[float, ...] = (1.0,)  # fractions of the training examples, in (0, 1]
+    seeds: tuple[int, ...] = (0,)  # seeds of parameters, order, subsample and dropout
+    split: str = "test"  # the evaluation split of every run
 
     def __post_init__(self):
         check_types(self)
         for name in ("methods", "students", "fractions", "seeds"):
             values = getattr(self, name)
             if not values:
-                raise ValueError(f"{name.upper()} is empty; runs/sweep.gin shows what it can hold")
-            twice = [value for i, value in enumerate(values) if value in values[:i]]
-            if twice:
-                raise ValueError(f"{name.upper()} has {twice[0]!r} twice")
+                raise ValueError(f"{name.upper()} is empty; see runs/sweep.gin for examples")
+            repeated = [value for i, value in enumerate(values) if value in values[:i]]
+            if repeated:
+                raise ValueError(f"{name.upper()} has {repeated[0]!r} twice")
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ValueError(f"FRACTIONS must be in (0, 1], got {fraction}")
@@ -62,21 +62,21 @@ gin.external_configurable(SweepConfig, "SweepConfig")
 
 
 def _file_name(text: str) -> str:
-    """Returns a text as a part of a folder's name."""
+    """Returns a text with all characters replaced that are unsafe in a folder's name."""
     return re.sub(r"[^\w.-]+", "_", text, flags=re.ASCII).strip("_.-")
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepMethod:
-    """A way to train.
+    """A training method of a sweep.
 
     Attributes:
       name: the name in folders and tables.
-      method: the name of a method, with or without a teacher's after it; None where a gin file
-        sets the method.
-      files: gin files that are read after the sweep's.
+      method: the name of a method, optionally followed by a teacher's; None if a gin file sets the
+        method.
+      files: gin files to read after those of the sweep.
       steps: the factor of TRAIN_STEPS.
-      compute: another method, whose total of input and target tokens this one is trained on.
+      compute: another method, whose total number of input and target tokens is matched.
     """
 
     name: str
@@ -87,9 +87,9 @@ class SweepMethod:
 
     @classmethod
     def parse(cls, text: str) -> "SweepMethod":
-        """Returns the method of a text: a method or gin files joined by `+`, and `*STEPS`.
+        """Parses a method: a method's name and gin files joined by `+`, optionally `*STEPS`.
 
-        STEPS is a factor of TRAIN_STEPS, or a method whose compute is to be reached.
+        STEPS is a factor of TRAIN_STEPS, or the name of a method whose compute is matched.
 
         >>> SweepMethod.parse("finetune*3.5")
         SweepMethod(name='finetune_x3.5', method='finetune', files=(), steps=3.5, compute=None)
@@ -99,7 +99,7 @@ class SweepMethod:
         'step_by_step_long'
 
         Raises:
-          UserError: it is none.
+          UserError: if the syntax is wrong.
         """
         parts, star, factor = text.partition("*")
         files = tuple(part for part in parts.split("+") if part.endswith(".gin"))
@@ -111,9 +111,9 @@ class SweepMethod:
             steps = math.nan
         if len(methods) > 1 or not all([*methods, *files]) or not 0 < steps < math.inf:
             raise UserError(
-                f"method {text!r}: give a method's name, then +FILE.gin and "
-                "*STEPS if you like, such as 'step_by_step', 'step_by_step+mine.gin', "
-                "'finetune*3.5' or 'finetune*step_by_step'"
+                f"method {text!r}: give a method's name, optionally with +FILE.gin and *STEPS, "
+                "such as 'step_by_step', 'step_by_step+mine.gin', 'finetune*3.5' or "
+                "'finetune*step_by_step'"
             )
         names = [*methods, *(epath.Path(file).stem for file in files)]
         longer = f"_as_{compute}" if compute else f"_x{factor}" if star else ""
@@ -123,12 +123,12 @@ class SweepMethod:
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    """A student to begin with.
+    """A student of a sweep.
 
     Attributes:
-      name: in folders and tables.
-      file: the gin file of its shape; it begins from scratch.
-      checkpoint: what it begins from.
+      name: the name in folders and tables.
+      file: the gin file of a randomly initialised student; None with a checkpoint.
+      checkpoint: the initial checkpoint; None with a gin file.
     """
 
     name: str
@@ -137,7 +137,7 @@ class Student:
 
     @classmethod
     def parse(cls, text: str) -> "Student":
-        """Returns the student of a text: a name in students/, a gin file or a checkpoint.
+        """Parses a student: a name in students/, a gin file or a checkpoint.
 
         >>> Student.parse("small")
         Student(name='small', file='students/small.gin', checkpoint=None)
@@ -156,12 +156,12 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-      method: its name.
-      student: its name.
-      examples: that it trains on.
-      experiment: all that decides it.
-      split: that it is evaluated on.
-      student_file: the gin file of its student, if it is one of dss.
+      method: the name of the method.
+      student: the name of the student.
+      examples: the number of training examples.
+      experiment: the experiment.
+      split: the evaluation split.
+      student_file: the gin file of the student, if it is one of dss.
     """
 
     method: str
@@ -178,17 +178,19 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
+        """The name of the run directory."""
         return self.folder.name
 
     @property
     def result(self) -> epath.Path:
-        """Where the evaluation's summary is; it is there when the run is done."""
+        """The summary file of the evaluation, which exists when the run is done."""
         return self.folder / "predictions" / f"{self.split}.json"
 
     @property
     def commands(self) -> tuple[list[str], list[str]]:
-        """The arguments of `dss` that train and evaluate it, complete without the sweep's files."""
+        """The arguments of the `dss` commands that train and evaluate the run, independent of the
+        sweep's gin files.
+        """
         files = [self.student_file] if self.student_file else []
         flags = gin_flags(self.experiment, parse_gin(files))
         folder = str(self.experiment.run_dir)
@@ -203,38 +205,38 @@ class Sweep:
     """The runs of a sweep, or of a part of it.
 
     Attributes:
-      folder: MODEL_DIR, which holds the run directories.
-      runs: in an order in which all methods are at a point before the next one begins.
-      part: (i, n) if it is the i-th of n parts, counted from 0.
+      folder: MODEL_DIR, the parent folder of the run directories.
+      runs: the runs; all methods and students of a seed and fraction are adjacent.
+      part: (i, n) for the i-th of n parts, counted from 0; None for a whole sweep.
     """
 
     folder: epath.Path
     runs: tuple[SweepRun, ...]
     part: tuple[int, int] | None = None
 
-    def take(self, i: int, n: int) -> "Sweep":
-        """Returns the i-th of n parts, counted from 0: each run is in one of them.
+    def select_part(self, i: int, n: int) -> "Sweep":
+        """Returns the i-th of n disjoint parts, counted from 0.
 
-        Methods and students, which cost differently, are spread over the parts.
+        Methods and students are spread over the parts, since their costs differ.
         """
-        alike = sorted(self.runs, key=lambda run: (run.method, run.student))
-        mine = {run.name for run in alike[i::n]}
-        return Sweep(self.folder, tuple(run for run in self.runs if run.name in mine), (i, n))
+        ordered = sorted(self.runs, key=lambda run: (run.method, run.student))
+        names = {run.name for run in ordered[i::n]}
+        return Sweep(self.folder, tuple(run for run in self.runs if run.name in names), (i, n))
 
 
 def plan_sweep(
     files: Sequence[str], flags: Sequence[str] = (), search_paths: Sequence[str] = ()
 ) -> Sweep:
-    """Returns the sweep of gin files and flags; whatever can be wrong with them is found here.
+    """Returns the sweep of gin files and flags, with all its configurations and data checked.
 
     Args:
-      files: `--gin_file`; `dss.config.gin_files.parse_gin` says where they are looked for.
-      flags: `NAME=VALUE` of `--gin.NAME=VALUE`.
-      search_paths: more folders.
+      files: gin files, in order, as for `dss.config.gin_files.parse_gin`.
+      flags: `NAME=VALUE` of each `--gin.NAME=VALUE`.
+      search_paths: more folders to search for gin files.
 
     Raises:
-      UserError: an unknown name, a value out of range, data that are not there, a run directory
-        that holds another experiment.
+      UserError: if a name is unknown, a value is invalid, data are missing, two runs are the same,
+        or a run directory has a run of another experiment.
     """
     config = parse_beside(SweepConfig, files, flags, search_paths)
     students = list(map(Student.parse, config.students))
@@ -245,23 +247,25 @@ def plan_sweep(
     }
     sizes = _check_data(config, list(bases.values()))
     runs: dict[str, SweepRun] = {}
-    same: dict[str, str] = {}
+    names: dict[str, str] = {}  # by the experiment
     for seed in config.seeds:
         for fraction in map(float, config.fractions):
             for (method, student), base in bases.items():
                 run = _run(config, method, student, base, fraction, seed, sizes[fraction])
                 if run.name in runs:
-                    raise UserError(f"two runs of the sweep would be {run.name}; rename a file")
+                    raise UserError(
+                        f"two runs of the sweep have the name {run.name}; rename a gin file"
+                    )
                 runs[run.name] = run
-                twin = same.setdefault(_identity(run.experiment), run.name)
+                twin = names.setdefault(_identity(run.experiment), run.name)
                 if twin != run.name:
                     raise UserError(
-                        f"{twin} and {run.name} are the same run: what should differ is set by a "
-                        "--gin_file or --gin flag for all"
+                        f"{twin} and {run.name} are the same run: a --gin_file or --gin flag of "
+                        "the sweep overrides their difference"
                     )
     for run in runs.values():
         before = load_run(run.folder) if (run.folder / CONFIG_FILE).is_file() else None
-        if before and (before.has_checkpoint or run.result.is_file()):  # else nothing would be lost
+        if before and (before.has_checkpoint or run.result.is_file()):  # otherwise nothing is lost
             check_same(before, run.experiment)
     return Sweep(run_folder(next(iter(bases.values()))), tuple(runs.values()))
 
@@ -277,32 +281,32 @@ def _base(
     flags: Sequence[str],
     search_paths: Sequence[str],
 ) -> Experiment:
-    """Returns what the runs of a method and a student have in common, checked.
+    """Returns the experiment that the runs of a method and a student share, checked.
 
-    The dataset's file is read first, so that the sweep's files may override it; the method's files
+    The dataset's gin file is read first, so that the sweep's files override it; the method's files
     are read last.
     """
-    own = [student.file] if student.file else []
-    read = [*own, *files, *method.files]
-    first = parse_gin(read, flags, search_paths, beside=[SweepConfig])
-    if method.method is not None and first.dataset_name is not None:
-        read = [*_dataset_file(first.dataset_name), *read]
-        first = parse_gin(read, flags, search_paths, beside=[SweepConfig])
+    student_files = [student.file] if student.file else []
+    ordered = [*student_files, *files, *method.files]
+    parsed = parse_gin(ordered, flags, search_paths, beside=[SweepConfig])
+    if method.method is not None and parsed.dataset_name is not None:
+        ordered = [*_dataset_file(parsed.dataset_name), *ordered]
+        parsed = parse_gin(ordered, flags, search_paths, beside=[SweepConfig])
     base = dataclasses.replace(
-        _with_method(first, method.method),
-        initial_checkpoint=student.checkpoint or first.initial_checkpoint,
+        _with_method(parsed, method.method),
+        initial_checkpoint=student.checkpoint or parsed.initial_checkpoint,
     )
-    run_folder(base)
-    for macro, value, lists in (
+    run_folder(base)  # raises without a run directory
+    for macro, is_set, replacement in (
         ("TRAIN_FRACTION", base.data.fraction != 1, "FRACTIONS"),
         ("RANDOM_SEED", base.seed != 0, "SEEDS"),
     ):
-        if value:
-            raise UserError(f"{macro} is set; a sweep has {lists} in its place")
+        if is_set:
+            raise UserError(f"{macro} is set; a sweep has {replacement} in its place")
     _, vocabulary = describe_initial(base)
     factor = method.steps
     if method.compute is not None:
-        factor = _tokens(_with_method(first, method.compute), vocabulary) / _tokens(
+        factor = _tokens(_with_method(parsed, method.compute), vocabulary) / _tokens(
             base, vocabulary
         )
     steps = round(base.trainer.train_steps * factor)
@@ -311,51 +315,55 @@ def _base(
 
 
 def _dataset_file(dataset: str) -> list[str]:
-    """Returns the gin file that dss has for a dataset, if it has one."""
+    """Returns the gin file of a dataset in gin/datasets, or an empty list."""
     file = f"datasets/{dataset}.gin"
     return [file] if (gin_root() / file).is_file() else []
 
 
 def _with_method(base: Experiment, name: str | None) -> Experiment:
-    """Returns an experiment with a sweep's method, resolved.
+    """Returns an experiment with another method, resolved.
 
     Args:
-      base: the experiment; without a name, its own method counts.
-      name: the name of a method, with or without a teacher's after it.
+      base: the experiment.
+      name: the name of a method, optionally followed by a teacher's; None for the method of `base`.
 
     Raises:
-      UserError: if there is no such method or dataset, or no one teacher.
+      UserError: if there is no such method or dataset, or the teacher is ambiguous.
     """
     if name is None:
         if not base.has_task:
-            raise UserError("a method of gin files alone must set METHOD")
+            raise UserError("no method: one of METHODS that is a gin file must set METHOD")
         return resolve(base)
     dataset = open_dataset(base)
     if name in [*Method]:
         method, teacher = Method(name), base.teacher
-    elif (found := read_name(name, dataset.source.teachers)) is not None:
-        method, teacher = found
+    elif (parts := read_name(name, dataset.source.teachers)) is not None:
+        method, teacher = parts
     else:
         known = [x.removeprefix(f"{dataset.name}_") for x in mixture_names(dataset)]
-        raise unknown_name("method", name, [*Method, *known])
+        raise unknown_name("method", name, [*(m.value for m in Method), *known])
     return resolve(dataclasses.replace(base, mixture=None, method=method.value, teacher=teacher))
 
 
 def _tokens(experiment: Experiment, vocabulary: str) -> int:
-    """Returns how many tokens an epoch of an experiment reads and writes."""
+    """Returns the number of input and target tokens of an epoch."""
     store = training_store(dataclasses.replace(experiment, vocabulary=vocabulary))
     return sum(int(t.inputs.offsets[-1] + t.targets.offsets[-1]) for t in store.tasks)
 
 
 def _check_data(config: SweepConfig, bases: Sequence[Experiment]) -> dict[float, int]:
-    """Returns the number of training examples of each fraction; raises what the data lack."""
+    """Returns the number of training examples of each fraction.
+
+    Raises:
+      UserError: if a file is missing, or a split has no examples.
+    """
     seed, sizes = config.seeds[0], {}
     mixtures = {mixture.name: mixture for mixture in map(open_mixture, bases)}
     for number, mixture in enumerate(mixtures.values()):
         for task in mixture.tasks:
             mixture.dataset.files("train", task.teacher)
         evaluation_set(mixture, config.split)
-        if number == 0:  # the examples are the same whatever the method
+        if number == 0:  # all methods have the same examples
             for fraction in map(float, config.fractions):
                 train = mixture.dataset.examples("train", fraction=fraction, seed=seed)
                 mixture.dataset.examples("valid", fraction=fraction, seed=seed)

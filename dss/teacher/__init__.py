@@ -1,1 +1,1 @@
-"""Prompting an LLM: prompts, client, journal, and what is made of its answers."""
+"""Annotation by an LLM teacher: prompts, API client, journal, parsing and export."""

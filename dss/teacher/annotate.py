@@ -1,7 +1,8 @@
-"""Asks a teacher about examples until each has its answers, or something says stop.
+"""Queries a teacher about examples until every request has a final reply or the run stops.
 
-What is asked, how often, and what it may cost is decided here; how fast in `dss.teacher.pacing`,
-what a reply means in `dss.teacher.reply`. Every attempt is in the journal before it is acted on.
+This module decides what is sent, how often it is retried and what it may cost. `dss.teacher.pacing`
+sets the rate, and `dss.teacher.reply` classifies replies. Every attempt is written to the journal
+before it is used.
 """
 
 import asyncio
@@ -27,24 +28,24 @@ from dss.teacher.request import Request, Writer
 
 __all__ = ["Annotator", "Limits", "Progress", "State"]
 
-IN_A_ROW = 20  # requests without an answer after which none is expected any more
-LOOKED_UP_AT_ONCE = 64  # requests in the journal
-MOST_DENSE = 4.0  # tokens a character of a prompt until the endpoint has counted: one a byte
-COMPLAINTS = ("limited", "failed", "timeout", "dropped", "unreachable")
+MAX_CONSECUTIVE_FAILURES = 20  # unanswered requests in a row that stop the run
+LOOKUP_CHUNK = 64  # requests per look-up in the journal
+MAX_DENSITY = 4.0  # tokens per character of a prompt before the first count: one per byte
+OVERLOAD_STATUSES = ("limited", "failed", "timeout", "dropped", "unreachable")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How much may be asked, and how fast.
+    """Limits on the rate, retries and cost of a run.
 
     Attributes:
-      concurrency: the most requests at once; what the endpoint takes is found below it.
-      requests_per_minute: None for no such budget.
-      tokens_per_minute: of prompts and answers; None for no such budget.
-      timeout: seconds for a whole reply.
-      attempts: at a request in one run; waiting for a place after a 429 counts for none.
-      max_requests: that this run sends.
-      max_cost: of everything that the journal holds of this teacher.
+      concurrency: maximum requests in flight; the limit in use adapts to the endpoint.
+      requests_per_minute: request budget; None for unlimited.
+      tokens_per_minute: budget of prompt and completion tokens; None for unlimited.
+      timeout: seconds to wait for a complete reply.
+      attempts: maximum failed attempts per request in one run; 429 replies are not counted.
+      max_requests: maximum attempts that this run sends, including retries; None for unlimited.
+      max_cost: maximum cost of all of this teacher's attempts in the journal; None for unlimited.
     """
 
     concurrency: int = 64
@@ -58,64 +59,65 @@ class Limits:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 1 if field.name in ("concurrency", "attempts", "max_requests") else 0
-            if value is not None and not (value >= least and 0 < value < math.inf):
+            minimum = 1 if field.name in ("concurrency", "attempts", "max_requests") else 0
+            if value is not None and not (value >= minimum and 0 < value < math.inf):
                 flag = "--" + field.name.replace("_", "-")
-                raise UserError(f"{flag} {value}: give {'at least 1' if least else 'more than 0'}")
+                bound = "at least 1" if minimum else "more than 0"
+                raise UserError(f"{flag} {value}: give {bound}")
 
 
 @dataclasses.dataclass
 class State:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-      total: requests that there are: examples times samples.
-      done: requests that are settled, earlier answers and failures counted.
-      asked: requests that this run has settled.
-      sent: attempts that this run has sent.
-      no_answer: requests that this run gave up, or stopped asking after they had failed.
-      kinds: attempts of this run by their status.
-      usage: tokens of everything that was sent to the teacher, in this run and before.
-      cost: of that usage and of batches; None where no price is known.
-      cost_before: what it was when this run began.
-      stopped: why the run ended early; None where it did not.
+      total: number of requests: examples times samples.
+      done: requests that are settled: answered earlier, answered in this run, or given up.
+      done_in_run: requests settled by this run.
+      sent: attempts sent by this run.
+      unanswered: requests that this run gave up, or that had failed when the run stopped.
+      status_counts: attempts of this run by status.
+      usage: tokens of all attempts sent directly, in this run and earlier ones.
+      cost: cost of that usage and of batches; None if a price is unknown.
+      initial_cost: cost at the start of this run; 0 if unknown.
+      stopped: reason why the run stopped early; None if it did not.
     """
 
     total: int
     done: int = 0
-    asked: int = 0
+    done_in_run: int = 0
     sent: int = 0
-    no_answer: int = 0
-    kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    unanswered: int = 0
+    status_counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     usage: Usage = Usage()
     cost: float | None = None
-    cost_before: float = 0.0
+    initial_cost: float = 0.0
     stopped: str | None = None
 
     @property
     def projected_cost(self) -> float | None:
-        """What everything will have cost in the end, if the rest is like what this run asked."""
-        if self.cost is None or not self.asked:
+        """Final cost, extrapolated from the requests settled by this run; None if unknown."""
+        if self.cost is None or not self.done_in_run:
             return self.cost if self.done == self.total else None
-        each = (self.cost - self.cost_before) / self.asked
-        return self.cost + each * (self.total - self.done)
+        cost_per_request = (self.cost - self.initial_cost) / self.done_in_run
+        return self.cost + cost_per_request * (self.total - self.done)
 
 
 class Progress:
-    """Is told how a run goes; this one keeps quiet."""
+    """Progress callbacks. The base class ignores all events."""
 
     def update(self, state: State, pacer: Pacer) -> None:
-        """Is called after each reply."""
+        """Called after each reply."""
 
     def say(self, line: str) -> None:
-        """Is called with what a user should know."""
+        """Called with a message for the user."""
 
     def close(self) -> None:
-        """Is called at the end."""
+        """Called at the end of the run."""
 
 
 class Annotator:
-    """Sends the requests that have no answer yet. `run` may be called once."""
+    """Sends the requests that have no final reply. `run` may be called once."""
 
     def __init__(
         self,
@@ -131,16 +133,16 @@ class Annotator:
         """Makes an annotator.
 
         Args:
-          journal: open for writing, and described.
-          writer: of the requests.
-          client: that sends them.
-          limits: how much and how fast.
-          price: of the model; None where nobody gave one.
-          progress: is told how it goes.
-          clock: another one for tests.
+          journal: journal open for writing, after a call of `describe`.
+          writer: builder of the requests.
+          client: client of the endpoint.
+          limits: limits on rate, retries and cost.
+          price: price of the model; None if unknown.
+          progress: progress callbacks; None for none.
+          clock: replacement clock for tests.
 
         Raises:
-          UserError: a limit on costs that cannot be kept.
+          UserError: if `limits.max_cost` is set and a price is unknown.
         """
         self.journal, self.writer, self.client, self.limits = journal, writer, client, limits
         self.price = price
@@ -153,53 +155,53 @@ class Annotator:
         )
         self.state = State(total=0)
         self._error: Exception | None = None
-        self._in_a_row = 0
-        self._asking: set[str] = set()
-        self._densest = MOST_DENSE  # tokens a character of a prompt
-        self._reserved: list[float] = []  # the most that each attempt in flight can cost
+        self._consecutive_failures = 0
+        self._in_progress: set[str] = set()  # keys of requests
+        self._density = MAX_DENSITY  # highest tokens per character of a prompt so far
+        self._reserved: list[float] = []  # maximum cost of each attempt in flight
         self._usage = journal.usage(writer.teacher)
         self._batch_usage = journal.usage(writer.teacher, batch=True)
         self._count_cost()
-        self.state.cost_before = self.state.cost or 0.0
+        self.state.initial_cost = self.state.cost or 0.0
         if limits.max_cost is not None and self.state.cost is None:
-            lacks = "the model's price" if price is None else "its batch_input and batch_output"
-            raise UserError(f"--max-cost needs {lacks}; give a file that has it with --prices")
+            missing = "the model's price" if price is None else "its batch_input and batch_output"
+            raise UserError(f"--max-cost needs {missing}; give a file that has it with --prices")
         self._pending: list[tuple[Request, Attempt, asyncio.Future[None]]] = []
         self._flushing: asyncio.Task[None] | None = None
-        # Commits wait for the disk; those that come meanwhile share the next one.
+        # A commit waits for the disk; attempts that arrive meanwhile share the next commit.
         self._disk = concurrent.futures.ThreadPoolExecutor(1)
 
     async def run(self, examples: Iterable[Example], total: int) -> State:
-        """Asks about every example that has no answer.
+        """Sends the requests of every example that have no final reply.
 
         Args:
-          examples: read one by one.
-          total: how many they are.
+          examples: examples, read one by one.
+          total: number of examples.
 
         Returns:
-          The state at the end; `stopped` says why there is more to do.
+          The final state; `stopped` is set if the run stopped early.
 
         Raises:
-          UserError: the key is wrong, the quota used up, nothing succeeds, the disk is full, or an
-            example does not fit the prompt. What was answered by then is in the journal.
+          UserError: if the key is wrong, the quota is used up, no request succeeds, the disk is
+            full, or an example does not fit the prompt. Earlier replies are in the journal.
         """
         self.state.total = total * self.writer.teacher.samples
         tasks: set[asyncio.Task[None]] = set()
         with self._signals(tasks):
             try:
                 async for request in self._unanswered(examples):
-                    if not await self.pacer.enter():
+                    if not await self.pacer.acquire_slot():
                         break
-                    self._asking.add(request.key)
-                    task = asyncio.create_task(self._ask(request))
+                    self._in_progress.add(request.key)
+                    task = asyncio.create_task(self._process_request(request))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
-            except Exception as error:  # the examples: what is in flight is waited for
+            except Exception as error:  # an invalid example; requests in flight still finish
                 self._fail(error)
             try:
                 while tasks or self._pending:
                     await asyncio.gather(*tasks, return_exceptions=True)
-                    if self._flushing is not None:  # replies whose requests were left at once
+                    if self._flushing is not None:  # attempts of cancelled requests
                         await self._flushing
             finally:
                 self.progress.update(self.state, self.pacer)
@@ -210,44 +212,44 @@ class Annotator:
         return self.state
 
     def stop(self, reason: str) -> None:
-        """Sends nothing more; what is in flight is waited for."""
+        """Stops sending; requests in flight still finish."""
         if self.state.stopped is None:
             self.state.stopped = reason
             self.pacer.stop()
 
     async def _unanswered(self, examples: Iterable[Example]) -> AsyncIterator[Request]:
         requests = (request for example in examples for request in self.writer.requests(example))
-        while chunk := list(itertools.islice(requests, LOOKED_UP_AT_ONCE)):
+        while chunk := list(itertools.islice(requests, LOOKUP_CHUNK)):
             final = self.journal.final_among([request.key for request in chunk])
             for request in chunk:
-                # The same question may have come before, in this chunk even.
-                known = request.key in final or request.key in self._asking
-                if known or self.journal.final_among([request.key]):
+                # An identical question may come earlier, even in the same chunk.
+                is_known = request.key in final or request.key in self._in_progress
+                if is_known or self.journal.final_among([request.key]):
                     self.state.done += 1
                 else:
                     yield request
-            await asyncio.sleep(0)  # replies get their turn
+            await asyncio.sleep(0)  # lets other tasks process replies
             if self.pacer.stopped.is_set():
                 return
 
-    async def _ask(self, request: Request) -> None:
+    async def _process_request(self, request: Request) -> None:
         try:
-            await self._until_settled(request)
-        except Exception as error:  # the disk: whatever it is, nothing more may be bought
+            await self._attempt_until_settled(request)
+        except Exception as error:  # such as a full disk, on which further replies would be lost
             self._fail(error)
         finally:
-            self._asking.discard(request.key)
-            self.pacer.leave()
+            self._in_progress.discard(request.key)
+            self.pacer.release_slot()
 
-    async def _until_settled(self, request: Request) -> None:
-        """Attempts a request until it has its final reply, is given up, or the run stops."""
+    async def _attempt_until_settled(self, request: Request) -> None:
+        """Attempts a request until it has a final reply, is given up, or the run stops."""
         failures = limited = 0
         while (result := await self._attempt(request)) is not None:
             reply, wait = result
             if wait is not None and reply.status not in FINAL:
                 self._pause(reply, wait)
             if reply.status in FINAL:
-                self._settle(answered=True)
+                self._count_settled(answered=True)
                 return
             if reply.status in STOPPING:
                 self._fail(UserError(f"{self.writer.teacher.base_url}: {reply.message}"))
@@ -257,31 +259,38 @@ class Annotator:
             else:
                 failures += 1
             if reply.status == "rejected" or failures == self.limits.attempts:
-                self._settle(answered=False)
-                self._give_up_if_hopeless(reply)
+                self._count_settled(answered=False)
+                self._stop_if_none_succeed(reply)
                 return
             if wait is None:
                 seconds = backoff(max(limited, failures), random.random())
                 await self.pacer.clock.wait(self.pacer.stopped, seconds)
-        self.state.no_answer += failures > 0
+        self.state.unanswered += failures > 0
 
-    def _give_up_if_hopeless(self, reply: Reply) -> None:
-        where = self.writer.teacher.base_url
-        if set(self.state.kinds) == {"unreachable"}:
-            self._fail(UserError(f"{where}: no server answers there: {reply.message}"))
-        elif self._in_a_row >= IN_A_ROW:
-            what = f"{IN_A_ROW} requests in a row brought no answer; the last: {reply.message}"
-            self._fail(UserError(f"{where}: {what}"))
+    def _stop_if_none_succeed(self, reply: Reply) -> None:
+        url = self.writer.teacher.base_url
+        if set(self.state.status_counts) == {"unreachable"}:
+            self._fail(UserError(f"{url}: cannot connect to a server: {reply.message}"))
+        elif self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+            count = MAX_CONSECUTIVE_FAILURES
+            problem = f"{count} requests in a row got no answer; the last: {reply.message}"
+            self._fail(UserError(f"{url}: {problem}"))
 
     async def _attempt(self, request: Request) -> tuple[Reply, float | None] | None:
-        """Sends a request once and journals the reply; returns None where it may not be sent."""
-        tokens = self._prompt_tokens(request)
-        most_cost = await self._afford(request)
-        if most_cost is None:
+        """Sends a request once and records the reply in the journal.
+
+        Returns:
+          The reply and the seconds to wait before the next request, if the endpoint gives any; None
+          if the request may not be sent.
+        """
+        prompt_tokens = self._prompt_tokens(request)
+        max_cost = await self._wait_for_budget(request)
+        if max_cost is None:
             return None
-        self._reserved.append(most_cost)
+        self._reserved.append(max_cost)
         try:
-            sent_at = await self.pacer.turn(tokens + (self.writer.most_tokens or 0))
+            expected_tokens = prompt_tokens + (self.writer.most_tokens or 0)
+            sent_at = await self.pacer.wait_to_send(expected_tokens)
             if sent_at is None:
                 return None
             try:
@@ -293,52 +302,60 @@ class Annotator:
                 attempt = Attempt(key=request.key, reply=reply, latency=latency, at=time.time())
                 await self._record(request, attempt)
             finally:
-                self.pacer.came_back()
-            self._count(request, reply, tokens)
+                self.pacer.mark_returned()
+            self._count_reply(request, reply, expected_tokens)
         finally:
-            self._reserved.remove(most_cost)
-            self.pacer.wake()
+            self._reserved.remove(max_cost)
+            self.pacer.notify()
         self.progress.update(self.state, self.pacer)
-        if reply.status in COMPLAINTS:
-            self.pacer.complained(sent_at)
+        if reply.status in OVERLOAD_STATUSES:
+            self.pacer.record_overload(sent_at)
         elif reply.status in FINAL:
-            self.pacer.went_well()
+            self.pacer.record_success()
         return reply, wait
 
     def _may_send(self) -> bool:
-        """Returns whether one more may be sent; the first only if its answer can be kept."""
-        most = self.limits.max_requests
-        if most is not None and self.state.sent >= most:
-            self.stop(f"--max-requests {most} reached")
+        """Returns whether another attempt may be sent, and counts it.
+
+        Before the first one, disk space for replies is reserved in the journal.
+        """
+        max_requests = self.limits.max_requests
+        if max_requests is not None and self.state.sent >= max_requests:
+            self.stop(f"--max-requests {max_requests} reached")
             return False
         if not self.state.sent:
             self.journal.make_room()
         self.state.sent += 1
         return True
 
-    async def _afford(self, request: Request) -> float | None:
-        """Waits until the most that a request can cost is left; returns it, or None if never."""
+    async def _wait_for_budget(self, request: Request) -> float | None:
+        """Waits until the budget covers a request's maximum cost.
+
+        Returns:
+          The maximum cost; None if the run stops first.
+        """
         budget = self.limits.max_cost
         while not self.pacer.stopped.is_set():
-            most_cost = self._most_cost(request)  # known better with every reply
+            max_cost = self._max_cost(request)  # the estimate changes with every reply
             if budget is None:
-                return most_cost
+                return max_cost
             assert self.state.cost is not None
             assert self.price is not None
-            if self.state.cost + sum(self._reserved) + most_cost <= budget:
-                return most_cost
+            if self.state.cost + sum(self._reserved) + max_cost <= budget:
+                return max_cost
             if not self._reserved:
                 spent = self.price.text(self.state.cost)
-                self.stop(f"--max-cost {budget:g} reached: {spent} spent, the next may not fit")
+                problem = f"{spent} spent, and the next request may exceed it"
+                self.stop(f"--max-cost {budget:g} reached: {problem}")
             else:
-                await self.pacer.changed()
+                await self.pacer.wait_for_change()
         return None
 
     def _prompt_tokens(self, request: Request) -> float:
         return request.characters * tokens_per_character(self._usage)
 
-    def _most_cost(self, request: Request) -> float:
-        """Returns what a request can cost, its prompt taken as dense as the densest one so far."""
+    def _max_cost(self, request: Request) -> float:
+        """Returns the maximum cost of a request, at the highest prompt density so far."""
         if self.price is None or self.limits.max_cost is None:
             return 0.0
         if self.writer.most_tokens is None:
@@ -346,12 +363,12 @@ class Annotator:
                 "--max-cost needs a limit on each answer: give max_tokens in the prompt's "
                 "parameters or with --param max_tokens=N"
             )
-        prompt = math.ceil(request.characters * self._densest)
+        prompt = math.ceil(request.characters * self._density)
         tokens = Usage(prompt=prompt, completion=self.writer.most_tokens)
         return self.price.cost(tokens) or 0.0
 
     async def _record(self, request: Request, attempt: Attempt) -> None:
-        """Returns when the attempt is on the disk."""
+        """Writes an attempt to the journal; returns once it is on disk."""
         loop = asyncio.get_running_loop()
         written: asyncio.Future[None] = loop.create_future()
         self._pending.append((request, attempt, written))
@@ -372,28 +389,27 @@ class Annotator:
                     future.cancel()
             else:
                 for future in waiting:
-                    if not future.done():  # its request was left at once
+                    if not future.done():  # done if its request was cancelled
                         future.set_result(None)
 
-    def _count(self, request: Request, reply: Reply, expected_prompt: float) -> None:
-        self.state.kinds[reply.status] += 1
+    def _count_reply(self, request: Request, reply: Reply, expected_tokens: float) -> None:
+        self.state.status_counts[reply.status] += 1
         if reply.prompt_tokens is not None:
             completion = reply.completion_tokens or 0
             density = reply.prompt_tokens / max(1, request.characters)
-            self._densest = density if self._densest == MOST_DENSE else max(density, self._densest)
+            self._density = density if self._density == MAX_DENSITY else max(density, self._density)
             self._usage += Usage(
                 prompt=reply.prompt_tokens,
                 cached=reply.cached_tokens or 0,
                 completion=completion,
                 characters=request.characters,
             )
-            expected = expected_prompt + (self.writer.most_tokens or 0)
-            self.pacer.used(reply.prompt_tokens + completion - expected)
-        elif reply.is_silent:
+            self.pacer.correct_tokens(reply.prompt_tokens + completion - expected_tokens)
+        elif reply.is_uncounted:
             self._usage += Usage(
-                silent=1,
-                silent_characters=request.characters,
-                silent_completion=self.writer.most_tokens or 0,
+                uncounted=1,
+                uncounted_characters=request.characters,
+                uncounted_completion=self.writer.most_tokens or 0,
             )
         self._count_cost()
 
@@ -401,18 +417,18 @@ class Annotator:
         self.state.usage = self._usage
         self.state.cost = total_cost(self.price, self._usage, self._batch_usage)
 
-    def _settle(self, *, answered: bool) -> None:
+    def _count_settled(self, *, answered: bool) -> None:
         self.state.done += 1
-        self.state.asked += 1
-        self.state.no_answer += not answered
-        self._in_a_row = 0 if answered else self._in_a_row + 1
+        self.state.done_in_run += 1
+        self.state.unanswered += not answered
+        self._consecutive_failures = 0 if answered else self._consecutive_failures + 1
 
     def _pause(self, reply: Reply, seconds: float) -> None:
         is_longer = self.pacer.pause(seconds)
         if is_longer and seconds >= 1:
             until = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + seconds))
             self.progress.say(
-                f"the endpoint asks to wait {seconds:.0f} s, until {until} (HTTP {reply.code})"
+                f"HTTP {reply.code} with Retry-After: waiting {seconds:.0f} s, until {until}"
             )
 
     def _fail(self, error: Exception) -> None:
@@ -421,15 +437,16 @@ class Annotator:
 
     @contextlib.contextmanager
     def _signals(self, tasks: Iterable[asyncio.Task[None]]) -> Iterator[None]:
-        """Ends the run after what is in flight at Ctrl-C, SIGTERM or where the terminal is closed;
-        at the second such signal at once.
+        """Handles SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal).
+
+        The first signal stops sending; the second one cancels the requests in flight.
         """
         loop = asyncio.get_running_loop()
 
-        def end() -> None:
+        def on_signal() -> None:
             if self.state.stopped is None:
                 self.progress.say(
-                    "interrupted: finishing what is in flight; once more leaves at once"
+                    "interrupted: finishing the requests in flight; interrupt again to quit at once"
                 )
                 self.stop("interrupted")
                 return
@@ -437,16 +454,16 @@ class Annotator:
             for task in list(tasks):
                 task.cancel()
 
-        caught = []
+        handled = []
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:  # nohup
                 continue
-            # Only the main thread may; in other ones nobody presses Ctrl-C.
+            # Handlers can be set in the main thread only.
             with contextlib.suppress(ValueError, RuntimeError):
-                loop.add_signal_handler(number, end)
-                caught.append(number)
+                loop.add_signal_handler(number, on_signal)
+                handled.append(number)
         try:
             yield
         finally:
-            for number in caught:
+            for number in handled:
                 loop.remove_signal_handler(number)

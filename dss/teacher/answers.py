@@ -1,7 +1,7 @@
-"""A teacher's text, taken apart before a prompt's pattern reads it.
+"""Cleaning of a teacher's text before a prompt's pattern is applied.
 
-Models of today think aloud first, decorate with Markdown or LaTeX, answer in JSON unasked, and
-decline in words. None of that may reach a rationale or a label.
+Models write thoughts, Markdown, LaTeX, JSON that the prompt did not ask for, and refusals. None of
+these may end up in a rationale or a label.
 """
 
 import json
@@ -23,16 +23,16 @@ FENCE = re.compile(r"\A```[\w-]*[ \t]*\n(.*?)\n?[ \t]*```\s*\Z", re.DOTALL)
 HEADING = re.compile(r"^#{1,6}[ \t]+([^\n]+)$", re.MULTILINE)
 BOLD = re.compile(r"\*\*|__(?=\S)|(?<=\S)__")
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
-LATEX = {  # what a label is without it
+LATEX = {  # replacements in a label
     re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}"): r"\1",
     re.compile(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}"): r"\1/\2",
 }
-QUOTED = re.compile(r"^[ \t]*>[ \t]?", re.MULTILINE)  # Markdown's mark of a quotation
-BULLET = re.compile(r"\n[ \t]*(?:[-*•]|\d+[.)])[ \t]*\Z")  # of a list whose last item is gone
+BLOCK_QUOTE = re.compile(r"^[ \t]*>[ \t]?", re.MULTILINE)  # in Markdown
+BULLET = re.compile(r"\n[ \t]*(?:[-*•]|\d+[.)])[ \t]*\Z")  # of the list item that held the label
 QUOTES = tuple(map(tuple, ("``", "''", '""', "$$", "**", "“”", "‘’", "«»")))  # around a label
 RATIONALE_KEYS = ("rationale", "reasoning", "explanation")
 LABEL_KEYS = ("label", "answer")
-DECLINES = re.compile(
+REFUSAL = re.compile(
     r"\A\W*(?:(?:i['’]m|i am)\s+(?:\w+\s+){0,2}?sorry\b|sorry\b|i apologi[sz]e\b|"
     r"(?:i\s+)?(?:can['’]?t|cannot|can not|won['’]t|will not|(?:am|['’]m) (?:unable|not able) to)"
     r"\s+"
@@ -43,17 +43,17 @@ DECLINES = re.compile(
 
 
 class JsonAnswer(NamedTuple):
-    """What an answer in JSON holds; None where it lacks the part."""
+    """Parts of an answer in JSON; None for a missing one."""
 
     rationale: str | None
     label: str | None
 
 
 def without_thoughts(text: str) -> str:
-    """Returns a text without what stands in `<think>...</think>`.
+    """Returns a text without its `<think>...</think>` blocks.
 
-    Thoughts that are not closed go on to the end; those whose opening tag the server left out begin
-    at the start.
+    A block without a closing tag extends to the end of the text. One without an opening tag, which
+    some servers omit, begins at the start.
 
     >>> without_thoughts("<think>Hm. Label: a?</think>It is.\\nLabel: b")
     'It is.\\nLabel: b'
@@ -74,7 +74,7 @@ def without_thoughts(text: str) -> str:
 
 
 def read_json_answer(text: str) -> JsonAnswer | None:
-    """Returns the parts of an answer that is a JSON object, in a code fence or not; else None.
+    """Returns the parts of a JSON object, with or without a code fence; None for other text.
 
     >>> read_json_answer('{"rationale": "It crashes.", "label": "bug"}')
     JsonAnswer(rationale='It crashes.', label='bug')
@@ -91,9 +91,9 @@ def read_json_answer(text: str) -> JsonAnswer | None:
 
     def part(keys: tuple[str, ...]) -> str | None:
         for key in keys:
-            found = value.get(key)
-            if isinstance(found, str | int | float) and not isinstance(found, bool):
-                return str(found).strip()
+            content = value.get(key)
+            if isinstance(content, str | int | float) and not isinstance(content, bool):
+                return str(content).strip()
         return None
 
     answer = JsonAnswer(part(RATIONALE_KEYS), part(LABEL_KEYS))
@@ -101,18 +101,16 @@ def read_json_answer(text: str) -> JsonAnswer | None:
 
 
 def plain(text: str) -> str:
-    """Returns a text without Markdown's marks of bold and of quotations; a heading becomes a line
-    that ends in a colon.
+    """Returns a text without Markdown's bold and block quotes; headings become lines with a colon.
 
     >>> plain("### Reasoning\\nIt **shines**.\\n\\n> **Label:** good")
     'Reasoning:\\nIt shines.\\n\\nLabel: good'
     """
-    return HEADING.sub(_heading, BOLD.sub("", QUOTED.sub("", text)))
+    return HEADING.sub(_heading, BOLD.sub("", BLOCK_QUOTE.sub("", text)))
 
 
 def plain_rationale(text: str) -> str:
-    """Returns a rationale without blanks around it and without the mark of the list item that the
-    label was.
+    """Returns a rationale without surrounding white space and the bullet of a label after it.
 
     >>> plain_rationale("It shines.\\n- ")
     'It shines.'
@@ -126,16 +124,16 @@ def _heading(match: re.Match[str]) -> str:
 
 
 def plain_label(label: str) -> str:
-    """Returns a label without quotes, LaTeX, and a full stop around it.
+    """Returns a label without LaTeX, surrounding quotes and a final full stop.
 
     >>> [plain_label(label) for label in ("$\\\\boxed{72}$.", "`billing`", "3.5.", "U.S.")]
     ['72', 'billing', '3.5', 'U.S.']
     >>> plain_label("$\\\\boxed{\\\\frac{1}{2}}$"), plain_label("\\\\text{Nairobi}")
     ('1/2', 'Nairobi')
     """
-    before = None
-    while label != before:
-        before, label = label, label.strip()
+    previous = None
+    while label != previous:
+        previous, label = label, label.strip()
         if label.endswith(".") and re.search(r"\D\.", label[:-1]) is None:
             label = label[:-1].rstrip()
         for opening, closing in QUOTES:
@@ -149,5 +147,5 @@ def plain_label(label: str) -> str:
 
 
 def is_refusal(text: str) -> bool:
-    """Returns whether a text without an answer declines to give one."""
-    return DECLINES.match(text) is not None
+    """Returns whether a text begins as a refusal does."""
+    return REFUSAL.match(text) is not None

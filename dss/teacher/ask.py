@@ -1,9 +1,7 @@
-"""One session with a teacher: what it has not answered is asked, and its answers exported."""
+"""One session with a teacher: the requests without an answer are sent."""
 
 import asyncio
-import collections
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
@@ -16,22 +14,9 @@ from dss.teacher.journal import Journal
 from dss.teacher.prices import Price
 from dss.teacher.reply import FINAL
 
-__all__ = ["Session", "ask", "open_journal"]
+__all__ = ["ask", "open_journal"]
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Session:
-    """The outcome of a session with a teacher.
-
-    Attributes:
-      state: the requests, tokens and cost, and the reason of an early end.
-      counts: the number of exported lines by status; None where nothing new was exported.
-    """
-
-    state: State
-    counts: collections.Counter[str] | None
 
 
 @contextlib.contextmanager
@@ -56,53 +41,48 @@ def open_journal(job: Job, *, create: bool = True) -> Iterator[Journal]:
 
 def ask(
     job: Job,
+    journal: Journal,
     limits: Limits,
     *,
     key_env: str = "OPENAI_API_KEY",
     price: Price | None = None,
-    make_progress: Callable[[int], Progress] = lambda total: Progress(),
+    make_progress: Callable[[int], Progress] = lambda requests: Progress(),
+    export: Callable[[], Any],
     parquet: bool = False,
     replace: bool = False,
-) -> Session:
-    """Sends the requests that have no answer yet, and exports the answers.
-
-    Answers that came before an error are exported too.
+) -> State:
+    """Sends the requests of a job that have no answer in the journal.
 
     Args:
       job: the examples and the teacher.
+      journal: the open journal of the job.
       limits: the limits on requests, rate and cost.
       key_env: the environment variable that holds the key.
       price: the price of the model; None if unknown.
       make_progress: returns the callbacks, given the number of requests.
-      parquet: whether to export to Parquet too.
-      replace: whether to write over outputs though answers would be lost.
+      export: called before an error is raised, if answers came first.
+      parquet: whether the answers are to be exported to Parquet too.
+      replace: whether outputs may be overwritten though answers would be lost.
+
+    Returns:
+      The state at the end, with the reason of an early one.
 
     Raises:
       UserError: if an argument, an example or the key is wrong, or the endpoint refuses to answer.
     """
     teacher = job.writer.teacher
     client = Client(teacher, api_key(key_env, teacher.base_url), limits.timeout)
-    with open_journal(job) as journal:
-        total = job.check(
-            journal, parquet=parquet, replace=replace, most_requests=limits.max_requests
-        )
-        progress = make_progress(total * teacher.samples)
-
-        def export() -> collections.Counter[str] | None:
-            counts = job.export(journal, parquet=parquet, replace=replace)
-            job.save_usage(journal, price)
-            return counts
-
-        annotator = Annotator(journal, job.writer, client, limits, price=price, progress=progress)
-        try:
-            state = _run(annotator.run(job.examples(), total))
-        except UserError:
-            if any(annotator.state.kinds[status] for status in FINAL):
-                export()
-            raise
-        finally:
-            progress.close()
-        return Session(state, export())
+    total = job.check(journal, parquet=parquet, replace=replace, most_requests=limits.max_requests)
+    progress = make_progress(total * teacher.samples)
+    annotator = Annotator(journal, job.writer, client, limits, price=price, progress=progress)
+    try:
+        return _run(annotator.run(job.examples(), total))
+    except UserError:
+        if any(annotator.state.status_counts[status] for status in FINAL):
+            export()
+        raise
+    finally:
+        progress.close()
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:

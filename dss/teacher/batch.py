@@ -1,7 +1,7 @@
-"""The providers' batch route, at about half the price: request files out, result files in.
+"""Export of requests to a provider's batch API, and import of the results.
 
-The files are those of OpenAI's batch API, which others take too: one JSON object a line, known by
-its `custom_id`, which is the request's key. Results may come in any order, in any number of files.
+The files have the format of OpenAI's batch API, which other providers accept too: JSON lines whose
+`custom_id` is the request's key. Results may be in any order and in any number of files.
 """
 
 import glob
@@ -20,23 +20,23 @@ from dss.teacher.request import Request, Writer
 
 __all__ = ["export_batch", "import_batch"]
 
-MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # a file, by OpenAI's limits
-AT_ONCE = 1000  # rows a transaction
+MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # per file, by OpenAI's limits
+TRANSACTION_ROWS = 1000
 
 
 def export_batch(
     journal: Journal, writer: Writer, examples: Iterable[Example], stem: Path
 ) -> list[tuple[Path, int]]:
-    """Writes the requests that have no answer to files `<stem>.batch-000.jsonl`, ...
+    """Writes the requests without a final reply to files `<stem>.batch-000.jsonl`, ...
 
     Args:
-      journal: open for writing, and described; the requests are written to it too.
-      writer: of the requests.
-      examples: that are asked about.
-      stem: of the files; those of an earlier export are removed.
+      journal: journal open for writing, after a call of `describe`; it receives the requests.
+      writer: builder of the requests.
+      examples: examples to annotate.
+      stem: path of the files without `.batch-...`; files of an earlier export are removed.
 
     Returns:
-      (file, number of requests) of each.
+      (file, number of requests) for each file.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     for old in stem.parent.glob(f"{glob.escape(stem.name)}.batch-[0-9][0-9][0-9].jsonl"):
@@ -53,14 +53,14 @@ def export_batch(
         out.append((path, len(lines)))
         lines, size = [], 0
 
-    for request in _open_requests(journal, writer, examples):
+    for request in _unanswered_requests(journal, writer, examples):
         line = json.dumps(_batch_line(writer, request), ensure_ascii=False).encode() + b"\n"
         if lines and (len(lines) == MOST_REQUESTS or size + len(line) > MOST_BYTES):
             flush()
         lines.append(line)
         size += len(line)
         chunk.append(request)
-        if len(chunk) == AT_ONCE:
+        if len(chunk) == TRANSACTION_ROWS:
             journal.add(chunk, [])
             chunk = []
     journal.add(chunk, [])
@@ -69,10 +69,10 @@ def export_batch(
     return out
 
 
-def _open_requests(
+def _unanswered_requests(
     journal: Journal, writer: Writer, examples: Iterable[Example]
 ) -> Iterator[Request]:
-    """Yields requests without an answer; of the same one that several examples make, one."""
+    """Yields each request without a final reply, identical ones once."""
     seen: set[bytes] = set()
     for example in examples:
         for request in writer.requests(example):
@@ -88,17 +88,17 @@ def _batch_line(writer: Writer, request: Request) -> dict[str, Any]:
 
 
 def import_batch(journal: Journal, files: Sequence[Path]) -> dict[str, int]:
-    """Reads results and errors of batches into a journal.
+    """Adds results and errors of batches to a journal.
 
     Args:
-      journal: open for writing.
-      files: as they were downloaded, in any order; reading one twice changes nothing.
+      journal: journal open for writing.
+      files: result and error files, in any order; importing one again changes nothing.
 
     Returns:
-      How many lines were `new`, were there `before`, and are of `unknown` requests.
+      Number of lines that are `new`, were imported `before`, or are of `unknown` requests.
 
     Raises:
-      UserError: a file is missing, or a line is no result; what stands before it is kept.
+      UserError: if a file is missing or a line is not a result; the lines before it are kept.
     """
     counts = {"new": 0, "before": 0, "unknown": 0}
     for path in files:
@@ -106,19 +106,19 @@ def import_batch(journal: Journal, files: Sequence[Path]) -> dict[str, int]:
         try:
             for where, value in read_json_lines(path):
                 attempt = _read_result(where, value)
-                if not journal.knows(attempt.key):
+                if not journal.has_request(attempt.key):
                     counts["unknown"] += 1
                     continue
                 chunk.append(attempt)
-                if len(chunk) == AT_ONCE:
-                    _keep(journal, chunk, counts)
+                if len(chunk) == TRANSACTION_ROWS:
+                    _add_attempts(journal, chunk, counts)
                     chunk = []
         finally:
-            _keep(journal, chunk, counts)
+            _add_attempts(journal, chunk, counts)
     return counts
 
 
-def _keep(journal: Journal, chunk: Sequence[Attempt], counts: dict[str, int]) -> None:
+def _add_attempts(journal: Journal, chunk: Sequence[Attempt], counts: dict[str, int]) -> None:
     new = journal.add([], chunk)
     counts["new"] += new
     counts["before"] += len(chunk) - new
@@ -127,13 +127,13 @@ def _keep(journal: Journal, chunk: Sequence[Attempt], counts: dict[str, int]) ->
 def _read_result(where: str, value: dict[str, Any]) -> Attempt:
     key, response, error = value.get("custom_id"), value.get("response"), value.get("error")
     if not isinstance(key, str):
-        raise UserError(f"{where}: has no `custom_id`; is it a result of a batch?")
+        raise UserError(f"{where}: has no `custom_id`; is this a result file of a batch?")
     key = key.encode(errors="replace").decode()
     code = response.get("status_code") if isinstance(response, dict) else None
     if isinstance(code, int) and 100 <= code < 600:
         assert isinstance(response, dict)
         reply = read_reply(code, json.dumps(response.get("body")))
-    elif isinstance(error, dict):  # it expired, or was cancelled
+    elif isinstance(error, dict):  # an expired or cancelled request
         content = json.dumps({"error": error})
         reply = Reply(status="failed", code=None, response=content)
     else:
@@ -142,6 +142,6 @@ def _read_result(where: str, value: dict[str, Any]) -> Attempt:
     if not isinstance(origin, str):
         content = json.dumps(value, sort_keys=True)
         origin = hashlib.sha256(content.encode()).hexdigest()
-    # Its own id is not enough: some servers give one to several results.
+    # The id alone is not enough, as some servers give several results the same id.
     origin = f"batch:{origin}:{key}".encode(errors="replace").decode()
     return Attempt(key=key, reply=reply, latency=None, at=time.time(), origin=origin)

@@ -1,10 +1,10 @@
-"""The same work as an Apache Beam transform, for millions of examples or many endpoints.
+"""Annotation as an Apache Beam transform, for millions of examples or many endpoints.
 
     {"examples": examples, "attempts": earlier} | Annotate(...)  ->  outputs, attempts
 
-Every worker asks for itself, with the limits of one process. An attempt is known by its request's
-key, so a pipeline that is given the attempts of earlier ones pays for no answer twice; what a
-worker had in hand when its machine died is asked again.
+Every worker process sends requests within limits of its own. Attempts are identified by their
+request's key, so a pipeline that reads the attempts of earlier ones sends no answered request
+again. Requests that a failed worker was processing are sent again.
 """
 
 import asyncio
@@ -37,19 +37,19 @@ from dss.teacher.request import Teacher, Writer
 
 __all__ = ["Annotate", "attempt_line", "read_attempt_line", "run_pipeline"]
 
-EXAMPLES, KNOWN = "examples.jsonl", "known.jsonl"  # files that a pipeline reads
+EXAMPLES, KNOWN = "examples.jsonl", "known.jsonl"  # input files of a pipeline
 ATTEMPTS = "attempts"  # tag of the second output
-BATCH = 256  # questions that a worker has in hand
+BATCH = 256  # questions that a worker processes at a time
 UNANSWERED = Metrics.counter("dss.annotate", "unanswered")
 
 
 def attempt_line(question: str, attempt: Attempt) -> str:
-    """Returns an attempt as a line of JSON, with the key of the question it belongs to."""
+    """Returns an attempt as a line of JSON, with the key of its question."""
     return json.dumps({"question": question, **dataclasses.asdict(attempt)})
 
 
 def read_attempt_line(line: str) -> tuple[str, Attempt]:
-    """Returns what `attempt_line` wrote."""
+    """Returns the question's key and the attempt in a line of `attempt_line`."""
     value = json.loads(line)
     question, reply = value.pop("question"), Reply(**value.pop("reply"))
     return question, Attempt(reply=reply, **value)
@@ -57,7 +57,7 @@ def read_attempt_line(line: str) -> tuple[str, Attempt]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Spec:
-    """What a worker makes its own prompt, client and journal of."""
+    """Settings, sent to each worker, for its prompt, client and journal."""
 
     prompt_name: str
     prompt_source: str
@@ -73,7 +73,7 @@ class _Spec:
 
 
 class _ByQuestion(beam.DoFn):
-    """Gives each example the key of its first request: the same question is asked once."""
+    """Keys each example by its first request, so that identical questions are sent once."""
 
     def __init__(self, spec: _Spec):
         self._spec = spec
@@ -86,7 +86,7 @@ class _ByQuestion(beam.DoFn):
 
 
 class _Ask(beam.DoFn):
-    """Asks about a batch of questions, each with its examples and its earlier attempts."""
+    """Sends the requests of a batch of questions, each with its examples and earlier attempts."""
 
     def __init__(self, spec: _Spec):
         self._spec = spec
@@ -99,35 +99,35 @@ class _Ask(beam.DoFn):
     def process(
         self, batch: list[tuple[str, dict[str, list[Any]]]]
     ) -> Iterator[dict[str, Any] | beam.pvalue.TaggedOutput]:
-        examples = [example for _, found in batch for example in found["examples"]]
-        earlier = [attempt for _, found in batch for attempt in found["attempts"]]
-        asked = [self._writer.requests(example) for example in examples]
-        question_of = {request.key: samples[0].key for samples in asked for request in samples}
+        examples = [example for _, inputs in batch for example in inputs["examples"]]
+        earlier = [attempt for _, inputs in batch for attempt in inputs["attempts"]]
+        requests = [self._writer.requests(example) for example in examples]
+        question_of = {request.key: samples[0].key for samples in requests for request in samples}
         with tempfile.TemporaryDirectory(prefix="dss-annotate-") as folder:
             journal = Journal(Path(folder) / "journal.sqlite")
             journal.describe(self._writer)
-            journal.add([request for samples in asked for request in samples], earlier)
-            before = journal.last_attempt()
-            self._ask(journal, examples)
+            journal.add([request for samples in requests for request in samples], earlier)
+            last_earlier = journal.last_attempt()
+            self._send_requests(journal, examples)
             UNANSWERED.inc(len(question_of) - len(journal.final_among(list(question_of))))
-            made = [(question_of[a.key], a) for a in journal.attempts_after(before)]
-            self._keep(made)
-            for pair in made:
+            new = [(question_of[a.key], a) for a in journal.attempts_after(last_earlier)]
+            self._save_attempts(new)
+            for pair in new:
                 yield beam.pvalue.TaggedOutput(ATTEMPTS, pair)
-            for found in annotations(journal, self._writer, examples):
-                yield found.line(self._spec.name)
+            for output in annotations(journal, self._writer, examples):
+                yield output.line(self._spec.name)
             journal.close()
 
-    def _keep(self, made: list[tuple[str, Attempt]]) -> None:
-        """Writes attempts to a file of their own, so that they outlive a pipeline that fails."""
-        if self._spec.folder is None or not made:
+    def _save_attempts(self, attempts: list[tuple[str, Attempt]]) -> None:
+        """Writes attempts to a new file, so that they survive a failure of the pipeline."""
+        if self._spec.folder is None or not attempts:
             return
         path = Path(self._spec.folder) / f"attempts-{uuid.uuid4().hex}.jsonl"
         with replacing(path) as file:
-            file.writelines(attempt_line(question, attempt) + "\n" for question, attempt in made)
+            file.writelines(attempt_line(question, a) + "\n" for question, a in attempts)
 
-    def _ask(self, journal: Journal, examples: list[Example]) -> None:
-        """Asks; an error that ends the asking is logged, so that the bundle keeps its answers."""
+    def _send_requests(self, journal: Journal, examples: list[Example]) -> None:
+        """Sends the requests; an error is logged, so that the bundle's replies are kept."""
         if self._stopped:
             return
         client = Client(self._spec.teacher, self._key, self._spec.limits.timeout)
@@ -136,17 +136,17 @@ class _Ask(beam.DoFn):
             asyncio.run(annotator.run(examples, len(examples)))
         except UserError as error:
             self._stopped = True
-            logging.getLogger(__name__).error("stopped asking: %s", error)
+            logging.getLogger(__name__).error("stopped sending requests: %s", error)
         self._stopped = self._stopped or annotator.state.stopped is not None
 
 
 class Annotate(beam.PTransform):
-    """Asks a teacher about examples.
+    """Annotates examples with a teacher.
 
-    Takes a dictionary of two collections, `examples` (of `Example`) and `attempts` (those of
-    earlier pipelines), and returns one of `outputs` (the JSON objects that training reads) and
-    `attempts` (those that were made, to be kept for the next pipeline). An attempt is a pair: the
-    key of its question and the `Attempt`; see `attempt_line`.
+    The input is a dictionary of two collections: `examples` (of `Example`) and `attempts` (of
+    earlier pipelines). The result is a dictionary of `outputs` (the JSON objects that training
+    reads) and `attempts` (new ones, to be saved for the next pipeline). An attempt is a pair of its
+    question's key and the `Attempt`; see `attempt_line`.
     """
 
     def __init__(
@@ -161,12 +161,13 @@ class Annotate(beam.PTransform):
         """Makes the transform.
 
         Args:
-          prompt: says what is asked.
-          teacher: who is asked.
-          name: of the teacher in the outputs.
-          limits: of each worker process.
-          key_variable: the environment variable of the workers that holds the key.
-          folder: that all workers see; the attempts of each batch are written there too, at once.
+          prompt: prompt of the task.
+          teacher: model to query.
+          name: name of the teacher in the outputs.
+          limits: limits of each worker process.
+          key_variable: environment variable of the workers that holds the API key.
+          folder: folder visible to all workers, which also receives each batch's attempts; None
+            for none.
         """
         super().__init__()
         self._spec = _Spec(
@@ -182,37 +183,37 @@ class Annotate(beam.PTransform):
     def expand(self, inputs):
         """See `beam.PTransform`."""
         by_question = inputs["examples"] | "ByQuestion" >> beam.ParDo(_ByQuestion(self._spec))
-        found = (
+        results = (
             {"examples": by_question, "attempts": inputs["attempts"]}
             | "WithEarlier" >> beam.CoGroupByKey()
             | "Asked" >> beam.Filter(lambda item: item[1]["examples"])
             | "Batch" >> beam.BatchElements(min_batch_size=BATCH, max_batch_size=BATCH)
             | "Ask" >> beam.ParDo(_Ask(self._spec)).with_outputs(ATTEMPTS, main="outputs")
         )
-        return {"outputs": found["outputs"], "attempts": found[ATTEMPTS]}
+        return {"outputs": results["outputs"], "attempts": results[ATTEMPTS]}
 
 
 def run_pipeline(
     job: Job, journal: Journal, limits: Limits, key_variable: str, options: Sequence[str]
 ) -> int:
-    """Asks about a job's examples in a pipeline, from its journal and into it.
+    """Annotates a job's examples in a pipeline that reads and updates the job's journal.
 
-    What passes between here and the workers lies in a folder beside the journal, which all of them
-    must see: the examples, the answers that the journal has, and the attempts that are made. What a
-    pipeline that failed left there is read first.
+    This process and the workers exchange files in a folder beside the journal, which all workers
+    must see: the examples, the final attempts in the journal, and the new attempts. Attempts that a
+    failed pipeline left there are read first.
 
     Args:
-      job: what is asked about, and of whom.
-      journal: open for writing, and described.
-      limits: of each worker process.
-      key_variable: the environment variable of the workers that holds the key.
-      options: Beam's, such as "--runner=DirectRunner".
+      job: examples, prompt and teacher.
+      journal: journal open for writing, after a call of `describe`.
+      limits: limits of each worker process.
+      key_variable: environment variable of the workers that holds the API key.
+      options: options of Beam, such as "--runner=DirectRunner".
 
     Returns:
-      How many requests brought no answer.
+      Number of requests without an answer.
 
     Raises:
-      UserError: the key or the options cannot be used.
+      UserError: if the key or the options are invalid.
     """
     api_key(key_variable, job.writer.teacher.base_url)
     journal.make_room()
@@ -221,7 +222,7 @@ def run_pipeline(
     _read_attempts(folder, journal)
     write_jsonl(folder / EXAMPLES, map(dataclasses.asdict, job.examples()))
     with (folder / KNOWN).open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in _known(job, journal))
+        file.writelines(line + "\n" for line in _known_attempts(job, journal))
     teacher = job.writer.teacher
     annotate = Annotate(
         job.writer.prompt, teacher, job.name, limits, key_variable, str(folder.absolute())
@@ -236,8 +237,8 @@ def run_pipeline(
         return pipeline | f"Read {name}" >> source
 
     examples = read(EXAMPLES) | "Decode" >> beam.Map(lambda line: Example(**json.loads(line)))
-    known = read(KNOWN) | "DecodeKnown" >> beam.Map(read_attempt_line)
-    _ = {"examples": examples, "attempts": known} | annotate
+    attempts = read(KNOWN) | "DecodeKnown" >> beam.Map(read_attempt_line)
+    _ = {"examples": examples, "attempts": attempts} | annotate
     result = pipeline.run()
     result.wait_until_finish()
     _read_attempts(folder, journal)
@@ -246,13 +247,13 @@ def run_pipeline(
     return sum(counter.committed or 0 for counter in counters)
 
 
-def _known(job: Job, journal: Journal) -> Iterator[str]:
-    """Writes the requests to the journal; yields the attempts that settle some, a line each."""
+def _known_attempts(job: Job, journal: Journal) -> Iterator[str]:
+    """Adds the job's requests to the journal; yields their final attempts, a line each."""
     examples = job.examples()
     while chunk := list(itertools.islice(examples, BATCH)):
-        asked = [job.writer.requests(example) for example in chunk]
-        journal.add([request for samples in asked for request in samples], [])
-        for samples in asked:
+        requests = [job.writer.requests(example) for example in chunk]
+        journal.add([request for samples in requests for request in samples], [])
+        for samples in requests:
             for request in samples:
                 outcome = journal.outcome(request.key)
                 if outcome is not None and outcome.reply.status in FINAL:
@@ -261,9 +262,9 @@ def _known(job: Job, journal: Journal) -> Iterator[str]:
 
 def _read_attempts(folder: Path, journal: Journal) -> None:
     for path in sorted(folder.glob("attempts-*.jsonl")):
-        made = []
+        attempts = []
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
             _, attempt = read_attempt_line(line)
-            made.append(dataclasses.replace(attempt, origin=f"pipeline:{path.stem}:{number}"))
-        journal.add([], made)
+            attempts.append(dataclasses.replace(attempt, origin=f"pipeline:{path.stem}:{number}"))
+        journal.add([], attempts)
         path.unlink()

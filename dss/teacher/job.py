@@ -1,4 +1,4 @@
-"""An annotation put together: which examples, which prompt and teacher, and where it is kept."""
+"""Annotation jobs: examples, prompt, teacher, and the files that are written."""
 
 import collections
 import contextlib
@@ -26,21 +26,21 @@ from dss.teacher.request import Teacher, Writer, file_name
 __all__ = ["Job", "dataset_job", "file_job"]
 
 JOURNAL_FILE = "journal.sqlite"
-LONGEST_NAME = 128  # characters; a file's name may have 255, of which the examples' are some
-PROMPT_OF = {"asdiv": "svamp"}  # of datasets that have none of their own name
+LONGEST_NAME = 128  # characters; a file name of 255 also contains the examples' name
+PROMPT_OF = {"asdiv": "svamp"}  # prompts of datasets without one of the same name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A teacher's work on one file of examples.
+    """The annotation of one file of examples by one teacher.
 
     Attributes:
-      source: the file that holds the examples.
-      stem: of the names of the files that are written.
-      folder: where they are written.
-      name: of the teacher, in the names of files and mixtures.
-      writer: of the requests.
-      rows: the examples, where they are read already; None streams them from `source`.
+      source: file of the examples.
+      stem: first part of the output files' names.
+      folder: output folder.
+      name: name of the teacher in file names and mixtures.
+      writer: builder of the requests.
+      rows: examples, if they are in memory; None to stream them from `source`.
     """
 
     source: Path
@@ -52,25 +52,26 @@ class Job:
 
     @property
     def journal_path(self) -> Path:
-        """The journal, one for all that is annotated in a folder."""
+        """Path of the journal, which all jobs of the folder share."""
         return self.folder / JOURNAL_FILE
 
     def file(self, suffix: str) -> Path:
-        """Returns the file for this teacher's outputs with a suffix, such as "jsonl"."""
+        """Returns the path of this teacher's output file with a suffix, such as "jsonl"."""
         return self.folder / f"{self.stem}.{self.name}.{suffix}"
 
     def examples(self) -> Iterator[Example]:
-        """Yields the examples in their order.
+        """Yields the examples in the order of the file.
 
         Raises:
-          UserError: see `stream_examples`.
+          UserError: if an example is malformed; see `stream_examples`.
         """
         if self.rows is not None:
             yield from self.rows
         else:
-            # The ids that training gives to examples without one: the split's, by the file's name.
-            ends = (split for split in SPLITS if f"-{self.source.stem}".endswith(f"-{split}"))
-            split = next(ends, "train")
+            # The file's name gives the split, and with it the ids that training gives to examples
+            # without an id.
+            splits = (split for split in SPLITS if f"-{self.source.stem}".endswith(f"-{split}"))
+            split = next(splits, "train")
             yield from stream_examples(self.source, split, self.writer.prompt.labels)
 
     def check(
@@ -81,63 +82,66 @@ class Job:
         replace: bool = False,
         most_requests: int | None = None,
     ) -> int:
-        """Returns how many examples there are, when all is fit to be asked about.
+        """Checks the examples and the output files before any request is sent.
 
         Args:
-          journal: of the folder.
-          parquet: a Parquet file will be written too.
-          replace: files that are there may be written over, whatever is lost.
-          most_requests: how many may be sent; None for any number.
+          journal: journal of the folder.
+          parquet: whether a Parquet file will be written too.
+          replace: whether existing files may be overwritten, even if answers are lost.
+          most_requests: maximum requests of the run; None for unlimited.
+
+        Returns:
+          Number of examples.
 
         Raises:
-          UserError: no examples, one that is malformed or, in hint mode, has no label; a file of
-            somebody else where something would be written; or more answers in the outputs that
-            would be lost than requests that may be sent.
+          UserError: if there are no examples; one is malformed or, in hint mode, has no label; an
+            output file exists that this job did not write; or the run would lose answers in the
+            outputs.
         """
         ids = set()
         for example in self.examples():
             ids.add(example.id)
             if self.writer.teacher.hinted and example.label is None:
-                self.writer.requests(example)  # says so
+                self.writer.requests(example)  # raises the error
         if not ids:
             raise UserError(f"{self.source}: no examples")
-        self._check_own(journal, parquet=parquet, replace=replace)
+        self._check_ownership(journal, parquet=parquet, replace=replace)
         if not replace:
-            lost = self._lost(journal)
-            few = most_requests is not None and len(lost) > most_requests
-            if few or lost - ids:  # as no answer can come for these
-                raise UserError(self._would_lose(len(lost)))
+            lost = self._lost_ids(journal)
+            exceeds_limit = most_requests is not None and len(lost) > most_requests
+            if exceeds_limit or lost - ids:  # no request is sent for ids without an example
+                raise UserError(self._loss_message(len(lost)))
         return len(ids)
 
     def export(
         self, journal: Journal, *, parquet: bool = False, replace: bool = False
     ) -> collections.Counter[str] | None:
-        """Writes what the journal holds as the JSON lines that training reads.
+        """Writes the journal's answers as the JSON lines that training reads.
 
-        In a folder that is not the source's, the examples are written beside it, with the source's
-        dataset.json, so that DATASET_PATH may name them. Nothing is written where nothing has
-        changed since, or where the journal has nothing and there is a file.
+        If the output folder is not the source's, the examples and the source's dataset.json are
+        copied into it, so that DATASET_PATH may name it. Files that are up to date are not written
+        again, and an existing file is not replaced if the journal has no answers.
 
         Args:
-          journal: open for writing.
-          parquet: also write a Parquet file with examples and outputs.
-          replace: write also where answers that are in the file would be lost.
+          journal: journal open for writing.
+          parquet: whether to write a Parquet file of examples and outputs too.
+          replace: whether existing files may be overwritten, even if answers are lost.
 
         Returns:
-          How many lines have each status; None where nothing was written.
+          Number of lines by status; None if no lines were written.
 
         Raises:
-          UserError: a file of somebody else is there, or one with answers that would be lost.
+          UserError: if a file exists that this job did not write, or answers would be lost.
         """
-        self._check_own(journal, parquet=parquet, replace=replace)
+        self._check_ownership(journal, parquet=parquet, replace=replace)
         copy, table, target = self._copy, self.file("parquet"), self.file("jsonl")
-        has_any = next(self._found(journal), None) is not None
-        if has_any and not replace and (lost := self._lost(journal)):
-            raise UserError(self._would_lose(len(lost)))
+        has_answers = next(self._annotations(journal), None) is not None
+        if has_answers and not replace and (lost := self._lost_ids(journal)):
+            raise UserError(self._loss_message(len(lost)))
         fingerprint = self._fingerprint(journal)
 
         def claim(path: Path) -> None:
-            """Says whose the file will be, for a process that is killed when it has written it."""
+            """Records the owner before the file is written, in case the process is killed then."""
             if journal.export_of(path) is None:
                 journal.set_export(path, ":".join([*self._owner, ""]))
 
@@ -147,22 +151,22 @@ class Job:
         counts: collections.Counter[str] = collections.Counter()
 
         def lines() -> Iterator[dict[str, Any]]:
-            for annotation in self._found(journal):
+            for annotation in self._annotations(journal):
                 counts[annotation.status] += 1
                 yield annotation.line(self.name)
 
-        declared, there = self._declarations
-        if copy is not None and declared.is_file() and not there.exists():
-            write_whole(there, declared.read_text(encoding="utf-8"))
+        declared, declared_copy = self._declarations
+        if copy is not None and declared.is_file() and not declared_copy.exists():
+            write_whole(declared_copy, declared.read_text(encoding="utf-8"))
         if copy is not None and not is_current(copy):
             claim(copy)
             write_jsonl(copy, (dataclasses.asdict(example) for example in self.examples()))
             journal.set_export(copy, fingerprint)
-        if parquet and has_any and not is_current(table):
+        if parquet and has_answers and not is_current(table):
             claim(table)
-            write_parquet(table, self._found(journal), self.name)
+            write_parquet(table, self._annotations(journal), self.name)
             journal.set_export(table, fingerprint)
-        if is_current(target) or (target.exists() and not has_any):
+        if is_current(target) or (target.exists() and not has_answers):
             return None
         claim(target)
         write_jsonl(target, lines())
@@ -170,69 +174,71 @@ class Job:
         return counts
 
     def save_usage(self, journal: Journal, price: Price | None) -> None:
-        """Writes how many tokens the outputs took and what they cost, beside the JSON lines.
+        """Writes the tokens and the cost of the outputs beside the JSON lines.
 
-        A run that learns from them records it. What a price said before stays where no token has
-        come since and none is given now.
+        Training records them with a run. Without a price, a cost in the file is kept as long as the
+        tokens are the same.
         """
         target, outputs = self.file("usage.json"), self.file("jsonl")
         if not outputs.is_file():
             return
-        sent, batch = (journal.usage(self.writer.teacher, batch=b) for b in (False, True))
+        teacher = self.writer.teacher
+        sent, batch = journal.usage(teacher), journal.usage(teacher, batch=True)
         with outputs.open("rb") as file:
             facts: dict[str, Any] = {"outputs": sum(1 for _ in file)}
         for name in ("prompt", "cached", "completion"):
             facts[f"{name}_tokens"] = getattr(sent, name) + getattr(batch, name)
-        before = None
+        earlier = None
         check_no_pipes(target)
-        with contextlib.suppress(OSError, ValueError, RecursionError):  # none, or a broken one
-            before = json.loads(target.read_text(encoding="utf-8"))
-        if price is None and isinstance(before, dict) and facts.items() <= before.items():
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # a missing or invalid file
+            earlier = json.loads(target.read_text(encoding="utf-8"))
+        if price is None and isinstance(earlier, dict) and facts.items() <= earlier.items():
             return
         facts |= {"cost": total_cost(price, sent, batch), "currency": price and price.currency}
         write_jsonl(target, [facts])
 
     @property
     def _copy(self) -> Path | None:
-        """Where the examples are written too; None where the source is in the folder."""
-        is_there = self.source.parent.resolve() == self.folder.resolve()
-        return None if is_there else self.folder / f"{self.stem}.jsonl"
+        """Path of the examples' copy; None if the source is in the output folder."""
+        is_in_folder = self.source.parent.resolve() == self.folder.resolve()
+        return None if is_in_folder else self.folder / f"{self.stem}.jsonl"
 
     @property
     def _declarations(self) -> tuple[Path, Path]:
-        """The dataset.json of the source's folder, and of the outputs'."""
+        """Paths of dataset.json in the source's folder and in the output folder."""
         return self.source.parent / DATASET_FILE, self.folder / DATASET_FILE
 
-    def _found(self, journal: Journal) -> Iterator[Annotation]:
+    def _annotations(self, journal: Journal) -> Iterator[Annotation]:
         return annotations(journal, self.writer, self.examples())
 
-    def _lost(self, journal: Journal) -> set[str]:
-        """Returns the ids whose line in the outputs that are there is "ok" and would be no more."""
+    def _lost_ids(self, journal: Journal) -> set[str]:
+        """Returns the ids with an "ok" line in the existing outputs, but not in a new export."""
         path = self.file("jsonl")
         if not path.is_file():
             return set()
-        lines = read_json_lines(epath.Path(path))  # without their texts, which may be long
-        is_ok = {str(line.get("id")): line.get("status", "ok") == "ok" for _, line in lines}
-        now = {a.example.id for a in self._found(journal) if a.is_ok}
-        return {id_ for id_, before in is_ok.items() if before} - now
+        # Only ids and statuses are kept in memory, as the texts may be long.
+        lines = read_json_lines(epath.Path(path))
+        was_ok = {str(line.get("id")): line.get("status", "ok") == "ok" for _, line in lines}
+        now_ok = {a.example.id for a in self._annotations(journal) if a.is_ok}
+        return {id_ for id_, is_ok in was_ok.items() if is_ok} - now_ok
 
-    def _would_lose(self, count: int) -> str:
+    def _loss_message(self, count: int) -> str:
         return (
-            f"{self.file('jsonl')}: kept as it was: {count} of its ok lines have no answer to what "
-            "is asked now (the prompt, the parameters, the model or the examples have changed); "
-            "ask for all of them, give the teacher another --name, or write over them with "
-            "--replace"
+            f"{self.file('jsonl')}: not overwritten: {count} of its ok lines have no answer to the "
+            "current requests (the prompt, the parameters, the model or the examples have "
+            "changed); send all requests, give the teacher another --name, or overwrite the file "
+            "with --replace"
         )
 
-    def _check_own(self, journal: Journal, *, parquet: bool, replace: bool) -> None:
-        """Raises the user's error where a file to be written is another's than this job's."""
+    def _check_ownership(self, journal: Journal, *, parquet: bool, replace: bool) -> None:
+        """Raises UserError if a file to be written exists and belongs to another job."""
         if replace:
             return
         copy, target = self._copy, self.file("jsonl")
-        declared, there = self._declarations
-        both = copy is not None and declared.is_file() and there.is_file()
-        if both and declared.read_bytes() != there.read_bytes():
-            raise UserError(f"{there}: differs from {declared}; make them the same")
+        declared, declared_copy = self._declarations
+        both_exist = copy is not None and declared.is_file() and declared_copy.is_file()
+        if both_exist and declared.read_bytes() != declared_copy.read_bytes():
+            raise UserError(f"{declared_copy}: differs from {declared}; make them the same")
         table = self.file("parquet") if parquet else None
         source, model = self._owner
         for path, owner in (
@@ -244,22 +250,22 @@ class Job:
                 continue
             exported = journal.export_of(path)
             if exported is None:
-                why = f"and {self.journal_path.name} beside it did not write it"
+                problem = f"exists, but {self.journal_path.name} beside it has no record of it"
             elif ":" in exported and exported.split(":")[: len(owner)] != [*owner]:
-                why = "from another file of examples or another model"
+                problem = "exists, from another file of examples or another model"
             else:
                 continue
-            other = "name another folder with --output" if path == copy else "use another --name"
-            raise UserError(f"{path}: is there already, {why}; {other}, or --replace it")
+            remedy = "give another folder with --output" if path == copy else "use another --name"
+            raise UserError(f"{path}: {problem}; {remedy}, or overwrite it with --replace")
 
     @property
     def _owner(self) -> tuple[str, str]:
-        """Hashes of which examples the outputs are for, and of whose they are."""
+        """Hashes of the source's path and of the model, which identify the outputs' owner."""
         source = os.path.relpath(self.source.resolve(), self.folder.resolve())
         return _short_hash(source), _short_hash(self.writer.teacher.model)
 
     def _fingerprint(self, journal: Journal) -> str:
-        """Returns a hash of all that an export is made of, after those of its owner."""
+        """Returns the owner's hashes, and a hash of everything that an export depends on."""
         stat = self.source.stat()
         parts = [
             *(self.writer.prompt.source, dataclasses.asdict(self.writer.teacher), __version__),
@@ -276,31 +282,32 @@ def _short_hash(text: str) -> str:
 def file_job(
     path: Path, prompt: str, teacher: Teacher, *, output: Path | None, name: str | None
 ) -> Job:
-    """Returns the job of a file of JSON lines; its labels may be declared beside it, see
-    `read_declared`.
+    """Returns the job for a file of JSON lines.
+
+    The labels may be declared beside the file; see `read_declared`.
 
     Args:
-      path: of the file.
-      prompt: a name or a file, see `load_prompt`.
-      teacher: who is asked.
-      output: the folder to write to; None for the file's own.
-      name: of the teacher in the names of files and mixtures; None for the model's.
+      path: file of the examples.
+      prompt: name of a shipped prompt or path of a YAML file; see `load_prompt`.
+      teacher: model to query.
+      output: output folder; None for the file's folder.
+      name: name of the teacher in file names and mixtures; None for the model's name.
 
     Raises:
-      UserError: something of it is missing or wrong.
+      UserError: if the file, the prompt, the labels or the name is missing or invalid.
     """
     if path.is_dir():
         raise UserError(f"{path}: a folder; give one of its files, such as {path / 'train.jsonl'}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    found = load_prompt(prompt)
-    labels = read_declared(path, found.labels, where=f"prompt {found.name}")
+    loaded = load_prompt(prompt)
+    labels = read_declared(path, loaded.labels, where=f"prompt {loaded.name}")
     return Job(
         source=path,
         stem=path.stem,
         folder=output or path.parent,
-        name=_name(name, teacher),
-        writer=Writer(with_labels(found, labels), teacher),
+        name=_teacher_name(name, teacher),
+        writer=Writer(with_labels(loaded, labels), teacher),
     )
 
 
@@ -313,10 +320,10 @@ def dataset_job(
     output: Path | None,
     name: str | None,
 ) -> Job:
-    """Returns the job of a split of a released dataset; the prompt's default is the dataset's.
+    """Returns the job for a split of a released dataset; the default prompt is the dataset's.
 
     Raises:
-      UserError: something of it is missing or wrong.
+      UserError: if the split's file, the prompt or the name is missing or invalid.
     """
     if dataset.source_split(split) != split:
         raise UserError(
@@ -325,25 +332,25 @@ def dataset_job(
         )
     (file,) = dataset.files(split)
     if in_bucket(file):
-        raise UserError(f"{file}: in a bucket; annotate a copy on this machine")
+        raise UserError(f"{file}: in a bucket; annotate a local copy")
     source = Path(file)
     return Job(
         source=source,
         stem=source.stem if output is None else split,
         folder=output or source.parent,
-        name=_name(name, teacher),
+        name=_teacher_name(name, teacher),
         writer=Writer(load_prompt(prompt or PROMPT_OF.get(dataset.name, dataset.name)), teacher),
         rows=tuple(dataset.source.examples(split)),
     )
 
 
-def _name(name: str | None, teacher: Teacher) -> str:
+def _teacher_name(name: str | None, teacher: Teacher) -> str:
     if name is not None and file_name(name) != name:
         raise UserError(f"--name {name!r}: use letters, digits, '_', '-' and '.'")
     name = file_name(teacher.model) if name is None else name
     if len(name) > LONGEST_NAME:
         raise UserError(
-            f"{name[:20]}...: {len(name)} characters are too many for a file's name; give a "
-            "shorter one with --name"
+            f"{name[:20]}...: {len(name)} characters are too many for a file name; give a shorter "
+            "one with --name"
         )
     return name

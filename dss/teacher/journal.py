@@ -1,7 +1,7 @@
-"""Everything that was asked and answered: a SQLite file that a killed run leaves whole.
+"""Journal of all requests and attempts: a SQLite file that stays valid if a run is killed.
 
-A row a request (its key, example and sample) and a row an attempt at it (status, raw response,
-tokens, latency). An attempt is on the disk before anything is made of it.
+It has a row per request (key, example, sample) and a row per attempt (status, raw response, tokens,
+latency). An attempt is on disk before its reply is used.
 """
 
 import contextlib
@@ -31,23 +31,23 @@ CREATE TABLE IF NOT EXISTS requests (
   sample INTEGER NOT NULL,
   model TEXT NOT NULL,
   base_url TEXT NOT NULL,
-  most_tokens INTEGER,                -- that an answer may have
+  most_tokens INTEGER,                -- limit on completion tokens
   setting INTEGER NOT NULL REFERENCES settings,
-  characters INTEGER NOT NULL         -- of the text that is sent
+  characters INTEGER NOT NULL         -- length of the text sent
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS attempts (
   id INTEGER PRIMARY KEY,
   key TEXT NOT NULL REFERENCES requests,
   status TEXT NOT NULL,               -- see dss.teacher.reply
   code INTEGER,                       -- HTTP status
-  response TEXT NOT NULL,             -- as it came, or what the connection died of
+  response TEXT NOT NULL,             -- body as received, or the connection's error
   finish_reason TEXT,
   prompt_tokens INTEGER,
-  cached_tokens INTEGER,              -- of the prompt's
+  cached_tokens INTEGER,              -- part of prompt_tokens
   completion_tokens INTEGER,
   latency REAL,                       -- seconds
-  at REAL NOT NULL,                   -- when it ended, seconds since 1970
-  origin TEXT UNIQUE                  -- its id in the batch that brought it
+  at REAL NOT NULL,                   -- end of the attempt, seconds since 1970
+  origin TEXT UNIQUE                  -- id of an attempt imported from a batch or a pipeline
 );
 CREATE INDEX IF NOT EXISTS attempts_by_key ON attempts (key, status);
 CREATE TABLE IF NOT EXISTS exports (path TEXT PRIMARY KEY, fingerprint TEXT NOT NULL);
@@ -58,8 +58,8 @@ FIELDS = (
     "key, status, code, response, finish_reason, prompt_tokens, cached_tokens, completion_tokens, "
     "latency, at, origin"
 )
-BUSY_SECONDS = 60  # that a statement waits for another process's
-ROOM = 2**20  # bytes for the answers that are on their way when a disk is found full
+BUSY_SECONDS = 60  # longest wait of a statement for another process's lock
+ROOM = 2**20  # bytes reserved for replies in flight when the disk becomes full
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +67,12 @@ class Attempt:
     """One attempt at a request.
 
     Attributes:
-      key: the request's.
-      reply: what came back.
-      latency: seconds that it took; None where nobody measured.
-      at: when it ended, seconds since 1970.
-      origin: its id in the batch that brought it; None for one that was sent from here.
+      key: key of the request.
+      reply: reply, or the connection's error.
+      latency: duration in seconds; None if it was not measured.
+      at: end of the attempt, in seconds since 1970.
+      origin: unique id of an attempt imported from a batch or a pipeline; None for one that was
+        sent directly.
     """
 
     key: str
@@ -83,44 +84,48 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Tokens that a teacher's attempts took, and what is not known of them.
+    """Tokens of a teacher's attempts.
+
+    Uncounted attempts may have been charged but have no token count: a timeout, a broken
+    connection, or a reply without a valid count.
 
     Attributes:
-      prompt: tokens of the prompts.
-      cached: those of them that the endpoint had in its cache.
-      completion: tokens of the answers.
-      characters: of the prompts whose tokens were counted.
-      silent: attempts that may have been paid for but brought no count: cut off, or timed out.
-      silent_characters: of their prompts.
-      silent_completion: the most tokens that their answers may have had.
+      prompt: prompt tokens.
+      cached: prompt tokens that were in the endpoint's cache.
+      completion: completion tokens.
+      characters: characters of the prompts whose tokens were counted.
+      uncounted: number of uncounted attempts.
+      uncounted_characters: characters of their prompts.
+      uncounted_completion: maximum completion tokens of their answers.
     """
 
     prompt: int = 0
     cached: int = 0
     completion: int = 0
     characters: int = 0
-    silent: int = 0
-    silent_characters: int = 0
-    silent_completion: int = 0
+    uncounted: int = 0
+    uncounted_characters: int = 0
+    uncounted_completion: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
-        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         names = [field.name for field in dataclasses.fields(self)]
-        return Usage(**dict(zip(names, map(sum, zip(mine, theirs, strict=True)), strict=True)))
+        return Usage(**dict(zip(names, map(sum, pairs), strict=True)))
 
 
 class Journal:
-    """A journal's file, open. Reads and writes use a connection each, so that they may overlap."""
+    """An open journal. Reads and writes have separate connections, so that they may overlap."""
 
     def __init__(self, path: Path, *, create: bool = True):
         """Opens a journal.
 
         Args:
-          path: of the file.
-          create: makes it where it is missing, and keeps other processes from writing to it.
+          path: journal file.
+          create: whether to open the journal for writing: a missing file is created, and the file
+            is locked against other writers.
 
         Raises:
-          UserError: it is missing, no journal, or another process writes to it.
+          UserError: if the file is missing or not a journal, or another process writes to it.
         """
         self.path = path
         self._described: tuple[str, str, int | None, int] | None = None
@@ -128,7 +133,7 @@ class Journal:
         if not create and not path.exists():
             raise UserError(f"{path}: no such journal; nothing was annotated there yet")
         if path.exists() and not path.is_file():
-            raise UserError(f"{path}: no journal, which is a file; move it away")
+            raise UserError(f"{path}: not a regular file, so not a journal; move it away")
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
@@ -136,7 +141,7 @@ class Journal:
             self._writer = self._connect()
             if create:
                 self._writer.execute("PRAGMA journal_mode = WAL")
-                # Power may fail too: an answer that was paid for is on the disk when it counts.
+                # Replies that were paid for survive a power failure.
                 self._writer.execute("PRAGMA synchronous = FULL")
                 self._writer.executescript(SCHEMA)
             self._reader = self._connect()
@@ -151,7 +156,7 @@ class Journal:
         try:
             yield
         except sqlite3.Error as error:
-            raise UserError(f"{self.path}: {error}; what was written before stays") from None
+            raise UserError(f"{self.path}: {error}; earlier entries are kept") from None
 
     def close(self) -> None:
         """Closes the file."""
@@ -161,7 +166,7 @@ class Journal:
             self._lock.close()
 
     def make_room(self) -> None:
-        """Reserves 1 MiB in the journal, so that answers in flight can be kept on a full disk.
+        """Reserves 1 MiB in the journal, so that replies in flight can be kept on a full disk.
 
         Raises:
           UserError: if the disk is full, or the journal cannot be written for another reason.
@@ -170,11 +175,11 @@ class Journal:
             self._writer.execute("INSERT INTO room VALUES (zeroblob(?))", (ROOM,))
         with self._transaction():
             self._writer.execute("DELETE FROM room")
-        with self._errors():  # SQLite's log, as long as the room now, begins anew
+        with self._errors():  # frees SQLite's log, now 1 MiB long, for reuse
             self._writer.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     def describe(self, writer: Writer) -> None:
-        """Says who wrote the requests that are added from now on; prompt and teacher are kept."""
+        """Stores the prompt and the teacher of the requests that are added from now on."""
         setting = {
             "prompt": writer.prompt.source,
             "teacher": dataclasses.asdict(writer.teacher),
@@ -188,17 +193,17 @@ class Journal:
         self._described = (teacher.model, teacher.base_url, writer.most_tokens, number)
 
     def add(self, requests: Sequence[Request], attempts: Sequence[Attempt]) -> int:
-        """Writes requests and attempts in one transaction that is on the disk when this returns.
+        """Writes requests and attempts in one transaction, which is on disk on return.
 
         Args:
-          requests: those that are there already are left as they are.
-          attempts: at requests that are there by then.
+          requests: requests to add; those in the journal are left unchanged.
+          attempts: attempts at requests that are in the journal or in `requests`.
 
         Returns:
-          How many attempts were new: one of the same origin is written once.
+          Number of new attempts; an attempt whose origin is in the journal is ignored.
         """
         assert self._described is not None or not requests
-        asked = [
+        request_rows = [
             (
                 *(r.key, r.example, r.sample),
                 *(self._described or ()),
@@ -206,7 +211,7 @@ class Journal:
             )
             for r in requests
         ]
-        came = [
+        attempt_rows = [
             (
                 *(a.key, a.reply.status, a.reply.code, a.reply.response, a.reply.finish_reason),
                 *(a.reply.prompt_tokens, a.reply.cached_tokens, a.reply.completion_tokens),
@@ -216,14 +221,14 @@ class Journal:
         ]
         with self._transaction():
             self._writer.executemany(
-                "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?)", asked
+                "INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?)", request_rows
             )
-            before = self._writer.total_changes
+            earlier_changes = self._writer.total_changes
             marks = ", ".join("?" * len(FIELDS.split(", ")))
             self._writer.executemany(
-                f"INSERT OR IGNORE INTO attempts ({FIELDS}) VALUES ({marks})", came
+                f"INSERT OR IGNORE INTO attempts ({FIELDS}) VALUES ({marks})", attempt_rows
             )
-            return self._writer.total_changes - before
+            return self._writer.total_changes - earlier_changes
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -233,53 +238,53 @@ class Journal:
                 yield
                 self._writer.execute("COMMIT")
             except BaseException:
-                if self._writer.in_transaction:  # a full disk has rolled back already
+                if self._writer.in_transaction:  # SQLite itself rolls back on a full disk
                     self._writer.execute("ROLLBACK")
                 raise
 
-    def knows(self, key: str) -> bool:
-        """Returns whether a request was ever written."""
+    def has_request(self, key: str) -> bool:
+        """Returns whether the journal has a request with a key."""
         with self._errors():
             row = self._reader.execute("SELECT 1 FROM requests WHERE key = ?", (key,)).fetchone()
         return row is not None
 
     def final_among(self, keys: Sequence[str]) -> set[str]:
-        """Returns those requests that need no more attempts: answered, or refused."""
+        """Returns those keys whose requests have a final reply: answered or refused."""
         marks = ", ".join("?" * len(keys))
         query = f"SELECT key FROM attempts WHERE key IN ({marks}) AND status IN ({FINAL_SQL})"
         with self._errors():
             return {key for (key,) in self._reader.execute(query, keys)}
 
     def attempts_after(self, number: int) -> Iterator[Attempt]:
-        """Yields the attempts that are newer than one of a number; see `last_attempt`."""
+        """Yields the attempts after the one with a number; see `last_attempt`."""
         query = f"SELECT {FIELDS} FROM attempts WHERE id > ? ORDER BY id"
         with self._errors():
-            yield from map(_attempt, self._reader.execute(query, (number,)))
+            yield from map(_attempt_from_row, self._reader.execute(query, (number,)))
 
     def outcome(self, key: str) -> Attempt | None:
-        """Returns the attempt that counts: the first final one, else the last; None of none."""
+        """Returns a request's first final attempt, else its last one; None without attempts."""
         query = f"""SELECT {FIELDS} FROM attempts WHERE key = ?
             ORDER BY status NOT IN ({FINAL_SQL}), IIF(status IN ({FINAL_SQL}), id, -id) LIMIT 1"""
         with self._errors():
             row = self._reader.execute(query, (key,)).fetchone()
-        return None if row is None else _attempt(row)
+        return None if row is None else _attempt_from_row(row)
 
     def usage(self, teacher: Teacher, *, batch: bool = False) -> Usage:
-        """Returns the tokens of all attempts at a teacher's requests.
+        """Returns the tokens of the attempts at a teacher's requests.
 
         Args:
-          teacher: its model and base URL count, not its parameters.
-          batch: of the attempts that came in batches, or of those that were sent from here.
+          teacher: teacher, matched by model and base URL alone.
+          batch: whether to count imported attempts instead of those sent directly.
         """
         query = """SELECT
               coalesce(sum(prompt_tokens), 0), coalesce(sum(cached_tokens), 0),
               coalesce(sum(completion_tokens), 0),
               coalesce(sum(IIF(prompt_tokens IS NOT NULL, characters, 0)), 0),
-              coalesce(sum(silent), 0), coalesce(sum(silent * characters), 0),
-              coalesce(sum(silent * coalesce(most_tokens, 0)), 0)
+              coalesce(sum(uncounted), 0), coalesce(sum(uncounted * characters), 0),
+              coalesce(sum(uncounted * coalesce(most_tokens, 0)), 0)
             FROM (
               SELECT *, prompt_tokens IS NULL AND (status IN ('timeout', 'dropped') OR code = 200)
-                AS silent
+                AS uncounted
               FROM attempts JOIN requests USING (key)
               WHERE model = ? AND base_url = ? AND (origin IS NOT NULL) = ?
             )"""
@@ -288,47 +293,47 @@ class Journal:
         return Usage(**dict(zip([f.name for f in dataclasses.fields(Usage)], row, strict=True)))
 
     def counts(self, teacher: Teacher) -> dict[str, int]:
-        """Returns how many attempts at a teacher's requests ended in each status."""
+        """Returns the number of attempts at a teacher's requests by status."""
         query = """SELECT status, count(*) FROM attempts JOIN requests USING (key)
             WHERE model = ? AND base_url = ? GROUP BY status ORDER BY count(*) DESC, status"""
         with self._errors():
             return dict(self._reader.execute(query, (teacher.model, teacher.base_url)))
 
     def last_attempt(self) -> int:
-        """Returns the number of the newest attempt; 0 where there is none."""
+        """Returns the number of the newest attempt; 0 without attempts."""
         with self._errors():
             return self._reader.execute("SELECT coalesce(max(id), 0) FROM attempts").fetchone()[0]
 
     def export_of(self, path: Path) -> str | None:
-        """Returns the fingerprint of what was exported to a file; None of nothing."""
+        """Returns the fingerprint of the last export to a file; None without an export."""
         query = "SELECT fingerprint FROM exports WHERE path = ?"
         with self._errors():
             row = self._reader.execute(query, (path.name,)).fetchone()
         return None if row is None else row[0]
 
     def set_export(self, path: Path, fingerprint: str) -> None:
-        """Keeps what was exported to a file."""
+        """Records the fingerprint of an export to a file."""
         with self._errors():
             query = "INSERT OR REPLACE INTO exports VALUES (?, ?)"
             self._writer.execute(query, (path.name, fingerprint))
 
 
 def _lock(path: Path) -> BinaryIO:
-    """Returns an open file that keeps other processes from writing to a journal.
+    """Locks a journal against other writers; returns the open file that holds the lock.
 
-    The lock is the journal's own, whatever becomes of the files beside it and whatever name a
-    process has for it, and ends with the process.
+    The lock is on the journal file itself, so that it depends neither on other files nor on the
+    path to it. It ends with the process.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        # It stays open: closing it would end the locks that SQLite may have in this process.
-        raise UserError(f"{path}: another process is annotating there") from None
+        # The descriptor stays open, as closing it would release this process's SQLite locks.
+        raise UserError(f"{path}: another process is writing to this journal") from None
     return os.fdopen(descriptor, "rb")
 
 
-def _attempt(row: tuple) -> Attempt:
+def _attempt_from_row(row: tuple) -> Attempt:
     key, status, code, response, finish, prompt, cached, completion, latency, at, origin = row
     reply = Reply(
         status=status,

@@ -1,6 +1,6 @@
-"""From a journal to what training reads: parse every answer, vote, write the lines.
+"""Export of a journal for training: parses every answer, votes over samples and writes files.
 
-All of it is a function of the stored texts and the prompt, so it can be done again at no cost.
+Outputs are a function of the stored texts and the prompt, so they can be written again at no cost.
 """
 
 import dataclasses
@@ -28,33 +28,33 @@ __all__ = [
     "write_parquet",
 ]
 
-PARQUET_ROWS = 5000  # written at once
+PARQUET_ROWS = 5000  # rows per write
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One answer of a teacher: "ok", "unparsed", "refused" or "error", with its raw text."""
+    """One answer of a teacher. Its status is "ok", "unparsed", "refused" or "error"."""
 
     status: str
     rationale: str
     label: str | None
     raw: str
     finish_reason: str | None = None
-    reason: str | None = None  # why a text is unparsed, where that is not the text's own fault
+    reason: str | None = None  # why a text is unparsed, if not because of the text itself
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """What a teacher's samples say of an example.
+    """A teacher's samples for an example, and the one chosen by vote.
 
     Attributes:
-      example: with its gold label, if it has one.
-      status: that of the chosen sample; see `dss.data.examples`.
-      rationale: of the first sample with the winning label.
-      label: the winning label; None where no sample has one.
-      raw: the chosen sample's text.
-      vote: the share of the samples that have the winning label, in [0, 1].
-      samples: all of them, in the order they were asked.
+      example: example, with its gold label if it has one.
+      status: status of the chosen sample; see `dss.data.examples`.
+      rationale: rationale of the chosen sample.
+      label: winning label; None if no sample has a label.
+      raw: text of the chosen sample.
+      vote: fraction of the samples with the winning label, in [0, 1].
+      samples: all samples, in the order of their requests.
     """
 
     example: Example
@@ -67,11 +67,11 @@ class Annotation:
 
     @property
     def is_ok(self) -> bool:
-        """Whether there are a rationale and a label to learn from."""
+        """Whether the annotation has a rationale and a label."""
         return self.status == "ok"
 
     def line(self, teacher: str) -> dict[str, Any]:
-        """Returns the JSON object that is written; `samples` only where there are several."""
+        """Returns the JSON object to write; `vote` and `samples` are for several samples only."""
         line: dict[str, Any] = {
             "id": self.example.id,
             "rationale": self.rationale,
@@ -85,13 +85,13 @@ class Annotation:
             line["reason"] = reason
         if len(self.samples) > 1:
             line["vote"] = round(self.vote, 4)
-            kept = ("rationale", "label", "status")
-            line["samples"] = [{name: getattr(s, name) for name in kept} for s in self.samples]
+            fields = ("rationale", "label", "status")
+            line["samples"] = [{name: getattr(s, name) for name in fields} for s in self.samples]
         return line
 
 
 def read_sample(prompt: Prompt, example: Example, reply: Reply, *, hinted: bool) -> Sample:
-    """Returns what a reply says of an example."""
+    """Returns the sample that a reply about an example gives."""
     text = reply.text
     if reply.status != "answered":
         status = "refused" if reply.status == "refused" else "error"
@@ -111,10 +111,11 @@ def read_sample(prompt: Prompt, example: Example, reply: Reply, *, hinted: bool)
 
 
 def vote(prompt: Prompt, samples: Iterable[Sample]) -> tuple[Sample, float]:
-    """Returns the sample to keep, and the share of all samples that have its label.
+    """Returns the chosen sample and the fraction of all samples with its label.
 
-    The label that most samples have wins, the earlier one where two have as many (Wang et al.,
-    2022, self-consistency); kept is its first sample, before others one that has a rationale.
+    The label of most samples wins (self-consistency, Wang et al., 2022); in a tie, the earlier one.
+    The chosen sample is the first "ok" one with that label, else the first one. If no sample has a
+    label, an unparsed one is preferred to a refusal, and that to an error.
     """
     samples = tuple(samples)
     groups: list[list[Sample]] = []
@@ -129,27 +130,27 @@ def vote(prompt: Prompt, samples: Iterable[Sample]) -> tuple[Sample, float]:
         else:
             groups.append([sample])
     if not groups:
-        order = ("unparsed", "refused", "error")
-        return min(samples, key=lambda sample: order.index(sample.status)), 0.0
+        preference = ("unparsed", "refused", "error")
+        return min(samples, key=lambda sample: preference.index(sample.status)), 0.0
     winners = max(groups, key=len)
     chosen = next((sample for sample in winners if sample.status == "ok"), winners[0])
     return chosen, len(winners) / len(samples)
 
 
 def annotation(writer: Writer, example: Example, attempts: Iterable[Attempt]) -> Annotation:
-    """Returns what attempts, one a sample, say of an example."""
+    """Returns the annotation that attempts, one per sample, give for an example."""
     hinted = writer.teacher.hinted
     samples = tuple(
         read_sample(writer.prompt, example, attempt.reply, hinted=hinted) for attempt in attempts
     )
-    chosen, share = vote(writer.prompt, samples)
+    chosen, fraction = vote(writer.prompt, samples)
     return Annotation(
         example=example,
         status=chosen.status,
         rationale=chosen.rationale,
         label=chosen.label,
         raw=chosen.raw,
-        vote=share,
+        vote=fraction,
         samples=samples,
     )
 
@@ -157,16 +158,16 @@ def annotation(writer: Writer, example: Example, attempts: Iterable[Attempt]) ->
 def annotations(
     journal: Journal, writer: Writer, examples: Iterable[Example]
 ) -> Iterator[Annotation]:
-    """Yields what the journal holds of each example in order; those never asked are left out."""
+    """Yields the annotations of examples in order; examples without attempts are left out."""
     for example in examples:
-        found = [journal.outcome(request.key) for request in writer.requests(example)]
-        attempts = [attempt for attempt in found if attempt is not None]
+        outcomes = [journal.outcome(request.key) for request in writer.requests(example)]
+        attempts = [attempt for attempt in outcomes if attempt is not None]
         if attempts:
             yield annotation(writer, example, attempts)
 
 
 def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> int:
-    """Writes JSON lines to a file that is replaced only when all are there; returns how many."""
+    """Writes JSON lines, replacing the file only when complete; returns the number of lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with replacing(path) as file:
@@ -176,8 +177,8 @@ def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> int:
     return count
 
 
-def write_parquet(path: Path, found: Iterable[Annotation], teacher: str) -> None:
-    """Writes annotations with their examples to a Parquet file, replaced when all are there."""
+def write_parquet(path: Path, annotated: Iterable[Annotation], teacher: str) -> None:
+    """Writes annotations and examples to a Parquet file, replacing it only when complete."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -201,7 +202,7 @@ def write_parquet(path: Path, found: Iterable[Annotation], teacher: str) -> None
                 "vote": a.vote,
                 "samples": [{f.name: getattr(s, f.name) for f in sample} for s in a.samples],
             }
-            for a in found
+            for a in annotated
         )
         while chunk := list(itertools.islice(rows, PARQUET_ROWS)):
             writer.write_table(pa.Table.from_pylist(chunk, schema=schema))

@@ -1,8 +1,8 @@
-"""How fast to ask: as many requests at once as the endpoint takes, within budgets per minute.
+"""Pacing of requests: adaptive concurrency, within budgets per minute.
 
-Concurrency grows by one with each reply until the endpoint first complains, is halved by a
-complaint, and then grows by one a round: the additive increase and multiplicative decrease of
-Chiu and Jain (1989), with TCP's slow start.
+Concurrency grows by one with each successful reply until the endpoint is first overloaded, is
+halved by each overload, and then grows by one per round of requests: the additive increase and
+multiplicative decrease of Chiu and Jain (1989), with TCP's slow start.
 """
 
 import asyncio
@@ -10,20 +10,20 @@ import time
 
 __all__ = ["Clock", "Pacer", "backoff"]
 
-START = 4  # requests at once in the beginning
-BURST_SECONDS = 1.0  # of a budget that may be spent at once
+START = 4  # initial concurrency
+BURST_SECONDS = 1.0  # seconds' worth of the request budget that may be used at once
 FIRST_BACKOFF, LONGEST_BACKOFF = 1.0, 60.0  # seconds
 
 
 class Clock:
-    """Tells the time and waits; the tests have a faster one."""
+    """A monotonic clock; tests replace it with one that does not wait."""
 
     def now(self) -> float:
-        """Returns seconds that never run backwards."""
+        """Returns the monotonic time in seconds."""
         return time.monotonic()
 
     async def wait(self, event: asyncio.Event, seconds: float) -> None:
-        """Waits until an event, or for some seconds."""
+        """Waits for an event, at most for some seconds."""
         try:
             async with asyncio.timeout(seconds):
                 await event.wait()
@@ -36,7 +36,7 @@ class Pacer:
 
     def __init__(
         self,
-        most: int,
+        max_concurrency: int,
         *,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
@@ -45,60 +45,61 @@ class Pacer:
         """Makes a pacer.
 
         Args:
-          most: requests at once.
-          requests_per_minute: None for no such budget.
-          tokens_per_minute: of prompts and answers; None for no such budget.
-          clock: another one for tests.
+          max_concurrency: maximum requests in flight.
+          requests_per_minute: request budget; None for unlimited.
+          tokens_per_minute: budget of prompt and completion tokens; None for unlimited.
+          clock: replacement clock for tests.
         """
-        self.most, self.limit = most, float(min(START, most))
-        self.in_flight = self._taken = 0
+        self.max_concurrency = max_concurrency
+        self.limit = float(min(START, max_concurrency))
+        self.in_flight = self._used_slots = 0
         self.clock = clock or Clock()
         self.stopped = asyncio.Event()
         self._request_seconds = 60 / requests_per_minute if requests_per_minute else 0.0
         self._token_seconds = 60 / tokens_per_minute if tokens_per_minute else 0.0
         self._slow_start = True
-        self._eased_at = float("-inf")
+        self._halved_at = float("-inf")
         self._paused_until = float("-inf")
         self._request_due = self._tokens_due = float("-inf")
         self._changed = asyncio.Event()
 
-    async def enter(self) -> bool:
-        """Waits for one of the `most` places; returns whether it was got, not stopped."""
-        while self._taken >= self.most and not self.stopped.is_set():
-            await self.changed()
+    async def acquire_slot(self) -> bool:
+        """Waits for one of `max_concurrency` slots; returns False if the pacer is stopped."""
+        while self._used_slots >= self.max_concurrency and not self.stopped.is_set():
+            await self.wait_for_change()
         if self.stopped.is_set():
             return False
-        self._taken += 1
+        self._used_slots += 1
         return True
 
-    def leave(self) -> None:
-        """Gives the place back."""
-        self._taken -= 1
-        self.wake()
+    def release_slot(self) -> None:
+        """Releases a slot."""
+        self._used_slots -= 1
+        self.notify()
 
-    async def changed(self) -> None:
-        """Waits until something may be possible that was not."""
+    async def wait_for_change(self) -> None:
+        """Waits for the next call of `notify`."""
         self._changed.clear()
         await self._changed.wait()
 
-    def wake(self) -> None:
-        """Ends the waits of `changed`."""
+    def notify(self) -> None:
+        """Wakes all tasks in `wait_for_change`."""
         self._changed.set()
 
-    async def turn(self, tokens: float) -> float | None:
-        """Waits until a request may be sent; `came_back` must follow.
+    async def wait_to_send(self, tokens: float) -> float | None:
+        """Waits until a request may be sent; a call of `mark_returned` must follow.
 
         Args:
-          tokens: that it will take, as far as is known.
+          tokens: expected tokens of the request and its reply.
 
         Returns:
-          When it was let go, by the clock; None if the pacer was stopped.
+          Time on the clock at which the request may be sent; None if the pacer is stopped.
         """
         while not self.stopped.is_set():
             now = self.clock.now()
             due = max(self._paused_until, self._request_due - BURST_SECONDS, self._tokens_due)
             if self.in_flight >= int(self.limit):
-                await self.changed()
+                await self.wait_for_change()
             elif due > now:
                 await self.clock.wait(self.stopped, due - now)
             else:
@@ -108,46 +109,51 @@ class Pacer:
                 return now
         return None
 
-    def came_back(self) -> None:
-        """Says that a request is not in flight any more."""
+    def mark_returned(self) -> None:
+        """Removes a request from those in flight."""
         self.in_flight -= 1
-        self.wake()
+        self.notify()
 
-    def used(self, tokens: float) -> None:
-        """Corrects the tokens that `turn` was told by how many more there were (or fewer)."""
-        self._tokens_due += tokens * self._token_seconds
+    def correct_tokens(self, difference: float) -> None:
+        """Charges the token budget with a request's actual minus its expected tokens."""
+        self._tokens_due += difference * self._token_seconds
 
-    def went_well(self) -> None:
-        """Lets one more in after a reply; after the first complaint one more a round."""
-        self.limit = min(self.most, self.limit + (1 if self._slow_start else 1 / self.limit))
-        self.wake()
+    def record_success(self) -> None:
+        """Raises the concurrency limit by one; after the first overload, by one per round."""
+        increase = 1 if self._slow_start else 1 / self.limit
+        self.limit = min(self.max_concurrency, self.limit + increase)
+        self.notify()
 
-    def complained(self, sent_at: float) -> None:
-        """Halves the requests at once, once for all those that were sent before it was done."""
+    def record_overload(self, sent_at: float) -> None:
+        """Halves the concurrency limit, unless the request was sent before the last halving."""
         self._slow_start = False
-        if sent_at >= self._eased_at:
-            self._eased_at = self.clock.now()
+        if sent_at >= self._halved_at:
+            self._halved_at = self.clock.now()
             self.limit = max(1.0, self.limit / 2)
 
     def pause(self, seconds: float) -> bool:
-        """Sends nothing for some seconds; returns whether that is news of a second or more."""
+        """Stops sending for some seconds.
+
+        Returns:
+          Whether this extends the current pause by a second or more.
+        """
         until = self.clock.now() + seconds
         is_longer = until >= self._paused_until + 1
         self._paused_until = max(self._paused_until, until)
         return is_longer
 
     def stop(self) -> None:
-        """Ends all waiting."""
+        """Stops the pacer and ends all waits."""
         self.stopped.set()
-        self.wake()
+        self.notify()
 
 
-def backoff(failures: int, share: float) -> float:
-    """Returns the seconds to wait after a failure.
+def backoff(failures: int, jitter: float) -> float:
+    """Returns the seconds to wait after a failure: exponential backoff with jitter.
 
     Args:
-      failures: so far, at least 1.
-      share: a random number in [0, 1): the wait is spread over its upper half.
+      failures: number of failures so far, at least 1.
+      jitter: random number in [0, 1), which scales the wait from 50% to 100%.
     """
     longest = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2 ** (failures - 1))
-    return longest * (0.5 + share / 2)
+    return longest * (0.5 + jitter / 2)

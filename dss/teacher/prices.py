@@ -1,4 +1,4 @@
-"""What tokens cost, from a file that the user owns. A price that nobody gave is unknown."""
+"""Token prices from a file of the user. Without a price, costs are unknown."""
 
 import dataclasses
 from pathlib import Path
@@ -11,22 +11,22 @@ from dss.teacher.journal import Usage
 
 __all__ = ["Price", "load_price", "tokens_per_character", "total_cost"]
 
-CHARACTERS_PER_TOKEN = 4  # until the endpoint has counted some
+CHARACTERS_PER_TOKEN = 4  # estimate before the endpoint's first count
 MILLION = 1e6
-MOST_EXPENSIVE = 1e12  # for a million tokens
+MAX_PRICE = 1e12  # per million tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Price:
-    """A model's price, in `currency` for a million tokens.
+    """A model's prices, in `currency` per million tokens.
 
     Attributes:
-      currency: as the file says.
-      input: of a prompt's tokens.
-      output: of an answer's.
-      cached_input: of those of a prompt that the endpoint had in its cache.
-      batch_input: of a prompt's, in a batch.
-      batch_output: of an answer's, in a batch.
+      currency: currency, as written in the file.
+      input: price of prompt tokens.
+      output: price of completion tokens.
+      cached_input: price of prompt tokens from the endpoint's cache; None for that of `input`.
+      batch_input: price of prompt tokens in a batch; None if unknown.
+      batch_output: price of completion tokens in a batch; None if unknown.
     """
 
     input: float
@@ -37,7 +37,7 @@ class Price:
     currency: str = ""
 
     def cost(self, usage: Usage, *, batch: bool = False) -> float | None:
-        """Returns what counted tokens cost; None where the file has no price for a batch."""
+        """Returns the cost of counted tokens; None if a batch price is needed and unknown."""
         if batch:
             if self.batch_input is None or self.batch_output is None:
                 return None if usage.prompt or usage.completion else 0.0
@@ -48,19 +48,19 @@ class Price:
         return (cost + usage.completion * self.output) / MILLION
 
     def text(self, cost: float) -> str:
-        """Returns a cost with its currency."""
+        """Returns a cost as text, with its currency."""
         return f"{cost:.4f} {self.currency}".strip() if cost < 1 else f"{cost:,.2f} {self.currency}"
 
 
 def load_price(path: Path, model: str) -> Price | None:
-    """Returns a model's price from a file; None where it has none.
+    """Returns a model's price from a YAML file; None if the file lacks the model.
 
         currency: EUR
         models:
           my-model: {input: 0.5, output: 1.5, cached_input: 0.25}
 
     Raises:
-      UserError: the file is missing or not of this form.
+      UserError: if the file is missing or malformed.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -70,7 +70,7 @@ def load_price(path: Path, model: str) -> Price | None:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     models = content.get("models") if isinstance(content, dict) else None
     if not isinstance(models, dict):
-        raise UserError(f"{path}: has no `models`, each with its input and output price")
+        raise UserError(f"{path}: has no `models`, with an input and output price for each")
     if model not in models:
         return None
     return _price(f"{path}: {model}", models[model], str(content.get("currency", "")))
@@ -79,31 +79,31 @@ def load_price(path: Path, model: str) -> Price | None:
 def _price(where: str, value: Any, currency: str) -> Price:
     names = [field.name for field in dataclasses.fields(Price) if field.name != "currency"]
     if not isinstance(value, dict) or not {"input", "output"} <= set(value) <= set(names):
-        raise UserError(f"{where}: give input and output, and if you like {', '.join(names[2:])}")
+        raise UserError(f"{where}: give input and output, and optionally {', '.join(names[2:])}")
     for name, number in value.items():
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
-        if not is_number or not 0 <= number < MOST_EXPENSIVE:
-            raise UserError(f"{where}: {name} is {number!r}; give a price for a million tokens")
+        if not is_number or not 0 <= number < MAX_PRICE:
+            raise UserError(f"{where}: {name} is {number!r}; give a price per million tokens")
     return Price(currency=currency, **value)
 
 
 def total_cost(price: Price | None, sent: Usage, batch: Usage) -> float | None:
-    """Returns what a teacher's attempts cost; None where a price is missing.
+    """Returns the cost of a teacher's attempts; None if a price is missing.
 
     Args:
-      price: of the model.
-      sent: usage of what was sent from here. Attempts that brought no count are taken as paid for,
-        with the longest answer that they could have.
-      batch: usage of what came in batches.
+      price: price of the model; None if unknown.
+      sent: usage of attempts sent directly. Those without a token count are charged with the
+        longest possible answer.
+      batch: usage of imported attempts.
     """
     if price is None:
         return None
-    prompt = sent.silent_characters * tokens_per_character(sent)
-    silent = Usage(prompt=round(prompt), completion=sent.silent_completion)
-    costs = price.cost(sent), price.cost(silent), price.cost(batch, batch=True)
+    prompt = sent.uncounted_characters * tokens_per_character(sent)
+    uncounted = Usage(prompt=round(prompt), completion=sent.uncounted_completion)
+    costs = price.cost(sent), price.cost(uncounted), price.cost(batch, batch=True)
     return None if None in costs else sum(costs)  # type: ignore[arg-type]
 
 
 def tokens_per_character(usage: Usage) -> float:
-    """Returns how long a prompt's token is, as far as the endpoint has counted any."""
+    """Returns the mean tokens per character of prompts; an estimate before the first count."""
     return usage.prompt / usage.characters if usage.prompt else 1 / CHARACTERS_PER_TOKEN

@@ -1,17 +1,17 @@
-"""What a teacher is asked, and how its text is read: one YAML file a task.
+"""Prompts: the text of requests and the parsing of answers, in one YAML file per task.
 
-    instruction      text that stands first (the system message of a chat); may be missing
-    exemplars        a list of {input, rationale, label}
+    instruction      text at the start (the system message of a chat); optional
+    exemplars        list of {input, rationale, label}
     form             {question, answer, pattern}: two Jinja templates and a regular expression
-    hint             the same for hint mode, where the gold label is shown; may be missing
-    choices_pattern  a regular expression with one group: the answers that an input offers
-    labels           the closed set of labels; without it and choices any text is one
-    metric           "text" or "equation": when two labels are the same
-    stop             where the next question would begin; the text after it is not read
-    parameters       of the request, such as max_tokens and temperature
+    hint             the same for hint mode, which shows the gold label; optional
+    choices_pattern  regular expression with one group, which matches each choice in an input
+    labels           closed set of labels; without it and without choices, any text is a label
+    metric           "text" or "equation": how labels are compared
+    stop             stop sequences, such as the start of a next question
+    parameters       request parameters, such as max_tokens and temperature
 
-Templates see `input`, `choices` (the answers offered, or the labels), and in an answer or a hint
-`label` and `rationale`; a name that is not defined is an error, and they run in a sandbox. A
+Templates may use `input`, `choices` (the choices in the input, or the labels) and, in an answer or
+a hint, `label` and `rationale`. An undefined name is an error. Templates run in a sandbox. A
 pattern has the groups `rationale` and `label`.
 """
 
@@ -53,9 +53,9 @@ __all__ = [
 ]
 
 SHIPPED = importlib.resources.files("dss.teacher") / "prompts"
-OURS = ("name", "source")  # fields of a prompt that its file does not give
-REASON = re.compile(r"[(,;:\n]| because | - | – | — ")  # begins what follows a label
-SEARCH_SECONDS = 5  # for a prompt's own pattern in a text; one that backtracks may take for ever
+INTERNAL_FIELDS = ("name", "source")  # fields that a prompt's file does not have
+REASON = re.compile(r"[(,;:\n]| because | - | – | — ")  # separates a label from a reason after it
+SEARCH_SECONDS = 5  # time limit for a prompt's pattern, which may backtrack for very long
 SEPARATOR = "\n\n"  # between the exemplars of a plain completion
 ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -64,7 +64,7 @@ ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
 
 @dataclasses.dataclass(frozen=True)
 class Exemplar:
-    """An example with its answer, shown to the teacher."""
+    """A few-shot example with its answer."""
 
     input: str
     rationale: str
@@ -73,25 +73,22 @@ class Exemplar:
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """What was found in a text: a blank rationale or a label of None is one that was not.
-
-    A text may also decline to answer; then it has neither.
-    """
+    """Rationale and label of a text: empty and None if not found. A refusal has neither."""
 
     rationale: str
     label: str | None
     is_refusal: bool = False
-    reason: str | None = None  # why nothing was looked for in the whole text
+    reason: str | None = None  # why the search was given up
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a question and its answer are written.
+    """Templates of a question and its answer, and the pattern that parses answers.
 
     Attributes:
-      question: Jinja template of what the teacher reads.
-      answer: Jinja template of what it should write after it.
-      pattern: finds `rationale` and `label` in what it wrote.
+      question: Jinja template of the question.
+      answer: Jinja template of the expected answer.
+      pattern: regular expression that finds `rationale` and `label` in an answer.
     """
 
     question: jinja2.Template
@@ -101,7 +98,7 @@ class Form:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """What a teacher is asked about the examples of a task; see the module."""
+    """The prompt of a task; the module describes the fields."""
 
     name: str
     exemplars: tuple[Exemplar, ...]
@@ -115,58 +112,62 @@ class Prompt:
     source: str = ""  # the YAML text
 
     def choices(self, text: str) -> tuple[str, ...]:
-        """Returns the labels that are possible for an input; none where any text is."""
+        """Returns the possible labels of an input; empty if any text is a label.
+
+        Raises:
+          UserError: if `choices_pattern` exceeds its time limit.
+        """
         if self.choices_pattern is None:
             return self.labels.closed
         try:
-            found = self.choices_pattern.findall(text, timeout=SEARCH_SECONDS)
+            matches = self.choices_pattern.findall(text, timeout=SEARCH_SECONDS)
         except TimeoutError:
             raise UserError(
                 f"prompt {self.name}: choices_pattern takes more than {SEARCH_SECONDS} s on an "
-                f"input that begins {text[:40]!r}; make it simpler"
+                f"input that begins with {text[:40]!r}; simplify the pattern"
             ) from None
-        return tuple(choice.strip() for choice in found)
+        return tuple(choice.strip() for choice in matches)
 
     def turns(self, *, hinted: bool = False) -> list[tuple[str, str]]:
         """Returns (question, answer) of each exemplar.
 
         Raises:
-          UserError: one of them cannot be written with the templates.
+          UserError: if an exemplar does not fit the templates.
         """
         form = self._form(hinted)
         out = []
-        for number, shown in enumerate(self.exemplars, 1):
+        for number, exemplar in enumerate(self.exemplars, 1):
             where = f"prompt {self.name}: exemplar {number}"
-            values = self._values(shown.input) | {"label": shown.label}
+            values = self._values(exemplar.input) | {"label": exemplar.label}
             question = _render(where, form.question, values)
-            answer = _render(where, form.answer, values | {"rationale": shown.rationale})
+            answer = _render(where, form.answer, values | {"rationale": exemplar.rationale})
             out.append((question, answer))
         return out
 
     def question(self, example: Example, *, hinted: bool = False) -> str:
-        """Returns what the teacher reads of an example.
+        """Returns the question about an example.
 
         Raises:
-          UserError: the template does not fit the example, or there is no gold label to show.
+          UserError: if the example does not fit the template or, in hint mode, has no gold label.
         """
         values: dict[str, Any] = self._values(example.input)
         if hinted:
             if example.label is None:
-                raise UserError(f"example {example.id!r} has no label, which --hint would show")
+                raise UserError(f"example {example.id!r} has no label, which --hint needs")
             values["label"] = example.label
         return _render(f"example {example.id!r}", self._form(hinted).question, values)
 
     def parse(self, text: str, example: Example, *, hinted: bool = False) -> Parsed:
         """Returns the rationale and the label in a teacher's text about an example.
 
-        Thoughts in `<think>` tags are left out, and the text ends at the first stop sequence. An
-        answer in JSON is read as such. In any other, Markdown and LaTeX around the parts are
-        forgiven. A label outside the possible ones, or that the metric cannot read, is none;
-        letters of another case are forgiven. In hint mode the label is the one that was shown,
-        and a text that concludes another one has no label.
+        Thoughts in `<think>` tags are removed, and the text is truncated at the first stop
+        sequence. An answer in JSON is decoded; in any other, the pattern is applied, and Markdown
+        and LaTeX around the parts are removed. A label is None if it is not a possible one, in
+        upper or lower case, or if the metric cannot read it. In hint mode the label is the gold
+        label, or None if the text concludes another one.
         """
         text = without_thoughts(text)
-        ends = [at for at in map(text.find, self.stop) if at >= 0]
+        ends = [index for index in map(text.find, self.stop) if index >= 0]
         text = text[: min(ends, default=None)]
         answer = read_json_answer(text)
         if answer:
@@ -176,40 +177,42 @@ class Prompt:
                 rationale, label = self._search(plain(text), example, hinted)
             except TimeoutError:
                 return Parsed("", None, reason=f"the pattern took more than {SEARCH_SECONDS} s")
-        if self._declines(text, label, example.input):
+        if self._is_refusal(text, label, example.input):
             return Parsed("", None, is_refusal=True)
-        possible = self._possible(label, example.input) if label else None
+        possible = self._possible_label(label, example.input) if label else None
         if hinted:
             assert example.label is not None
-            wrong = label and not (possible and self.labels.is_right(possible, example.label))
-            possible = None if wrong else example.label
+            is_wrong = label and not (possible and self.labels.is_right(possible, example.label))
+            possible = None if is_wrong else example.label
         return Parsed(rationale, possible)
 
     def _search(self, text: str, example: Example, hinted: bool) -> tuple[str, str | None]:
-        """Returns what the pattern finds; the question's last word, such as `Reasoning:`, may be
-        repeated before the rationale.
+        """Returns the rationale and the label that the pattern finds.
+
+        A cue that ends the question, such as `Reasoning:`, is removed if the rationale repeats it.
         """
         match = self._form(hinted).pattern.search(text, timeout=SEARCH_SECONDS)
         if match is None:
             return "", None
-        found = match.groupdict()
-        rationale = plain_rationale(found["rationale"] or "")
+        groups = match.groupdict()
+        rationale = plain_rationale(groups["rationale"] or "")
         cue = self.question(example, hinted=hinted).rpartition("\n")[2].strip()
         if cue.endswith(":") and rationale.casefold().startswith(cue.casefold()):
             rationale = rationale[len(cue) :].strip()
-        return rationale, read_label(found.get("label"))
+        return rationale, read_label(groups.get("label"))
 
-    def _declines(self, text: str, label: str | None, given: str) -> bool:
-        """Returns whether a text declines to answer: all of it or, where any words may be a label,
-        its label. One word, such as "Sorry", may be an answer.
+    def _is_refusal(self, text: str, label: str | None, input_text: str) -> bool:
+        """Returns whether a text without a label, or a label where any text is one, is a refusal.
+
+        One word, such as "Sorry", may be an answer.
         """
         if label is None:
             return is_refusal(text)
-        return " " in label and not self.choices(given) and is_refusal(label)
+        return " " in label and not self.choices(input_text) and is_refusal(label)
 
-    def _possible(self, label: str, text: str) -> str | None:
-        """Returns the label as the prompt writes it; None where it is not a possible one."""
-        choices = self.choices(text)
+    def _possible_label(self, label: str, input_text: str) -> str | None:
+        """Returns the label in the prompt's spelling; None if it is not a possible one."""
+        choices = self.choices(input_text)
         if label in choices:
             return label
         if not choices:
@@ -218,9 +221,9 @@ class Prompt:
                 label = plain_equation(label)
             return label if label and self.labels.is_readable(label) else None
         folded = {choice.casefold(): choice for choice in choices}
-        for words in (label, label.rstrip(". "), plain_label(label)):
-            if words.casefold() in folded:
-                return folded[words.casefold()]
+        for candidate in (label, label.rstrip(". "), plain_label(label)):
+            if candidate.casefold() in folded:
+                return folded[candidate.casefold()]
         # A reason may follow, but no other choice: "billing (it is about money)".
         head, _, reason = REASON.sub("\0", label, count=1).partition("\0")
         choice = folded.get(plain_label(head).casefold())
@@ -243,21 +246,21 @@ class Prompt:
 def _render(where: str, template: jinja2.Template, values: Mapping[str, Any]) -> str:
     try:
         return template.render(values)
-    except Exception as error:  # whatever a template's expression raises
+    except Exception as error:  # an expression in a template may raise any
         raise UserError(f"{where}: does not fit the template: {error}") from None
 
 
 def prompt_names() -> list[str]:
-    """Returns the names of the prompts that are shipped."""
+    """Returns the names of the shipped prompts."""
     files = (Path(str(file)) for file in SHIPPED.iterdir())
     return sorted(file.stem for file in files if file.suffix == ".yaml")
 
 
 def load_prompt(source: str) -> Prompt:
-    """Returns a prompt: the name of a shipped one, or a YAML file.
+    """Returns the prompt of a name (a shipped one) or of a YAML file.
 
     Raises:
-      UserError: there is none, or see `read_prompt`.
+      UserError: if there is no such prompt, or it is invalid; see `read_prompt`.
     """
     path = Path(source).expanduser()
     if path.suffix in (".yaml", ".yml"):
@@ -277,9 +280,14 @@ def load_prompt(source: str) -> Prompt:
 def read_prompt(where: str, name: str, text: str) -> Prompt:
     """Returns the prompt of a YAML text.
 
+    Args:
+      where: location of the text, for error messages.
+      name: name of the prompt.
+      text: YAML text.
+
     Raises:
-      UserError: names `where` it stands; something is wrong, or the exemplars' own answers do not
-        give their rationale and label when they are parsed.
+      UserError: if the text is invalid, or an exemplar's own answer does not parse as its rationale
+        and label.
     """
     try:
         content = yaml.safe_load(text)
@@ -295,10 +303,10 @@ def read_prompt(where: str, name: str, text: str) -> Prompt:
 
 
 def with_labels(prompt: Prompt, labels: Labels) -> Prompt:
-    """Returns a prompt as its file would be with these labels and their metric.
+    """Returns a prompt with other labels and their metric.
 
     Raises:
-      UserError: if an exemplar's label is none of them.
+      UserError: if an exemplar's label is not one of them.
     """
     if labels == prompt.labels:
         return prompt
@@ -309,18 +317,19 @@ def with_labels(prompt: Prompt, labels: Labels) -> Prompt:
 
 
 def _read(where: str, name: str, content: Any) -> Prompt:
-    fields = [field.name for field in dataclasses.fields(Prompt) if field.name not in OURS]
+    names = [field.name for field in dataclasses.fields(Prompt)]
+    fields = [name for name in names if name not in INTERNAL_FIELDS]
     fields.append("metric")  # of the labels
     values = _mapping(where, content, fields, ("exemplars", "form"))
     exemplars = values["exemplars"]
     if not isinstance(exemplars, list):
         raise UserError(f"{where}: exemplars: should be a list")
     keys = [field.name for field in dataclasses.fields(Exemplar)]
-    shown = []
+    parsed = []
     for number, value in enumerate(exemplars, 1):
-        at = f"{where}: exemplar {number}"
-        value = _mapping(at, value, keys, keys)
-        shown.append(Exemplar(**{key: _text(f"{at}: {key}", value[key]) for key in keys}))
+        location = f"{where}: exemplar {number}"
+        value = _mapping(location, value, keys, keys)
+        parsed.append(Exemplar(**{key: _text(f"{location}: {key}", value[key]) for key in keys}))
     metric = _text(f"{where}: metric", values.get("metric", "text"))
     if metric not in METRICS:
         raise UserError(f"{where}: {unknown_name('metric', metric, METRICS)}")
@@ -330,13 +339,13 @@ def _read(where: str, name: str, content: Any) -> Prompt:
         raise UserError(f"{where}: choices_pattern: has {choices.groups} groups; give it one")
     stop = _texts(f"{where}: stop", values.get("stop", []))
     if not all(stop):
-        raise UserError(f"{where}: stop: an empty text stops at once")
+        raise UserError(f"{where}: stop: an empty text would end every answer at its start")
     parameters = values.get("parameters", {})
     if not isinstance(parameters, dict):
         raise UserError(f"{where}: parameters: should be NAME: VALUE lines")
     return Prompt(
         name=name,
-        exemplars=tuple(shown),
+        exemplars=tuple(parsed),
         form=_read_form(f"{where}: form", values["form"], ("rationale", "label")),
         hint=_read_form(f"{where}: hint", values["hint"], ("rationale",))
         if values.get("hint")
@@ -369,23 +378,25 @@ def _template(where: str, value: Any) -> jinja2.Template:
 
 def _check_exemplars(where: str, prompt: Prompt, hinted: bool) -> None:
     answers = [answer for _, answer in prompt.turns(hinted=hinted)]
-    for number, (shown, answer) in enumerate(zip(prompt.exemplars, answers, strict=True), 1):
-        example = Example(str(number), shown.input, shown.label)
+    for number, (exemplar, answer) in enumerate(zip(prompt.exemplars, answers, strict=True), 1):
+        example = Example(str(number), exemplar.input, exemplar.label)
         parsed = prompt.parse(answer, example, hinted=hinted)
-        if parsed != Parsed(shown.rationale, shown.label):
+        if parsed != Parsed(exemplar.rationale, exemplar.label):
             raise UserError(
                 f"{where}: exemplar {number}: its own answer {answer!r} parses as rationale "
-                f"{parsed.rationale!r} and label {parsed.label!r}; mend the pattern or the labels"
+                f"{parsed.rationale!r} and label {parsed.label!r}; fix the pattern or the labels"
             )
 
 
-def _mapping(where: str, value: Any, known: Sequence[str], needed: Sequence[str]) -> dict[str, Any]:
+def _mapping(
+    where: str, value: Any, allowed: Sequence[str], required: Sequence[str]
+) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: should have {', '.join(needed)}, as NAME: VALUE lines")
+        raise UserError(f"{where}: should have {', '.join(required)}, as NAME: VALUE lines")
     for key in value:
-        if key not in known:
-            raise UserError(f"{where}: {unknown_name('name', str(key), known)}")
-    for key in needed:
+        if key not in allowed:
+            raise UserError(f"{where}: {unknown_name('name', str(key), allowed)}")
+    for key in required:
         if key not in value:
             raise UserError(f"{where}: has no `{key}`")
     return value
@@ -394,10 +405,10 @@ def _mapping(where: str, value: Any, known: Sequence[str], needed: Sequence[str]
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: {value!r} is a {type(value).__name__}; put text in quotes")
-    try:  # JSON writes what is beyond the first 65,536 characters in two halves
+    try:  # joins surrogate pairs, in which JSON escapes characters above U+FFFF
         value = value.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise UserError(f"{where}: holds half a character") from None
+        raise UserError(f"{where}: contains an unpaired surrogate, half a character") from None
     return value.strip() if where.endswith(("input", "rationale", "label")) else value
 
 

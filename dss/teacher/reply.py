@@ -1,19 +1,19 @@
-"""What an endpoint's reply means, read from its HTTP status and its body alone.
+"""Classification of an endpoint's reply by its HTTP status and body.
 
-| status | what came | what follows |
+| status | reply | consequence |
 |---|---|---|
 | answered | text | final |
-| refused | the teacher declined, or a filter held the text back | final |
-| empty | a reply without a choice or text | tried again |
-| malformed | no JSON, or none of the expected form | tried again |
-| failed | an error of the server, 5xx | tried again |
-| timeout | nothing in time | tried again |
-| dropped | the connection broke | tried again |
-| unreachable | no connection could be made | tried again |
-| limited | 429: too many requests | tried again when told |
-| rejected | the request is wrong for this endpoint, other 4xx | not tried again in this run |
-| denied | the key is wrong | the run stops |
-| exhausted | the quota or the credit is used up | the run stops |
+| refused | a refusal of the model, or a content filter | final |
+| empty | no choice or no text | retried |
+| malformed | not JSON, or not of the expected structure | retried |
+| failed | server error, 5xx | retried |
+| timeout | no complete reply in time | retried |
+| dropped | broken connection | retried |
+| unreachable | no connection | retried |
+| limited | 429: too many requests | retried after a wait |
+| rejected | request invalid for this endpoint, other 4xx; redirect | not retried in this run |
+| denied | wrong API key | the run stops |
+| exhausted | quota or credit used up | the run stops |
 """
 
 import dataclasses
@@ -25,29 +25,29 @@ from dss.paths import BYTE_ORDER_MARK
 __all__ = ["FINAL", "STOPPING", "Reply", "read_reply"]
 
 FINAL = ("answered", "refused")
-CUT_OFF = ("timeout", "dropped")
+NO_REPLY = ("timeout", "dropped")  # the request may have been processed and charged
 STOPPING = ("denied", "exhausted")
 NO_CREDIT = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 NO_CREDIT_TEXT = "credit balance is too low"
-WRONG_KEY_TEXT = "API key not valid"  # Gemini says so with 400
-MOST_TOKENS = 2**40  # no answer has more; what a database can hold
-BESIDE_TEXT = ("reasoning_content", "reasoning", "reasoning_details", "tool_calls")
-TRY_AGAIN_CODES = (408, 409, 425)
-SHOWN = 300  # characters of a message
+WRONG_KEY_TEXT = "API key not valid"  # Gemini's message, with HTTP status 400
+MOST_TOKENS = 2**40  # bound of plausible counts, which a database integer can hold
+NON_TEXT_FIELDS = ("reasoning_content", "reasoning", "reasoning_details", "tool_calls")
+RETRIED_CODES = (408, 409, 425)
+MESSAGE_CHARACTERS = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reply:
-    """A reply as it came, and what it means.
+    """A reply and its classification.
 
     Attributes:
-      status: see the module.
-      code: HTTP status; None where no reply came.
-      response: the body as it came, or what the connection died of.
-      finish_reason: the endpoint's.
-      prompt_tokens: that the endpoint counted; None where it counted none.
-      cached_tokens: those of them that it had in its cache.
-      completion_tokens: of the answer.
+      status: one of the statuses that the module lists.
+      code: HTTP status; None without a reply.
+      response: body as received, or the connection's error.
+      finish_reason: the endpoint's reason for the end of the answer.
+      prompt_tokens: prompt tokens by the endpoint's count; None without a count.
+      cached_tokens: prompt tokens that were in the endpoint's cache.
+      completion_tokens: completion tokens by the endpoint's count.
     """
 
     status: str
@@ -60,35 +60,35 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """What the teacher wrote; blank where it wrote nothing."""
+        """Text of the answer; empty without one."""
         return _text(_choice(_decoded(self.response))) if self.status in FINAL else ""
 
     @property
-    def is_silent(self) -> bool:
-        """Whether the attempt may have been paid for but brought no count of tokens."""
-        return self.prompt_tokens is None and (self.status in CUT_OFF or self.code == 200)
+    def is_uncounted(self) -> bool:
+        """Whether the attempt may have been charged but has no token count."""
+        return self.prompt_tokens is None and (self.status in NO_REPLY or self.code == 200)
 
     @property
     def message(self) -> str:
-        """What went wrong, on one line."""
+        """Error message, on one line."""
         error = _error(_decoded(self.response))
-        said = error.get("message") if error else None
-        text = said if isinstance(said, str) and said.strip() else self.response
-        line = _whole(" ".join(text.split())[:SHOWN])
+        message = error.get("message") if error else None
+        text = message if isinstance(message, str) and message.strip() else self.response
+        line = _replace_surrogates(" ".join(text.split())[:MESSAGE_CHARACTERS])
         line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
         return f"HTTP {self.code}: {line}" if self.code else line
 
 
 def read_reply(code: int, response: str) -> Reply:
-    """Returns what a reply means; never fails, whatever came.
+    """Returns the classified reply. Raises no error, whatever the body.
 
     Args:
       code: HTTP status.
-      response: the body.
+      response: body of the reply.
     """
     value = _decoded(response)
     error = _error(value)
-    if 200 <= code < 300 and error:  # some gateways report an upstream's error so
+    if 200 <= code < 300 and error:  # some gateways report upstream errors with status 200
         inner = error.get("code")
         code = inner if isinstance(inner, int) and 400 <= inner < 600 else 502
     if not 200 <= code < 300:
@@ -100,8 +100,8 @@ def read_reply(code: int, response: str) -> Reply:
     message = choice.get("message")
     if finish == "content_filter" or (isinstance(message, dict) and message.get("refusal")):
         status = "refused"
-    elif _text(choice).strip() or finish == "length" or _has_more_than_text(message):
-        status = "answered"  # without a word too: the same again would be the same
+    elif _text(choice).strip() or finish == "length" or _has_non_text(message):
+        status = "answered"  # even without text, as a retry would give the same
     else:
         status = "empty"
     prompt, cached, completion = _usage(value.get("usage"))
@@ -109,7 +109,7 @@ def read_reply(code: int, response: str) -> Reply:
         status=status,
         code=code,
         response=response,
-        finish_reason=_whole(finish) if isinstance(finish, str) else None,
+        finish_reason=_replace_surrogates(finish) if isinstance(finish, str) else None,
         prompt_tokens=prompt,
         cached_tokens=cached,
         completion_tokens=completion,
@@ -117,19 +117,19 @@ def read_reply(code: int, response: str) -> Reply:
 
 
 def _error_status(code: int, error: dict[str, Any]) -> str:
-    said = error.get("message")
-    said = said if isinstance(said, str) else ""
+    message = error.get("message")
+    message = message if isinstance(message, str) else ""
     if (
         code == 402
-        or NO_CREDIT_TEXT in said
+        or NO_CREDIT_TEXT in message
         or any(error.get(name) in NO_CREDIT for name in ("code", "type"))
     ):
         return "exhausted"
     if code == 429:
         return "limited"
-    if code == 401 or WRONG_KEY_TEXT in said:
+    if code == 401 or WRONG_KEY_TEXT in message:
         return "denied"
-    return "failed" if code >= 500 or code in TRY_AGAIN_CODES else "rejected"
+    return "failed" if code >= 500 or code in RETRIED_CODES else "rejected"
 
 
 def _decoded(response: str) -> Any:
@@ -140,7 +140,7 @@ def _decoded(response: str) -> Any:
 
 
 def _error(value: Any) -> dict[str, Any] | None:
-    """Returns the error in a decoded body; Gemini's compatible endpoint puts it in a list."""
+    """Returns the error in a decoded body, or None. Gemini's endpoint wraps it in a list."""
     if isinstance(value, list) and value:
         value = value[0]
     error = value.get("error") if isinstance(value, dict) else None
@@ -158,27 +158,27 @@ def _choice(value: Any) -> dict[str, Any]:
 def _text(choice: dict[str, Any]) -> str:
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else choice.get("text")
-    if isinstance(text, list):  # parts, of which some may be thoughts
+    if isinstance(text, list):  # content parts, some of which may be thoughts
         parts = [p.get("text") for p in text if isinstance(p, dict) and p.get("type") == "text"]
         text = "".join(part for part in parts if isinstance(part, str))
-    return _whole(text) if isinstance(text, str) else ""
+    return _replace_surrogates(text) if isinstance(text, str) else ""
 
 
-def _has_more_than_text(message: Any) -> bool:
-    """Returns whether a message without text has thoughts or calls of tools."""
-    return isinstance(message, dict) and any(message.get(name) for name in BESIDE_TEXT)
+def _has_non_text(message: Any) -> bool:
+    """Returns whether a message has thoughts or tool calls."""
+    return isinstance(message, dict) and any(message.get(name) for name in NON_TEXT_FIELDS)
 
 
-def _whole(text: str) -> str:
-    """Returns a text with a mark in place of half characters, which no file can hold."""
+def _replace_surrogates(text: str) -> str:
+    """Returns a text with "?" for unpaired surrogates, which UTF-8 cannot encode."""
     return text.encode(errors="replace").decode()
 
 
 def _usage(usage: Any) -> tuple[int | None, int | None, int | None]:
-    """Returns the prompt's, the cached and the answer's tokens.
+    """Returns the prompt, cached and completion tokens.
 
-    A reply that lacks one of the first two counts, or has an impossible one, has none: it is then
-    paid for as the longest answer. So is a cache with more tokens than the prompt.
+    All are None if the prompt or completion count is missing or impossible, or if more tokens are
+    cached than the prompt has. The cost then assumes the longest answer.
     """
     usage = usage if isinstance(usage, dict) else {}
     details = usage.get("prompt_tokens_details")

@@ -1,4 +1,4 @@
-"""A teacher and the requests that are sent to it, each known by a key."""
+"""Teachers, and the requests sent to them, each identified by a key."""
 
 import dataclasses
 import hashlib
@@ -15,22 +15,22 @@ from dss.teacher.reply import MOST_TOKENS
 
 __all__ = ["Request", "Teacher", "Writer", "file_name"]
 
-OURS = ("model", "messages", "prompt", "stream", "n", "best_of")  # parameters that we set
-MOST = ("max_tokens", "max_completion_tokens")  # parameters that limit an answer
+RESERVED_PARAMETERS = ("model", "messages", "prompt", "stream", "n", "best_of")
+LIMIT_PARAMETERS = ("max_tokens", "max_completion_tokens")
 PATHS = {"chat": "/chat/completions", "completions": "/completions"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A model behind an OpenAI-compatible endpoint, and how it is asked.
+    """A model behind an OpenAI-compatible endpoint, and the settings of its requests.
 
     Attributes:
-      model: its name at the endpoint.
-      base_url: of the endpoint, up to and with its version, as https://host/v1.
-      api: "chat" shows the exemplars as turns of a conversation; "completions" as one text.
-      parameters: of every request, over the prompt's; None takes one away.
-      samples: answers an example, each a request of its own.
-      hinted: the gold label is shown and only the rationale asked.
+      model: name of the model at the endpoint.
+      base_url: URL of the endpoint, including its version, such as https://host/v1.
+      api: "chat" sends the exemplars as turns of a conversation, "completions" as one text.
+      parameters: request parameters, which override the prompt's; None removes one.
+      samples: number of answers per example, each from a separate request.
+      hinted: whether to show the gold label and ask only for the rationale.
     """
 
     model: str
@@ -42,25 +42,28 @@ class Teacher:
 
     def __post_init__(self):
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
-        wrong = UserError(f"--base-url {self.base_url!r}: give one like https://host/v1")
+        invalid_url = UserError(f"--base-url {self.base_url!r}: give one like https://host/v1")
         try:
             parts = urlsplit(self.base_url)
             port = parts.port
         except ValueError:
-            raise wrong from None
+            raise invalid_url from None
         is_url = parts.scheme in ("http", "https") and parts.hostname and port != 0
         if not is_url or not re.fullmatch(r"[!-~]+", self.base_url):
-            raise wrong
+            raise invalid_url
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise UserError("--base-url: holds a key or a query; give the key in the environment")
+            raise UserError(
+                "--base-url: contains a user name, a query or a fragment; give the plain URL, and "
+                "the API key in the environment"
+            )
         if not self.model.isprintable() or not self.model.strip():
-            raise UserError(f"--teacher {self.model!r}: is no model's name")
+            raise UserError(f"--teacher {self.model!r}: give the model's name at the endpoint")
         if self.samples < 1:
             raise UserError(f"--samples {self.samples}: give at least 1")
 
     @property
     def path(self) -> str:
-        """Where requests are sent to, below the base URL."""
+        """URL path of requests, relative to the base URL."""
         return PATHS[self.api]
 
 
@@ -69,11 +72,11 @@ class Request:
     """One question to a teacher.
 
     Attributes:
-      key: SHA-256 over endpoint, model, messages, parameters and sample, in hexadecimal.
-      example: the example's id.
-      sample: which of the samples it is, from 0.
-      question: what is asked after the exemplars.
-      characters: of all the text that is sent.
+      key: SHA-256 of endpoint, model, messages, parameters and sample, in hexadecimal.
+      example: id of the example.
+      sample: index of the sample, from 0.
+      question: text of the question, which follows the exemplars.
+      characters: length of all the text sent.
     """
 
     key: str
@@ -84,13 +87,17 @@ class Request:
 
 
 class Writer:
-    """Writes the requests about examples; the exemplars are rendered once."""
+    """Builds the requests about examples; the exemplars are rendered once."""
 
     def __init__(self, prompt: Prompt, teacher: Teacher):
-        """Raises UserError where the prompt and the teacher do not go together."""
+        """Makes a writer.
+
+        Raises:
+          UserError: if a request parameter is invalid, or the prompt has no form for hint mode.
+        """
         self.prompt, self.teacher = prompt, teacher
-        named = {**prompt.parameters, "stop": list(prompt.stop) or None, **teacher.parameters}
-        self._parameters = {name: value for name, value in named.items() if value is not None}
+        parameters = {**prompt.parameters, "stop": list(prompt.stop) or None, **teacher.parameters}
+        self._parameters = {name: value for name, value in parameters.items() if value is not None}
         _check_parameters(self._parameters, teacher.samples)
         if teacher.samples > 1 and self._parameters.get("temperature") == 0:
             raise UserError(
@@ -107,22 +114,21 @@ class Writer:
         blocks = [prompt.instruction] if prompt.instruction else []
         blocks += [question + answer for question, answer in turns]
         self._text = "".join(block + SEPARATOR for block in blocks)
-        chat = teacher.api == "chat"
-        shown = sum(len(m["content"]) for m in self._messages) if chat else len(self._text)
-        self._shown_characters = shown
-        # The key's hash begins with what all requests have in common.
+        is_chat = teacher.api == "chat"
+        length = sum(len(m["content"]) for m in self._messages) if is_chat else len(self._text)
+        self._common_characters = length
+        # Every key is a hash that starts with the common part of all requests.
         common = {"base_url": teacher.base_url, "path": teacher.path, "body": self._body("")}
         self._hash = hashlib.sha256(json.dumps(common, sort_keys=True).encode())
 
     @property
     def most_tokens(self) -> int | None:
-        """The most tokens that an answer may have; None where nothing limits it."""
-        return max(
-            (self._parameters[name] for name in MOST if name in self._parameters), default=None
-        )
+        """Limit on the tokens of an answer; None without a limit."""
+        limits = [self._parameters[name] for name in LIMIT_PARAMETERS if name in self._parameters]
+        return max(limits, default=None)
 
     def body(self, request: Request) -> dict[str, Any]:
-        """Returns what is sent."""
+        """Returns the JSON body of a request."""
         return self._body(request.question)
 
     def _body(self, question: str) -> dict[str, Any]:
@@ -134,22 +140,22 @@ class Writer:
         return body | self._parameters
 
     def requests(self, example: Example) -> list[Request]:
-        """Returns the requests about an example, one a sample.
+        """Returns the requests about an example, one per sample.
 
         Raises:
-          UserError: see `Prompt.question`.
+          UserError: if the example does not fit the prompt; see `Prompt.question`.
         """
         question = self.prompt.question(example, hinted=self.teacher.hinted)
         out = []
         for sample in range(self.teacher.samples):
             key = self._hash.copy()
             key.update(json.dumps([question, sample]).encode())
-            characters = self._shown_characters + len(question)
+            characters = self._common_characters + len(question)
             out.append(Request(key.hexdigest(), example.id, sample, question, characters))
         return out
 
     def show(self, request: Request) -> str:
-        """Returns a request's text for people to read."""
+        """Returns a request's text for display."""
         body = self.body(request)
         if "prompt" in body:
             return body["prompt"]
@@ -157,9 +163,9 @@ class Writer:
 
 
 def _check_parameters(parameters: Mapping[str, Any], samples: int) -> None:
-    for name in OURS:
+    for name in RESERVED_PARAMETERS:
         if name in parameters:
-            raise UserError(f"parameter {name!r}: is not yours to set; see --teacher and --samples")
+            raise UserError(f"parameter {name!r}: is set by dss; see --teacher and --samples")
     if samples > 1 and "seed" in parameters:
         raise UserError(
             f"parameter 'seed': would make all {samples} samples the same; leave it out"
@@ -168,16 +174,16 @@ def _check_parameters(parameters: Mapping[str, Any], samples: int) -> None:
         json.dumps(parameters, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"parameters: cannot be sent as JSON: {error}") from None
-    for name in MOST:
+    for name in LIMIT_PARAMETERS:
         value = parameters.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MOST_TOKENS:
             raise UserError(f"parameter {name!r}: is {value!r}; give a whole number of tokens")
 
 
 def file_name(model: str) -> str:
-    """Returns a model's name as a part of a file's name.
+    """Returns a model's name in a form that fits into a file name.
 
-    Names that have lost a letter keep a hash of what they were, so that they differ.
+    A name with non-ASCII letters, which are replaced, gets a hash so that it stays unique.
 
     >>> file_name("Qwen/Qwen2.5-7B")
     'Qwen_Qwen2.5-7B'

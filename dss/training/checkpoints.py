@@ -67,7 +67,8 @@ def _writer(largest: int | None, frozen: bool) -> ocp.BasePyTreeCheckpointHandle
     if largest is not None:
         limits["save_concurrent_bytes"] = largest + 1  # Orbax waits for fewer bytes than the limit
     if frozen:
-        # As the docstring of SerializationStatusCallback says; there is no public name.
+        # The public ArrayHandler takes a callback that returns a TransferPriority, but Orbax (0.12)
+        # has no public name for either; its own docstring imports this module.
         from orbax.checkpoint._src.serialization import types
 
         class WhenDue(types.DefaultSerializationStatusCallback):

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from dss.fields import check_at_least, check_share, check_types
+from dss.fields import check_at_least, check_rate, check_types
 
 __all__ = ["OptimizerConfig", "TrainerConfig"]
 
@@ -31,7 +31,7 @@ class OptimizerConfig:
                 f"OptimizerConfig.learning_rate must be above 0, got {self.learning_rate}"
             )
         check_at_least(self, 0, "warmup_steps", "weight_decay", "clip_global_norm")
-        check_share(self, "b1", "b2")
+        check_rate(self, "b1", "b2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

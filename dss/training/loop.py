@@ -1,4 +1,4 @@
-"""The training loop, and the hooks that watch it: timing, finite checks, metrics, validation."""
+"""The training loop and its hooks: timing, finite checks, metrics, validation."""
 
 import contextlib
 import time
@@ -18,21 +18,21 @@ __all__ = ["Clock", "FiniteGuard", "Hook", "Log", "Progress", "Validation", "tra
 
 
 class Progress:
-    """Callbacks for what a user sees of a run; the base class ignores all events."""
+    """Callbacks that show a run's progress; the base class ignores all events."""
 
     def say(self, line: str) -> None:
-        """Called with a line for the user, such as the ledger of a file's rows."""
+        """Called with a message for the user, such as the ledger of a file's rows."""
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """Called at each logged step, with the metrics and, if any step since the last call did not
-        compile, `examples_per_second` of those steps.
+        """Called at each logged step with its metrics. `examples_per_second` covers the steps since
+        the last call that did not compile, and is missing if all compiled.
         """
 
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Called after each evaluation, with its metrics."""
 
     def finished(self, data_wait: float) -> None:
-        """Called after the last step, with the fraction of step time spent waiting for batches."""
+        """Called after the last step with the fraction of step time spent waiting for batches."""
 
     def close(self) -> None:
         """Called at the end of the run, whether it succeeded or not."""
@@ -41,28 +41,27 @@ class Progress:
 class Hook:
     """Callbacks around each training step; the base class ignores all events.
 
-    Hooks are called in the order in which the loop is given them. `step` is the number of steps
-    that are complete.
+    The loop calls hooks in the order of its argument. `step` is the number of complete steps.
     """
 
-    is_over: bool = False  # whether training ends before its last step
+    is_over: bool = False  # whether to end training before its last step
 
     def before_step(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
-        """Called with the batch of the next step."""
+        """Called before each step with its batch."""
 
     def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
-        """Called with the metrics of a step, which may still be computing."""
+        """Called after each step is dispatched, with its metrics, which may still be computing."""
 
     def finish(self, step: int) -> None:
         """Called after the last step."""
 
 
 class Clock(Hook):
-    """Measures throughput and the wait for batches; steps that compile are not counted.
+    """Measures throughput and the wait for batches, without the steps that compile.
 
     Args:
       examples: the number of examples in a step.
-      num_shapes: the number of shapes that batches can have, each compiled when it first occurs.
+      num_shapes: the number of batch shapes, each compiled when it first occurs.
       progress: the callbacks for compilation and for the wait at the end.
     """
 
@@ -70,12 +69,12 @@ class Clock(Hook):
         self._examples, self._num_shapes, self._progress = examples, num_shapes, progress
         self._shapes: set[tuple] = set()
         self._compiles = False
-        self._counted, self._since = 0, time.monotonic()  # since the throughput was last asked for
+        self._counted, self._since = 0, time.monotonic()  # since the last call of `throughput`
         self._began = self._paused = self._wait = 0.0
         self._waited = self._spent = 0.0  # seconds, over all steps that did not compile
 
     def timed(self, batches: Iterator[dict[str, jax.Array]]) -> Iterator[dict[str, jax.Array]]:
-        """Yields the batches; the wait for each counts."""
+        """Yields the batches, and measures the wait for each."""
         while True:
             self._began = time.monotonic()
             try:
@@ -86,14 +85,14 @@ class Clock(Hook):
             yield batch
 
     def before_step(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
-        """Announces the compilation of a new shape."""
+        """Reports the compilation of a new shape."""
         shape = tuple(array.shape for array in batch.values())
         self._compiles = shape not in self._shapes
         if self._compiles:
             self._shapes.add(shape)
-            jax.block_until_ready(state)  # so that earlier steps are not timed with this one
-            count, most = len(self._shapes), self._num_shapes
-            self._progress.say(f"step {step + 1}: compiling shape {count} of {most}")
+            jax.block_until_ready(state)  # earlier steps must not count as compilation time
+            count, total = len(self._shapes), self._num_shapes
+            self._progress.say(f"step {step + 1}: compiling shape {count} of {total}")
             self._paused = time.monotonic()
 
     def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
@@ -127,14 +126,14 @@ class Clock(Hook):
 
 
 class FiniteGuard(Hook):
-    """Raises at a loss or gradient norm that is not finite, before anything is saved after it.
+    """Raises if a loss or gradient norm is not finite, before the next checkpoint is saved.
 
-    Values are read from the device when they are logged, evaluated or saved, not at every step.
+    Values are transferred from the device at logged and evaluated steps, not at every step.
 
     Args:
       config: the periods of logging and evaluation.
-      row_ids: returns the ids of the examples of a step, counted from 0.
-      checkpoints: the checkpoints of the run, for the message.
+      row_ids: a function from a step, counted from 0, to the ids of its examples.
+      checkpoints: the checkpoints of the run, for the error message.
     """
 
     def __init__(
@@ -144,7 +143,7 @@ class FiniteGuard(Hook):
         checkpoints: Checkpoints,
     ):
         self._config, self._row_ids, self._checkpoints = config, row_ids, checkpoints
-        self._pending: list[dict[str, jax.Array]] = []  # of the last steps, not checked yet
+        self._pending: list[dict[str, jax.Array]] = []  # the metrics of the unchecked steps
 
     def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
         """Checks all steps since the last check, if this one is logged or evaluated."""
@@ -156,13 +155,13 @@ class FiniteGuard(Hook):
         """Raises if any step since the last check had a non-finite loss or gradient norm.
 
         Raises:
-          UserError: if so, with the step and its examples.
+          UserError: if so, with the step and the ids of its examples.
         """
         for i, values in enumerate(self._pending, start=step - len(self._pending)):
-            for what, name in (("loss", "loss"), ("gradient's norm", "grad_norm")):
+            for label, name in (("loss", "loss"), ("gradient norm", "grad_norm")):
                 if not np.isfinite(values[name]):
-                    fault = f"step {i + 1}: the {what} is {values[name]}"
-                    raise not_finite(fault, self._checkpoints, ", ".join(self._row_ids(i)))
+                    fault = f"step {i + 1}: the {label} is {values[name]}"
+                    raise _not_finite(fault, self._checkpoints, ", ".join(self._row_ids(i)))
         self._pending.clear()
 
 
@@ -189,7 +188,7 @@ class Log(Hook):
         self._metrics, self._clock, self._progress = metrics, clock, progress
 
     def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
-        """Writes the metrics of a step that is logged."""
+        """Writes the metrics of a logged step."""
         if not self._config.logs_at(step):
             return
         numbers = _numbers(values, self._task_names)
@@ -202,16 +201,16 @@ class Log(Hook):
 
 
 class Validation(Hook):
-    """Evaluates, saves a checkpoint with its score, and ends a run that improves no more.
+    """Evaluates, saves a checkpoint with its score, and stops training early without improvement.
 
     Args:
       config: the period of evaluation, and the patience.
-      evaluate: returns the validation metrics of a state.
+      evaluate: a function from a state to its validation metrics.
       score: the name of the metric that selects the best checkpoint; higher is better.
-      earlier_scores: the scores of earlier evaluations, by their step.
+      earlier_scores: the scores of earlier evaluations, by step.
       checkpoints: the checkpoints of the run.
       metrics: the writer of the metrics files.
-      clock: the clock that evaluations pause.
+      clock: the clock, paused during evaluations.
       progress: the callbacks for evaluations.
     """
 
@@ -235,11 +234,11 @@ class Validation(Hook):
 
     @property
     def is_over(self) -> bool:  # type: ignore[override]
-        """Whether the run has lost its patience."""
+        """Whether the last `patience` evaluations brought no improvement."""
         return self._config.has_lost_patience(self._scores)
 
     def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
-        """Evaluates and saves a state that is due.
+        """Evaluates and saves the state at every evaluation step.
 
         Raises:
           UserError: if the validation loss is not finite.
@@ -248,11 +247,11 @@ class Validation(Hook):
             return
         with self._clock.paused():
             if self._is_first:
-                self._progress.say(f"step {step}: evaluating, which compiles the first time")
+                self._progress.say(f"step {step}: evaluating; the first time this compiles")
             self._is_first = False
             numbers = self._evaluate(state)
             if not np.isfinite(loss := numbers["valid/loss"]):
-                raise not_finite(f"step {step}: the validation loss is {loss}", self._checkpoints)
+                raise _not_finite(f"step {step}: the validation loss is {loss}", self._checkpoints)
             self._metrics.write(step, numbers)
             self._progress.evaluated(step, numbers)
             self._metrics.sync()
@@ -261,12 +260,12 @@ class Validation(Hook):
 
 
 def _numbers(metrics: dict[str, jax.Array], task_names: tuple[str, ...]) -> dict[str, float]:
-    """Returns the metrics of a step by the names they are logged under."""
+    """Returns the metrics of a step as floats, by their names in the log."""
     host = jax.tree.map(np.asarray, metrics)
     values = {"train/loss": float(host["loss"]), "train/grad_norm": float(host["grad_norm"])}
     for name, loss in zip(task_names, host["task_loss"], strict=True):
         values[f"train/{name}_loss"] = float(loss)
-    if "rates" in host:  # of two tasks, label and rationale, at alpha and 1 - alpha
+    if "rates" in host:  # alpha and 1 - alpha
         values["train/alpha"] = float(host["rates"][0])
     return values
 
@@ -280,18 +279,18 @@ def train(
     hooks: Sequence[Hook],
     stop: StopSignal,
 ) -> TrainState:
-    """Trains from the state's step to the last one, until a hook ends it, or to a stop signal.
+    """Trains from the state's step to the last one, or until a hook or a signal ends training.
 
     Args:
-      state: the state to start from; it is donated.
-      train_step: the jitted step, from `make_train_step`.
-      batches: the batches from the state's step on, on the mesh.
-      num_steps: the number of the last step.
+      state: the initial state; it is donated.
+      train_step: the jitted train step, from `make_train_step`.
+      batches: the batches from the state's step on, sharded over the mesh.
+      num_steps: the total number of steps of the run.
       hooks: the hooks, in the order in which they are called.
       stop: an open `StopSignal`.
 
     Returns:
-      The last state.
+      The state after the last step.
     """
     step = int(state.step)
     while step < num_steps and not any(hook.is_over for hook in hooks) and not stop.before(step):
@@ -307,17 +306,19 @@ def train(
     return state
 
 
-def not_finite(fault: str, checkpoints: Checkpoints, ids: str | None = None) -> UserError:
-    """Returns the error of a number that is not finite, with what is saved and what to try.
+def _not_finite(fault: str, checkpoints: Checkpoints, ids: str | None = None) -> UserError:
+    """Returns the error for a non-finite number, with the last checkpoint and possible remedies.
 
     Args:
-      fault: the step and its number.
+      fault: the step and the number, in words.
       checkpoints: the checkpoints of the run.
-      ids: the ids of the step's examples.
+      ids: the ids of the step's examples; None to omit them.
     """
     checkpoints.wait()
     latest = checkpoints.latest
-    saved = "no checkpoint was saved yet" if latest is None else f"step {latest} is saved"
+    saved = (
+        "no checkpoint was saved yet" if latest is None else f"the last checkpoint is step {latest}"
+    )
     return UserError(
         f"{fault}; {saved}; try a lower learning rate, or float32 if the student computes in "
         f"bfloat16{'' if ids is None else f'; the examples of that step: {ids}'}"

@@ -12,7 +12,7 @@ from tests.conftest import tiny_config, write_jsonl
 from tests.teacher.conftest import PROMPT, label_of, numbers_file
 
 
-def test_every_public_name_is_there_and_documented():
+def test_every_public_name_exists_and_is_documented():
     assert dss.__all__ == sorted(dss.__all__)
     assert {*dss.__all__} <= {*dir(dss)}
     for name in dss.__all__:
@@ -21,7 +21,7 @@ def test_every_public_name_is_there_and_documented():
         _ = dss.tain
 
 
-def test_an_experiment_is_made_without_jax_and_quickly():
+def test_constructing_an_experiment_does_not_import_jax():
     code = (
         "import sys, dss; dss.Experiment(dataset='cqa', method='finetune', student='small');"
         "print([m for m in ('jax', 'tensorflow', 'flax', 'orbax') if m in sys.modules])"
@@ -30,7 +30,7 @@ def test_an_experiment_is_made_without_jax_and_quickly():
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
-def test_an_experiment_takes_a_dataset_and_a_students_name(toy):
+def test_an_experiment_accepts_a_dataset_and_the_name_of_a_student(toy):
     experiment = dss.Experiment(dataset=toy, method="finetune", student="small")
     assert (experiment.dataset, experiment.data.labels) == ("toy", ("yes", "no"))
     assert experiment.data.dataset_path == str(toy.source.path)
@@ -40,7 +40,7 @@ def test_an_experiment_takes_a_dataset_and_a_students_name(toy):
     assert (experiment.dataset, experiment.data.root) == ("cqa", "somewhere")
     assert experiment.initial_checkpoint == "hf:google/flan-t5-small"
     assert experiment.student is None
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="two initial checkpoints"):
         dss.Experiment(student="hf:a/b", initial_checkpoint="hf:c/d")
     with pytest.raises(dss.UserError, match="unknown student 'smal'; did you mean 'small'"):
         dss.Experiment(student="smal")
@@ -48,7 +48,7 @@ def test_an_experiment_takes_a_dataset_and_a_students_name(toy):
     assert given.student == given.config == tiny_config()
 
 
-def test_annotate_works_where_an_event_loop_runs(tmp_path, monkeypatch):
+def test_annotate_works_inside_an_event_loop(tmp_path, monkeypatch):
     """As in a notebook."""
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     (tmp_path / "prompt.yaml").write_text(PROMPT)
@@ -76,11 +76,11 @@ def test_annotate_works_where_an_event_loop_runs(tmp_path, monkeypatch):
     assert first.counts == again.counts == {"ok": 6}
     assert (first.teacher, first.path.name) == ("my_llm", "numbers.my-llm.jsonl")
     assert numbers.source.teachers == ("my_llm",)
-    with pytest.raises(dss.UserError, match="prompt: give the name"):
+    with pytest.raises(dss.UserError, match="prompt: missing; give the name"):
         dss.annotate(numbers, model="m")
 
 
-def test_a_source_that_is_no_student_is_named(tmp_path):
+def test_load_names_a_source_without_a_student(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}])
     with pytest.raises(dss.UserError, match=str(tmp_path)):
         dss.load(tmp_path)

@@ -1,4 +1,4 @@
-"""The code of docs/python.md runs, and gives what its comments say."""
+"""Runs the code of docs/python.md, and checks the results in its comments."""
 
 import re
 
@@ -22,21 +22,21 @@ def teach(body):
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
-    """What the names of the page hold when all of its code has run."""
+    """Returns the variables of the page after running all of its code."""
     text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    found: dict = {}
+    variables: dict = {}
     with pytest.MonkeyPatch.context() as patch, FakeEndpoint(teach) as endpoint:
         patch.chdir(tmp_path_factory.mktemp("python"))
         patch.setenv("OPENAI_BASE_URL", endpoint.url)
         patch.setenv("OPENAI_API_KEY", "key")
-        exec(compile(code, "python.md", "exec"), found)  # the page is ours
-        found["asked"] = endpoint.count
-        yield found
+        exec(compile(code, "python.md", "exec"), variables)
+        variables["requests"] = endpoint.count
+        yield variables
 
 
 def test_every_example_is_annotated_once(names):
-    assert names["asked"] == 30
+    assert names["requests"] == 30
     assert names["annotation"].counts == {"ok": 30}
     assert names["annotation"].teacher == "gpt_4o_mini"
     assert names["annotation"].stopped is None
@@ -61,15 +61,15 @@ def test_an_evaluation_scores_every_example(names):
     assert evaluation.scored.value == pytest.approx(np.mean(verdicts))
 
 
-def test_an_export_predicts_what_the_run_does(names):
+def test_an_export_has_the_predictions_of_its_run(names):
     text = "Can I use one licence on 40 laptops?"
     (exported,) = dss.load(names["folder"]).predict(text)
-    (own,) = names["student"].predict(text, rationales=True)
-    assert exported.label == own.label
-    assert exported.probabilities == pytest.approx(own.probabilities, abs=1e-5)
-    assert own.rationale == names["student"].explain(text)[0]
+    (original,) = names["student"].predict(text, rationales=True)
+    assert exported.label == original.label
+    assert exported.probabilities == pytest.approx(original.probabilities, abs=1e-5)
+    assert original.rationale == names["student"].explain(text)[0]
 
 
-def test_long_inputs_are_marked(names):
+def test_predictions_of_long_inputs_are_marked_truncated(names):
     length = names["student"].experiment.data.inputs_length
     assert [p.truncated for p in names["student"].predict(["x" * length, "x"])] == [True, False]

@@ -37,7 +37,7 @@ def store() -> TokenStore:
     return tokenize([labels, rationales], Letters(), inputs_length=8, targets_length=8)
 
 
-def test_a_packed_batch_in_full(store):
+def test_packed_batch(store):
     batches = Batches(store, sequential_order(store, 2), num_steps=1)
     batches.shapes = (PackedShape(11, 8, input_rows=2, target_rows=2, widths=RowWidths(6, 5, 9)),)
     batch = {name: array[0].tolist() for name, array in batches[0].items()}
@@ -55,7 +55,7 @@ def test_a_packed_batch_in_full(store):
     assert fill(batches[0]) == (9 / 11, 7 / 8)
 
 
-def test_a_packed_batch_of_examples_with_one_input_in_full():
+def test_packed_batch_with_one_encoder_pass():
     labels = [TextRow("1", "pa", "x"), TextRow("2", "pb", "y"), TextRow("3", "pc", "w")]
     rationales = [TextRow("1", "pa", "zz"), TextRow("3", "pc", "v")]
     store = tokenize([labels, rationales], Letters(), inputs_length=8, targets_length=8)
@@ -83,7 +83,7 @@ def test_a_step_without_a_sequence_is_an_empty_batch(store):
     nothing = np.zeros((3, 0), np.int64)
     batches = Batches(store, Order(lambda step: Sequences(*nothing), most=2), num_steps=1, groups=2)
     assert fill(batches[0]) == (0, 0)
-    assert batches[0]["encoder_rows"].min() == batches.shapes[0].inputs  # which reads none
+    assert batches[0]["encoder_rows"].min() == batches.shapes[0].inputs  # no slot is read
 
 
 def test_unpacked_rows_hold_one_sequence(store):
@@ -102,7 +102,7 @@ def toy_store(toy):
 
 
 def _texts(batch) -> set[tuple[int, ...]]:
-    """The sequences of a batch, whatever their place."""
+    """Returns the input sequences of a batch, in no order."""
     out = set()
     for tokens, segments in zip(
         batch["encoder_input_tokens"], batch["encoder_segment_ids"], strict=True
@@ -112,7 +112,7 @@ def _texts(batch) -> set[tuple[int, ...]]:
     return out
 
 
-def test_an_epoch_has_every_view_once_and_packing_changes_no_sequence(toy_store):
+def test_an_epoch_has_every_sequence_once_and_packing_changes_none(toy_store):
     order = paired_order(toy_store, 8, seed=1)
     packed = Batches(toy_store, order, num_steps=5)
     unpacked = Batches(toy_store, order, num_steps=5, packed=False)
@@ -160,7 +160,7 @@ def test_a_batch_is_a_function_of_seed_and_step(toy_store):
         batches[12]
 
 
-def test_steps_of_an_epoch_exchange_examples_and_have_nearly_as_many_tokens_each():
+def test_steps_of_an_epoch_have_nearly_equal_numbers_of_tokens():
     rng = np.random.default_rng(0)
     rows = [
         [TextRow(str(i), "p" * rng.integers(20, 90), "x" * rng.integers(1, 40)) for i in range(320)]
@@ -172,14 +172,16 @@ def test_steps_of_an_epoch_exchange_examples_and_have_nearly_as_many_tokens_each
     examples = [step.rows[step.tasks == 0] for step in steps]
     for epoch in (examples[:32], examples[32:]):
         assert np.sort(np.stack(epoch), axis=None).tolist() == list(range(320))
-    assert len({tuple(sorted(step)) for step in examples}) == 64  # others meet in the second
+    assert (
+        len({tuple(sorted(step)) for step in examples}) == 64
+    )  # the second epoch has other batches
     tokens = np.stack([store.lengths(*step[:2]).sum(axis=0) for step in steps])
     assert (tokens.std(axis=0) < 0.03 * tokens.mean(axis=0)).all()
     resumed = paired_order(store, 10, seed=0)(37)
     np.testing.assert_array_equal(resumed.rows, steps[37].rows)
 
 
-def test_exchanged_or_not_an_epoch_ends_where_its_examples_do(toy_store):
+def test_epochs_that_end_within_a_step_have_every_example_once(toy_store):
     order = paired_order(toy_store, 7, seed=1)  # of 40 examples: epochs end within steps
     rows = np.concatenate([s.rows[s.tasks == 0] for s in map(order, range(40))])
     for epoch in rows.reshape(7, 40):
@@ -216,7 +218,7 @@ def is_cut(vocabulary, row, limit):
     return any(len(vocabulary.encode(text)) + 1 > limit for text in (row.inputs, row.targets))
 
 
-def test_a_store_keeps_what_was_cut_and_what_could_not_be_parsed(data_root, vocab_path):
+def test_a_store_counts_truncated_and_unparsed_rows(data_root, vocab_path):
     mixture, vocabulary = named_mixture("svamp_step_by_step_palm"), load_vocabulary(vocab_path)
     store = open_store(mixture, "train", vocabulary, inputs_length=40, targets_length=40)
     for task, tokens in zip(mixture.tasks, store.tasks, strict=True):
@@ -233,7 +235,7 @@ def test_a_store_keeps_what_was_cut_and_what_could_not_be_parsed(data_root, voca
     assert label.fates["truncated"] == len(cut) > 0
 
 
-def test_a_store_knows_whether_a_tenth_was_held_out_and_what_labels_there_are(toy_folder, tmp_path):
+def test_a_store_depends_on_the_held_out_tenth_and_the_label_set(toy_folder, tmp_path):
     import shutil
 
     from dss.data.datasets import Dataset

@@ -15,13 +15,13 @@ from tests.teacher.test_batch import result
 
 @pytest.fixture
 def given(tmp_path, monkeypatch):
-    """A folder with numbers.jsonl, prompt.yaml and prices.yaml, and the options that name them."""
+    """Arguments of `dss annotate` in a folder with numbers.jsonl, prompt.yaml and prices.yaml."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
     numbers_file(tmp_path, 20)
     (tmp_path / "prompt.yaml").write_text(PROMPT)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "numbers.jsonl").write_text("somebody else's")
+    (tmp_path / "other" / "numbers.jsonl").write_text("of another job")
     (tmp_path / "prices.yaml").write_text("currency: EUR\nmodels: {m: {input: 100, output: 200}}")
     return ["annotate", "--input=numbers.jsonl", "--prompt=prompt.yaml", "--teacher=m"]
 
@@ -29,7 +29,7 @@ def given(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--base-url=http://u:p@h/v1"], "holds a key or a query; give the key in the environment"),
+        (["--base-url=http://u:p@h/v1"], "contains a user name, a query or a fragment"),
         (["--base-url=localhost:8000"], "give one like https://host/v1"),
         ([], "OPENAI_API_KEY is not set"),
         (["--samples=0"], "--samples 0: give at least 1"),
@@ -49,19 +49,19 @@ def given(tmp_path, monkeypatch):
         (["--report"], "no such journal; nothing was annotated there yet"),
         (["--name=a b", "--dry-run"], "--name 'a b'"),
         (["--max-cost=nan", "--base-url=http://127.0.0.1:9/v1"], "--max-cost nan: give more"),
-        (["--batch-export=."], "--batch-export .: give a folder of its own"),
+        (["--batch-export=."], "--batch-export .: give another folder"),
         (["--pipeline-options='", "--base-url=http://127.0.0.1:9/v1"], "--pipeline-options: No"),
-        (["--output=other", "--base-url=http://127.0.0.1:9/v1"], "other/numbers.jsonl: is there"),
+        (["--output=other", "--base-url=http://127.0.0.1:9/v1"], "other/numbers.jsonl: exists"),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line_and_buys_nothing(given, options, message, capsys):
+def test_a_user_error_is_one_line_and_sends_no_request(given, options, message, capsys):
     assert cli.main([*given, *options]) == 2
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
 
 
-def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
+def test_labels_declared_in_the_folder_are_the_prompts_labels(given, tmp_path, capsys):
     declared = tmp_path / "dataset.json"
     declared.write_text('{"labels": ["odd", "even", "neither"]}')
     assert "labels: [even, odd]\n" in PROMPT
@@ -75,13 +75,13 @@ def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
         assert cli.main([*given, f"--base-url={endpoint.url}", f"--output={made}"]) == 2
         assert "dataset.json: differs from" in capsys.readouterr().err
         reparse = [*given, f"--base-url={endpoint.url}", "--reparse"]
-    said = []
+    unchanged = []
     for text in (declared.read_text(), '{"labels": ["odd", "even"]}'):
         declared.write_text(text)
         capsys.readouterr()
         assert cli.main(reparse) == 0
-        said.append("nothing new" in capsys.readouterr().out)
-    assert said == [True, False]
+        unchanged.append("unchanged" in capsys.readouterr().out)
+    assert unchanged == [True, False]
     with (tmp_path / "numbers.jsonl").open("a") as file:
         file.write('{"id": "x", "input": "7", "label": "seven"}\n')
     assert cli.main([*given, "--dry-run"]) == 2
@@ -97,7 +97,7 @@ def test_the_labels_of_the_folder_are_the_prompts(given, tmp_path, capsys):
     assert printed.count("\n") == 1
 
 
-def test_an_input_with_a_wrong_line_buys_nothing(given, tmp_path, capsys):
+def test_an_input_with_an_invalid_line_sends_no_request(given, tmp_path, capsys):
     with (tmp_path / "numbers.jsonl").open("a") as file:
         file.write('{"id": "x", "input": "7", "label": "seven"}\n')
     with FakeEndpoint(right) as endpoint:
@@ -106,7 +106,7 @@ def test_an_input_with_a_wrong_line_buys_nothing(given, tmp_path, capsys):
     assert endpoint.count == 0
 
 
-def test_an_empty_input_and_a_hint_without_a_label_buy_nothing(given, tmp_path, capsys):
+def test_an_empty_input_and_a_hint_without_a_label_send_no_request(given, tmp_path, capsys):
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
         with (tmp_path / "numbers.jsonl").open("a") as file:
@@ -120,7 +120,7 @@ def test_an_empty_input_and_a_hint_without_a_label_buy_nothing(given, tmp_path, 
     assert endpoint.count == 0
 
 
-def test_outputs_are_not_replaced_by_fewer(given, tmp_path, capsys):
+def test_outputs_are_not_replaced_by_fewer_answers(given, tmp_path, capsys):
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
         assert cli.main([*given, url]) == 0
@@ -133,7 +133,7 @@ def test_outputs_are_not_replaced_by_fewer(given, tmp_path, capsys):
     assert (tmp_path / "numbers.m.jsonl").read_text() == good
 
 
-def test_a_changed_prompt_and_few_requests_keep_the_answers_that_are_there(given, tmp_path, capsys):
+def test_a_changed_prompt_and_few_requests_keep_existing_answers(given, tmp_path, capsys):
     outputs = tmp_path / "numbers.m.jsonl"
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
@@ -141,8 +141,8 @@ def test_a_changed_prompt_and_few_requests_keep_the_answers_that_are_there(given
         good = outputs.read_text()
         other = [*given, url, "--param=max_tokens=60"]
         capsys.readouterr()
-        assert cli.main([*other, "--max-requests=5"]) == 2  # said before any is sent
-        assert "kept as it was: 20 of its ok lines" in capsys.readouterr().err
+        assert cli.main([*other, "--max-requests=5"]) == 2  # before any request is sent
+        assert "not overwritten: 20 of its ok lines" in capsys.readouterr().err
         assert (endpoint.count, outputs.read_text()) == (20, good)
         assert cli.main([*other, "--max-requests=5", "--replace"]) == 0
         assert len(outputs.read_text().splitlines()) == 5
@@ -151,9 +151,7 @@ def test_a_changed_prompt_and_few_requests_keep_the_answers_that_are_there(given
         assert endpoint.count == 40
 
 
-def test_a_dead_port_keeps_the_answers_that_are_there_and_says_that_none_came(
-    given, tmp_path, capsys
-):
+def test_an_unreachable_endpoint_keeps_existing_answers_and_is_reported(given, tmp_path, capsys):
     outputs = tmp_path / "numbers.m.jsonl"
     with FakeEndpoint(right) as endpoint:
         assert cli.main([*given, f"--base-url={endpoint.url}"]) == 0
@@ -166,16 +164,16 @@ def test_a_dead_port_keeps_the_answers_that_are_there_and_says_that_none_came(
     with FakeEndpoint(lambda _: failure(500)) as endpoint:
         flags = (f"--base-url={endpoint.url}", "--param=top_p=2", "--max-requests=2")
         assert cli.main([*given, *flags]) == 1
-    assert "2 requests brought no answer" in capsys.readouterr().out
+    assert "2 requests got no answer" in capsys.readouterr().out
 
 
-def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
+def test_files_of_other_jobs_are_not_overwritten(given, tmp_path, capsys):
     rows = [{"id": "n1", "rationale": "by hand", "label": "odd"}]
     mine = write_jsonl(tmp_path / "numbers.rules.jsonl", rows).read_text()
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
         assert cli.main([*given, url, "--name=rules"]) == 2
-        assert "journal.sqlite beside it did not write it" in capsys.readouterr().err
+        assert "journal.sqlite beside it has no record of it" in capsys.readouterr().err
         assert cli.main([*given, url]) == 0
         # Another model with the same name; another file with the same stem, in one folder.
         assert cli.main([*given[:-1], "--teacher=n", url, "--name=m"]) == 2
@@ -184,8 +182,8 @@ def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
         assert cli.main([*given, url, made]) == 0
         write_jsonl(tmp_path / "b" / "numbers.jsonl", [{"input": "1"}])
         assert cli.main([*given, f"--input={tmp_path / 'b' / 'numbers.jsonl'}", url, made]) == 2
-        assert "name another folder with --output" in capsys.readouterr().err
-        # A journal that was deleted: what is there was paid for.
+        assert "give another folder with --output" in capsys.readouterr().err
+        # Without its journal, an output file is still not overwritten.
         (tmp_path / "journal.sqlite").unlink()
         asked = endpoint.count
         assert cli.main([*given, url]) == 2
@@ -193,7 +191,9 @@ def test_files_of_others_are_not_written_over(given, tmp_path, capsys):
     assert (tmp_path / "numbers.rules.jsonl").read_text() == mine
 
 
-def test_a_parquet_file_of_others_and_outputs_of_removed_examples_are_kept(given, tmp_path, capsys):
+def test_another_jobs_parquet_file_and_outputs_of_removed_examples_are_kept(
+    given, tmp_path, capsys
+):
     table = tmp_path / "numbers.m.parquet"
     table.write_bytes(b"mine")
     with FakeEndpoint(right) as endpoint:
@@ -209,7 +209,7 @@ def test_a_parquet_file_of_others_and_outputs_of_removed_examples_are_kept(given
     assert len((tmp_path / "numbers.m.jsonl").read_text().splitlines()) == 19
 
 
-def test_names_that_differ_stay_different(tmp_path):
+def test_different_model_names_have_different_file_names(tmp_path):
     assert file_name("模型") != file_name("モデ")
     for name in ("my-model", "my_model"):
         write_jsonl(tmp_path / f"train.{name}.jsonl", [])
@@ -217,7 +217,7 @@ def test_names_that_differ_stay_different(tmp_path):
         teacher_files(tmp_path / "train.jsonl")
 
 
-def test_parquet_follows_the_json_lines(given, tmp_path, capsys):
+def test_parquet_is_updated_after_the_json_lines(given, tmp_path, capsys):
     import pyarrow.parquet as pq
 
     with FakeEndpoint(right) as endpoint:
@@ -228,15 +228,15 @@ def test_parquet_follows_the_json_lines(given, tmp_path, capsys):
     assert pq.read_table(tmp_path / "numbers.m.parquet").num_rows == 20
 
 
-def test_a_dry_run_shows_prompts_tokens_and_price_and_sends_nothing(given, tmp_path, capsys):
+def test_a_dry_run_shows_prompts_tokens_and_cost_and_sends_no_request(given, tmp_path, capsys):
     before = sorted(tmp_path.iterdir())
     assert cli.main([*given, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert out.count("[user] Number: two\nWhy:") == 2
     assert "---- n1" in out
     assert "requests: 20, of which 0 have an answer" in out
-    assert "at 4 characters a token; to write: at most 1,000" in out
-    assert "price: unknown; give a file" in out
+    assert "at 4 characters per token; output tokens: at most 1,000" in out
+    assert "cost: unknown; give a file" in out
     assert sorted(tmp_path.iterdir()) == before
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
@@ -246,17 +246,18 @@ def test_a_dry_run_shows_prompts_tokens_and_price_and_sends_nothing(given, tmp_p
     out = capsys.readouterr().out
     assert "of which 5 have an answer" in out
     # The endpoint counted 100 tokens a prompt; 15 prompts and 15 answers of 50 are left.
-    assert "tokens to read: about 1,509, as counted so far; to write: at most 750" in out
-    assert "price: at most about 0.3009 EUR" in out
+    assert "input tokens: about 1,509, by the endpoint's counts so far" in out
+    assert "; output tokens: at most 750" in out
+    assert "cost: at most about 0.3009 EUR" in out
     assert endpoint.count == 5
 
 
-def test_asking_says_what_it_did_and_stops_where_it_should(given, tmp_path, capsys):
+def test_a_run_reports_its_progress_and_stops_at_the_limit(given, tmp_path, capsys):
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
         assert cli.main([*given, url, "--max-requests=7", "--prices=prices.yaml"]) == 0
         out = capsys.readouterr().out
-        assert "--max-requests 7 reached; the same command goes on" in out
+        assert "--max-requests 7 reached; run the same command again to resume" in out
         assert "numbers.m.jsonl: 7 lines: 7 ok" in out
         assert cli.main([*given, url, "--prices=prices.yaml", "--parquet"]) == 0
         out = capsys.readouterr().out
@@ -267,10 +268,10 @@ def test_asking_says_what_it_did_and_stops_where_it_should(given, tmp_path, caps
         assert (tmp_path / "numbers.m.parquet").is_file()
         assert cli.main([*given, url, "--reparse"]) == 0
     assert endpoint.count == 20
-    assert "numbers.m.jsonl: nothing new" in capsys.readouterr().out
+    assert "numbers.m.jsonl: unchanged" in capsys.readouterr().out
 
 
-def test_a_report_prints_numbers_and_writes_a_page(given, tmp_path, capsys):
+def test_a_report_prints_statistics_and_writes_a_page(given, tmp_path, capsys):
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"
         assert cli.main([*given, url]) == 0
@@ -281,7 +282,7 @@ def test_a_report_prints_numbers_and_writes_a_page(given, tmp_path, capsys):
     assert "n19" in (tmp_path / "numbers.m.html").read_text()
 
 
-def test_a_batch_goes_out_and_comes_back(given, tmp_path, capsys):
+def test_a_batch_is_exported_and_imported(given, tmp_path, capsys):
     url = "--base-url=http://127.0.0.1:9/v1"
     assert cli.main([*given, url, "--batch-export=out"]) == 0
     assert "out/numbers.m.batch-000.jsonl: 20 requests" in capsys.readouterr().out
@@ -290,11 +291,11 @@ def test_a_batch_goes_out_and_comes_back(given, tmp_path, capsys):
     (tmp_path / "back.jsonl").write_text("\n".join(lines))
     assert cli.main([*given, url, "--batch-import", "back.jsonl"]) == 0
     out = capsys.readouterr().out
-    assert "20 results read; 0 were there before, 0 are of requests" in out
+    assert "20 results imported; 0 were imported before, 0 are of requests" in out
     assert "numbers.m.jsonl: 20 lines: 20 ok" in out
 
 
-def test_what_the_outputs_took_lies_beside_them_and_a_known_cost_stays(given, tmp_path, capsys):
+def test_usage_is_written_beside_the_outputs_and_a_known_cost_is_kept(given, tmp_path, capsys):
     file = tmp_path / "numbers.m.usage.json"
     with FakeEndpoint(right) as endpoint:
         url = f"--base-url={endpoint.url}"

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from etils.epath import gpath
 
 from dss.cli import main as cli
 from dss.cli.checks import check_flags
@@ -13,15 +14,15 @@ from dss.cli.train_progress import TrainProgress
 from dss.errors import UserError
 
 
-@pytest.mark.parametrize("verb", [None, *cli.VERBS])
-def test_help_is_quick_to_write_and_loads_no_jax(verb, capsys):
+@pytest.mark.parametrize("command", [None, *cli.COMMANDS])
+def test_help_does_not_import_jax(command, capsys):
     code = (
         "import sys; from dss.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit as e: assert e.code == 0\n"
         "assert not {'jax', 'numpy', 'tensorflow', 'rich'} & set(sys.modules)"
     )
-    args = [verb, "--help"] if verb else ["--help"]
+    args = [command, "--help"] if command else ["--help"]
     subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
 
 
@@ -32,7 +33,7 @@ def test_help_is_quick_to_write_and_loads_no_jax(verb, capsys):
         (("train", "--gin.TRAIN_STEPS=0"), "train_steps must be at least 1, got 0"),
         (("train", "--gin.NoSuch.field=1"), "No configurable matching 'NoSuch'"),
         (("train", "--gin.BATCH_SIZE"), "give it as --gin.NAME=VALUE"),
-        (("train", "--gin.MODEL_DIR=x"), "no mixture"),
+        (("train", "--gin.MODEL_DIR=x"), "no method: give"),
         (
             ("train", "--gin.MODEL_DIR=x", "--gin.MIXTURE_OR_TASK_NAME=svamp_finetunee"),
             "unknown mixture 'svamp_finetunee'; did you mean 'svamp_finetune'",
@@ -75,9 +76,7 @@ def test_help_is_quick_to_write_and_loads_no_jax(verb, capsys):
         (("eval", "/dev/null/run"), "/dev/null/run: no run directory"),
     ],
 )
-def test_what_a_user_gets_wrong_is_one_line_and_status_2(
-    args, message, capsys, tmp_path, monkeypatch
-):
+def test_user_errors_are_one_line_and_status_2(args, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(args) == 2
     printed = capsys.readouterr().err
@@ -85,6 +84,14 @@ def test_what_a_user_gets_wrong_is_one_line_and_status_2(
     assert printed.count("\n") == 1
     assert printed.startswith(f"dss {args[0]}: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_without_gcsfs_is_one_line_and_status_2(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)  # it reads buckets, too
+    assert cli.main(["eval", "gs://bucket/run"]) == 2
+    error = "dss eval: a gs:// path needs gcsfs (not installed): pip install 'dss[gcs]'\n"
+    assert capsys.readouterr().err == error
 
 
 REFUSED_AT_ONCE = {
@@ -119,7 +126,7 @@ REFUSED_AT_ONCE = {
 }
 
 
-def test_a_run_that_goes_on_needs_no_initial_checkpoint(tmp_path):
+def test_a_resumed_run_needs_no_initial_checkpoint(tmp_path):
     flags = [f"MODEL_DIR={tmp_path}", "INITIAL_CHECKPOINT_PATH=t5x:none"]
     check_flags(flags)
     with pytest.raises(UserError, match="none: no such folder"):
@@ -128,8 +135,8 @@ def test_a_run_that_goes_on_needs_no_initial_checkpoint(tmp_path):
     check_flags(flags, trains=True)
 
 
-def test_a_path_that_cannot_be_is_refused_before_jax_is_imported(tmp_path):
-    assert {args.split()[0] for args in REFUSED_AT_ONCE} == set(cli.VERBS)
+def test_invalid_paths_are_refused_before_jax_is_imported(tmp_path):
+    assert {args.split()[0] for args in REFUSED_AT_ONCE} == set(cli.COMMANDS)
     for name in ("run/config.gin", "full/file", "file"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -137,10 +144,10 @@ def test_a_path_that_cannot_be_is_refused_before_jax_is_imported(tmp_path):
         "import contextlib, io, json, sys\n"
         "from dss.cli.main import main\n"
         "for args, message in json.load(sys.stdin).items():\n"
-        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as stderr:\n"
         "        assert main(args.split()) == 2\n"
-        "    said = said.getvalue()\n"
-        "    assert message in said and said.count('\\n') == 1, (args, said)\n"
+        "    printed = stderr.getvalue()\n"
+        "    assert message in printed and printed.count('\\n') == 1, (args, printed)\n"
         "    assert not {'jax', 'tensorflow'} & set(sys.modules), args\n"
     )
     given = json.dumps(REFUSED_AT_ONCE)
@@ -155,12 +162,12 @@ def test_a_path_that_cannot_be_is_refused_before_jax_is_imported(tmp_path):
         (["eval", "x", "--nope"], "dss: unrecognized arguments: --nope; see dss --help"),
         (["plan", "--mfu=x"], "dss plan: argument --mfu: invalid float value: 'x'; see dss plan"),
         (["inspect", "--examples=x"], "dss inspect: argument --examples: invalid int value: 'x'"),
-        (["nope"], "dss: argument VERB: invalid choice: 'nope'"),
-        ([], "dss: the following arguments are required: VERB; see dss --help"),
+        (["nope"], "dss: argument COMMAND: invalid choice: 'nope'"),
+        ([], "dss: the following arguments are required: COMMAND; see dss --help"),
         (["report", "x", "--gin.A=('b', 'c')"], "dss: unrecognized arguments: --gin.A=('b', 'c')"),
     ],
 )
-def test_options_that_cannot_be_read_are_one_line_and_status_2(args, message, capsys):
+def test_malformed_options_are_one_line_and_status_2(args, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(args)
     printed = capsys.readouterr().err
@@ -168,7 +175,7 @@ def test_options_that_cannot_be_read_are_one_line_and_status_2(args, message, ca
     assert printed.count("\n") == 1
 
 
-def test_lines_are_in_a_log_file_before_the_command_ends(tmp_path):
+def test_a_log_file_has_the_output_of_a_running_command(tmp_path):
     code = (
         "import os, sys; from dss.cli import main, inspect_command\n"
         "inspect_command.run = lambda args: (print('begun'), os._exit(0))\n"
@@ -194,7 +201,7 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys, wrapped):
     assert printed.count("\n") == 1
 
 
-def test_progress_lines_say_loss_accuracy_rate_and_time_left(capsys):
+def test_progress_lines_have_loss_accuracy_throughput_and_time_left(capsys):
     progress = TrainProgress(Lines("step", total=100), examples_per_step=10)
     values = {"train/loss": 1.5, "examples_per_second": 20.0}
     progress.evaluated(50, {"valid/loss": 2.0, "valid/label_loss": 1.0, "valid/accuracy": 0.25})
@@ -204,7 +211,7 @@ def test_progress_lines_say_loss_accuracy_rate_and_time_left(capsys):
     assert "step 50/100  valid accuracy 25.0%  valid loss 2.0000  label_loss 1.0000" in out
     line = "step 60/100  loss 1.5000  valid accuracy 25.0%  20.0 examples/s  20 s left"
     assert line in out
-    assert "steps waited for batches 1.2% of their time" in out
+    assert "waiting for batches: 1.2% of step time" in out
 
 
 def test_decoding_shows_its_rate_without_compiling_on_standard_error(capsys, monkeypatch):
@@ -219,22 +226,22 @@ def test_decoding_shows_its_rate_without_compiling_on_standard_error(capsys, mon
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "reading the student",
+        "loading the student",
         "compiling",
-        "answer 10/40",
-        "answer 30/40  2.0 answers/s  5 s left",
-        "answer 40/40  2.0 answers/s  0 s left",
+        "prediction 10/40",
+        "prediction 30/40  2.0 predictions/s  5 s left",
+        "prediction 40/40  2.0 predictions/s  0 s left",
     ]
 
 
-def test_a_path_that_cannot_be_used_is_one_line(monkeypatch, capsys, tmp_path):
+def test_an_os_error_is_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("dss.cli.inspect_command.run", lambda _: (tmp_path / "file" / "x").mkdir())
     (tmp_path / "file").write_text("")
     assert cli.main(["inspect"]) == 2
     assert capsys.readouterr().err == f"dss inspect: {tmp_path}/file/x: not a directory\n"
 
 
-def test_listing_and_inspecting(small_root, capsys, monkeypatch):
+def test_inspect_lists_mixtures_and_shows_one(small_root, capsys, monkeypatch):
     root = f"--gin.DATA_ROOT={small_root}"
     assert cli.main(["inspect", root]) == 0
     assert "cqa_step_by_step_palm\n" in capsys.readouterr().out
@@ -246,17 +253,17 @@ def test_listing_and_inspecting(small_root, capsys, monkeypatch):
         "20 ok",
         "100.00%",
         "packed batches of 64 examples",
-        "filled, mean",
+        "packing density over",
         "explain: q",
     ):
         assert wanted in out, wanted
 
 
-def test_inspecting_tells_which_rationales_are_left_out(small_root, capsys):
+def test_inspect_counts_the_rationales_that_are_left_out(small_root, capsys):
     flags = [f"--gin.DATA_ROOT={small_root}", "--gin_file=variants/right_rationales.gin"]
     assert cli.main(["inspect", "esnli_step_by_step_palm", *flags]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    for row in ("trained 20 7", "with a wrong label 0 13", "in all 20 20"):
+    for row in ("trained 20 7", "with a wrong label 0 13", "total 20 20"):
         assert row.split() in lines
     assert cli.main(["inspect", "esnli_step_by_step_palm", flags[0]]) == 0
     assert "with a wrong label" not in capsys.readouterr().out

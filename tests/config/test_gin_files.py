@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import pytest
 
@@ -58,7 +59,7 @@ def small(experiment, tmp_path):
 
 
 def opening(path):
-    """Returns the words that a gin file's first four lines begin with."""
+    """Returns the names of the header lines of a gin file."""
     lines = (gin_root() / path).read_text().splitlines()
     return [line.split(":")[0] for line in lines if re.match(r"# [A-Z]\w+: ", line)]
 
@@ -68,7 +69,7 @@ def as_id(name):
 
 
 def some(names, always):
-    """Returns test cases of which all but some run only with the exhaustive tests."""
+    """Returns test cases; those not in `always` are marked exhaustive."""
     return [
         pytest.param(name, marks=() if name in always else pytest.mark.exhaustive, id=as_id(name))
         for name in names
@@ -76,7 +77,7 @@ def some(names, always):
 
 
 def assert_makes_batches(experiment):
-    """Checks that a step of an experiment has examples of each of its tasks."""
+    """Checks that the first batch of an experiment has sequences of each task."""
     experiment = resolve(experiment)
     mixture = open_mixture(experiment)
     batches = training_batches(experiment, mixture, training_store(experiment), groups=1)
@@ -94,7 +95,7 @@ def parse_pair(pair, root):
 
 
 @pytest.mark.parametrize("file", files_of(("*", "*")))
-def test_the_file_of_a_dataset_or_a_method_opens_with_its_purpose(file):
+def test_files_of_datasets_and_methods_have_a_header(file):
     paths = [*gin_root().glob(file)]
     assert len(paths) == 5
     for path in paths:
@@ -130,7 +131,7 @@ def test_a_new_run_keeps_its_vocabulary(small_root, vocab_path, tmp_path):
 
 @pytest.fixture(scope="module")
 def sampled_root(small_root, tmp_path_factory):
-    """CQA and SVAMP with a teacher `thrice` that was asked three times."""
+    """A folder with CQA and SVAMP and a teacher `thrice` with three samples per example."""
     root = tmp_path_factory.mktemp("sampled")
     for name, wrong in (("cqa", "v"), ("svamp", "(1 + 1)")):
         shutil.copytree(small_root / name, root / name)
@@ -157,7 +158,7 @@ def parse_variant(name, pair, root):
 
 @pytest.mark.parametrize("pair", TWO_PAIRS, ids="-".join)
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_variant_stacks_on_a_method_and_makes_batches(name, pair, sampled_root, tmp_path):
+def test_every_variant_with_a_method_makes_batches(name, pair, sampled_root, tmp_path):
     assert opening(f"variants/{name}.gin") == ["# Purpose", "# Source", "# Measured", "# Command"]
     experiment, plain = parse_variant(name, pair, sampled_root)
     assert experiment != plain
@@ -180,18 +181,18 @@ def test_every_variant_trains_a_step(name, pair, sampled_root, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_vocabulary_that_leaves_no_id_to_start_from_is_an_error(small_root, tmp_path):
+def test_a_student_without_embeddings_for_start_ids_is_an_error(small_root, tmp_path):
     files = ["datasets/cqa.gin", "methods/step_by_step.gin", "variants/one_encoder_pass.gin"]
     experiment = small(parse_gin(files, [f"DATA_ROOT={small_root}", "VOCABULARY=bytes"]), tmp_path)
     full = dataclasses.replace(experiment, student=tiny_config(vocab_size=259))
     message = r"starts from the id 259 past the vocabulary, and the student has 259 embeddings"
     with pytest.raises(UserError, match=message):
         run_experiment(full)
-    # A mixture of one task has nothing to tell apart.
+    # A mixture of one task needs no start id of its own.
     assert run_experiment(dataclasses.replace(full, method="finetune")).step == 1
 
 
-def test_a_run_keeps_its_whole_configuration(tmp_path):
+def test_config_gin_has_the_whole_configuration(tmp_path):
     experiment = parse_gin(
         ["students/tiny.gin", "datasets/cqa.gin", "methods/step_by_step.gin", "runs/adafactor.gin"],
         ["ALPHA=0.3", "MODEL_DIR=runs/a b", "OptimizerConfig.b2=0.95", "MeshConfig.model=2"],
@@ -207,9 +208,9 @@ def test_a_run_keeps_its_whole_configuration(tmp_path):
         load_config(tmp_path, ["ALPHE=0.8"])
 
 
-def test_an_experiment_says_how_its_student_computes():
+def test_resolve_student_sets_dtype_and_dropout():
     experiment = parse_gin(["students/tiny.gin"], ["Experiment.dtype=bfloat16", "DROPOUT_RATE=0.2"])
-    student = experiment.settle(experiment.student)
+    student = experiment.resolve_student(experiment.student)
     assert (student.dtype, student.remat, student.dropout_rate) == ("bfloat16", "none", 0.2)
 
 
@@ -226,7 +227,17 @@ def test_user_gin_files_are_found_in_search_paths(tmp_path):
             parse_gin(["bad.gin"], search_paths=[str(tmp_path)])
 
 
-def test_a_folder_of_runs_does_not_hide_the_files_that_are_included(tmp_path, monkeypatch):
+@pytest.mark.parametrize("module", ["seqio", "dss.integrations.seqio_tasks"])
+def test_a_gin_file_that_needs_seqio_names_the_extra(module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "seqio", None)
+    monkeypatch.delitem(sys.modules, "dss.integrations.seqio_tasks", raising=False)
+    (tmp_path / "mine.gin").write_text(f"import {module}\n")
+    with pytest.raises(UserError, match=r"pip install 'dss\[seqio\]' \(\S+mine.gin:1\)") as error:
+        parse_gin(["mine.gin"], search_paths=[str(tmp_path)])
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_named_runs_does_not_hide_included_files(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "mine.gin").write_text("include 'runs/adafactor.gin'\n")
     monkeypatch.chdir(tmp_path)
@@ -241,7 +252,7 @@ def test_a_folder_of_runs_does_not_hide_the_files_that_are_included(tmp_path, mo
         ("trainer.patience", "TrainerConfig.patience"),
     ],
 )
-def test_a_field_is_named_as_it_is_set(path, name):
+def test_gin_name_of_a_field(path, name):
     assert gin_name(path) == name
 
 
@@ -268,18 +279,18 @@ def test_a_field_is_named_as_it_is_set(path, name):
         ("DATASET_LABELS=3", "DataConfig.labels must be of type tuple"),
         ("DATASET_LABELS=(0, 1)", "DataConfig.labels must be of type tuple"),
         ("MeshConfig.rules=(('embed',),)", "MeshConfig.rules must be of type tuple"),
-        ("T5Config.dtype=bfloat16", "T5Config.dtype is set and nothing reads it"),
-        ("ALPHA=%NOPE", "macro 'NOPE' is used and never set"),
+        ("T5Config.dtype=bfloat16", "T5Config.dtype is set but not used"),
+        ("ALPHA=%NOPE", "macro 'NOPE' is used but not set"),
     ],
 )
-def test_values_out_of_range(flag, message):
+def test_invalid_values_are_errors(flag, message):
     with pytest.raises(UserError, match=message):
         parse_gin([], [flag])
 
 
 @pytest.mark.parametrize("flag", ["ALPHA_END=0.9", "DataConfig.one_encoder_pass=True"])
-def test_what_only_pairs_can_do_is_refused_of_sampled_sequences(flag):
-    with pytest.raises(UserError, match=r"needs DataConfig.batches 'paired'"):
+def test_options_of_paired_batches_are_errors_with_sampled_ones(flag):
+    with pytest.raises(UserError, match=r"needs DataConfig.batches='paired'"):
         parse_gin([], ["DataConfig.batches=sampled", flag])
 
 
@@ -298,7 +309,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("refused", HOSTILE)
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
-def test_the_configuration_of_a_run_is_read_and_never_executed(refused, first, tmp_path):
+def test_a_runs_configuration_with_code_is_an_error(refused, first, tmp_path):
     save_config(parse_gin(["students/tiny.gin"]), tmp_path)
     file = tmp_path / "config.gin"
     values, statement = file.read_text(), HOSTILE[refused].replace("%s", str(tmp_path / "ran"))
@@ -307,12 +318,12 @@ def test_the_configuration_of_a_run_is_read_and_never_executed(refused, first, t
     message = re.escape(f"config.gin:{line}: {refused} in the configuration of a run")
     with pytest.raises(UserError, match=message):
         load_config(tmp_path)
-    with pytest.raises(UserError, match=message):  # also where it is given as a gin file
+    with pytest.raises(UserError, match=message):  # as a gin file too
         parse_gin([str(file)])
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_command_in_a_runs_configuration_does_not_run(tmp_path):
+def test_code_in_a_runs_configuration_is_not_executed(tmp_path):
     run = tmp_path / "runs" / "downloaded"
     run.mkdir(parents=True)
     (run / "config.gin").write_text(
@@ -328,7 +339,7 @@ def test_a_command_in_a_runs_configuration_does_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["Experiment.alpha = (", "\0", "=" * 99, "(" * 9999])
-def test_a_runs_configuration_that_is_none_is_an_error(text, tmp_path):
+def test_a_malformed_configuration_of_a_run_is_an_error(text, tmp_path):
     (tmp_path / "config.gin").write_text(text)
     with pytest.raises(UserError, match=r"config\.gin: not a configuration: "):
         load_config(tmp_path)

@@ -55,7 +55,7 @@ def test_what_the_vocabulary_cannot_write_is_said_in_numbers(braces, vocab_path)
     assert round_trip(vocabulary, "f{x}") == "fx"
     store = open_store(braces, "train", vocabulary, **LENGTHS)
     labels, inputs = describe_labels(braces, vocabulary, store)
-    assert "cannot write 2 of 3 different labels: 'f{x}' (written as 'fx')" in labels
+    assert "cannot represent 2 of 3 different labels: 'f{x}' (written as 'fx')" in labels
     total = len(store.tasks[0].inputs.tokens)
     assert f"no token for 12 of {total} input tokens" in inputs
     as_bytes = load_vocabulary("bytes")
@@ -94,8 +94,8 @@ def test_labels_that_their_metric_cannot_read_are_counted(tmp_path):
     mixture, bytes_ = named_mixture("sums_finetune", [sums]), load_vocabulary("bytes")
     (line,) = describe_labels(mixture, bytes_, open_store(mixture, "train", bytes_, **LENGTHS))
     assert line == (
-        "the metric 'equation' cannot read 2 of 4 different labels: '12 apples', 'a dozen'; each "
-        "is right against the same text alone"
+        "the metric 'equation' cannot read 2 of 4 different labels: '12 apples', 'a dozen'; a "
+        "prediction matches such a label only with the same text"
     )
 
 

@@ -18,6 +18,7 @@ from dss.cli.main import main
 from dss.runs.directory import load_run
 
 MAIN = "from dss.cli.main import main; raise SystemExit(main())"
+TENSORFLOW_MODULES = ("tensorflow", "tensorflow_datasets", "tensorflow_text", "seqio", "clu")
 # Of several processes, those that survive another end after 30 s without a sign of it; here 10.
 ONE_OF_SEVERAL_MAIN = f"""
 import dss.parallel.processes

@@ -29,7 +29,7 @@ def test_a_pipeline_asks_each_question_once_and_knows_what_earlier_ones_asked(tm
         args = command(tmp_path, endpoint.url, PIPELINE, "--samples=2", "--temperature=1")
         done = run(*args)
         assert done.returncode == 1, done.stderr
-        assert "4 requests brought no answer" in done.stdout
+        assert "4 requests got no answer" in done.stdout
         assert endpoint.count == 600
         assert max(endpoint.asked.values()) == 2
         broken = False
@@ -63,7 +63,7 @@ def test_a_wrong_key_in_a_pipeline_keeps_the_answers_that_were_paid_for(tmp_path
         done = run(*args)
         assert done.returncode == 1
         assert "HTTP 401: bad key" in done.stderr
-        assert "370 requests brought no answer" in done.stdout
+        assert "370 requests got no answer" in done.stdout
         asked.subtract(n=1000)
         assert run(*args).returncode == 0
     assert endpoint.count <= 400 + 4
@@ -74,7 +74,7 @@ def test_limits_that_workers_cannot_share_are_refused(tmp_path):
     numbers_file(tmp_path, 2)
     done = run(*command(tmp_path, "http://127.0.0.1:9/v1", PIPELINE, "--max-requests=3"))
     assert done.returncode == 2
-    assert "--max-requests: the workers of a pipeline do not share one count" in done.stderr
+    assert "--max-requests: not possible with --pipeline-options" in done.stderr
 
 
 def test_a_pipeline_that_is_killed_loses_only_what_was_in_hand(tmp_path):

@@ -1,5 +1,6 @@
 """The promises, as the commands that show them."""
 
+import argparse
 import json
 import os
 import re
@@ -172,6 +173,14 @@ def test_variants_are_held_against_the_baseline_seed_by_seed_and_not_done_twice(
     again = run(*command)
     assert "[1/1] noisy-baseline-1" in again.stdout
     assert json.loads((tmp_path / "f.json").read_text())["rows"] == figures["rows"]
+
+
+@pytest.mark.parametrize("task", ["cqa", "svamp"])
+def test_variants_find_the_gin_files_of_a_real_task(task):
+    module = runpy.run_path(str(ROOT / "benchmarks" / "variants.py"))
+    args = argparse.Namespace(task=task, data_root="d", vocab="bytes", batch=32, steps=10)
+    experiment = module["_base"](args, seed=1)
+    assert (experiment.dataset, experiment.method, experiment.seed) == (task, "step_by_step", 1)
 
 
 @pytest.mark.parametrize(("batch", "groups"), [(64, 1), (36, 1), (64, 4)])

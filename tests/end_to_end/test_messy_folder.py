@@ -27,7 +27,7 @@ empty input 1 1
 unparsed 0 49
 refused 0 54
 in another split 28 28
-in all 301 301
+total 301 301
 """.strip().splitlines()
 HELD_OUT = ("trained 28 21", "unparsed 0 2", "refused 0 5", "in another split 273 273")
 LABELS = "[billing, bug, how-to, account access]"
@@ -105,7 +105,7 @@ def test_a_spreadsheet_is_annotated_inspected_trained_and_evaluated(
     (label, rationale) = read_sessions(epath.Path(tmp_path / "run"))[0]["data"]["tasks"]
     for column, task in enumerate((label, rationale), 1):
         counts = {" ".join(row.split()[:-2]): int(row.split()[column - 3]) for row in TABLE}
-        total = counts.pop("in all")
+        total = counts.pop("total")
         assert task["ledger"]["fates"] == {fate: n for fate, n in counts.items() if n}
         assert task["ledger"]["rows"] == total == sum(task["ledger"]["fates"].values())
     said = call("eval", tmp_path / "run", "--split=valid")

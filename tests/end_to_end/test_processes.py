@@ -109,10 +109,10 @@ def test_one_of_several_killed_after_a_checkpoint_ends_all_and_costs_nothing(
         assert "Traceback" not in survivor, survivor
         if victim == 0:  # JAX ends a process whose leader has gone, in its own words and at once
             assert processes[1].returncode != 0
-            assert "start all of them again" in survivor or "another task died" in survivor
+            assert "restart all processes" in survivor or "another task died" in survivor
         else:
             assert processes[0].returncode == 2, survivor
-            assert "start all of them again" in survivor
+            assert "restart all processes" in survivor
             assert survivor.count("\n") == 1, survivor
     assert "step 60 done" in finish_together(train_together(run))
     assert all(earlier < later for earlier, later in itertools.pairwise(began))
@@ -156,7 +156,7 @@ def test_what_one_process_cannot_read_is_set_aside_by_all(train_together, both, 
         os.truncate(file, 0)
     processes = train_together(run, f"--gin.MeshConfig.rules=({rules})")
     leader, other = [finish(process) for process in processes]
-    assert "set aside as 60.damaged, and step 50 taken" in leader
+    assert "quarantined as 60.damaged, and training resumes from step 50" in leader
     assert "damaged" not in other
     if not rules:
         assert_same_training(run, both)

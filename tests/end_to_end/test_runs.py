@@ -114,14 +114,14 @@ def test_a_damaged_newest_checkpoint_is_set_aside(train, undisturbed, tmp_path, 
             os.truncate(file, file.stat().st_size // 2)
     said = finish(train(run))
     assert "checkpoint 60 cannot be read (" in said
-    assert "set aside as 60.damaged, and step 50 taken" in said
+    assert "quarantined as 60.damaged, and training resumes from step 50" in said
     assert (run / "checkpoints" / "60.damaged").is_dir()
     assert_same_training(run, undisturbed)
 
 
 def test_resume_says_whether_there_may_be_a_run(train_command, undisturbed, tmp_path):
     said = call(*train_command(undisturbed, "--resume=never"), status=2)
-    assert "holds a run with checkpoints" in said
+    assert "has a run with checkpoints" in said
     said = call(*train_command(tmp_path / "new", "--resume=must"), status=2)
     assert "no run to resume" in said
     assert "step 60 done" in call(*train_command(undisturbed, "--resume=must"))
@@ -163,11 +163,11 @@ def test_a_run_directory_is_whole(undisturbed, tmp_path):
         )
     )
     assert "toy_step_by_step_rules valid" in out
-    assert "teacher rules: accuracy 100.00% (95%: " in out
+    assert "teacher rules: accuracy 100.00% (95% CI: " in out
     for wanted in (
-        "right label",
+        "target label",
         "-> yes",
-        "calibration: expected error",
+        "expected calibration error",
         "rationales: 8, ROUGE-L",
     ):
         assert wanted in out
@@ -184,7 +184,10 @@ def test_a_run_directory_is_whole(undisturbed, tmp_path):
 
 @pytest.mark.parametrize(
     ("mixture", "message"),
-    [("toy_finetune", "learn no rationales"), ("toy_rationale_rules", "it predicts rationales")],
+    [
+        ("toy_finetune", "generate no rationales"),
+        ("toy_rationale_rules", "its predictions are rationales"),
+    ],
 )
 def test_rationales_are_judged_beside_labels_only(undisturbed, mixture, message):
     said = call("eval", undisturbed, f"--mixture={mixture}", "--rationales", status=2)
@@ -236,12 +239,12 @@ def test_predict_keeps_a_rows_fields_and_marks_what_was_cut(undisturbed, tmp_pat
     assert found[0].keys() == {"id", "input", "who", "gold", "label"}
     assert (found[0]["who"], found[0]["gold"]) == ("Ann", "yes")
     assert [row.get("truncated") for row in found] == [None, True]
-    assert "1 of 2 inputs (50.0%) are longer than 48 tokens and were cut" in said
+    assert "1 of 2 inputs (50.0%) are longer than 48 tokens and were truncated" in said
     # An output is not replaced by fewer lines.
     before = output.read_text()
     shorter = ("predict", undisturbed, f"--output={output}")
     said = call(*shorter, stdin=b"is 3 good", status=2)
-    assert "kept, as it has 2 lines and these are 1, which are in out.jsonl.partial" in said
+    assert "not replaced: it has 2 lines, and the 1 predictions are in out.jsonl.partial" in said
     assert output.read_text() == before
     call(*shorter, "--replace", stdin=b"is 3 good")
     assert len(output.read_text().splitlines()) == 1
@@ -327,7 +330,7 @@ def test_a_run_whose_data_changed_does_not_go_on_as_if_they_had_not(
     with (data / "train.rules.jsonl").open("a") as file:
         file.write('{"id": "train-1", "rationale": "another", "label": "no"}\n')
     said = call(*command, status=2)
-    assert "its data have changed since: train train.rules.jsonl, valid valid.jsonl; use" in said
+    assert "data files have changed since the last session: train train.rules.jsonl, v" in said
     call(*command, "--changed-data=accept")
     session = read_sessions(epath.Path(run))[-2]
     assert session["changed_data"] == ["train train.rules.jsonl", "valid valid.jsonl"]

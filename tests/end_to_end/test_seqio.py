@@ -123,7 +123,7 @@ def test_all_tasks_of_ones_own_data_are_cached(toy_folder, cache, tmp_path, monk
 def test_the_evaluator_measures_a_student_as_dss_eval_does(undisturbed, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
     found = load_run(undisturbed, ["DecodingConfig.closed=False"])
-    wanted = evaluate(found, split="valid", which="latest")
+    wanted = evaluate(found, split="valid", checkpoint="latest")
     register_seqio(found.mixture().dataset)
     student, _ = found.predictor("latest")
 
@@ -140,7 +140,7 @@ def test_the_evaluator_measures_a_student_as_dss_eval_does(undisturbed, monkeypa
     assert metrics["toy_label_gold"]["accuracy"] == pytest.approx(100 * wanted.scored.value)
     assert wanted.scored.value > 0, "the student writes no label at all, so this shows nothing"
     rationales = load_run(undisturbed, ["Experiment.mixture='toy_rationale_rules'"])
-    wanted = evaluate(rationales, split="valid", which="latest")
+    wanted = evaluate(rationales, split="valid", checkpoint="latest")
     assert metrics["toy_rationale_rules"]["rouge_l"] == pytest.approx(100 * wanted.scored.value)
 
 

@@ -113,11 +113,11 @@ def test_a_sweep_killed_and_stopped_ends_as_its_commands_do(sweep, runs, tmp_pat
     wait_for(lambda: metrics_lines(second) > before, process)
     process.send_signal(signal.SIGTERM)
     said = finish(process, 128 + signal.SIGTERM)
-    assert "2 runs, 1 of them done before" in said
-    assert "1 of 2 runs are not done; the same command goes on" in said
+    assert "2 runs, 1 of them already done" in said
+    assert "1 of 2 runs are not done; the same command resumes the sweep" in said
 
     said = finish(sweep("sweep"))
-    assert "2 runs, 1 of them done before" in said
+    assert "2 runs, 1 of them already done" in said
     assert "[2/2] step_by_step-student-0.5-s1: accuracy " in said
     assert (first / "predictions" / "test.json").stat().st_mtime_ns == evaluated
 
@@ -132,7 +132,7 @@ def test_a_sweep_killed_and_stopped_ends_as_its_commands_do(sweep, runs, tmp_pat
         for file in (run / "predictions").iterdir():
             assert file.read_text() == (other / "predictions" / file.name).read_text()
     said = finish(sweep("by hand's"))
-    assert "2 runs, 2 of them done before" in said
+    assert "2 runs, 2 of them already done" in said
 
 
 def test_a_run_that_fails_is_shown_and_the_others_are_done(sweep, tmp_path):
@@ -145,6 +145,6 @@ def test_a_run_that_fails_is_shown_and_the_others_are_done(sweep, tmp_path):
     assert last[0].startswith(f"FAILED {name}: dss train: step ")
     assert "the loss is nan" in last[0]
     assert last[0].endswith(f"log: sweep/logs/{name}.log")
-    assert last[1] == "1 of 2 runs failed; the same command tries them again"
+    assert last[1] == "1 of 2 runs failed; the same command repeats them"
     rows = [line.split() for line in said.splitlines() if line.startswith("  finetune")]
     assert [row[3] for row in rows] == ["0/1", "1/1"]

@@ -5,7 +5,7 @@ from dss.evaluation.calibration import Calibration
 
 
 def _answers(confidence, is_right):
-    """Returns two candidates an example: the likely one first, and which is right."""
+    """Returns probabilities and correctness of two candidates for each example, likeliest first."""
     return [(c, 1 - c) for c in confidence], [(r, not r) for r in is_right]
 
 
@@ -25,7 +25,7 @@ def test_bins_have_equal_counts_and_the_error_is_their_mean_gap():
 
 
 def test_equal_confidences_stay_together():
-    """Apart, a coin's throws would lie in bins of luck and of bad luck."""
+    """If split, guesses could fall into bins by correctness and have a large calibration error."""
     is_right = [True] * 50 + [False] * 50
     found = Calibration.of([(0.5, 0.5)] * 100, [(r, not r) for r in is_right])
     assert [b.examples for b in found.bins] == [100]
@@ -34,19 +34,20 @@ def test_equal_confidences_stay_together():
     assert [b.examples for b in mixed.bins] == [5, 5]
 
 
-def test_honest_probabilities_have_a_small_error_and_overconfident_ones_a_large_one():
+def test_calibrated_probabilities_have_a_small_error_and_overconfident_ones_a_large_one():
     rng = np.random.default_rng(0)
     confidence = rng.uniform(0.5, 1, 20000)
     is_right = rng.random(20000) < confidence
-    honest = Calibration.of(*_answers(confidence, is_right))
-    assert honest.expected_error < 0.01
-    assert len(honest.bins) == 10
-    boastful = Calibration.of(*_answers(np.sqrt(confidence), is_right))
-    assert boastful.expected_error == pytest.approx(np.mean(np.sqrt(confidence) - confidence), 0.1)
-    assert boastful.brier > honest.brier
+    calibrated = Calibration.of(*_answers(confidence, is_right))
+    assert calibrated.expected_error < 0.01
+    assert len(calibrated.bins) == 10
+    overconfident = Calibration.of(*_answers(np.sqrt(confidence), is_right))
+    gap = np.mean(np.sqrt(confidence) - confidence)
+    assert overconfident.expected_error == pytest.approx(gap, 0.1)
+    assert overconfident.brier > calibrated.brier
 
 
-def test_the_right_answer_may_not_be_offered_and_few_examples_make_few_bins():
+def test_no_candidate_may_be_correct_and_few_examples_make_few_bins():
     found = Calibration.of([(0.5, 0.3, 0.2), (1.0,)], [(False, False, False), (True,)])
     assert len(found.bins) == 2
     assert found.brier == pytest.approx((0.25 + 0.09 + 0.04) / 2)

@@ -1,7 +1,7 @@
 from dss.evaluation.confusion import Confusion
 
 
-def test_predictions_are_counted_by_the_right_label():
+def test_predictions_are_counted_by_target_label():
     confusion = Confusion.of(
         ("a", "b", "c"),
         ["a", "a", "a", " b", "b", "nobody's"],

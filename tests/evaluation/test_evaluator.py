@@ -12,7 +12,7 @@ from dss.student.network import init_params
 from tests.conftest import tiny_config
 
 
-def test_whether_a_label_is_chosen_is_decided_input_by_input(one_device):
+def test_inputs_without_possible_labels_are_generated_and_others_chosen(one_device):
     config = tiny_config()
     student = Predictor(config, init_params(config, 0), load_vocabulary("bytes"), one_device)
     closed = "Where?\nAnswer Choices:\n(a) here\n(b) there"
@@ -26,7 +26,7 @@ def test_whether_a_label_is_chosen_is_decided_input_by_input(one_device):
     assert both[1] in Dataset.released("cqa").choices(closed)
 
 
-def test_choosing_gives_the_share_of_each_candidates_likelihood(one_device):
+def test_probabilities_are_a_softmax_over_candidates(one_device):
     config = tiny_config()
     vocabulary = load_vocabulary("bytes")
     student = Predictor(config, init_params(config, 0), vocabulary, one_device)
@@ -44,7 +44,7 @@ def test_choosing_gives_the_share_of_each_candidates_likelihood(one_device):
         assert answer.text == offered[np.argmax(scores)]
 
 
-def test_progress_counts_every_answer_and_tells_shapes_apart(one_device, monkeypatch):
+def test_progress_counts_predictions_and_distinguishes_shapes(one_device, monkeypatch):
     class Recorded(DecodingProgress):
         def __init__(self):
             self.shapes, self.counts = [], []
@@ -76,7 +76,7 @@ def test_progress_counts_every_answer_and_tells_shapes_apart(one_device, monkeyp
     assert len(set(progress.shapes)) == 3
 
 
-def test_an_answer_that_an_input_offers_twice_is_one_candidate(one_device):
+def test_a_label_that_an_input_lists_twice_is_one_candidate(one_device):
     config = tiny_config()
     student = Predictor(config, init_params(config, 0), load_vocabulary("bytes"), one_device)
     text = "Where?\nAnswer Choices:\n(a) here\n(b) there\n(c) here"
@@ -87,7 +87,7 @@ def test_an_answer_that_an_input_offers_twice_is_one_candidate(one_device):
     assert written.probabilities == {}
 
 
-def test_a_split_without_rationales_shows_the_labels_loss():
+def test_the_loss_of_a_split_without_rationales_is_that_of_labels():
     def eval_step(params, batch):
         return {k: np.array([v, 0.0]) for k, v in (("sums", 6.0), ("counts", 3.0), ("correct", 1))}
 

@@ -25,7 +25,7 @@ def test_the_conclusion_of_a_rationale(rationale, choices, label):
 
 
 def test_teachers_conclude_their_own_labels(data_root):
-    """The rule is of some use where rationales name the answers that were offered."""
+    """Most rationales of CQA that name a choice last name the teacher's own label."""
     cqa = Dataset.released("cqa")
     outputs = cqa.outputs("test", "palm")
     concluded, agreed = 0, 0
@@ -36,7 +36,7 @@ def test_teachers_conclude_their_own_labels(data_root):
     assert (concluded, agreed) == (906, 847)
 
 
-def test_rationales_are_held_against_the_teachers_and_against_the_labels(toy):
+def test_rationales_are_compared_with_the_teachers_and_with_labels(toy):
     targets = ["yes", "no", "yes", "no"]
     examples = [EvaluationExample(str(i), "is it good", t) for i, t in enumerate(targets)]
     rationales = ["it is, yes", "it is, yes", "no no no", "who can tell"]

@@ -18,7 +18,7 @@ def _evaluate(mixture, split, answers, rationales=None) -> Evaluation:
     return Evaluation.of(mixture, split, 7, examples, answers, teachers, rationales)
 
 
-def test_a_teacher_is_judged_as_dss_inspect_does(data_root):
+def test_teachers_have_the_same_accuracy_as_in_dss_inspect(data_root):
     for name, split in (("svamp", "test"), ("cqa", "valid"), ("anli1", "test")):
         mixture = named_mixture(f"{name}_finetune")
         examples = evaluation_set(mixture, split)
@@ -34,7 +34,7 @@ def test_a_teacher_is_judged_as_dss_inspect_does(data_root):
         assert teacher.p_value == mcnemar([1] * wrong, [0] * wrong), "the student has all right"
 
 
-def test_only_what_a_teacher_wrote_about_counts_for_it(tmp_path):
+def test_a_teacher_is_scored_on_the_examples_that_it_answered(tmp_path):
     rows = [{"id": str(i), "input": f"q{i}", "label": "ab"[i % 2]} for i in range(6)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     write_jsonl(tmp_path / "test.jsonl", [*rows, {"id": "6", "input": "q6"}])
@@ -53,7 +53,7 @@ def test_only_what_a_teacher_wrote_about_counts_for_it(tmp_path):
     assert found.calibration is None, "nothing was chosen"
 
 
-def test_a_teachers_labels_are_not_judged_against_themselves(tmp_path):
+def test_a_teacher_is_not_scored_against_its_own_labels(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"id": "0", "input": "q"}, {"id": "1", "input": "r"}])
     write_jsonl(tmp_path / "train.t.jsonl", [{"id": i, "label": "a"} for i in "01"])
     write_jsonl(tmp_path / "valid.jsonl", [{"id": "0", "input": "q"}])
@@ -62,11 +62,11 @@ def test_a_teachers_labels_are_not_judged_against_themselves(tmp_path):
     assert _evaluate(mixture, "train", [Answer("a"), Answer("b")]).teachers == {}
 
 
-def test_an_evaluation_is_saved_line_by_line_and_summed_up(toy, tmp_path):
+def test_predictions_and_metrics_are_saved(toy, tmp_path):
     mixture = named_mixture("toy_step_by_step_rules", [toy])
     examples = evaluation_set(mixture, "test")
-    shares = [0.9, 0.8, 0.7, 0.6, 0.9, 0.8, 0.7, 0.6]  # of yes; right where the number is no 3 k
-    answers = [Answer("yes", {"yes": p, "no": 1 - p}) for p in shares]
+    confidences = [0.9, 0.8, 0.7, 0.6] * 2  # of yes; correct unless 3 divides the number
+    answers = [Answer("yes", {"yes": p, "no": 1 - p}) for p in confidences]
     rationales = [f"{i} is {i % 3} mod 3, so yes" for i in range(8)]
     found = _evaluate(mixture, "test", answers, rationales)
     path = found.save(epath.Path(tmp_path / "predictions"))

@@ -10,12 +10,12 @@ def test_wilson_interval():
     low, high = wilson_interval(0, 50)
     assert low == 0
     assert 0.06 < high < 0.08
-    with pytest.raises(ValueError, match="no proportion"):
+    with pytest.raises(ValueError, match="not a proportion"):
         wilson_interval(1, 0)
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (3, 0), (2, 5), (4, 4), (9, 1)])
-def test_mcnemar_is_the_share_of_coin_throws_as_lopsided(only_first, only_second):
+def test_mcnemar_is_the_fraction_of_coin_tosses_at_least_as_unequal(only_first, only_second):
     first = [1] * only_first + [0] * only_second + [1, 0]
     second = [0] * only_first + [1] * only_second + [1, 0]
     n = only_first + only_second
@@ -25,14 +25,14 @@ def test_mcnemar_is_the_share_of_coin_throws_as_lopsided(only_first, only_second
     assert mcnemar(second, first) == mcnemar(first, second)
 
 
-def test_mcnemar_of_many_examples_is_a_number():
+def test_mcnemar_of_many_examples_does_not_overflow():
     assert mcnemar([1] * 6000 + [0] * 5800, [0] * 6000 + [1] * 5800) == pytest.approx(
         0.067, abs=1e-3
     )
     assert mcnemar([1.0] * 9000, [0.0] * 9000) == 0.0  # smaller than the smallest float
 
 
-def test_the_bootstrap_interval_is_that_of_drawing_examples():
+def test_the_bootstrap_interval_equals_that_of_resampling_examples():
     rng = np.random.default_rng(1)
     first, second = rng.random(300), rng.random(300) ** 2
     difference, low, high = paired_bootstrap(first, second, seed=3)
@@ -44,7 +44,7 @@ def test_the_bootstrap_interval_is_that_of_drawing_examples():
     assert paired_bootstrap(first, first) == (0.0, 0.0, 0.0)
 
 
-def test_the_bootstrap_interval_holds_the_true_difference_19_times_of_20():
+def test_the_bootstrap_interval_covers_the_true_difference_19_times_of_20():
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(300):
@@ -55,7 +55,7 @@ def test_the_bootstrap_interval_holds_the_true_difference_19_times_of_20():
     assert 0.91 <= held / 300 <= 0.98
 
 
-def test_scores_of_other_examples_are_refused():
+def test_unpaired_scores_are_rejected():
     for test in (mcnemar, paired_bootstrap):
         for first, second in (([], []), ([1], [1, 0]), ([[1]], [[1]])):
             with pytest.raises(ValueError, match="same examples"):

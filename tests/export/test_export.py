@@ -467,7 +467,7 @@ def test_a_student_of_a_mesh_is_exported_on_one_device(toy, tmp_path):
 def test_ctranslate2_is_asked_for_where_it_is_not(missing, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n in missing else find(n))
-    with pytest.raises(UserError, match=f"needs {' and '.join(missing)}: pip install"):
+    with pytest.raises(UserError, match=rf"needs {', '.join(missing)} \(not"):
         ctranslate2_export.check_installed()
 
 

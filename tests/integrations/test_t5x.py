@@ -81,7 +81,7 @@ def t5x_params(checkpoint):
 def test_a_batch_has_the_losses_of_dss(experiment, student, checkpoint, one_device):
     mixture = open_mixture(experiment)
     batch = training_batches(experiment, mixture, training_store(experiment), 1)[0]
-    config = experiment.settle(student)
+    config = experiment.resolve_student(student)
     optimizer = make_optimizer(experiment.optimizer, 20)
     shardings = state_shardings(config, optimizer, one_device, MeshConfig())
     loss = LossConfig(num_tasks=2, rates=mixture.rates)
@@ -190,7 +190,7 @@ def test_what_t5x_cannot_be_is_said(experiment, student):
     ):
         with pytest.raises(UserError, match=message):
             plugin.transformer(dataclasses.replace(experiment, **changes))
-    with pytest.raises(UserError, match="no mixture"):
+    with pytest.raises(UserError, match="no method"):
         plugin.mixture(dataclasses.replace(experiment, mixture=None))
 
 

@@ -1,4 +1,4 @@
-"""What becomes of every row: each has one fate, and the fates add up to the file."""
+"""The ledger: each row has one fate, and the counts add up to the rows of the file."""
 
 import json
 
@@ -16,38 +16,38 @@ from dss.mixtures.methods import named_mixture
 from tests.conftest import write_jsonl
 from tests.end_to_end.runs import call
 
-GIVEN = {"rationale": "it is so", "label": "a", "raw": "x"}
-# Each row's label, what the teacher wrote, its fate as a label and its fate as a rationale.
+ANSWER = {"rationale": "it is so", "label": "a", "raw": "x"}
+# Each row's label, the teacher's output, and the row's fate in the label and the rationale task.
 ROWS = {
-    "plain": ("a", GIVEN, "trained", "trained"),
-    "long " + "x" * 80: ("a", GIVEN, "truncated", "truncated"),
-    "odd": ("f{x}", GIVEN, "unwritable", WRONG),
-    "unlabelled": (None, GIVEN, "no label", WRONG),
-    "blank": (" ", GIVEN, "no label", WRONG),
-    " ": ("a", GIVEN, "empty input", "empty input"),
+    "plain": ("a", ANSWER, "trained", "trained"),
+    "long " + "x" * 80: ("a", ANSWER, "truncated", "truncated"),
+    "odd": ("f{x}", ANSWER, "unwritable", WRONG),
+    "unlabelled": (None, ANSWER, "no label", WRONG),
+    "blank": (" ", ANSWER, "no label", WRONG),
+    " ": ("a", ANSWER, "empty input", "empty input"),
     "never asked": ("a", None, "trained", "missing"),
     "unread": ("a", {"raw": "Okay, let me see"}, "trained", "unparsed"),
     "declined": ("a", {"status": "refused"}, "trained", "refused"),
     "failed": ("a", {"status": "error"}, "trained", "error"),
-    "changed": ("a", GIVEN | {"input_hash": hash_input("before")}, "trained", "stale"),
+    "changed": ("a", ANSWER | {"input_hash": hash_input("before")}, "trained", "stale"),
     "label only": ("a", {"label": "a"}, "trained", NONE),
-    "disputed": ("a", GIVEN | {"vote": 0.2}, "trained", DISPUTED),
-    "wrong": ("a", GIVEN | {"label": "b"}, "trained", WRONG),
-    "short": ("a", GIVEN | {"rationale": "so"}, "trained", SHORT),
-    "wordy": ("a", GIVEN | {"rationale": "it is so " * 3}, "trained", LONG),
+    "disputed": ("a", ANSWER | {"vote": 0.2}, "trained", DISPUTED),
+    "wrong": ("a", ANSWER | {"label": "b"}, "trained", WRONG),
+    "short": ("a", ANSWER | {"rationale": "so"}, "trained", SHORT),
+    "wordy": ("a", ANSWER | {"rationale": "it is so " * 3}, "trained", LONG),
 }
 CONFIG = RationaleConfig(min_agreement=0.5, right_only=True, min_words=2, max_words=5)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """One row of every fate, three of them twice, and outputs for two rows that are not there."""
+    """A folder with a row of every fate, two repeated inputs, and outputs for two missing rows."""
     examples = [{"id": k, "input": k, "label": row[0]} for k, row in ROWS.items()]
     examples.append({"id": "again", "input": "plain ", "label": "a"})
     examples.append({"id": "against", "input": "plain", "label": "b"})
     outputs = [{"id": k, "vote": 1.0} | row[1] for k, row in ROWS.items() if row[1]]
-    outputs += [{"id": k, "vote": 1.0} | GIVEN for k in ("again", "against")]
-    outputs += [{"id": "gone"} | GIVEN, {"id": "gone too"} | GIVEN]
+    outputs += [{"id": k, "vote": 1.0} | ANSWER for k in ("again", "against")]
+    outputs += [{"id": "gone"} | ANSWER, {"id": "gone too"} | ANSWER]
     write_jsonl(tmp_path / "train.jsonl", examples)
     write_jsonl(tmp_path / "train.t.jsonl", outputs)
     write_jsonl(tmp_path / "valid.jsonl", [{"input": "v", "label": "a"}])
@@ -81,7 +81,7 @@ def test_every_row_has_one_fate(folder, vocab_path, tmp_path, monkeypatch):
     assert str(rationale).endswith("and 2 outputs for no row ('gone', 'gone too')")
 
 
-def test_held_out_rows_and_those_outside_the_fraction_are_counted(tmp_path):
+def test_rows_held_out_and_outside_the_fraction_are_counted(tmp_path):
     rows = [{"input": f"x {i}", "label": "a"} for i in range(40)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     held = Dataset.from_files(tmp_path, name="held")
@@ -115,7 +115,7 @@ def test_a_teachers_label_outside_the_closed_set_is_not_trained_on(tmp_path):
     assert read.left_out == {"1": "label outside the set"}
 
 
-def test_inspect_shows_the_ledger_and_the_outputs_for_no_row(folder, vocab_path, capsys):
+def test_inspect_shows_the_ledger_and_outputs_without_a_row(folder, vocab_path, capsys):
     flags = [f"--gin.DATASET_PATH={folder}", "--gin.RationaleConfig.right_only=True"]
     flags.append("--gin.TRAIN_STEPS=8")
     name = folder.name.replace("-", "_")
@@ -126,12 +126,12 @@ def test_inspect_shows_the_ledger_and_the_outputs_for_no_row(folder, vocab_path,
         assert ["no", "label", "2", "0"] in lines
         assert ["stale", "0", "1"] in lines
         assert ["conflicting", "duplicate", "1", "0"] in lines
-        assert ["in", "all", "18", "18"] in lines
+        assert ["total", "18", "18"] in lines
         assert "t has 2 outputs whose id no row has: 'gone', 'gone too'" in " ".join(said.split())
 
 
-def test_outputs_for_inputs_that_moved_are_stale(tmp_path):
-    """Without ids, rows are told apart by their place; see also `no_ids` of the handed data."""
+def test_outputs_of_moved_inputs_are_stale(tmp_path):
+    """Without ids, rows are identified by their position; see also the test data `no_ids`."""
     inputs = [f"ticket {i}" for i in range(6)]
     outputs = [
         {
@@ -164,15 +164,15 @@ def test_outputs_for_inputs_that_moved_are_stale(tmp_path):
 
 
 @pytest.mark.parametrize(("value", "text"), [(0.0, "0"), (1.0, "1"), (1.5, "1.5"), (-2.0, "-2")])
-def test_a_whole_number_is_read_as_one(tmp_path, value, text):
-    """As pandas writes a column of whole numbers in which one is missing."""
+def test_whole_numbers_are_read_without_a_decimal_point(tmp_path, value, text):
+    """pandas writes a column of whole numbers with a missing value as floats."""
     path = tmp_path / "train.jsonl"
     path.write_text(json.dumps({"id": value, "input": "x", "label": value}) + "\n")
     (example,) = stream_examples(path, "train")
     assert (example.id, example.label) == (text, text)
 
 
-def test_ids_that_no_row_has_are_named(shared, tmp_path):
+def test_the_error_names_ids_without_a_row(shared, tmp_path):
     folder = shared / "faults" / "data" / "ids_1_and_1.0"
     numbers = Dataset.from_files(folder, name="numbers")
     whole, padded = (
@@ -180,7 +180,9 @@ def test_ids_that_no_row_has_are_named(shared, tmp_path):
     )
     assert len(whole.rows("train")) == 5  # one of six is held out
     assert not padded.rows("train")
-    with pytest.raises(UserError, match=r"no train rows: of 6 5 missing, .*6 outputs for no row"):
+    with pytest.raises(
+        UserError, match=r"no train rows; of 6 rows in the file: 5 missing, .*6 outputs for no row"
+    ):
         open_store(
             named_mixture("numbers_step_by_step_pad", [numbers]),
             "train",
@@ -201,7 +203,7 @@ def test_equal_inputs_are_in_one_split(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tickets.csv", "train.jsonl.gz", "train.parquet", "t.xlsx"])
-def test_a_file_of_another_kind_is_refused_by_its_kind(tmp_path, name):
+def test_a_file_of_another_format_is_an_error(tmp_path, name):
     (tmp_path / name).write_bytes(b"PAR1")
     for read in (
         lambda p: Dataset.from_files(p, name="other"),
@@ -211,25 +213,25 @@ def test_a_file_of_another_kind_is_refused_by_its_kind(tmp_path, name):
             read(tmp_path / name)
 
 
-def test_an_array_is_no_json_lines(tmp_path):
+def test_a_json_array_is_an_error(tmp_path):
     (tmp_path / "train.jsonl").write_text('[{"input": "x"}]')
     with pytest.raises(UserError, match=r"train\.jsonl:1: a JSON array, not JSON lines"):
         list(stream_examples(tmp_path / "train.jsonl", "train"))
 
 
-def test_labels_may_be_given_with_commas():
+def test_labels_can_be_separated_by_commas():
     for given, labels in (("billing, bug,", ("billing", "bug")), ("''", ())):
         assert parse_gin([], [f"DATASET_LABELS={given}"]).data.labels == labels
 
 
-def test_blanks_around_labels_are_no_part_of_them(tmp_path):
+def test_blanks_around_labels_are_removed(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"input": f"x {i}", "label": "yes "} for i in range(4)])
     dataset = Dataset.from_files(tmp_path, name="blanks", labels=("yes ", " no"))
     assert dataset.labels.closed == ("yes", "no")
     assert {e.label for e in dataset.examples("train")} == {"yes"}
 
 
-def test_inspect_shows_the_ledger_where_a_task_has_no_rows(tmp_path, vocab_path):
+def test_inspect_shows_the_ledger_of_a_task_without_rows(tmp_path, vocab_path):
     rows = [{"input": f"x {i}", "label": "a"} for i in range(4)]
     write_jsonl(tmp_path / "data" / "train.jsonl", rows)
     outputs = [{"id": f"train-{i}", "status": "refused"} for i in range(4)]
@@ -237,11 +239,14 @@ def test_inspect_shows_the_ledger_where_a_task_has_no_rows(tmp_path, vocab_path)
     flags = [f"--gin.DATASET_PATH={tmp_path / 'data'}", f"--gin.VOCABULARY={vocab_path}"]
     said = call("inspect", "data_step_by_step_t", *flags, status=2)
     assert ["refused", "0", "3"] in [line.split() for line in said.splitlines()]
-    assert "data_rationale_t: no train rows: of 4 3 refused, 1 in another split" in said
+    assert (
+        "data_rationale_t: no train rows; of 4 rows in the file: 3 refused, 1 in another split"
+        in said
+    )
 
 
-def test_inspect_passes_over_a_split_that_no_task_has(folder):
+def test_inspect_skips_a_split_that_no_task_has(folder):
     name = folder.name.replace("-", "_")
     said = call("inspect", f"{name}_rationale_t", f"--gin.DATASET_PATH={folder}")
-    assert "train: the file's rows" in said
-    assert "valid: the file's rows" not in said  # it has no outputs of the teacher
+    assert "train: rows of the file" in said
+    assert "valid: rows of the file" not in said  # the teacher has no outputs for it

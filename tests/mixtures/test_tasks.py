@@ -12,7 +12,7 @@ from dss.mixtures.tasks import extract_label
 from tests.conftest import write_jsonl
 
 
-def test_the_names_of_a_dataset(toy):
+def test_mixture_names_of_a_dataset(toy):
     assert mixture_names(toy) == [
         "toy_finetune",
         "toy_label_gold",
@@ -26,7 +26,7 @@ def test_the_names_of_a_dataset(toy):
     ]
 
 
-def test_step_by_step_predicts_and_explains(toy):
+def test_step_by_step_has_a_label_and_a_rationale_task(toy):
     mixture = named_mixture("toy_step_by_step_rules", [toy], alpha=0.3)
     assert mixture.rates == (0.3, 0.7)
     label, rationale = (task.rows("test")[1] for task in mixture.tasks)
@@ -34,7 +34,7 @@ def test_step_by_step_predicts_and_explains(toy):
     assert (rationale.inputs, rationale.targets) == ("explain: is 1 good", "1 is 1 mod 3")
 
 
-def test_single_target_holds_rationale_and_label(toy):
+def test_single_target_has_rationale_and_label(toy):
     row = named_mixture("toy_single_target_rules", [toy]).tasks[0].rows("test")[1]
     assert row.targets == "1 is 1 mod 3 So the answer is yes"
     assert extract_label(row.targets) == "yes"
@@ -46,7 +46,7 @@ def gaps(tmp_path):
     rows = [{"id": i, "input": "x", "label": "a"} for i in ids]
     write_jsonl(tmp_path / "train.jsonl", rows)
     write_jsonl(tmp_path / "valid.jsonl", rows)
-    journal = [
+    outputs = [
         {"id": "ok", "rationale": "r", "label": "a"},
         {"id": "blank", "rationale": " ", "label": " "},
         {"id": "refused", "rationale": "I cannot", "status": "refused"},
@@ -57,11 +57,11 @@ def gaps(tmp_path):
             "raw": "Okay, let me see",
         },
     ]
-    write_jsonl(tmp_path / "train.t.jsonl", journal)
+    write_jsonl(tmp_path / "train.t.jsonl", outputs)
     return Dataset.from_files(tmp_path, name="gaps")
 
 
-def test_what_the_teacher_did_not_give_is_not_trained_on(gaps):
+def test_missing_labels_and_rationales_are_not_trained_on(gaps):
     label, rationale = named_mixture("gaps_step_by_step_unlabeled_t", [gaps]).tasks
     assert [row.id for row in rationale.rows("train")] == ["ok", "no label"]
     assert [row.id for row in label.rows("train")] == ["ok"]
@@ -70,20 +70,20 @@ def test_what_the_teacher_did_not_give_is_not_trained_on(gaps):
     assert [kept[1].targets, kept[-1].targets] == [" ", "Okay, let me see"]
 
 
-def test_a_split_without_rationales_keeps_its_labels(gaps):
+def test_a_split_without_rationales_keeps_the_label_task(gaps):
     mixture = named_mixture("gaps_step_by_step_t", [gaps], alpha=0.3).available("valid")
     assert [task.name for task in mixture.tasks] == ["gaps_label_gold"]
     assert mixture.rates == (0.3,)
 
 
-def test_unknown_mixtures_name_the_nearest(toy):
+def test_an_unknown_mixture_suggests_the_nearest(toy):
     with pytest.raises(UserError, match="did you mean 'toy_step_by_step_rules'"):
         named_mixture("toy_step_by_step_rulse", [toy])
     with pytest.raises(UserError, match="ALPHA is 2"):
         named_mixture("toy_finetune", [toy], alpha=2)
 
 
-def test_a_name_says_its_teacher_where_no_files_do(tmp_path):
+def test_without_files_any_teacher_in_a_name_is_accepted(tmp_path):
     gone = Dataset.from_files(tmp_path / "gone", name="gone", labels=("a",), must_exist=False)
     both = named_mixture("gone_step_by_step_unlabeled_my_llm", [gone]).tasks
     assert [task.name for task in both] == ["gone_label_my_llm", "gone_rationale_my_llm"]
@@ -95,15 +95,15 @@ def test_a_name_says_its_teacher_where_no_files_do(tmp_path):
         named_mixture("gone_distill_t", [gone]).tasks[0].rows("train")
 
 
-def test_the_teacher_of_a_name_can_be_replaced():
+def test_teacher_replaces_the_teacher_of_a_mixture():
     experiment = Experiment(mixture="cqa_step_by_step_palm", teacher="gpt_neox")
     assert open_mixture(experiment).name == "cqa_step_by_step_gpt_neox"
-    with pytest.raises(UserError, match="has no teacher"):
+    with pytest.raises(UserError, match="uses no teacher; leave TEACHER out"):
         open_mixture(dataclasses.replace(experiment, mixture="cqa_finetune"))
 
 
-def test_two_teachers_of_one_name_are_not_confused(tmp_path):
-    """`step_by_step_unlabeled_x` may be of the teacher x or of the teacher unlabeled_x."""
+def test_a_name_with_two_possible_teachers_is_an_error(tmp_path):
+    """`step_by_step_unlabeled_x` can be read with the teacher x or the teacher unlabeled_x."""
     folder = tmp_path / "two"
     for split in ("train", "valid"):
         write_jsonl(folder / f"{split}.jsonl", [{"id": "a", "input": "x", "label": "l"}])
@@ -123,7 +123,7 @@ def test_two_teachers_of_one_name_are_not_confused(tmp_path):
     assert rationales == {"by x", "by unlabeled_x"}
 
 
-def test_a_method_takes_the_only_teacher_and_asks_where_there_are_several(toy_folder, tmp_path):
+def test_a_method_uses_the_only_teacher_and_needs_teacher_with_several(toy_folder, tmp_path):
     folder = shutil.copytree(toy_folder, tmp_path / "toy")
     experiment = Experiment(method="step_by_step", data=DataConfig(dataset_path=str(folder)))
     assert open_mixture(experiment).name == "toy_step_by_step_rules"
@@ -140,7 +140,7 @@ def test_a_method_takes_the_only_teacher_and_asks_where_there_are_several(toy_fo
         open_mixture(Experiment(dataset="cqa"))
 
 
-def test_two_folders_of_one_name_keep_their_own_labels(tmp_path):
+def test_two_folders_with_one_name_keep_their_labels(tmp_path):
     experiments = []
     for folder, labels in (("a", ("billing", "bug")), ("b", ("spam", "ham"))):
         rows = [{"input": f"{i}?", "label": labels[i % 2]} for i in range(20)]
@@ -154,7 +154,7 @@ def test_two_folders_of_one_name_keep_their_own_labels(tmp_path):
     assert first.name == second.name == "data_finetune"
 
 
-def test_a_blank_label_is_no_label(tmp_path):
+def test_a_blank_label_counts_as_missing(tmp_path):
     rows = [
         {"id": str(i), "input": "x", "label": label} for i, label in enumerate(["a", "", " \t"])
     ]

@@ -147,7 +147,7 @@ def test_xxls_program_has_no_array_of_all_slots_and_the_vocabulary():
     files = ["students/xxl.gin", "layouts/two_d.gin", "runs/adafactor.gin"]
     flags = ["MeshConfig.data=4", "MeshConfig.model=2", "Experiment.remat=full", "BATCH_SIZE=256"]
     experiment = parse_gin(files, flags)
-    config = experiment.settle(experiment.student)
+    config = experiment.resolve_student(experiment.student)
     store = typical_store(config.vocab_size)
     planner = Planner(experiment, config, store, jax.devices()[:8], num_steps=32)
     batch = abstract_batch(planner.batches(256), planner.mesh)

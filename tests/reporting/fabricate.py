@@ -1,4 +1,4 @@
-"""Run directories as `dss train` and `dss eval` leave them, without training anything."""
+"""Writes run directories like those of `dss train` and `dss eval`, without training."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ STEPS, TEST = 40, 100  # steps of a run, test examples
 
 
 def verdicts(right: int) -> list[float]:
-    """Verdicts on the test examples of which so many are right."""
+    """Returns 0/1 scores of the test examples, of which the first `right` are correct."""
     return [1.0] * right + [0.0] * (TEST - right)
 
 
@@ -42,21 +42,21 @@ def write_run(
     """Writes a run directory into `folder`.
 
     Args:
-      folder: of the runs.
-      method: "finetune", "step_by_step_rules" and so on.
-      right: how many test examples its student has right; None for not evaluated.
-      examples: that it trained with.
-      total: that there are.
-      unlabelled: of `examples`, for which there is a rationale alone.
-      seed: of the experiment.
-      width: of the student.
-      steps: that it got to.
-      outcome: of its session; None for a killed one.
-      dataset: its name.
-      texts: predictions in place of yes and no.
-      teacher_right: of the same examples; None for a split without a teacher.
-      metrics: whether there are any.
-      changes: of the experiment.
+      folder: folder of the runs.
+      method: method and teacher, such as "finetune" or "step_by_step_rules".
+      right: number of correct test predictions; None for a run without an evaluation.
+      examples: number of training examples.
+      total: number of training examples of the whole dataset.
+      unlabelled: number of `examples` with a rationale but no label.
+      seed: seed of the experiment.
+      width: d_model of the student.
+      steps: number of completed steps.
+      outcome: outcome of the session; None for a killed one.
+      dataset: name of the dataset.
+      texts: predictions to write instead of yes and no.
+      teacher_right: number of the teacher's correct labels; None without a teacher.
+      metrics: whether to write metrics.
+      changes: further fields of the experiment.
     """
     run = folder / f"{dataset}-{method}-{width}-{examples}-{seed}"
     experiment = Experiment(
@@ -131,7 +131,7 @@ def write_predictions(
     teacher_right: int | None = 90,
     split: str = "test",
 ) -> Path:
-    """Writes an evaluation; example i is asked for yes, which the teacher says of the last ones."""
+    """Writes an evaluation. All targets are yes; the teacher's last labels are yes, others no."""
     rows = []
     for i, score in enumerate(scores):
         row: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The report in a real browser: Debian's chromium, driven by its chromium-driver."""
+"""Tests of the report in a browser: chromium through chromedriver."""
 
 import os
 import shutil
@@ -64,7 +64,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """A page of 24 finished runs and one not, with texts that are hostile or nowhere break."""
+    """Returns a page of 24 finished runs and a failed one, whose texts are HTML and long words."""
     folder = tmp_path_factory.mktemp("report")
     for method, right, examples, width, seed in SWEPT:
         texts = [EVIL, LONG] if seed else []
@@ -78,7 +78,7 @@ def page(tmp_path_factory):
 
 @pytest.fixture(params=WIDTHS)
 def shown(request, browser, page):
-    """The browser with the page at one of the widths, and that width."""
+    """Opens the page in a browser of each width; returns browser and width."""
     device = {"width": request.param, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", device)
     browser.get(page.as_uri())
@@ -90,7 +90,7 @@ def _rows(browser) -> int:
 
 
 def _click(browser, selector: str) -> None:
-    """Clicks on what is really there: a click on what is covered fails."""
+    """Scrolls to an element and clicks it, which fails if it is covered."""
     found = browser.find_element("css selector", selector)
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", found)
     found.click()
@@ -101,7 +101,7 @@ def _count(browser) -> str:
 
 
 def _overflowing(browser) -> list[str]:
-    """Returns what is wider than the page, and not in a box of its own that scrolls."""
+    """Returns elements that are wider than the page and not inside a scrollable element."""
     return browser.execute_script(
         "return [...document.body.querySelectorAll('*')]"
         ".filter((e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll'))"
@@ -109,11 +109,11 @@ def _overflowing(browser) -> list[str]:
     )
 
 
-def test_it_renders_without_an_error_and_fits(shown):
+def test_the_page_renders_without_errors_and_fits_the_width(shown):
     browser, width = shown
     assert browser.execute_script("return innerWidth") == width
     for everything in (False, True):
-        if everything:  # with all that can be opened open
+        if everything:
             browser.execute_script(
                 "document.querySelectorAll('details').forEach((d) => { d.open = true; })"
             )
@@ -127,12 +127,12 @@ def test_it_renders_without_an_error_and_fits(shown):
     assert browser.get_log("browser") == []
 
 
-def test_the_filter_shows_the_right_the_wrong_and_what_differs(shown):
+def test_predictions_are_filtered_by_correctness_and_text(shown):
     browser, _ = shown
     assert (_count(browser), _rows(browser)) == ("100 of 100", 20)  # the best run: 80 are right
     _click(browser, "[data-verdict=wrong]")
     assert (_count(browser), _rows(browser)) == ("20 of 100", 20)
-    assert {e.text for e in browser.find_elements("css selector", "dd.wrong")} == {"no · wrong"}
+    assert {e.text for e in browser.find_elements("css selector", "dd.wrong")} == {"no · incorrect"}
     _click(browser, "[data-verdict=right]")
     assert (_count(browser), _rows(browser)) == ("80 of 100", 20)
     assert browser.find_elements("css selector", "dd.wrong") == []
@@ -149,7 +149,7 @@ def test_the_filter_shows_the_right_the_wrong_and_what_differs(shown):
     assert browser.get_log("browser") == []
 
 
-def test_what_a_student_wrote_is_shown_and_not_run(shown):
+def test_predictions_are_shown_as_text_and_not_executed(shown):
     browser, width = shown
     options = browser.find_elements("css selector", "#run option")
     next(option for option in options if "seed 1" in option.text).click()

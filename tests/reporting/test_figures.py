@@ -31,7 +31,7 @@ def test_a_sweep_is_drawn_by_data_and_size_with_its_losses(tmp_path):
     for text in ("training examples (logarithmic)", "accuracy on the test split, %", "finetuning",
                  "teacher rules: 90.0%", "most frequent: 50.0%", "1,000"):  # fmt: skip
         assert f">{text}<" in data.svg
-    for text in ("step", "loss, nats a token (log)", "loss of the rationale task"):
+    for text in ("step", "loss, nats per token (log)", "loss of the rationale task"):
         assert f">{text}<" in figures[-1].svg
     with (tmp_path / "figures" / f"{data.name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -49,7 +49,7 @@ def test_the_same_runs_give_the_same_figures(tmp_path):
     assert [f.svg for f in first] == [f.svg for f in second]
 
 
-def test_neighbouring_methods_differ_in_lightness_marker_and_line():
+def test_neighbouring_methods_differ_in_lightness_marker_and_line_style():
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
@@ -62,28 +62,28 @@ def test_neighbouring_methods_differ_in_lightness_marker_and_line():
         assert len({str(style[part]) for style in STYLES}) == len(STYLES)
 
 
-def test_a_name_is_text_and_no_formula(tmp_path):
+def test_dollar_signs_in_names_are_not_mathematics(tmp_path):
     write_run(tmp_path, "step_by_step_a$b^{$<i>", 60)
     write_run(tmp_path, "step_by_step_c", 60)
     _, figures = _draw(tmp_path)
     assert "step-by-step (a$b^{$&lt;i&gt;)" in figures[0].svg
 
 
-def test_without_an_evaluation_there_are_losses_and_without_these_nothing(tmp_path):
+def test_runs_without_evaluations_have_losses_only(tmp_path):
     write_run(tmp_path / "a", "finetune", None)
     assert [f.kind for f in _draw(tmp_path / "a")[1]] == ["curves"]
     write_run(tmp_path / "b", "finetune", None, metrics=False)
     assert _draw(tmp_path / "b")[1] == []
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+def test_a_missing_matplotlib_is_a_user_error(tmp_path, monkeypatch):
     write_run(tmp_path, "finetune", 60)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=re.escape("pip install 'dss[report]'")):
         _draw(tmp_path)
 
 
-def test_a_name_is_no_formula_in_a_spreadsheet(tmp_path):
+def test_names_are_not_formulas_in_a_spreadsheet(tmp_path):
     figure = Figure("f", "curves", "t", "", b"", ("name", "value"), (("=1+1", -0.5), ("@x", 2.0)))
     save_figures([figure], tmp_path)
     assert (tmp_path / "f.csv").read_text().splitlines()[1:] == ["'=1+1,-0.5", "'@x,2.0"]

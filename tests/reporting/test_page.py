@@ -42,7 +42,7 @@ class _Checker(HTMLParser):
 
 
 def _write(folder, page, **options):
-    """Writes a page, checks what holds for every one, and returns its text and what it holds."""
+    """Writes a page, checks properties of all pages, and returns its text and JSON data."""
     write_report(collect([str(folder)]), page, **options)
     source = page.read_text(encoding="utf-8")
     checker = _Checker()
@@ -58,7 +58,7 @@ def _write(folder, page, **options):
     return text, json.loads(data)
 
 
-def test_a_page_says_the_answer_first_and_holds_every_run(tmp_path):
+def test_the_page_has_the_main_result_first_and_all_runs(tmp_path):
     for seed in (0, 1, 2):
         write_run(tmp_path, "finetune", 70, seed=seed)
         for examples, right in ((250, 65), (500, 80)):
@@ -66,7 +66,11 @@ def test_a_page_says_the_answer_first_and_holds_every_run(tmp_path):
     text, data = _write(tmp_path, tmp_path / "report.html", command="dss report x")
     wanted = "Step-by-step needs about 310 (31%) to match finetuning on all 1,000 examples."
     assert wanted in text
-    assert text.index(wanted) < text.index("Accuracy and data") < text.index("Every run")
+    assert (
+        text.index(wanted)
+        < text.index("Accuracy by training examples")
+        < text.index("Comparison of methods")
+    )
     for said in ("8 TPU v4, 2 processes", "1 min 15 s", "497 of 500", "dss 0.1.0, jax 9.9",
                  "Experiment.mixture = 'toy_finetune'", "dss report x",
                  "rules: 30,000, cost 2.00 EUR", "none used"):  # fmt: skip
@@ -78,7 +82,7 @@ def test_a_page_says_the_answer_first_and_holds_every_run(tmp_path):
     assert (tmp_path / "report-figures").is_dir()
 
 
-def test_nothing_that_a_model_or_a_name_says_is_run(tmp_path):
+def test_texts_and_names_are_not_executed(tmp_path):
     run = write_run(tmp_path, "step_by_step_" + EVIL.replace("/", ""), 50, texts=[EVIL] * 100)
     path = next((run / "predictions").glob("*.jsonl"))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -102,23 +106,23 @@ def test_runs_without_an_evaluation_are_shown_as_not_measured(tmp_path):
     (tmp_path / "broken" / "config.gin").write_text("nonsense = [\n")
     text, data = _write(tmp_path, tmp_path / "report.html")
     for said in (
-        "No run of toy is finished and evaluated on the test split: dss eval RUN --split=test",
+        "No run of toy is finished and evaluated on the test split. Evaluate one with dss eval RUN",
         "failed at step 20 of 40: <b>disk</b>",
-        "not begun",
+        "not started",
         "2 of 3 runs did not finish",
-        "1 finished run not evaluated on test yet",
+        "1 finished run not evaluated on test:",
         "not measured",
         "validation: 50.0%",
         "over 0 s",
-        "Left out",
+        "Excluded files and runs",
         "/broken",
     ):
         assert said in text, said
     assert data == {"examples": [], "runs": [], "of": 0, "cut": 0}
 
 
-def test_a_large_page_holds_some_of_the_answers_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("dss.reporting.page.SHOWN_ANSWERS", 60)
+def test_a_large_page_has_a_sample_of_predictions(tmp_path, monkeypatch):
+    monkeypatch.setattr("dss.reporting.page.SHOWN_PREDICTIONS", 60)
     monkeypatch.setattr("dss.reporting.page.SHOWN_TEXT", 10)
     for seed in range(4):
         write_run(tmp_path, "finetune", 50 + seed, seed=seed, texts=["long " * 100] * 100)
@@ -126,11 +130,11 @@ def test_a_large_page_holds_some_of_the_answers_and_says_so(tmp_path, monkeypatc
     assert [run["label"][-5:] for run in data["runs"]] == ["53.0%", "52.0%", "51.0%"]
     assert [len(run["answers"]) for run in data["runs"]] == [20] * 3
     assert data["runs"][0]["answers"][0][1] == "long long … (490 more characters)"
-    assert "This page holds 60 of the 400 answers" in text
-    assert "none of 1 more runs" in text
+    assert "60 of 400 predictions" in text
+    assert "none of 1 further runs" in text
 
 
-def test_several_datasets_each_have_their_answer_and_another_split_is_said(tmp_path):
+def test_several_datasets_and_another_split(tmp_path):
     for dataset in ("b", "a"):
         run = write_run(tmp_path, "finetune", None, dataset=dataset)
         scores = [1.0] * 8 + [0.0] * 2
@@ -141,7 +145,7 @@ def test_several_datasets_each_have_their_answer_and_another_split_is_said(tmp_p
     assert [run["label"][:3] for run in data["runs"]] == ["a: ", "b: "]
 
 
-def test_the_verb_writes_the_page_and_prints_the_answer(tmp_path, capsys):
+def test_the_command_writes_the_page_and_prints_the_main_result(tmp_path, capsys):
     write_run(tmp_path / "runs", "finetune", 80)
     write_run(tmp_path / "runs", "step_by_step_rules", 85)
     page = tmp_path / "new" / "page.html"
@@ -152,12 +156,12 @@ def test_the_verb_writes_the_page_and_prints_the_answer(tmp_path, capsys):
     assert page.is_file()
 
 
-def test_a_teachers_size_can_be_told(tmp_path, capsys):
+def test_the_size_of_a_teacher_is_an_option(tmp_path, capsys):
     for width in (16, 32):
         write_run(tmp_path / "runs", "step_by_step_rules", 85, width=width, teacher_right=90)
     page = tmp_path / "page.html"
-    told = ["--teacher-size=rules=70B", "--split=test"]
-    assert main(["report", str(tmp_path / "runs"), "-o", str(page), *told]) == 0
+    options = ["--teacher-size=rules=70B", "--split=test"]
+    assert main(["report", str(tmp_path / "runs"), "-o", str(page), *options]) == 0
     text = page.read_text()
     assert "teacher rules (70B): 90.0%" in text
     assert "--teacher-size=rules=70B -o" in text
@@ -175,7 +179,7 @@ def test_a_teachers_size_can_be_told(tmp_path, capsys):
         ("taken/report.html", "report-figures: file exists"),
     ],
 )
-def test_what_cannot_be_written_is_one_line(tmp_path, capsys, output, said):
+def test_an_unwritable_output_is_an_error_of_one_line(tmp_path, capsys, output, said):
     write_run(tmp_path / "runs", "finetune", 80)
     (tmp_path / "file").touch()
     (tmp_path / "taken").mkdir()
@@ -186,9 +190,9 @@ def test_what_cannot_be_written_is_one_line(tmp_path, capsys, output, said):
     assert error.count("\n") == 1
 
 
-def test_without_jinja2_it_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_a_missing_jinja2_is_a_user_error(tmp_path, monkeypatch, capsys):
     write_run(tmp_path / "runs", "finetune", 80)
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert main(["report", str(tmp_path / "runs"), "-o", str(tmp_path / "report.html")]) == 2
-    error = "dss report: the report needs jinja2; pip install 'dss[report]', then give this again\n"
+    error = "dss report: the report needs jinja2 (not installed): pip install 'dss[report]'\n"
     assert capsys.readouterr().err == error

@@ -5,8 +5,8 @@ from dss.mixtures.methods import named_mixture
 from dss.runs.student import explain
 
 
-class Writer:
-    """Stands for a student: it writes the same text for every input and keeps what it read."""
+class FakePredictor:
+    """A predictor with the same output for every input, which records inputs and start ids."""
 
     def __init__(self, text: str):
         self.text, self.read, self.started = text, [], []
@@ -24,20 +24,20 @@ class Writer:
         return [self.text] * len(inputs)
 
 
-def test_a_rationale_is_asked_for_as_it_was_learnt(toy):
-    for mixture, written, asked in (
+def test_explain_uses_the_prefix_of_the_rationale_task(toy):
+    for mixture, output, expected in (
         ("toy_step_by_step_rules", "2 is 2 mod 3", "explain: is 2 good"),
         ("toy_single_target_rules", "2 is 2 mod 3 So the answer is yes", "predict: is 2 good"),
     ):
-        student = Writer(written)
+        student = FakePredictor(output)
         assert explain(student, named_mixture(mixture, [toy]), ["is 2 good"], 64) == [
             "2 is 2 mod 3"
         ]
-        assert student.read == [asked]
+        assert student.read == [expected]
 
 
-def test_a_rationale_is_asked_for_by_the_start_where_the_input_is_shared(toy):
-    student = Writer("2 is 2 mod 3")
+def test_explain_uses_the_start_id_with_one_encoder_pass(toy):
+    student = FakePredictor("2 is 2 mod 3")
     for shared in (False, True):
         mixture = named_mixture("toy_step_by_step_rules", [toy], one_input=shared)
         assert explain(student, mixture, ["is 2 good"], 64) == ["2 is 2 mod 3"]
@@ -45,6 +45,6 @@ def test_a_rationale_is_asked_for_by_the_start_where_the_input_is_shared(toy):
     assert student.started == [0, 100]
 
 
-def test_who_learnt_no_rationales_cannot_explain(toy):
-    with pytest.raises(UserError, match="toy_finetune: its students learn no rationales"):
-        explain(Writer(""), named_mixture("toy_finetune", [toy]), ["is 2 good"], 64)
+def test_explain_without_a_rationale_task_is_an_error(toy):
+    with pytest.raises(UserError, match="toy_finetune: its students generate no rationales"):
+        explain(FakePredictor(""), named_mixture("toy_finetune", [toy]), ["is 2 good"], 64)

@@ -17,7 +17,7 @@ def _lines(folder) -> list[dict]:
     return [{k: v for k, v in line.items() if k != "time"} for line in read_metrics(folder)]
 
 
-def test_sessions_say_how_they_began_and_ended(tmp_path):
+def test_sessions_log_their_start_and_outcome(tmp_path):
     folder, path = epath.Path(tmp_path), tmp_path / SESSIONS_FILE
     with Session() as session:
         session.begin(folder, 0, {"device": "x"})
@@ -27,7 +27,7 @@ def test_sessions_say_how_they_began_and_ended(tmp_path):
     error = UserError("step 5: the loss is nan\nmore")
     session.__exit__(UserError, error, None)
     with path.open("a") as file:
-        file.write('{"event": "be')  # a kill cut this short
+        file.write('{"event": "be')  # incomplete, as after a kill
     with Session() as session:
         session.begin(folder, 5, {})
     lines = _lines(path)
@@ -43,19 +43,19 @@ def test_sessions_say_how_they_began_and_ended(tmp_path):
     assert all(0 <= s < 60 for s in seconds)
 
 
-def test_what_fails_before_there_is_a_run_writes_nothing(tmp_path):
+def test_a_session_that_fails_before_it_begins_writes_nothing(tmp_path):
     with pytest.raises(UserError), Session():
         raise UserError("no mixture")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_machine_has_devices_and_versions():
+def test_describe_machine_has_devices_and_versions():
     found = json.loads(json.dumps(describe_machine()))
     assert (found["device"], found["devices"], found["processes"]) == ("cpu", 8, 1)
     assert {"dss", "python", "jax", "orbax-checkpoint"} <= set(found["versions"])
 
 
-def test_data_are_counted_with_what_is_missing_and_what_is_cut(toy):
+def test_describe_data_counts_missing_and_truncated_rows(toy):
     mixture = named_mixture("toy_step_by_step_rules", [toy])
     rows = [task.rows("train") for task in mixture.tasks]
     store = tokenize(
@@ -71,7 +71,7 @@ def test_data_are_counted_with_what_is_missing_and_what_is_cut(toy):
     assert rationale["cut_targets"] == 35 - 5, "9 is 0 mod 3 has 13 tokens, and just fits"
 
 
-def test_what_a_teachers_outputs_took_is_recorded(tmp_path):
+def test_describe_data_has_the_usage_of_teacher_outputs(tmp_path):
     numbers = [str(i) for i in range(20)]
     examples = [{"id": i, "input": "q", "label": "a"} for i in numbers]
     write_jsonl(tmp_path / "train.jsonl", examples)

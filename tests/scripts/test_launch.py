@@ -82,7 +82,7 @@ UV = """#!/usr/bin/env bash
 mkdir -p ~/dss/venv/bin && cp "$FAKES/pip" ~/dss/venv/bin/pip
 """
 PIP = """#!/usr/bin/env bash
-[[ "$*" == "install --quiet .[tpu]" && -f setup.py && ! -e .git ]] || exit 1
+[[ "$*" == "install --quiet .[tpu,gcs]" && -f setup.py && ! -e .git ]] || exit 1
 cp "$FAKES/dss" ~/dss/venv/bin/dss
 """
 # Runs the command after its own options, as one process.
@@ -144,7 +144,7 @@ def place(tmp_path) -> Place:
 @pytest.mark.parametrize(
     ("script", "args", "said"),
     [
-        ("tpu_vm.sh", [], "what to do?"),
+        ("tpu_vm.sh", [], "no command; give"),
         ("tpu_vm.sh", ["start", "--name=n", "--zone=z"], "unknown command 'start'"),
         ("tpu_vm.sh", ["create", "--network", "n", "--zone=z"], "are given as --OPTION=VALUE"),
         ("tpu_vm.sh", ["delete", "--name=n", "--zone=z", "--spot"], "unknown option --spot"),
@@ -524,7 +524,8 @@ class TestXManager:
             "accelerator_count": 8,
         }
         assert place.calls("machine") == [[machine]] == [[said["machine_spec"]]]
-        assert "RUN python -m pip install --no-cache-dir '.[cuda]'" in said["docker_instructions"]
+        install = "RUN python -m pip install --no-cache-dir '.[cuda,gcs]'"
+        assert install in said["docker_instructions"]
 
     def test_a_local_container_works_in_this_folder(self, place, installed):
         args = ["--executor=local", "--name=cqa", "--accelerator=local_gpu=1"]
@@ -536,7 +537,7 @@ class TestXManager:
         assert place.calls("add") == [[{"executable": "executable", "executor": executor}]]
 
     @pytest.mark.parametrize(
-        ("accelerator", "extra"), [([], "."), (["--accelerator=tpu_v3=8"], ".[tpu]")]
+        ("accelerator", "extra"), [([], ".[gcs]"), (["--accelerator=tpu_v3=8"], ".[tpu,gcs]")]
     )
     def test_the_accelerator_says_what_is_installed(self, place, accelerator, extra):
         said = self.dry(place, "--executor=vertex", "--name=n", *accelerator)

@@ -16,7 +16,7 @@ from dss.errors import UserError
 from dss.paths import gin_root
 from dss.runs.data import training_store
 from dss.sweeps.runner import Outcome, SweepProgress, read_outcome, run_sweep
-from dss.sweeps.sweep import Method, plan_sweep
+from dss.sweeps.sweep import SweepMethod, plan_sweep
 from tests.conftest import ROOT
 
 STUDENT = """
@@ -52,7 +52,7 @@ def plan(settings, *flags):
     return plan_sweep(["runs/sweep.gin"], [*settings, *flags])
 
 
-def test_a_sweep_is_every_method_with_every_student_fraction_and_seed(settings):
+def test_a_sweep_has_every_method_student_fraction_and_seed(settings):
     sweep = plan(settings, "METHODS=('finetune', 'finetune*2.5', 'step_by_step')", "TRAIN_STEPS=30")
     assert len(sweep.runs) == 3 * 2 * 3 * 2
     assert [run.name for run in sweep.runs[:6]] == [
@@ -66,7 +66,7 @@ def test_a_sweep_is_every_method_with_every_student_fraction_and_seed(settings):
     run = sweep.runs[-1]
     assert (run.name, run.examples) == ("step_by_step-two-1.0-s1", 40)
     experiment = run.experiment
-    assert experiment.mixture == "toy_step_by_step_rules"
+    assert experiment.mixture_name == "toy_step_by_step_rules"
     assert experiment.run_dir == "sweep/step_by_step-two-1.0-s1"
     assert (experiment.seed, experiment.data.fraction) == (1, 1.0)
     assert experiment.student.num_decoder_layers == 2
@@ -74,7 +74,7 @@ def test_a_sweep_is_every_method_with_every_student_fraction_and_seed(settings):
     assert steps == {"finetune": 30, "finetune_x2.5": 75, "step_by_step": 30}
 
 
-def test_all_methods_have_the_same_examples_and_smaller_fractions_are_parts_of_larger(settings):
+def test_methods_have_the_same_examples_and_fractions_are_nested(settings):
     methods = "METHODS=('finetune', 'step_by_step', 'distill', 'single_target')"
     seen: dict[tuple, set] = {}
     for run in plan(settings, methods, "STUDENTS=('one.gin',)").runs:
@@ -88,16 +88,16 @@ def test_all_methods_have_the_same_examples_and_smaller_fractions_are_parts_of_l
     assert seen[0, 1.0] == seen[1, 1.0]
 
 
-def test_the_parts_of_a_sweep_are_all_of_it_and_every_part_has_every_method(settings):
+def test_parts_partition_the_runs_and_each_has_every_method(settings):
     sweep = plan(settings)
-    parts = [sweep.take(i, 5) for i in range(5)]
+    parts = [sweep.select_part(i, 5) for i in range(5)]
     names = [run.name for part in parts for run in part.runs]
     assert sorted(names) == sorted(run.name for run in sweep.runs)
     assert all({run.method for run in part.runs} == {"finetune", "step_by_step"} for part in parts)
-    assert sweep.take(99, 100).runs == ()
+    assert sweep.select_part(99, 100).runs == ()
 
 
-def test_methods_are_mixtures_gin_files_and_steps(settings, tmp_path):
+def test_methods_with_gin_files_and_a_factor_of_steps(settings, tmp_path):
     (tmp_path / "more alpha.gin").write_text("ALPHA = 0.9\nTRAIN_STEPS = 40\n")
     (tmp_path / "whole.gin").write_text("MIXTURE_OR_TASK_NAME = 'toy_distill_rules'\n")
     methods = "METHODS=('step_by_step_rules+more alpha.gin*2', 'whole.gin')"
@@ -106,20 +106,20 @@ def test_methods_are_mixtures_gin_files_and_steps(settings, tmp_path):
     ).runs
     assert first.name == "step_by_step_rules_more_alpha_x2-one-1.0-s3"
     assert (first.experiment.alpha, first.experiment.trainer.train_steps) == (0.9, 80)
-    assert first.experiment.mixture == "toy_step_by_step_rules"
-    assert (second.method, second.experiment.mixture) == ("whole", "toy_distill_rules")
+    assert first.experiment.mixture_name == "toy_step_by_step_rules"
+    assert (second.method, second.experiment.mixture_name) == ("whole", "toy_distill_rules")
     assert second.experiment.alpha == 0.5
 
 
 @pytest.mark.parametrize(
     "text", ["", "*2", "a+b", "a*", "a*0", "a*nan", "a*-1", "a*inf", "a+", "+"]
 )
-def test_what_is_no_method_says_how_one_looks(text):
-    with pytest.raises(UserError, match=r"method '.*': give a mixture's name"):
-        Method.parse(text)
+def test_the_error_for_a_malformed_method_shows_the_syntax(text):
+    with pytest.raises(UserError, match=r"method '.*': give a method's name"):
+        SweepMethod.parse(text)
 
 
-def test_a_method_may_have_the_compute_of_another(settings):
+def test_a_method_can_match_the_compute_of_another(settings):
     runs = plan(
         settings, "METHODS=('finetune*step_by_step', 'step_by_step')", "TRAIN_STEPS=50"
     ).runs
@@ -132,7 +132,7 @@ def test_a_method_may_have_the_compute_of_another(settings):
     assert longer == {round(50 * sum(tokens) / tokens[0])}
 
 
-def test_a_student_may_be_a_checkpoint(settings, shared):
+def test_a_student_can_be_a_checkpoint(settings, shared):
     source = shared / "fixtures" / "reference_cqa" / "model"
     only = ["FRACTIONS=(1,)", "SEEDS=(0,)", "METHODS=('finetune',)"]
     (run,) = plan(settings, *only, f"STUDENTS=('hf:{source}',)").runs
@@ -144,30 +144,30 @@ def test_a_student_may_be_a_checkpoint(settings, shared):
         plan(settings, *only, "STUDENTS=('one.gin',)", f"INITIAL_CHECKPOINT_PATH=hf:{source}")
 
 
-def test_a_run_that_another_process_is_at_is_waited_for(settings):
-    sweep = plan(settings, "STUDENTS=('one.gin',)", "FRACTIONS=(0.5,)").take(0, 4)
+def test_a_sweep_waits_for_a_run_of_another_process(settings):
+    sweep = plan(settings, "STUDENTS=('one.gin',)", "FRACTIONS=(0.5,)").select_part(0, 4)
     (run,) = sweep.runs
     log = sweep.folder / "logs" / f"{run.name}.log"
     log.parent.mkdir(parents=True)
-    told = []
+    waited = []
     with open(log, "ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
 
-        class Told(SweepProgress):
+        class Recorder(SweepProgress):
             def waiting(self, run):
-                told.append(run.name)
+                waited.append(run.name)
                 finish(run, right=4)
                 fcntl.flock(other, fcntl.LOCK_UN)
 
             def started(self, number, run, log):
-                pytest.fail("it was done by the other")
+                pytest.fail("the other process has done it")
 
-        (outcome,), _ = run_sweep(sweep, Told())
-    assert told == [run.name]
+        (outcome,), _ = run_sweep(sweep, Recorder())
+    assert waited == [run.name]
     assert outcome.status == "done"
 
 
-def test_planning_a_sweep_touches_no_accelerator(settings):
+def test_planning_a_sweep_initializes_no_accelerator(settings):
     flags = [f"--gin.{setting}" for setting in settings]
     code = "from dss.cli.main import main; raise SystemExit(main())"
     done = subprocess.run(
@@ -188,20 +188,20 @@ def test_planning_a_sweep_touches_no_accelerator(settings):
     assert done.stdout.count(" && dss eval ") == 24
 
 
-def test_the_recipe_comes_first_and_the_sweeps_own_settings_win(small_root, tmp_path):
+def test_files_and_flags_of_a_sweep_override_the_datasets_file(small_root, tmp_path):
     (tmp_path / "own.gin").write_text("BATCH_SIZE = 4\nALPHA = 0.25\n")
     flags = ["DATASET=cqa", f"DATA_ROOT={small_root}", "VOCABULARY=bytes", "MODEL_DIR=x"]
     sweep = plan_sweep(["runs/sweep.gin", str(tmp_path / "own.gin")], [*flags, "ALPHA=0.3"])
     run = next(run for run in sweep.runs if run.method == "step_by_step")
-    assert run.experiment.mixture == "cqa_step_by_step_palm"
+    assert run.experiment.mixture_name == "cqa_step_by_step_palm"
     assert (run.experiment.batch_size, run.experiment.alpha) == (4, 0.3)
     assert run.experiment.trainer.eval_period == 250
     longer = ["METHODS=('finetune*step_by_step',)", "FRACTIONS=(1,)", "SEEDS=(0,)"]
     (run,) = plan_sweep(["runs/sweep.gin"], [*flags, *longer]).runs
-    assert run.experiment.mixture == "cqa_finetune"
+    assert run.experiment.mixture_name == "cqa_finetune"
     assert run.experiment.trainer.train_steps > 10000
     sweep = plan_sweep(["runs/sweep.gin"], [*flags, "TEACHER=gpt_neox"])
-    assert {run.experiment.mixture for run in sweep.runs} == {
+    assert {run.experiment.mixture_name for run in sweep.runs} == {
         "cqa_finetune",
         "cqa_step_by_step_gpt_neox",
     }
@@ -223,7 +223,7 @@ def test_the_shipped_sweep_is_documented_and_expands(small_root):
     assert len(plan_sweep(["runs/sweep.gin"], flags).runs) == 24
 
 
-def test_a_runs_command_line_is_its_whole_configuration(settings, tmp_path, capsys):
+def test_the_commands_of_a_run_have_its_whole_configuration(settings, tmp_path, capsys):
     odd = tmp_path / 'it\'s a "sweep" $HOME'
     sweep = plan(settings, f"MODEL_DIR={odd}", "ALPHA=0.3", "MeshConfig.model=1")
     for run in sweep.runs[:3]:
@@ -248,7 +248,7 @@ def test_a_runs_command_line_is_its_whole_configuration(settings, tmp_path, caps
     assert not odd.exists()
 
 
-def test_a_shipped_student_is_named_and_its_changes_follow():
+def test_gin_flags_has_only_the_changes_of_a_shipped_student():
     base = parse_gin(["students/tiny.gin"])
     wanted = parse_gin(["students/tiny.gin"], ["T5Config.vocab_size=384", "MODEL_DIR='1'"])
     assert gin_flags(wanted, base) == ["--gin.MODEL_DIR='1'", "--gin.T5Config.vocab_size=384"]
@@ -265,12 +265,12 @@ def test_a_shipped_student_is_named_and_its_changes_follow():
         ("METHODS=finetune", "SweepConfig.methods must be of type tuple"),
         ("METHODS=('fine_tune',)", "unknown method 'fine_tune'; did you mean 'finetune'"),
         ("METHODS=('finetune+no.gin',)", "unknown gin file 'no.gin'"),
-        ("METHODS=('runs/adafactor.gin',)", "must set MIXTURE_OR_TASK_NAME"),
+        ("METHODS=('runs/adafactor.gin',)", "must set METHOD"),
         ("METHODS=('finetune', 'label_gold*0')", "method 'label_gold*0': give"),
         ("STUDENTS=('smal',)", "did you mean 'students/small.gin'"),
         ("STUDENTS=('hf:./nowhere',)", "nowhere: no such folder"),
         ("STUDENTS=('t5x:/nowhere',)", "/nowhere"),
-        ("METHODS=('finetune*step',)", "unknown method 'step'; known: distill_rules, finetune"),
+        ("METHODS=('finetune*step',)", "unknown method 'step'; did you mean 'step_by_step'?"),
         ("FRACTIONS=(0.5, 1.5)", r"FRACTIONS must be in (0, 1], got 1.5"),
         ("FRACTIONS=(0,)", r"FRACTIONS must be in (0, 1], got 0"),
         ("FRACTIONS=(0.001,)", "no examples for the train split of 'toy'"),
@@ -280,7 +280,7 @@ def test_a_shipped_student_is_named_and_its_changes_follow():
         ("TEACHER=palm", "unknown teacher 'palm'; known: rules"),
         ("DATASET=cqq", "unknown dataset 'cqq'; did you mean 'cqa'?"),
         ("DATASET_PATH=/nowhere", "/nowhere: no such file or folder"),
-        ("DATASET_PATH=None", "no dataset: give DATASET or DATASET_PATH"),
+        ("DATASET_PATH=None", "no dataset: give DATASET, or DATASET_PATH"),
         ("VOCABULARY=None", "no vocabulary: give"),
         ("VOCABULARY=/nowhere", "/nowhere"),
         ("T5Config.vocab_size=100", "bytes: wrong vocabulary"),
@@ -292,16 +292,14 @@ def test_a_shipped_student_is_named_and_its_changes_follow():
         ("FRACTION=(1,)", "unknown macro 'FRACTION'"),
     ],
 )
-def test_what_is_wrong_with_a_sweep_is_found_before_anything_is_trained(
-    settings, flag, message, capsys, tmp_path
-):
+def test_errors_of_a_sweep_are_found_before_training(settings, flag, message, capsys, tmp_path):
     before = sorted(tmp_path.iterdir())
     flags = [f"--gin.{setting}" for setting in [*settings, flag]]
     assert main(["sweep", "--gin_file=runs/sweep.gin", *flags]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert said.startswith("dss sweep: ")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.startswith("dss sweep: ")
+    assert printed.count("\n") == 1
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -317,18 +315,18 @@ def test_missing_data_of_one_method_are_found_too(settings, toy_folder, tmp_path
     with pytest.raises(UserError, match=r"train.rules.jsonl: no such file"):
         plan(settings, f"DATASET_PATH={copy}")
     shutil.copy(toy_folder / "train.rules.jsonl", copy / "train.other.jsonl")
-    with pytest.raises(UserError, match=r"several teachers wrote about 'toy': other, rules"):
+    with pytest.raises(UserError, match=r"needs a teacher: give TEACHER; .* 'toy': other, rules"):
         plan(settings, f"DATASET_PATH={copy}", "METHODS=('distill',)")
     (copy / "test.jsonl").unlink()
     with pytest.raises(UserError, match=r"test.jsonl: no such file"):
         plan(settings, f"DATASET_PATH={copy}", "TEACHER=other")
 
 
-def test_a_folder_with_other_runs_of_the_same_names_is_refused(settings):
+def test_a_folder_with_runs_of_another_sweep_is_an_error(settings):
     sweep = plan(settings)
     sweep.runs[0].folder.mkdir(parents=True)
     save_config(sweep.runs[0].experiment, sweep.runs[0].folder)
-    plan(settings, "ALPHA=0.4")  # nothing was saved, so nothing is lost
+    plan(settings, "ALPHA=0.4")  # without a checkpoint, nothing is lost
     (sweep.runs[0].folder / "checkpoints" / "10").mkdir(parents=True)
     plan(settings)
     with pytest.raises(
@@ -337,25 +335,25 @@ def test_a_folder_with_other_runs_of_the_same_names_is_refused(settings):
         plan(settings, "ALPHA=0.4")
 
 
-def test_one_process_does_a_sweep(monkeypatch, capsys):
+def test_a_sweep_with_several_processes_is_an_error(monkeypatch, capsys):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1")
     assert main(["sweep"]) == 2
     assert "--print-commands" in capsys.readouterr().err
 
 
 def finish(run, right: int, total: int = 8) -> None:
-    """Writes what `dss eval` would of a run."""
+    """Writes the files of `dss eval` for a run."""
     run.result.parent.mkdir(parents=True)
     scores = [1.0] * right + [0.0] * (total - right)
     lines = "".join(json.dumps({"score": score}) + "\n" for score in scores)
-    mixture = run.experiment.mixture
+    mixture = run.experiment.mixture_name
     (run.result.parent / f"{mixture}-test-30.jsonl").write_text(lines)
     summary = {"mixture": mixture, "split": "test", "step": 30, "metric": "accuracy"}
     summary |= {"value": right / total, "interval": [0.1, 0.9], "examples": total}
     run.result.write_text(json.dumps(summary))
 
 
-def test_what_is_done_is_shown_and_not_done_again(settings, capsys, monkeypatch):
+def test_finished_runs_are_shown_and_not_repeated(settings, capsys, monkeypatch):
     only = ["STUDENTS=('one.gin',)", "FRACTIONS=(0.5,)"]
     for i, run in enumerate(plan(settings, *only).runs):
         finish(run, right=4 + i)
@@ -363,7 +361,7 @@ def test_what_is_done_is_shown_and_not_done_again(settings, capsys, monkeypatch)
     flags = [f"--gin.{setting}" for setting in [*settings, *only]]
     assert cli.main(["sweep", "--gin_file=runs/sweep.gin", *flags]) == 0
     out = capsys.readouterr().out
-    assert "4 runs, 4 of them done before" in out
+    assert "4 runs, 4 of them already done" in out
     rows = [line.split() for line in out.splitlines() if line.split()[1:2] == ["one"]]
     assert [row[:5] for row in rows] == [
         ["finetune", "one", "20", "2/2", "62.5%"],  # 4 and 6 of 8
@@ -377,7 +375,7 @@ def test_what_is_done_is_shown_and_not_done_again(settings, capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"mixture": ', "[" * 100_000])
-def test_a_run_whose_result_is_broken_is_evaluated_again(text, settings):
+def test_a_run_with_an_invalid_result_is_missing(text, settings):
     run = plan(settings).runs[0]
     finish(run, right=4)
     assert read_outcome(run).status == "done"
@@ -385,18 +383,18 @@ def test_a_run_whose_result_is_broken_is_evaluated_again(text, settings):
     assert read_outcome(run).status == "missing"
 
 
-def test_a_run_that_fails_is_told_with_its_line_and_the_others_go_on(settings, monkeypatch):
+def test_a_failed_run_is_reported_and_the_others_continue(settings, monkeypatch):
     sweep = plan(settings, "STUDENTS=('one.gin',)", "FRACTIONS=(0.5,)")
     ended: list[Outcome] = []
 
-    class Told(SweepProgress):
+    class Recorder(SweepProgress):
         def ended(self, number, outcome, seconds, left):
             ended.append(outcome)
             assert seconds >= 0
             assert left >= 0
 
     def run(_, command, log):
-        """Stands for a process: the second run says what is wrong, the third is killed."""
+        """Replaces a process: the second run fails with a message, the third is killed."""
         number = len(ended)
         log.write(b"step 1/2\ndss train: bad luck; try again\nafter that\n")
         log.flush()
@@ -409,20 +407,20 @@ def test_a_run_that_fails_is_told_with_its_line_and_the_others_go_on(settings, m
         return 0
 
     monkeypatch.setattr("dss.sweeps.runner._Children.run", run)
-    outcomes, stopped_by = run_sweep(sweep, Told())
+    outcomes, stopped_by = run_sweep(sweep, Recorder())
     assert stopped_by is None
     assert [o.status for o in outcomes] == ["done", "failed", "failed", "done"]
     assert outcomes == ended
     assert outcomes[1].error == "dss train: bad luck; try again"
     assert outcomes[2].error == "dss train: ended by SIGKILL; out of memory?"
     assert outcomes[1].log.read_text().count("after that") == 1
-    assert read_outcome(sweep.runs[1]).status == "missing"  # so that it is tried again
+    assert read_outcome(sweep.runs[1]).status == "missing"  # so the next sweep repeats it
     lines = [json.loads(line) for line in (sweep.folder / "sweep.jsonl").read_text().splitlines()]
     assert [line["error"] for line in lines][1] == "dss train: bad luck; try again"
 
 
-def test_examples_of_a_point_are_counted_after_those_held_out(settings, toy_folder, tmp_path):
+def test_held_out_examples_are_not_counted(settings, toy_folder, tmp_path):
     copy = shutil.copytree(toy_folder, tmp_path / "toy")
     (copy / "valid.jsonl").unlink()
     runs = plan(settings, f"DATASET_PATH={copy}", "FRACTIONS=(0.5,)").runs
-    assert runs[0].examples == len(Dataset.released("toy").examples("train", fraction=0.5)) == 18
+    assert runs[0].examples == len(Dataset.from_files(copy).examples("train", fraction=0.5)) == 18

@@ -1,4 +1,4 @@
-"""Fixtures of the teacher: a prompt, a job over a few examples, a clock that does not wait."""
+"""Fixtures: a prompt, an annotation job over a few examples, and a clock that does not wait."""
 
 import asyncio
 import dataclasses
@@ -33,7 +33,7 @@ exemplars:
 
 
 class FastClock(Clock):
-    """Time passes at once where somebody waits, and is remembered."""
+    """A clock whose waits take no time; they are recorded and advance the time."""
 
     def __init__(self):
         self.ahead, self.waits = 0.0, []
@@ -58,7 +58,7 @@ def numbers_file(folder: Path, count: int) -> Path:
 
 @dataclasses.dataclass
 class Numbers:
-    """A job over numbers that are even or odd."""
+    """An annotation job that labels numbers as even or odd."""
 
     folder: Path
     count: int = 20
@@ -72,7 +72,7 @@ class Numbers:
         return file_job(source, prompt, teacher, output=None, name=None)
 
     def ask(self, job: Job, *, clock=None, key="secret", price=None, progress=None, **limits):
-        """Returns the state after a run, in which waiting takes no time unless there is a clock."""
+        """Runs a job and returns the final state; waits take no time unless `clock` is given."""
         journal = Journal(job.journal_path)
         try:
             journal.describe(job.writer)

@@ -46,7 +46,7 @@ def attempts(job) -> collections.Counter:
         return collections.Counter(dict(rows.fetchall()))
 
 
-class Said(Progress):
+class RecordedProgress(Progress):
     def __init__(self):
         self.lines = []
 
@@ -103,7 +103,7 @@ def test_a_chat_shows_exemplars_as_turns_and_a_completion_as_one_text(numbers):
     assert collections.Counter(line["status"] for line in lines_of(job)) == {"ok": 20}
 
 
-ONCE = {  # what the endpoint does the first time it hears of a number
+ONCE = {  # replies to the first request of a number, with the attempt's status
     0: (failure(500), "failed"),
     1: (failure(503), "failed"),
     2: (FakeReply(code=200, body=b'{"choices": [{"mess', lost=True), "dropped"),
@@ -118,7 +118,7 @@ ONCE = {  # what the endpoint does the first time it hears of a number
     11: (FakeReply(code=200, body=b"[" * 100_000), "malformed"),
     12: (FakeReply(code=200, body=b'{"choices": [{"message": {"content": 3}}]}'), "empty"),
 }
-ALWAYS = {
+ALWAYS = {  # replies to every request of a number, with the status of attempt and output
     13: (failure(400, message="too long"), "rejected", "error"),
     14: (chat_reply("", finish_reason="content_filter"), "refused", "refused"),
     15: (chat_reply(None, refusal="I can not help."), "refused", "refused"),
@@ -128,7 +128,7 @@ ALWAYS = {
 }
 
 
-def test_each_fault_has_its_status_and_the_others_go_on(numbers):
+def test_each_fault_has_its_status_and_other_requests_are_answered(numbers):
     seen = collections.Counter()
 
     def answer(body):
@@ -145,21 +145,21 @@ def test_each_fault_has_its_status_and_the_others_go_on(numbers):
     expected.update(status for _, status, _ in ALWAYS.values())
     expected["answered"] += 20 - len(ALWAYS)
     assert attempts(job) == expected
-    assert state.kinds == expected
+    assert state.status_counts == expected
     statuses = {int(line["id"][1:]): line["status"] for line in lines_of(job)}
     assert statuses == {n: ALWAYS[n][2] if n in ALWAYS else "ok" for n in range(20)}
     assert all(seen[n] == (2 if n in ONCE else 1) for n in range(20))
-    assert state.no_answer == 1
+    assert state.unanswered == 1
     raw = {line["id"]: line["raw"] for line in lines_of(job)}
     assert raw["n13"] == "HTTP 400: too long"
     assert raw["n18"] == "It is 18.\nLabel: both"
-    assert state.usage.silent == 8  # the 200 without a count, the timeout and the broken connection
+    assert state.usage.uncounted == 8  # six replies without a count, a timeout, a broken connection
 
 
-def test_retry_after_is_waited_for_as_told_however_long_and_said(numbers):
+def test_retry_after_is_waited_for_however_long_and_reported(numbers):
     date = email.utils.formatdate(time.time() + 3600, usegmt=True)
     waits = iter(["2", "300", date])
-    clock, said = FastClock(), Said()
+    clock, progress = FastClock(), RecordedProgress()
 
     def answer(body):
         wait = next(waits, None)
@@ -169,15 +169,15 @@ def test_retry_after_is_waited_for_as_told_however_long_and_said(numbers):
 
     with FakeEndpoint(answer) as endpoint:
         job = numbers.job(endpoint.url)
-        state = numbers.ask(job, clock=clock, progress=said, concurrency=1)
-    assert (state.done, state.no_answer, endpoint.count) == (20, 0, 23)
+        state = numbers.ask(job, clock=clock, progress=progress, concurrency=1)
+    assert (state.done, state.unanswered, endpoint.count) == (20, 0, 23)
     long = sorted(wait for wait in clock.waits if wait > 1)
     assert long == pytest.approx([2, 300, 3600], abs=2)
-    assert [line.split(", until")[0] for line in said.lines][:2] == [
-        "the endpoint asks to wait 2 s",
-        "the endpoint asks to wait 300 s",
+    assert [line.split(", until")[0] for line in progress.lines][:2] == [
+        "HTTP 429 with Retry-After: waiting 2 s",
+        "HTTP 429 with Retry-After: waiting 300 s",
     ]
-    assert "HTTP 429" in said.lines[2]
+    assert "HTTP 429" in progress.lines[2]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_retry_after_is_waited_for_as_told_however_long_and_said(numbers):
         (failure(400, message="Your credit balance is too low"), "credit balance is too low"),
     ],
 )
-def test_a_wrong_key_or_no_quota_stops_at_once_with_one_line(numbers, reply, message):
+def test_a_wrong_key_or_no_quota_stops_the_run_with_one_line(numbers, reply, message):
     numbers.count = 500
     asked = collections.Counter()
 
@@ -214,11 +214,11 @@ def test_a_server_that_never_answers_ends_the_run_after_some_requests(numbers):
         with pytest.raises(UserError, match=r"20 requests in a row.*no model m"):
             numbers.ask(job)
     assert endpoint.count < 100
-    with pytest.raises(UserError, match=r"no server answers there: ConnectError"):
+    with pytest.raises(UserError, match=r"cannot connect to a server: ConnectError"):
         numbers.ask(numbers.job("http://127.0.0.1:9/v1"), attempts=2)
 
 
-def test_failures_are_tried_again_up_to_the_limit_and_by_the_next_run(numbers):
+def test_failures_are_retried_up_to_the_limit_and_by_the_next_run(numbers):
     broken = True
 
     def answer(body):
@@ -228,14 +228,14 @@ def test_failures_are_tried_again_up_to_the_limit_and_by_the_next_run(numbers):
     with FakeEndpoint(answer) as endpoint:
         job = numbers.job(endpoint.url)
         state = numbers.ask(job, attempts=3, clock=clock)
-        assert (state.no_answer, endpoint.count) == (1, 22)
+        assert (state.unanswered, endpoint.count) == (1, 22)
         assert len(clock.waits) == 2
         assert 0.5 <= clock.waits[0] <= 1
         assert 1 <= clock.waits[1] <= 2
         assert lines_of(job)[3]["status"] == "error"
         broken = False
         state = numbers.ask(job)
-    assert (state.no_answer, endpoint.count) == (0, 23)
+    assert (state.unanswered, endpoint.count) == (0, 23)
     assert lines_of(job)[3]["status"] == "ok"
 
 
@@ -250,7 +250,7 @@ def test_identical_examples_are_paid_for_once(numbers, tmp_path):
     assert (state.done, len(lines_of(job))) == (20, 20)
 
 
-def test_max_requests_stops_cleanly_and_the_next_run_goes_on(numbers):
+def test_max_requests_stops_a_run_and_the_next_one_resumes_it(numbers):
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
         state = numbers.ask(job, max_requests=7)
@@ -260,8 +260,10 @@ def test_max_requests_stops_cleanly_and_the_next_run_goes_on(numbers):
     assert (endpoint.count, state.stopped) == (20, None)
 
 
-def test_max_cost_is_never_passed_and_counts_earlier_runs(numbers):
-    price = Price(input=1000.0, output=1000.0)  # 0.1 for a prompt of 100 tokens, 0.05 at most after
+def test_max_cost_is_never_exceeded_and_counts_earlier_runs(numbers):
+    price = Price(
+        input=1000.0, output=1000.0
+    )  # 0.1 for a prompt of 100 tokens, at most 0.05 for its answer
 
     def answer(body):
         return right(body, prompt_tokens=100)
@@ -288,7 +290,7 @@ def test_max_cost_needs_a_price_and_a_limit_on_each_answer(numbers):
         numbers.ask(job, max_cost=1.0, price=Price(input=1.0, output=1.0))
 
 
-def test_attempts_that_brought_no_count_are_in_the_cost_at_their_most(numbers):
+def test_uncounted_attempts_are_charged_at_their_maximum_cost(numbers):
     numbers.count = 2
     seen = collections.Counter()
 
@@ -300,14 +302,14 @@ def test_attempts_that_brought_no_count_are_in_the_cost_at_their_most(numbers):
     price = Price(input=1000.0, output=1000.0)
     with FakeEndpoint(answer) as endpoint:
         state = numbers.ask(numbers.job(endpoint.url), price=price)
-    assert state.usage.silent == 2
+    assert state.usage.uncounted == 2
     assert state.cost == pytest.approx(2 * 0.105 + 2 * (0.1 + 0.05), rel=0.02)
 
 
 @pytest.mark.parametrize(
     "usage", [{"prompt_tokens": 100}, {"prompt_tokens": 1, "completion_tokens": -9}]
 )
-def test_max_cost_is_kept_where_the_endpoint_does_not_count(numbers, usage):
+def test_max_cost_is_kept_without_valid_token_counts(numbers, usage):
     def answer(body):
         value = json.loads(right(body).body) | {"usage": usage}
         return FakeReply(body=json.dumps(value).encode())
@@ -348,8 +350,8 @@ def test_a_reply_in_utf_16_is_read(numbers):
     assert lines_of(job)[0]["status"] == "ok"
 
 
-def test_concurrency_finds_the_limit_of_the_endpoint(numbers):
-    """More than ten at once are turned away: the run settles near ten and loses nothing."""
+def test_concurrency_adapts_to_the_limit_of_the_endpoint(numbers):
+    """The endpoint rejects more than ten requests at a time; no answer is lost."""
     numbers.count = 400
 
     def answer(body):
@@ -361,20 +363,20 @@ def test_concurrency_finds_the_limit_of_the_endpoint(numbers):
     with FakeEndpoint(answer) as endpoint:
         job = numbers.job(endpoint.url)
         state = numbers.ask(job, concurrency=64)
-    assert (state.done, state.no_answer) == (400, 0)
+    assert (state.done, state.unanswered) == (400, 0)
     assert endpoint.at_once <= 64
-    assert state.kinds["limited"] < 150
+    assert state.status_counts["limited"] < 150
     assert {line["status"] for line in lines_of(job)} == {"ok"}
 
 
-def test_a_key_that_is_a_word_changes_no_answer(numbers):
+def test_a_short_key_is_not_replaced_in_answers(numbers):
     with FakeEndpoint(lambda body: right(body, text="A test of {n}.\nLabel: {label}")) as endpoint:
         job = numbers.job(endpoint.url)
         numbers.ask(job, key="test")
     assert lines_of(job)[3]["rationale"] == "A test of 3."
 
 
-def test_waits_of_no_time_do_not_end_the_backing_off(numbers):
+def test_a_retry_after_of_zero_keeps_the_exponential_backoff(numbers):
     seen = collections.Counter()
 
     def answer(body):
@@ -390,8 +392,8 @@ def test_waits_of_no_time_do_not_end_the_backing_off(numbers):
     assert clock.ahead > 0.5 + 1 + 2 + 4 + 8
 
 
-def test_money_is_foreseen_for_what_is_in_flight_and_for_dense_prompts(numbers):
-    """Prompts of more tokens than characters: the budget still holds."""
+def test_max_cost_covers_requests_in_flight_and_dense_prompts(numbers):
+    """Prompts with more tokens than characters do not exceed the limit."""
     price = Price(input=1000.0, output=0.0)
     with FakeEndpoint(lambda body: right(body, prompt_tokens=300)) as endpoint:
         state = numbers.ask(numbers.job(endpoint.url), max_cost=1.0, price=price)
@@ -401,17 +403,17 @@ def test_money_is_foreseen_for_what_is_in_flight_and_for_dense_prompts(numbers):
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"n": 5}, "'n': is not yours to set"),
-        ({"messages": []}, "'messages': is not yours to set"),
-        ({"model": "x"}, "'model': is not yours to set"),
-        ({"stream": True}, "'stream': is not yours to set"),
+        ({"n": 5}, "'n': is set by dss"),
+        ({"messages": []}, "'messages': is set by dss"),
+        ({"model": "x"}, "'model': is set by dss"),
+        ({"stream": True}, "'stream': is set by dss"),
         ({"max_tokens": -5}, "'max_tokens': is -5; give a whole number"),
         ({"max_tokens": "50"}, "'max_tokens': is '50'"),
         ({"temperature": float("nan")}, "cannot be sent as JSON"),
         ({"logit_bias": {1: 2, "a": 3}}, "cannot be sent as JSON"),
     ],
 )
-def test_parameters_that_would_spoil_a_run_are_refused(numbers, parameters, message):
+def test_invalid_parameters_are_refused(numbers, parameters, message):
     with pytest.raises(UserError, match=message):
         numbers.job(parameters=parameters)
     with pytest.raises(UserError, match="'seed': would make all 2 samples the same"):
@@ -426,8 +428,8 @@ def test_a_wrong_url_is_refused(numbers, url):
         numbers.job(url)
 
 
-def test_odd_numbers_and_texts_in_a_reply_lose_nothing(numbers):
-    odd = iter(
+def test_impossible_values_in_a_reply_lose_no_answer(numbers):
+    bodies = iter(
         [
             {"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 10**30}},
             {"choices": [{"message": {"content": "x"}}], "usage": {"completion_tokens": -5}},
@@ -437,7 +439,7 @@ def test_odd_numbers_and_texts_in_a_reply_lose_nothing(numbers):
     )
 
     def answer(body):
-        value = next(odd, None)
+        value = next(bodies, None)
         return right(body) if value is None else FakeReply(body=json.dumps(value).encode())
 
     with FakeEndpoint(answer) as endpoint:
@@ -447,8 +449,8 @@ def test_odd_numbers_and_texts_in_a_reply_lose_nothing(numbers):
     assert attempts(job) == {"answered": 20, "failed": 1}
 
 
-def test_the_key_is_nowhere(numbers):
-    """Neither sent back by the endpoint nor in an error is it written or shown."""
+def test_the_key_is_never_written_or_shown(numbers):
+    """An answer and an error of the endpoint contain the key."""
     seen = collections.Counter()
 
     def answer(body):
@@ -472,7 +474,7 @@ def test_the_key_is_nowhere(numbers):
 
 
 @pytest.mark.parametrize("written", ["sk-a-long\\u002dsecret-1", "sk\\u002da-long-secret-1"])
-def test_a_key_that_comes_back_in_escapes_is_hidden_too(numbers, written):
+def test_a_key_that_a_reply_contains_in_escapes_is_hidden(numbers, written):
     def answer(body):
         body = chat_reply("KEY is 0.\nLabel: even").body.replace(b"KEY", written.encode())
         return FakeReply(body=body)
@@ -487,20 +489,20 @@ def test_a_key_that_comes_back_in_escapes_is_hidden_too(numbers, written):
         assert b"002dsecret" not in content, path
 
 
-def test_a_packed_reply_and_a_long_one_are_not_read(numbers):
+def test_compressed_and_overlong_replies_are_not_read(numbers):
     bomb = FakeReply(body=gzip.compress(b" " * 10_000_000), headers={"content-encoding": "gzip"})
-    for reply, said in (
-        (bomb, "packed with gzip, which was not asked for"),
+    for reply, message in (
+        (bomb, "compressed with gzip, which was not requested"),
         (FakeReply(body=b" " * (2**24 + 1)), "a reply of more than 16,777,216 bytes"),
     ):
         with FakeEndpoint(lambda _, reply=reply: reply) as endpoint:
             job = numbers.job(endpoint.url)
             numbers.ask(job, max_requests=1, attempts=1)
-        assert said in lines_of(job)[0]["raw"]
+        assert message in lines_of(job)[0]["raw"]
         assert lines_of(job)[0]["status"] == "error"
 
 
-def test_a_pattern_that_backtracks_for_ever_leaves_the_row_unparsed(numbers, monkeypatch):
+def test_a_pattern_that_exceeds_its_time_limit_leaves_the_line_unparsed(numbers, monkeypatch):
     monkeypatch.setattr(prompt, "SEARCH_SECONDS", 0.2)
     with FakeEndpoint(lambda body: right(body, text="a" * 60 + "\nLabel:x")) as endpoint:
         job = numbers.job(endpoint.url)
@@ -518,7 +520,7 @@ def test_a_pattern_that_backtracks_for_ever_leaves_the_row_unparsed(numbers, mon
     assert line["reason"] == "the pattern took more than 0.2 s"
 
 
-def test_a_broken_record_of_usage_is_written_again(numbers):
+def test_an_invalid_usage_file_is_written_again(numbers):
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
         numbers.ask(job)
@@ -530,28 +532,28 @@ def test_a_broken_record_of_usage_is_written_again(numbers):
         assert json.loads(job.file("usage.json").read_text())["outputs"] == 20
 
 
-def test_a_name_too_long_for_a_file_is_said_before_asking(numbers):
+def test_a_model_name_too_long_for_a_file_is_refused(numbers):
     job = numbers.job()
     teacher = dataclasses.replace(job.writer.teacher, model="m" * 300)
-    with pytest.raises(UserError, match="300 characters are too many for a file's name"):
+    with pytest.raises(UserError, match="300 characters are too many for a file name"):
         file_job(job.source, str(job.folder / "prompt.yaml"), teacher, output=None, name=None)
 
 
-def test_a_message_cannot_command_a_terminal(numbers):
+def test_an_endpoints_message_is_printed_without_control_characters(numbers):
     answer = failure(401, message="\x1b[2J\x1b]0;owned\x07 no")
     with FakeEndpoint(lambda _: answer) as endpoint, pytest.raises(UserError) as caught:
         numbers.ask(numbers.job(endpoint.url))
     assert str(caught.value).isprintable()
 
 
-def test_a_proxy_is_not_asked_for_this_machine(numbers, monkeypatch):
+def test_requests_to_this_machine_bypass_proxies(numbers, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with FakeEndpoint(right) as endpoint:
-        assert numbers.ask(numbers.job(endpoint.url)).no_answer == 0
+        assert numbers.ask(numbers.job(endpoint.url)).unanswered == 0
 
 
-def test_an_example_that_does_not_fit_ends_the_run_and_keeps_the_answers(numbers):
+def test_an_invalid_example_ends_the_run_and_keeps_the_answers(numbers):
     numbers.count = 150
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
@@ -562,7 +564,7 @@ def test_an_example_that_does_not_fit_ends_the_run_and_keeps_the_answers(numbers
     assert attempts(job)["answered"] == endpoint.count >= 64
 
 
-def test_a_full_disk_ends_the_run_before_anything_more_is_bought(numbers, monkeypatch):
+def test_a_full_disk_ends_the_run_before_more_requests_are_sent(numbers, monkeypatch):
     written = collections.Counter()
     add = Journal.add
 
@@ -580,7 +582,7 @@ def test_a_full_disk_ends_the_run_before_anything_more_is_bought(numbers, monkey
     assert endpoint.count <= 3 * 4
 
 
-def test_nothing_is_bought_where_the_journal_cannot_be_written(numbers):
+def test_no_request_is_sent_if_the_journal_cannot_be_written(numbers):
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
         numbers.ask(job, max_requests=3)
@@ -596,7 +598,7 @@ def test_nothing_is_bought_where_the_journal_cannot_be_written(numbers):
         assert numbers.ask(job).done == endpoint.count == 20
 
 
-def test_room_is_made_in_a_journal_once(numbers):
+def test_space_is_reserved_in_a_journal_once(numbers):
     job = numbers.job()
     for _ in range(3):
         journal = Journal(job.journal_path)
@@ -605,7 +607,7 @@ def test_room_is_made_in_a_journal_once(numbers):
     assert ROOM < job.journal_path.stat().st_size < 2 * ROOM
 
 
-def test_samples_are_requests_of_their_own_and_the_majority_wins(numbers):
+def test_samples_are_separate_requests_and_the_majority_wins(numbers):
     seen = collections.Counter()
 
     def answer(body):

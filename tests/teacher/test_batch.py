@@ -34,7 +34,7 @@ def result(request, number, code=200):
     return line | {"error": None}
 
 
-def test_requests_are_those_that_would_be_sent(exported):
+def test_a_batch_has_the_requests_of_a_run(exported):
     job, _, requests = exported
     assert len(requests) == 20
     assert {request["url"] for request in requests} == {"/v1/chat/completions"}
@@ -43,15 +43,15 @@ def test_requests_are_those_that_would_be_sent(exported):
     assert requests[0]["body"] == job.writer.body(job.writer.requests(first)[0])
 
 
-def test_results_and_errors_come_back_in_any_order_and_twice(exported):
+def test_results_and_errors_are_imported_in_any_order_and_only_once(exported):
     job, journal, requests = exported
     lines = [result(request, i) for i, request in enumerate(requests)]
     lines[4] = result(requests[4], 4, code=400)
     expired = {"code": "batch_expired", "message": "This request expired."}
     lines[5] = {"id": "e5", "custom_id": requests[5]["custom_id"], "response": None}
     lines[5]["error"] = expired
-    half = lines[6]["response"]["body"]["choices"][0]["message"]
-    half["content"] = half["content"].replace("It is 6.", "It is 6. \ud83d")
+    message = lines[6]["response"]["body"]["choices"][0]["message"]
+    message["content"] = message["content"].replace("It is 6.", "It is 6. \ud83d")
     lines.append(result(requests[0] | {"custom_id": "other"}, 99))
     random.Random(0).shuffle(lines)
     results = write_jsonl(job.folder / "results.jsonl", lines[:12])
@@ -59,19 +59,19 @@ def test_results_and_errors_come_back_in_any_order_and_twice(exported):
     assert import_batch(journal, [errors, results]) == {"new": 20, "before": 0, "unknown": 1}
     assert import_batch(journal, [results, errors]) == {"new": 0, "before": 20, "unknown": 1}
     job.export(journal)
-    found = lines_of(job)
-    assert [line["id"] for line in found] == [f"n{i}" for i in range(20)]
-    for i, line in enumerate(found):
+    outputs = lines_of(job)
+    assert [line["id"] for line in outputs] == [f"n{i}" for i in range(20)]
+    for i, line in enumerate(outputs):
         assert (line["status"], line["label"]) == (
             ("error", None) if i in (4, 5) else ("ok", label_of(i))
         )
-    assert found[5]["raw"] == "This request expired."
-    # What failed is exported again, and nothing else.
+    assert outputs[5]["raw"] == "This request expired."
+    # Only failed requests are exported again.
     again = export_batch(journal, job.writer, job.examples(), job.folder / "batch" / "numbers")
     assert [count for _, count in again] == [2]
 
 
-def test_results_with_one_id_are_told_apart_by_their_requests(exported):
+def test_results_with_the_same_id_are_distinguished_by_their_requests(exported):
     job, journal, requests = exported
     lines = [result(request, i) | {"id": "the same \ud83d"} for i, request in enumerate(requests)]
     lines[0]["custom_id"] = "half \ud83d"
@@ -83,18 +83,18 @@ def test_results_with_one_id_are_told_apart_by_their_requests(exported):
         import_batch(journal, [results])
 
 
-def test_a_batch_costs_what_the_price_file_says_of_batches(exported):
+def test_a_batch_is_charged_at_batch_prices(exported):
     job, journal, requests = exported
     results = [result(request, i) for i, request in enumerate(requests)]
     import_batch(journal, [write_jsonl(job.folder / "results.jsonl", results)])
     usage = journal.usage(job.writer.teacher, batch=True)
     assert (usage.prompt, usage.completion) == (2000, 100)
-    half = Price(input=2.0, output=4.0, batch_input=1.0, batch_output=2.0)
-    assert half.cost(usage, batch=True) == pytest.approx(2200 / 1e6)
+    price = Price(input=2.0, output=4.0, batch_input=1.0, batch_output=2.0)
+    assert price.cost(usage, batch=True) == pytest.approx(2200 / 1e6)
     assert Price(input=2.0, output=4.0).cost(usage, batch=True) is None
 
 
-def test_a_live_run_asks_only_for_what_the_batch_did_not_bring(numbers):
+def test_a_run_sends_only_the_requests_without_a_batch_result(numbers):
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
         beside = job.folder / "numbers-000.jsonl"
@@ -113,7 +113,7 @@ def test_a_live_run_asks_only_for_what_the_batch_did_not_bring(numbers):
 
 
 @pytest.mark.parametrize(("requests", "size"), [(7, 10**9), (50_000, 4000)])
-def test_files_keep_within_the_limits(exported, monkeypatch, requests, size):
+def test_files_do_not_exceed_the_providers_limits(exported, monkeypatch, requests, size):
     job, journal, all_requests = exported
     monkeypatch.setattr(batch, "MOST_REQUESTS", requests)
     monkeypatch.setattr(batch, "MOST_BYTES", size)
@@ -134,7 +134,7 @@ def test_files_keep_within_the_limits(exported, monkeypatch, requests, size):
         ({"custom_id": "k", "response": {}}, "results.jsonl:3: has neither"),
     ],
 )
-def test_a_line_that_is_no_result_is_named_and_those_before_it_are_kept(exported, line, message):
+def test_an_invalid_line_is_named_and_the_lines_before_it_are_kept(exported, line, message):
     job, journal, requests = exported
     good = [result(request, i) for i, request in enumerate(requests[:2])]
     path = write_jsonl(job.folder / "results.jsonl", [*good, line])

@@ -47,7 +47,7 @@ def test_usage_counts_every_attempt_that_was_paid_for(opened):
         requests[:4],
         [
             attempt(requests[0], tokens=10),
-            attempt(requests[0], tokens=10),  # another process bought it again
+            attempt(requests[0], tokens=10),  # another process sent it again
             attempt(requests[1], "timeout"),
             attempt(requests[2], "failed"),
             attempt(requests[3], tokens=7, origin="batch:1"),
@@ -58,21 +58,21 @@ def test_usage_counts_every_attempt_that_was_paid_for(opened):
         prompt=20,
         completion=2,
         characters=2 * length,
-        silent=1,
-        silent_characters=length,
-        silent_completion=50,
+        uncounted=1,
+        uncounted_characters=length,
+        uncounted_completion=50,
     )
     assert journal.usage(teacher, batch=True) == Usage(prompt=7, completion=1, characters=length)
     assert journal.counts(teacher) == {"answered": 3, "failed": 1, "timeout": 1}
 
 
-def test_an_attempt_of_one_origin_is_written_once(opened):
+def test_attempts_of_the_same_origin_are_written_once(opened):
     _, journal, requests = opened
     assert journal.add(requests[:1], [attempt(requests[0], origin="batch:1")]) == 1
     assert journal.add([], [attempt(requests[0], origin="batch:1")]) == 0
 
 
-def test_the_prompt_and_the_parameters_are_kept_with_the_requests(opened):
+def test_the_prompt_and_the_parameters_are_stored_with_the_requests(opened):
     job, journal, requests = opened
     journal.add(requests[:2], [])
     journal.describe(job.writer)
@@ -84,17 +84,17 @@ def test_the_prompt_and_the_parameters_are_kept_with_the_requests(opened):
     assert sorted(stored) == [("n0", 0, "m"), ("n1", 0, "m")]
 
 
-def test_two_writers_are_refused_and_readers_are_not(opened):
+def test_a_second_writer_is_refused_and_a_reader_is_not(opened):
     job, journal, requests = opened
     journal.add(requests[:1], [attempt(requests[0])])
-    with pytest.raises(UserError, match="another process is annotating there"):
+    with pytest.raises(UserError, match="another process is writing to this journal"):
         Journal(job.journal_path)
     reader = Journal(job.journal_path, create=False)
     assert reader.outcome(requests[0].key) is not None
     reader.close()
 
 
-def test_the_lock_is_the_journals_own(opened, tmp_path):
+def test_the_lock_is_independent_of_other_files_and_of_the_path(opened, tmp_path):
     job, *_ = opened
     kept = tmp_path / "kept"
     kept.write_text("mine")
@@ -106,12 +106,12 @@ def test_the_lock_is_the_journals_own(opened, tmp_path):
     other_names[0].symlink_to(job.journal_path)
     other_names[1].hardlink_to(job.journal_path)
     for path in (job.journal_path, *other_names):
-        with pytest.raises(UserError, match="another process is annotating there"):
+        with pytest.raises(UserError, match="another process is writing to this journal"):
             Journal(path)
     assert kept.read_text() == "mine"
 
 
-def test_what_is_no_journal_is_one_line(tmp_path):
+def test_a_missing_or_invalid_journal_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match="no such journal"):
         Journal(tmp_path / "journal.sqlite", create=False)
     (tmp_path / "journal.sqlite").write_text("this is a text and not a data base" * 100)
@@ -119,11 +119,11 @@ def test_what_is_no_journal_is_one_line(tmp_path):
         Journal(tmp_path / "journal.sqlite")
     os.mkfifo(tmp_path / "pipe.sqlite")
     for create in (True, False):
-        with pytest.raises(UserError, match="no journal, which is a file"):
+        with pytest.raises(UserError, match="not a regular file, so not a journal"):
             Journal(tmp_path / "pipe.sqlite", create=create)
 
 
-def test_keys_differ_by_everything_that_is_asked(numbers):
+def test_keys_depend_on_everything_that_is_sent(numbers):
     jobs = {
         "same": numbers.job(),
         "url": numbers.job("http://127.0.0.1:8/v1"),

@@ -24,26 +24,26 @@ def sample(label, status=None, rationale="why"):
     return Sample(status=status, rationale=rationale, label=label, raw=f"raw {label}")
 
 
-def test_a_vote_counts_labels_that_are_the_same_by_the_metric():
+def test_a_vote_groups_labels_that_are_equal_by_the_metric():
     prompt = load_prompt("svamp")
     samples = [sample("(2 + 3)"), sample("(5 - 5)"), sample("(3 + 2)"), sample(None)]
     assert vote(prompt, samples) == (samples[0], 0.5)
 
 
-def test_a_vote_prefers_the_earlier_of_two_and_a_sample_with_a_rationale():
+def test_a_vote_prefers_the_earlier_label_and_a_sample_with_a_rationale():
     prompt = load_prompt("free_form")
     samples = [sample("a", "unparsed", ""), sample("b"), sample("a")]
     assert vote(prompt, samples) == (samples[2], 2 / 3)
     assert vote(prompt, [sample("b"), sample("a")]) == (sample("b"), 0.5)
 
 
-def test_a_vote_without_a_label_keeps_what_is_most_worth_keeping():
+def test_a_vote_without_a_label_prefers_an_unparsed_sample():
     prompt = load_prompt("free_form")
     samples = [sample(None, "error", ""), sample(None, "unparsed"), sample(None, "refused", "")]
     assert vote(prompt, samples) == (samples[1], 0.0)
 
 
-def test_what_is_exported_is_what_training_reads(numbers):
+def test_training_reads_the_exported_lines(numbers):
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
         numbers.ask(job)
@@ -55,7 +55,7 @@ def test_what_is_exported_is_what_training_reads(numbers):
     assert len(rows) == 18
 
 
-def test_reparsing_with_another_pattern_asks_nothing_and_changes_no_key(numbers):
+def test_reparsing_with_another_pattern_sends_no_request(numbers):
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
         numbers.ask(job)
@@ -74,7 +74,7 @@ def test_reparsing_with_another_pattern_asks_nothing_and_changes_no_key(numbers)
     assert endpoint.count == 20
 
 
-def test_a_changed_exemplar_leaves_other_answers_where_they_are(numbers):
+def test_a_changed_exemplar_makes_new_requests_and_keeps_earlier_answers(numbers):
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
         numbers.ask(job)
@@ -93,7 +93,7 @@ def test_a_changed_exemplar_leaves_other_answers_where_they_are(numbers):
     assert endpoint.count == 40
 
 
-def test_parquet_holds_examples_and_outputs(numbers):
+def test_parquet_contains_examples_and_outputs(numbers):
     def answer(body):
         return right(body, text="A ☃ {n}.\nLabel: {label}")
 
@@ -120,25 +120,25 @@ def test_parquet_holds_examples_and_outputs(numbers):
     assert not list(job.folder.glob("*.partial"))
 
 
-def test_output_elsewhere_is_a_dataset_of_its_own(numbers, tmp_path):
+def test_another_output_folder_is_a_complete_dataset(numbers, tmp_path):
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
         prompt = str(job.folder / "prompt.yaml")
         teacher = job.writer.teacher
-        elsewhere = tmp_path / "made" / "here"
-        job = file_job(job.source, prompt, teacher, output=elsewhere, name="the-teacher")
+        folder = tmp_path / "made" / "output"
+        job = file_job(job.source, prompt, teacher, output=folder, name="the-teacher")
         numbers.ask(job)
-    names = {path.name for path in elsewhere.iterdir()}
+    names = {path.name for path in folder.iterdir()}
     assert {"numbers.jsonl", "numbers.the-teacher.jsonl", "journal.sqlite"} <= names
-    dataset = Dataset.from_files(elsewhere / "numbers.jsonl", name="numbers")
+    dataset = Dataset.from_files(folder / "numbers.jsonl", name="numbers")
     assert dataset.source.teachers == ("the_teacher",)
     assert len(dataset.outputs("train", "the_teacher")) == 20
     with pytest.raises(UserError, match="--name 'a/b'"):
-        file_job(job.source, prompt, teacher, output=elsewhere, name="a/b")
+        file_job(job.source, prompt, teacher, output=folder, name="a/b")
 
 
 @pytest.mark.parametrize("name", ["mine", "mine-valid", "train", "test"])
-def test_examples_without_an_id_get_the_one_that_training_gives_them(numbers, name):
+def test_examples_without_an_id_get_the_same_one_as_in_training(numbers, name):
     job = numbers.job()
     source = job.folder / "own" / f"{name}.jsonl"
     rows = [{"input": str(i), "label": label_of(i)} for i in range(20)]
@@ -156,7 +156,7 @@ def test_examples_without_an_id_get_the_one_that_training_gives_them(numbers, na
     assert dataset.outputs(split, "m").keys() == ids
 
 
-def test_half_a_character_from_the_endpoint_is_kept_and_exported(numbers):
+def test_an_unpaired_surrogate_from_the_endpoint_is_kept_and_exported(numbers):
     def answer(body):
         return chat_reply("\ud83d is half.\nLabel: odd")
 

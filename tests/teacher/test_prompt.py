@@ -40,13 +40,13 @@ def read(text: str):
 
 
 @pytest.mark.parametrize("name", prompt_names())
-def test_shipped_prompts_show_balanced_exemplars_whose_answers_parse_back(name):
+def test_shipped_prompts_have_balanced_exemplars_whose_answers_parse(name):
     prompt = load_prompt(name)  # parses each exemplar's own answer
     assert prompt.hint is not None
-    inputs = [shown.input for shown in prompt.exemplars]
+    inputs = [exemplar.input for exemplar in prompt.exemplars]
     assert len(set(inputs)) == len(inputs)
     if prompt.labels.closed:
-        counts = collections.Counter(shown.label for shown in prompt.exemplars)
+        counts = collections.Counter(exemplar.label for exemplar in prompt.exemplars)
         assert set(counts) == set(prompt.labels.closed)
         assert len(set(counts.values())) == 1
     if name in RELEASED or name == "cqa":
@@ -55,10 +55,10 @@ def test_shipped_prompts_show_balanced_exemplars_whose_answers_parse_back(name):
 
 def test_exemplars_of_cqa_and_svamp_are_balanced_over_letters_and_operations():
     cqa = load_prompt("cqa")
-    letters = [cqa.choices(shown.input).index(shown.label) for shown in cqa.exemplars]
+    letters = [cqa.choices(exemplar.input).index(exemplar.label) for exemplar in cqa.exemplars]
     assert sorted(collections.Counter(letters).values()) == [2] * 5
     svamp = load_prompt("svamp")
-    operations = collections.Counter(shown.label.split()[1] for shown in svamp.exemplars)
+    operations = collections.Counter(exemplar.label.split()[1] for exemplar in svamp.exemplars)
     assert operations == dict.fromkeys("+-*/", 2)
     assert all(
         svamp.labels.is_right(s.label, f"( {s.label.strip('()')} )") for s in svamp.exemplars
@@ -66,7 +66,7 @@ def test_exemplars_of_cqa_and_svamp_are_balanced_over_letters_and_operations():
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_no_exemplar_is_in_any_split(name, data_root):
+def test_no_exemplar_is_from_a_split_of_the_dataset(name, data_root):
     prompt, dataset = load_prompt(name), Dataset.released(name)
     seen = {
         part.strip().casefold()
@@ -74,13 +74,13 @@ def test_no_exemplar_is_in_any_split(name, data_root):
         for example in dataset.source.examples(split)
         for part in (example.input, *example.input.split("</s>"), example.input.split("\n")[0])
     }
-    for shown in prompt.exemplars:
-        for part in (shown.input, *shown.input.split("</s>"), shown.input.split("\n")[0]):
+    for exemplar in prompt.exemplars:
+        for part in (exemplar.input, *exemplar.input.split("</s>"), exemplar.input.split("\n")[0]):
             assert part.strip().casefold() not in seen
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_shipped_prompts_know_the_metric_and_the_labels_of_their_dataset(name):
+def test_shipped_prompts_have_the_metric_and_the_labels_of_their_dataset(name):
     prompt, form = load_prompt(name), RELEASED[name]
     assert prompt.labels == form.labels
 
@@ -90,8 +90,8 @@ def plain(label):
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_released_texts_parse_as_the_released_code_parses_them(name, data_root):
-    """The rationale is the same; so is the label, where it is one that the input allows."""
+def test_released_texts_parse_as_in_the_released_code(name, data_root):
+    """Rationales are the same, and so are labels that are possible for the input."""
     prompt, dataset = load_prompt(name), Dataset.released(name)
     different = collections.Counter()
     for split in SPLITS[name]:
@@ -100,7 +100,7 @@ def test_released_texts_parse_as_the_released_code_parses_them(name, data_root):
             parsed = prompt.parse(output.raw, example)
             choices = dataset.choices(example.input)
             label = (output.label or "").strip() or None
-            if choices and label not in choices:  # ours may be a choice in other letters
+            if choices and label not in choices:  # the prompt ignores the case of a choice
                 folded = [c for c in choices if plain(c) == plain(label or "")]
                 label = folded[0].strip() if folded else None
             if dataset.labels.metric == "equation" and label is not None:
@@ -108,13 +108,13 @@ def test_released_texts_parse_as_the_released_code_parses_them(name, data_root):
             different["rationale"] += parsed.rationale != output.rationale.strip()
             different["label"] += parsed.label != label
             different["rows"] += 1
-    # One of 19,666 texts in e-SNLI is cut off within the next `Premise`.
+    # One of 19,666 texts in e-SNLI is truncated within the next `Premise`.
     allowed = {"esnli": (0, 1)}.get(name, (0, 0))
     assert (different["rationale"], different["label"]) == allowed
     assert different["rows"] > 900
 
 
-def test_a_label_outside_the_possible_ones_is_none_and_case_is_forgiven():
+def test_a_label_that_is_not_possible_is_none_and_case_is_ignored():
     prompt = read(TEXT)
     example = Example("1", "moon", "bad")
     assert prompt.parse(" Dark.\nLabel: Bad", example) == Parsed("Dark.", "bad")
@@ -123,7 +123,7 @@ def test_a_label_outside_the_possible_ones_is_none_and_case_is_forgiven():
     assert prompt.parse("", example) == Parsed("", None)
 
 
-def test_a_hint_shows_the_gold_label_and_a_text_that_concludes_another_one_has_none():
+def test_a_hint_shows_the_gold_label_and_another_conclusion_has_no_label():
     prompt = load_prompt("svamp")
     example = Example("1", "2 and 2\nSum?", "( 2.0 + 2.0 )")
     assert "( 2.0 + 2.0 )" in prompt.question(example, hinted=True)
@@ -156,12 +156,12 @@ def test_a_hint_shows_the_gold_label_and_a_text_that_concludes_another_one_has_n
         ("form:", "parameters: {a: 2024-13-45}\nform:", "not YAML"),
         ("form:", "choices_pattern: '(a)(b)'\nform:", "has 2 groups; give it one"),
         ("(?P<label>", "(?P<answer>", "has no group"),
-        ('["\\nText:"]', '[""]', "an empty text stops at once"),
+        ('["\\nText:"]', '[""]', "an empty text would end every answer"),
         ('stop: ["\\nText:"]', "stop: text", "should be a list"),
         ("form:", "parameters: 3\nform:", "parameters: should be NAME: VALUE"),
     ],
 )
-def test_what_is_wrong_in_a_prompt_is_said_in_one_line(old, new, message):
+def test_an_invalid_prompt_is_a_one_line_error(old, new, message):
     assert old in TEXT
     with pytest.raises(UserError, match=message) as caught:
         read(TEXT.replace(old, new))
@@ -169,7 +169,7 @@ def test_what_is_wrong_in_a_prompt_is_said_in_one_line(old, new, message):
     assert str(caught.value).startswith("p.yaml") or "prompt p: exemplar" in str(caught.value)
 
 
-WILD = [
+PATHOLOGICAL = [
     *("\n" * 20_000, " " * 20_000 + "x", "So the answer is (a) a. " * 2000 + "\nx"),
     *("The answer is (1 " * 2000, "(" * 4000, "Answer: " * 3000, "Label:" * 3000),
     *("So the answer is x" + " " * 16_000 + "y", "Label: a" + " " * 16_000 + "b", "**" * 9000),
@@ -184,8 +184,8 @@ WILD = [
 ]
 
 
-def test_a_text_gone_wild_is_read_in_no_time():
-    """A pattern that backtracks takes minutes over these, and only a process can be stopped."""
+def test_pathological_texts_are_parsed_in_time():
+    """Backtracking patterns take minutes on these texts; only a process can be stopped."""
     code = (
         "import json, sys\n"
         "from dss.data.examples import Example; from dss.teacher.prompt import *\n"
@@ -197,46 +197,46 @@ def test_a_text_gone_wild_is_read_in_no_time():
         "        for hinted in (False, True): prompt.parse(text, example, hinted=hinted)"
     )
     command = [sys.executable, "-c", code]
-    subprocess.run(command, input=json.dumps(WILD), text=True, check=True, timeout=120)
+    subprocess.run(command, input=json.dumps(PATHOLOGICAL), text=True, check=True, timeout=120)
 
 
-def handed_texts():
-    """The texts that a classification and a free-form teacher wrote, with what is right."""
+def labeled_texts():
+    """Texts of classification and free-form teachers, with their expected parse."""
     path = SHARED / "faults" / "teacher_texts.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
-def test_thoughts_markdown_json_and_refusals_are_read_for_what_they_are(shared):
-    rows = handed_texts()
+def test_thoughts_markdown_json_and_refusals_are_recognized(shared):
+    rows = labeled_texts()
     assert len(rows) >= 13
     for row in rows:
         prompt = load_prompt("classification" if row["labels"] else "free_form")
         reply = read_reply(200, chat_reply(row["raw"]).body.decode())
         sample = read_sample(prompt, Example("1", "x"), reply, hinted=False)
-        found = {name: getattr(sample, name) for name in ("rationale", "label", "status")}
-        assert found == {name: row[name] for name in found}, row["raw"]
+        parsed = {name: getattr(sample, name) for name in ("rationale", "label", "status")}
+        assert parsed == {name: row[name] for name in parsed}, row["raw"]
 
 
 @pytest.mark.parametrize("name", ["anli1", "esnli", "cqa", "svamp"])
-def test_thoughts_and_markdown_are_read_past_in_every_shipped_prompt(name):
+def test_every_shipped_prompt_ignores_thoughts_and_markdown(name):
     prompt = load_prompt(name)
-    shown, (_, answer) = prompt.exemplars[0], prompt.turns()[0]
-    example = Example("1", shown.input)
-    wanted = Parsed(shown.rationale, shown.label)
-    bold = answer.replace(shown.label, f"**{shown.label}**")
-    written = json.dumps({"rationale": shown.rationale, "label": shown.label})
+    exemplar, (_, answer) = prompt.exemplars[0], prompt.turns()[0]
+    example = Example("1", exemplar.input)
+    expected = Parsed(exemplar.rationale, exemplar.label)
+    bold = answer.replace(exemplar.label, f"**{exemplar.label}**")
+    written = json.dumps({"rationale": exemplar.rationale, "label": exemplar.label})
     for text in (
         f"<think>Hm. {prompt.turns()[1][1]}</think>{answer}",
         bold,
         f"```json\n{written}\n```",
     ):
-        assert prompt.parse(text, example) == wanted, text
+        assert prompt.parse(text, example) == expected, text
     assert prompt.parse("<think>" + answer, example) == Parsed("", None)
     assert prompt.parse("I cannot help with that.", example).is_refusal
 
 
-def test_the_last_conclusion_counts():
+def test_the_last_conclusion_is_the_label():
     prompt, example = load_prompt("classification"), Example("1", "It crashes")
     text = "One might first say\nLabel: question\nbut a crash is a defect.\nLabel: bug"
     rationale = "One might first say\nLabel: question\nbut a crash is a defect."
@@ -258,7 +258,7 @@ def test_the_last_conclusion_counts():
         ("I'm sorry, but I can't", None),
     ],
 )
-def test_where_any_text_is_a_label_latex_and_refusals_are_none(written, label):
+def test_a_free_form_label_has_no_latex_and_is_no_refusal(written, label):
     parsed = load_prompt("free_form").parse(f"Why.\nAnswer: {written}", Example("1", "x"))
     assert (parsed.label, parsed.is_refusal) == (label, label is None)
 
@@ -266,7 +266,7 @@ def test_where_any_text_is_a_label_latex_and_refusals_are_none(written, label):
 @pytest.mark.parametrize(
     "text", ["Why.\n- Label: bug", "> Why.\n> Label: bug", "Why.\n1. Label: bug"]
 )
-def test_marks_of_lists_and_quotations_are_no_part_of_a_rationale(text):
+def test_bullets_and_block_quotes_are_removed_from_a_rationale(text):
     assert load_prompt("classification").parse(text, Example("1", "x")) == Parsed("Why.", "bug")
 
 
@@ -283,7 +283,7 @@ def test_marks_of_lists_and_quotations_are_no_part_of_a_rationale(text):
         ("bugs", None),
     ],
 )
-def test_what_stands_around_a_label_is_forgiven_and_another_label_is_not(written, label):
+def test_text_around_a_label_is_ignored_unless_it_is_another_label(written, label):
     parsed = load_prompt("classification").parse(f"Why.\nLabel: {written}", Example("1", "x"))
     assert parsed == Parsed("Why.", label)
 
@@ -302,7 +302,7 @@ def test_an_equation_that_the_metric_cannot_read_is_no_label(written, label):
     assert parsed == Parsed("Add.", label)
 
 
-def test_choices_are_taken_without_the_white_space_around_them():
+def test_choices_have_no_surrounding_white_space():
     prompt = load_prompt("cqa")
     example = Example("1", "Where?\r\nAnswer Choices:\r\n(a) here \r\n(b) there\r\n")
     assert prompt.choices(example.input) == ("here", "there")
@@ -310,7 +310,7 @@ def test_choices_are_taken_without_the_white_space_around_them():
     assert parsed == Parsed("Why.", "there")
 
 
-def test_an_unknown_prompt_names_the_near_ones(tmp_path):
+def test_a_missing_or_invalid_prompt_file_is_an_error(tmp_path):
     with pytest.raises(UserError, match="did you mean 'svamp'"):
         load_prompt("swamp")
     with pytest.raises(UserError, match="no such file"):

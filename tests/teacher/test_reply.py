@@ -23,7 +23,7 @@ JSON = st.recursive(
 
 
 @given(st.integers(100, 599), JSON)
-def test_whatever_comes_is_read_and_kept(code, value):
+def test_any_body_is_read_and_kept(code, value):
     text = json.dumps(value)
     reply = read_reply(code, text)
     assert reply.response == text
@@ -46,18 +46,18 @@ def test_whatever_comes_is_read_and_kept(code, value):
         (529, "failed"),
     ],
 )
-def test_the_http_status_decides_where_there_is_no_answer(code, status):
+def test_an_error_is_classified_by_the_http_status(code, status):
     assert read_reply(code, "").status == status
 
 
-def test_an_error_within_a_success_counts_as_the_error():
+def test_an_error_in_a_reply_of_status_200_is_an_error():
     assert read_reply(200, '{"error": {"code": 429, "message": "slow"}}').status == "limited"
     assert read_reply(200, '{"error": "no"}').status == "failed"
     in_a_list = read_reply(429, '[{"error": {"code": 429, "message": "quota"}}]')
     assert (in_a_list.status, in_a_list.message) == ("limited", "HTTP 429: quota")
 
 
-def test_tokens_are_read_with_those_from_the_cache():
+def test_token_counts_include_cached_tokens():
     text = (
         '{"choices": [{"message": {"content": "a"}, "finish_reason": "stop"}], "usage": '
         '{"prompt_tokens": 9, "completion_tokens": 2, '
@@ -84,11 +84,11 @@ def test_tokens_are_read_with_those_from_the_cache():
     ],
     ids=str,
 )
-def test_a_count_that_is_missing_or_impossible_is_none_and_paid_for_at_its_most(usage):
+def test_a_missing_or_impossible_count_is_none_and_uncounted(usage):
     choice = {"message": {"content": "a"}, "finish_reason": "stop"}
     reply = read_reply(200, json.dumps({"choices": [choice], "usage": usage}))
     assert (reply.prompt_tokens, reply.cached_tokens, reply.completion_tokens) == (None,) * 3
-    assert (reply.text, reply.is_silent) == ("a", True)
+    assert (reply.text, reply.is_uncounted) == ("a", True)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_count_that_is_missing_or_impossible_is_none_and_paid_for_at_its_most(
     ],
     ids=str,
 )
-def test_parts_are_joined_and_thoughts_alone_are_a_final_answer_without_text(message, text):
+def test_text_parts_are_joined_and_thoughts_alone_are_an_empty_answer(message, text):
     body = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]})
     for mark in ("", "\ufeff"):
         reply = read_reply(200, mark + body)
@@ -136,7 +136,7 @@ def test_retry_after_is_read_in_seconds_and_as_a_date(headers, seconds):
     assert retry_after(headers, now=1000.0) == seconds
 
 
-def test_the_key_comes_from_the_environment_alone(monkeypatch):
+def test_the_key_is_read_from_the_environment(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
         api_key("OPENAI_API_KEY", "https://api.openai.com/v1")
@@ -145,5 +145,5 @@ def test_the_key_comes_from_the_environment_alone(monkeypatch):
     assert api_key("MY_KEY", "https://api.openai.com/v1") == "k"
     for wrong in ("sk-a\nsk-b", "ключ"):
         monkeypatch.setenv("MY_KEY", wrong)
-        with pytest.raises(UserError, match="holds a character that no key has"):
+        with pytest.raises(UserError, match="contains a character that no API key has"):
             api_key("MY_KEY", "https://api.openai.com/v1")

@@ -14,7 +14,7 @@ from tests.teacher.test_annotate import number_of, right
 
 @pytest.fixture
 def reported(numbers):
-    """A report over 20 outputs: 0 to 2 unparsed, 3 refused, 4 wrong, 5 cut off, the rest right."""
+    """A report over 20 outputs: 0-2 unparsed, 3 refused, 4 wrong, 5 truncated, the others right."""
 
     def answer(body):
         n = number_of(body)
@@ -35,25 +35,25 @@ def reported(numbers):
     journal.close()
 
 
-def test_a_report_counts_what_there_is(reported):
+def test_a_report_counts_outputs_and_attempts(reported):
     _, report = reported
     assert report.statuses == {"ok": 16, "unparsed": 3, "refused": 1}
-    assert (report.right, report.with_gold, report.cut_off) == (15, 20, 1)
+    assert (report.right, report.with_gold, report.truncated) == (15, 20, 1)
     assert sorted(report.words)[-1] == 4
     assert report.attempts == {"answered": 19, "refused": 1}
     lines = dict(report.lines())
     assert lines["teacher's accuracy"] == "75.00% (15 of 20 with a gold label)"
     assert lines["cost"].endswith("EUR")
-    assert lines["tokens"].startswith("2,000 read")
+    assert lines["tokens"].startswith("2,000 input")
 
 
 def test_the_worst_parse_failures_come_first_with_their_raw_text(reported):
     _, report = reported
-    assert [found.example.id for found in report.worst] == ["n2", "n1", "n0"]
+    assert [output.example.id for output in report.worst] == ["n2", "n1", "n0"]
     assert "??" in report.worst[0].raw
 
 
-def test_the_page_holds_every_output_and_runs_nothing_that_a_teacher_wrote(reported):
+def test_the_page_contains_every_output_and_runs_no_script_of_a_teacher(reported):
     job, report = reported
     page = job.file("html")
     write_page(report, page)
@@ -70,7 +70,7 @@ def test_the_page_holds_every_output_and_runs_nothing_that_a_teacher_wrote(repor
     assert rows[0]["raw"].startswith("</script><script>alert(1)")
 
 
-def test_a_large_page_holds_some_of_the_outputs_and_says_so(reported, monkeypatch):
+def test_a_large_page_contains_a_sample_of_the_outputs(reported, monkeypatch):
     job, _ = reported
     monkeypatch.setattr("dss.teacher.report.SHOWN_ROWS", 5)
     monkeypatch.setattr("dss.teacher.report.SHOWN_PROBLEMS", 2)
@@ -81,16 +81,16 @@ def test_a_large_page_holds_some_of_the_outputs_and_says_so(reported, monkeypatc
     assert report.statuses.total() == 20
     assert dict(report.lines())["cost"] == "unknown: no price was given"
     write_page(report, job.file("html"))
-    assert "holds 6 of the 20 outputs" in job.file("html").read_text()
+    assert "shows 6 of the 20 outputs" in job.file("html").read_text()
 
 
-def test_a_price_is_for_a_million_tokens_and_the_cache_may_have_its_own():
+def test_prices_are_per_million_tokens_and_cached_ones_may_differ():
     usage = Usage(prompt=1_000_000, cached=400_000, completion=500_000)
     assert Price(input=2.0, output=8.0).cost(usage) == pytest.approx(6.0)
     assert Price(input=2.0, output=8.0, cached_input=0.5).cost(usage) == pytest.approx(5.4)
 
 
-def test_a_price_file_is_the_users(tmp_path):
+def test_a_price_file_has_prices_by_model(tmp_path):
     path = tmp_path / "prices.yaml"
     path.write_text("currency: EUR\nmodels:\n  m: {input: 1, output: 2.5}\n")
     assert load_price(path, "m") == Price(input=1, output=2.5, currency="EUR")
@@ -108,7 +108,7 @@ def test_a_price_file_is_the_users(tmp_path):
         ("models: [", "not YAML"),
     ],
 )
-def test_a_wrong_price_file_is_one_line(tmp_path, text, message):
+def test_a_missing_or_invalid_price_file_is_an_error(tmp_path, text, message):
     path = tmp_path / "prices.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message):

@@ -148,7 +148,7 @@ def test_the_rate_is_of_steps_that_neither_compile_nor_evaluate(tmp_path, monkey
     assert progress.rates == dict.fromkeys((2, 4, 6, 8, 10), 1.0)  # 2 examples in 2 seconds
     assert progress.lines == [
         "step 1: compiling shape 1 of 2",
-        "step 3: evaluating, which compiles the first time",
+        "step 3: evaluating; the first time this compiles",
         "step 7: compiling shape 2 of 2",
     ]
 
@@ -159,12 +159,12 @@ def test_no_rate_is_given_where_every_step_compiled(tmp_path):
     assert progress.rates == {1: None}
 
 
-@pytest.mark.parametrize(("metric", "name"), [("loss", "loss"), ("grad_norm", "gradient's norm")])
+@pytest.mark.parametrize(("metric", "name"), [("loss", "loss"), ("grad_norm", "gradient norm")])
 def test_a_step_at_fault_is_named_before_it_is_evaluated_or_saved(tmp_path, metric, name):
     with pytest.raises(UserError) as error:
         run(tmp_path, {7: metric}, eval_period=4, log_period=10)
     said = str(error.value)
-    assert said.startswith(f"step 7: the {name} is nan; step 4 is saved; ")
+    assert said.startswith(f"step 7: the {name} is nan; the last checkpoint is step 4; ")
     assert said.endswith("; the examples of that step: row-6-0, row-6-1")
     assert saved(tmp_path) == "4"
 
