@@ -1,1 +1,1 @@
-"""SeqIO registrations, a module a dataset; importing one registers its tasks and mixtures."""
+"""SeqIO registrations, one module per dataset; importing it registers its tasks and mixtures."""

@@ -1,4 +1,4 @@
-"""ASDiv: importing this registers its SeqIO tasks and mixtures."""
+"""Registers the SeqIO tasks and mixtures of ASDiv on import."""
 
 from dss.data.datasets import Dataset
 from dss.integrations.seqio_tasks import register_seqio

@@ -1,4 +1,4 @@
-"""CommonsenseQA (CoS-E 1.11): importing this registers its SeqIO tasks and mixtures."""
+"""Registers the SeqIO tasks and mixtures of CommonsenseQA (CoS-E 1.11) on import."""
 
 from dss.data.datasets import Dataset
 from dss.integrations.seqio_tasks import register_seqio

@@ -1,4 +1,4 @@
-"""SVAMP: importing this registers its SeqIO tasks and mixtures."""
+"""Registers the SeqIO tasks and mixtures of SVAMP on import."""
 
 from dss.data.datasets import Dataset
 from dss.integrations.seqio_tasks import register_seqio

@@ -63,7 +63,8 @@ __all__ = [
 Batch = dict[str, np.ndarray]
 
 BLOCK_STEPS = 32  # steps whose lengths are balanced together, or those of an epoch if fewer
-SHAPE_BLOCKS = 8  # blocks of steps, spread over the run, that shapes are chosen from
+SHAPE_BLOCKS = 8  # blocks of steps, spread over the run, that shapes are chosen from; fewer, but
+SHAPE_GROUPS = 2**14  # at least 2, where their groups are more: more groups vary less by step
 NARROWER = (0.2, 0.4, 0.6, 0.8, 0.9)  # quantiles of the longest sequences, candidates for widths
 
 
@@ -226,17 +227,18 @@ def _rows(lengths: np.ndarray, widths: RowWidths) -> tuple[np.ndarray, np.ndarra
     return encoder, next_fit(lengths, (widths.cross, widths.targets))
 
 
-def _sample_blocks(num_steps: int) -> list[range]:
+def _sample_blocks(num_steps: int, groups: int) -> list[range]:
     """Returns blocks of steps spread over a run; for a short run, all its steps.
 
     The lengths of the steps of a block are balanced together, see `paired_order`.
     """
     size = BLOCK_STEPS
-    if num_steps <= SHAPE_BLOCKS * size:
+    count = min(SHAPE_BLOCKS, max(2, SHAPE_GROUPS // (size * groups)))
+    if num_steps <= count * size:
         starts = list(range(0, num_steps, size))
     else:
         last = num_steps // size - 1
-        starts = [size * (last * k // (SHAPE_BLOCKS - 1)) for k in range(SHAPE_BLOCKS)]
+        starts = [size * (last * k // (count - 1)) for k in range(count)]
     return [range(start, min(start + size, num_steps)) for start in starts]
 
 
@@ -285,7 +287,7 @@ class Batches:
             full = RowWidths(longest[0], longest[1], longest[0])
             self.shapes: tuple[PackedShape, ...] = (PackedShape(*longest, rows, rows, full),)
             return
-        blocks = [self._grouped_lengths(block)[0] for block in _sample_blocks(num_steps)]
+        blocks = [self._grouped_lengths(block)[0] for block in _sample_blocks(num_steps, groups)]
         sample = blocks[0]
         narrower = np.quantile(self._slots_needed(sample)[:, 2:], NARROWER, axis=0).clip(min=1)
         bounds = [*map(tuple, narrower.astype(int).tolist()), longest]
@@ -295,7 +297,7 @@ class Batches:
         row_counts = np.concatenate(
             [np.stack([self._rows_needed(b, w) for w in widths], axis=1) for b in blocks]
         )
-        self.shapes = choose_shapes(needed, row_counts, widths)
+        self.shapes = choose_shapes(needed, row_counts, widths, num_steps=num_steps)
         if len(needed) < num_steps:
             (N, M), (R, Q) = (x.max(axis=0).tolist() for x in (needed[:, :2], row_counts[:, -1]))
             self.shapes += (PackedShape(N, M, R, Q, widths[-1]).enlarged(),)

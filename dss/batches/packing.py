@@ -272,9 +272,13 @@ def choose_widths(lengths: np.ndarray, longest: tuple[int, int]) -> RowWidths:
 
 
 def choose_shapes(
-    needed: np.ndarray, rows: np.ndarray, widths: Sequence[RowWidths]
+    needed: np.ndarray,
+    rows: np.ndarray,
+    widths: Sequence[RowWidths],
+    *,
+    num_steps: int | None = None,
 ) -> tuple[PackedShape, ...]:
-    """Returns at most three shapes, in order of work, such that every step fits one.
+    """Returns at most three shapes, in order of work, such that every given step fits one.
 
     The largest shape fits every step. Smaller candidates have the slots that a quantile of the
     steps needs, or narrower rows; one is added if it saves more time than its compilation takes, or
@@ -285,7 +289,10 @@ def choose_shapes(
         step.
       rows: [steps, W, 2], the encoder rows and decoder rows that a step needs with each width.
       widths: [W], the candidate widths, at least one of which fits every sequence.
+      num_steps: the number of steps of the run that the given ones are a sample of; None for as
+        many as are given.
     """
+    repeats = 1.0 if num_steps is None else num_steps / len(needed)
     slots = needed[:, :2]
     ladder = np.quantile(slots, [*QUANTILES, 1.0], axis=0)
     ladder = np.maximum(np.ceil(ladder / SLOT_MULTIPLE), 1).astype(int) * SLOT_MULTIPLE
@@ -311,7 +318,7 @@ def choose_shapes(
         cost = costs[:, chosen].min(axis=1)
         with_one_more = np.minimum(cost[:, None], costs).sum(axis=0)
         best = int(with_one_more.argmin())
-        saved = (cost.sum() - with_one_more[best]) / work[top]
+        saved = repeats * (cost.sum() - with_one_more[best]) / work[top]
         if saved <= 0 or (saved < MIN_STEPS_SAVED and fill_rate(chosen) >= MIN_FILL):
             break
         chosen.append(best)

@@ -1,6 +1,6 @@
-"""Checks of a command's arguments that need neither JAX nor the data, and so take no time.
+"""Fast checks of a command's arguments, before JAX is imported and data are read.
 
-A path in a bucket is left to the command itself, and so is what only the library knows.
+Paths in a bucket, and values that only the library can check, are left to the command itself.
 """
 
 import ast
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def check_run(run: str) -> None:
-    """Raises UserError if a folder is no run directory."""
+    """Raises UserError if a folder is not a run directory."""
     if not in_bucket(run) and not (_local(run) / CONFIG_FILE).is_file():
         raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
 
@@ -47,38 +47,40 @@ def check_input(file: str) -> None:
 
 
 def check_output(option: str, file: str) -> None:
-    """Raises UserError if a file could not be written.
+    """Raises UserError if a file cannot be written.
 
     Args:
       option: the option that names the file, such as "--json".
-      file: the file; one that exists is replaced.
+      file: the file to write; an existing one is replaced.
     """
     if in_bucket(file):
         return
     path = _local(file)
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(f"{option}={file}: no file can be written there")
-    # A file is written beside and then replaced, for which the folder counts.
+        raise UserError(
+            f"{option}={file}: cannot be written: it is a folder, or its folder does not exist"
+        )
+    # A file is replaced by a temporary one beside it, which needs write access to the folder.
     if not os.access(path if is_stream(path) else path.parent, os.W_OK):
-        raise UserError(f"{option}={file}: you may not write there")
+        raise UserError(f"{option}={file}: no permission to write")
 
 
-def check_new_folder(folder: str, verb: str) -> None:
-    """Raises UserError if a folder to make exists and holds something.
+def check_new_folder(folder: str, command: str) -> None:
+    """Raises UserError if a folder to create exists and is not empty.
 
     Args:
-      folder: the folder.
-      verb: what the command does, for the message: "import" or "export".
+      folder: the folder to create.
+      command: the command's name for the message, "import" or "export".
     """
     path = _local(folder)
     if in_bucket(folder) or not path.exists():
         return
     if not path.is_dir() or any(path.iterdir()):
-        raise UserError(f"{folder}: not empty; {verb} into a new folder")
+        raise UserError(f"{folder}: not empty; {command} into a new folder")
 
 
 def check_source(source: str) -> None:
-    """Raises UserError if a checkpoint to import is neither a folder nor, perhaps, a hub's."""
+    """Raises UserError if a checkpoint is neither an existing folder nor a possible hub id."""
     form, colon, name = source.partition(":")
     if not colon or form not in ("hf", "t5x"):
         form, name = "", source
@@ -95,12 +97,12 @@ def check_vocabulary(file: str) -> None:
 
 
 def check_flags(flags: Sequence[str], *, trains: bool = False) -> None:
-    """Raises UserError if data or a vocabulary that flags name do not exist.
+    """Raises UserError if data or a vocabulary given by flags do not exist.
 
     Args:
-      flags: `NAME=VALUE` of gin values; the last of a name counts.
-      trains: whether a run begins, so that its initial checkpoint must exist too; a run that goes
-        on does not read it.
+      flags: gin values as `NAME=VALUE`; the last value of a name counts.
+      trains: True to check the initial checkpoint too, unless the run resumes, which does not read
+        it.
     """
     values = {name: _value(text) for name, _, text in (flag.partition("=") for flag in flags)}
     paths = {name: path for name, path in values.items() if path and not in_bucket(path)}
@@ -110,13 +112,13 @@ def check_flags(flags: Sequence[str], *, trains: bool = False) -> None:
         raise UserError(f"DATASET_PATH {data}: no such file or folder")
     if vocabulary := paths.get("VOCABULARY"):
         check_vocabulary(vocabulary)
-    begins = trains and not (_local(values.get("MODEL_DIR") or "") / CONFIG_FILE).is_file()
-    if begins and (checkpoint := paths.get("INITIAL_CHECKPOINT_PATH")):
+    is_new = trains and not (_local(values.get("MODEL_DIR") or "") / CONFIG_FILE).is_file()
+    if is_new and (checkpoint := paths.get("INITIAL_CHECKPOINT_PATH")):
         check_source(checkpoint)
 
 
 def _value(text: str) -> str | None:
-    """Returns a flag's text, quoted or not; None for another kind of value."""
+    """Returns the string value of a flag, quoted or not; None for a value of another type."""
     if text.startswith(("@", "%")):
         return None
     try:

@@ -9,23 +9,26 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the command's options."""
     parser.add_argument("run", metavar="RUN", help="a run directory of `dss train` or `dss import`")
     parser.add_argument(
         "--to",
         required=True,
         metavar="FORMAT",
         help="hf: a Hugging Face directory, with tokenizer and model card; t5x: a T5X checkpoint; "
-        "ctranslate2: CTranslate2's model",
+        "ctranslate2: a CTranslate2 model",
     )
-    parser.add_argument("folder", metavar="DIR", help="where to write it: a new folder")
+    parser.add_argument("folder", metavar="DIR", help="the folder to write, new or empty")
     parser.add_argument(
-        "--checkpoint", default="best", metavar="STEP", help="best (default), latest or a step"
+        "--checkpoint",
+        default="best",
+        metavar="STEP",
+        help="the checkpoint to export: best (default), latest or a step",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exports, and says where it is."""
+    """Exports a student, and prints the folder."""
     check_run(args.run)
     check_new_folder(args.folder, "export")
 

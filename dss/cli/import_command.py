@@ -9,27 +9,27 @@ __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the command's options."""
     parser.add_argument(
         "source",
         metavar="hf:PATH|t5x:PATH",
-        help="a Hugging Face T5 folder or a hub's id; a T5X checkpoint, or the folder of several",
+        help="a Hugging Face T5 folder or hub id; a T5X checkpoint, or a folder of several",
     )
-    parser.add_argument("run", metavar="RUN", help="the run directory to make")
+    parser.add_argument("run", metavar="RUN", help="the run directory to create")
     parser.add_argument(
         "--vocabulary",
         metavar="FILE",
-        help="where none lies with the checkpoint, as with T5X's; a SentencePiece model, or bytes",
+        help="a SentencePiece model or 'bytes', for a checkpoint without one, such as T5X's",
     )
     add_gin_options(parser)
     parser.epilog = (
-        "A checkpoint too large for one device: --gin_file=layouts/fsdp.gin, or another layout, "
-        "splits it over all."
+        "To shard a checkpoint that is too large for one device over all devices: "
+        "--gin_file=layouts/fsdp.gin, or another layout."
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Imports, and says what was found."""
+    """Imports a checkpoint, and prints the student's size."""
     search = gin_folders(args)
     check_source(args.source)
     check_new_folder(args.run, "import")
@@ -54,13 +54,16 @@ def run(args: argparse.Namespace) -> int:
         initial_checkpoint=args.source,
         vocabulary=args.vocabulary or experiment.vocabulary,
     )
-    found = import_checkpoint(experiment)
-    config = found.config
+    imported = import_checkpoint(experiment)
+    config = imported.config
     if not is_leader():
         return 0
     print(
-        f"{found.folder}: {num_parameters(config) / 1e6:.1f}M parameters, "
+        f"{imported.folder}: {num_parameters(config) / 1e6:.1f}M parameters, "
         f"{config.num_encoder_layers} + {config.num_decoder_layers} layers of {config.d_model}"
     )
-    print(f"now: dss train --gin_file=recipes/... --gin.INITIAL_CHECKPOINT_PATH={found.folder}")
+    print(
+        "to train it: dss train --gin_file=datasets/... --gin_file=methods/... "
+        f"--gin.INITIAL_CHECKPOINT_PATH={imported.folder}"
+    )
     return 0

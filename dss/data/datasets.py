@@ -47,51 +47,52 @@ def name_of(path: epath.PathLike) -> str:
 
 
 class Source(Protocol):
-    """Where the examples of a dataset and its teachers' outputs come from."""
+    """Reads the examples of a dataset and its teachers' outputs."""
 
-    remedy: ClassVar[str]  # what to do where a file is missing
+    remedy: ClassVar[str]  # advice in the error for a missing file
 
     @property
     def teachers(self) -> tuple[str, ...]:
         """Names of the teachers."""
 
     def has(self, split: str, teacher: str | None = None) -> bool:
-        """Returns whether a split, or a teacher's outputs for it, are there."""
+        """Returns whether a split, or a teacher's outputs for it, exist."""
 
     def files(self, split: str, teacher: str | None = None) -> list[epath.Path]:
-        """Returns every file that `examples` and `outputs` would read."""
+        """Returns the files of a split, and of a teacher's outputs for it, existing or not."""
 
     def examples(self, split: str) -> list[Example]:
         """Returns the examples of a split."""
 
     def outputs(self, split: str, teacher: str) -> list[TeacherOutput]:
-        """Returns a teacher's outputs for a split, at most one an example."""
+        """Returns a teacher's outputs for a split, at most one per example."""
 
     def groups(self, examples: Sequence[Example]) -> Sequence[str] | None:
-        """Returns what each example must share with others to be in one split with them, where a
-        tenth is held out; None where every example may be alone.
+        """Returns the group of each example, or None for no groups.
+
+        Where a validation split is held out, all examples of a group stay in one split.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class JsonlSource:
-    """A user's own JSON lines.
+    """A user's own JSON-lines files.
 
     Attributes:
-      path: a folder with `train.jsonl` and, if there are any, `valid.jsonl` and `test.jsonl`; or
-        one file, which is the training split. The outputs of a teacher lie next to the examples,
-        in `<name of the file>.<teacher>.jsonl`.
+      path: a folder with `train.jsonl` and optionally `valid.jsonl` and `test.jsonl`; or one file,
+        the training split. A teacher's outputs are beside the examples, in
+        `<stem of the file>.<teacher>.jsonl`.
         In the names of tasks and mixtures the teacher `gpt-4o` is `gpt_4o`.
-      labels: the gold labels that there may be.
+      labels: the allowed gold labels.
     """
 
     path: epath.Path
     labels: Labels = ANY_LABEL
-    remedy: ClassVar[str] = "write it, or use a split and a teacher that are there"
+    remedy: ClassVar[str] = "create it, or choose a split and a teacher that exist"
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The teachers that have a journal for any split."""
+        """The teachers with outputs for any split."""
         return tuple(sorted({t for split in SPLITS for t in teacher_files(self._file(split))}))
 
     def has(self, split: str, teacher: str | None = None) -> bool:
@@ -114,13 +115,13 @@ class JsonlSource:
         return read_teacher_outputs(self.files(split, teacher)[1], teacher)
 
     def groups(self, examples: Sequence[Example]) -> Sequence[str]:
-        """Returns the inputs, blanks aside: the answer to one that was trained on is known."""
+        """Returns the inputs with whitespace normalised: equal inputs stay in one split."""
         return [" ".join(example.input.split()) for example in examples]
 
     def _file(self, split: str) -> epath.Path:
         if self.path.is_dir():
             return self.path / f"{split}.jsonl"
-        # Beside a single file, other splits would lie at names that say so.
+        # The other splits of a single file have the split's name after its own.
         return (
             self.path
             if split == "train"
@@ -133,10 +134,11 @@ class Dataset:
     """A dataset: its name, its files and its labels.
 
     Attributes:
-      name: the first part of its tasks' names.
-      source: its files.
-      labels: the labels that are possible, and when a prediction equals one.
-      candidates: returns the answers that an input offers, where inputs do.
+      name: the dataset's name, the first part of its tasks' names.
+      source: the reader of the dataset's files.
+      labels: the allowed labels, and the metric that compares predictions with them.
+      candidates: a function from an input to the answers that it offers; None where inputs offer
+        none.
     """
 
     name: str
@@ -151,7 +153,7 @@ class Dataset:
         Args:
           name: the name of the dataset, one of `RELEASED`.
           root: the folder of the released datasets; None for the environment variable
-            DSS_DATA_ROOT, or else the folder `data`, looked up when files are read.
+            DSS_DATA_ROOT, or else the folder `data`, resolved when files are read.
 
         Raises:
           UserError: if no released dataset has this name.
@@ -172,19 +174,20 @@ class Dataset:
         metric: str = "text",
         must_exist: bool = True,
     ) -> "Dataset":
-        """Returns the dataset of a user's JSON lines.
+        """Returns a dataset of a user's own JSON-lines files.
 
         Args:
           path: a folder or a file, see `JsonlSource`.
           name: the name of the dataset in SeqIO's names: letters, digits and underscores; None for
             `name_of` the path, which runs use.
-          labels: the closed set of labels, among which predictions are chosen. Empty for those of
-            the data's `dataset.json`, see `read_declared`.
-          metric: "text" or "equation".
-          must_exist: False where only names and labels are needed, as in predicting.
+          labels: the closed set of labels, among which predictions are chosen; empty for the set
+            that `dataset.json` declares, see `read_declared`.
+          metric: the metric of the labels, "text" or "equation".
+          must_exist: False where only names and labels are needed, as for prediction: the path may
+            be missing and `dataset.json` is not read.
 
         Raises:
-          UserError: if the name is not valid or is a released dataset's, nothing is at the path,
+          UserError: if the name is invalid or that of a released dataset, the path does not exist,
             the metric is unknown, or `dataset.json` contradicts the arguments.
         """
         path = epath.Path(path).expanduser()
@@ -196,35 +199,35 @@ class Dataset:
         if name in RELEASED:
             raise UserError(f"dataset name {name!r} is that of a released dataset; choose another")
         if must_exist and not path.exists():
-            raise UserError(f"{path}: no such file or folder; dataset {name!r} should be there")
-        known = Labels(tuple(labels), metric)
-        if must_exist:  # a student that predicts keeps the labels that it learnt
-            known = read_declared(path, known, where="the configuration")
-        return cls(name, JsonlSource(path, known), known)
+            raise UserError(f"{path}: no such file or folder; dataset {name!r} needs it")
+        allowed = Labels(tuple(labels), metric)
+        if must_exist:  # a trained student keeps the labels of its training
+            allowed = read_declared(path, allowed, where="the configuration")
+        return cls(name, JsonlSource(path, allowed), allowed)
 
     def choices(self, text: str) -> tuple[str, ...]:
-        """Returns the labels that are possible for an input; none where any text is."""
+        """Returns the possible labels of an input; empty where any text is allowed."""
         return self.candidates(text) if self.candidates else self.labels.closed
 
     def source_split(self, split: str) -> str:
-        """Returns the split whose files hold `split`: without a `valid` file it is in train.
+        """Returns the split whose files hold `split`: "train" for "valid" without a file.
 
         Raises:
-          UserError: there is no such split.
+          UserError: if the split is unknown.
         """
         if split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
         return "train" if split == "valid" and not self.source.has("valid") else split
 
     def has(self, split: str, teacher: str | None = None) -> bool:
-        """Returns whether a split, or a teacher's outputs for it, are there."""
+        """Returns whether a split, or a teacher's outputs for it, exist."""
         return self.source.has(self.source_split(split), teacher)
 
     def files(self, split: str, teacher: str | None = None) -> list[epath.Path]:
-        """Returns the files a split is read from.
+        """Returns the files of a split, and of a teacher's outputs for it.
 
         Raises:
-          UserError: if one of them is missing, or is a named pipe.
+          UserError: if a file is missing or is a named pipe.
         """
         files = self.source.files(self.source_split(split), teacher)
         for file in files:
@@ -241,40 +244,42 @@ class Dataset:
 
         Args:
           split: "train", "valid" or "test". Without a validation file a tenth of train is held
-            out, the same rows as the reference holds out; in a user's own data equal inputs stay in
-            one split.
-          fraction: the part of the training file to use, (0, 1]; a held-out tenth is of that part.
-          seed: of the subsample.
+            out: the same rows as in the reference implementation; in a user's own data equal
+            inputs stay in one split.
+          fraction: fraction of the training file to use, in (0, 1]; a validation split that is
+            held out is a tenth of that fraction.
+          seed: seed of the subsample.
 
         Raises:
-          UserError: a missing or malformed file, an empty split, or a label outside the closed set.
+          UserError: if a file is missing or malformed, the split is empty, or a label is outside
+            the closed set.
         """
-        where = self.files(split)[0]
+        file = self.files(split)[0]
         examples = self.source.examples(self.source_split(split))
-        if self._is_drawn(split):
+        if self._is_subsampled(split):
             rows = subsample(len(examples), fraction, seed)
             if not self.source.has("valid"):
                 train, valid = hold_out(rows, self.source.groups(examples))
                 rows = train if split == "train" else valid
             examples = [examples[i] for i in rows]
         if not examples:
-            raise UserError(f"{where}: no examples for the {split} split of {self.name!r}")
+            raise UserError(f"{file}: no examples for the {split} split of {self.name!r}")
         return examples
 
     def count_drawn(self, split: str, total: int, *, fraction: float = 1.0) -> int:
-        """Returns how many of all rows of the file that holds a split are in the fraction of it."""
-        return len(subsample(total, fraction, 0)) if self._is_drawn(split) else total
+        """Returns how many of the `total` rows of a split's file a fraction keeps."""
+        return len(subsample(total, fraction, 0)) if self._is_subsampled(split) else total
 
-    def _is_drawn(self, split: str) -> bool:
+    def _is_subsampled(self, split: str) -> bool:
         return split == "train" or self.source_split(split) != split
 
     def outputs(self, split: str, teacher: str) -> dict[str, TeacherOutput]:
-        """Returns a teacher's outputs by the example's id, of the whole file that holds a split.
+        """Returns a teacher's outputs for all rows of the file that holds a split, by example id.
 
-        Those for an input that has changed since are "stale"; see `TeacherOutput.for_input`.
+        Outputs for an input that has changed since are "stale"; see `TeacherOutput.for_input`.
 
         Raises:
-          UserError: a missing or malformed file.
+          UserError: if a file is missing or malformed.
         """
         self.files(split, teacher)
         split = self.source_split(split)
@@ -287,18 +292,18 @@ class Dataset:
 
 
 def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: str) -> Labels:
-    """Returns what the labels of a user's data may be.
+    """Returns the given labels, completed with those that the data's `dataset.json` declares.
 
     A file `dataset.json` beside the examples declares the closed set, the metric or both, such as
     {"labels": ["billing", "bug"], "metric": "text"}, for every command that is not given them.
 
     Args:
       path: the folder of the examples, or one of its files.
-      given: what is said elsewhere; an open set, and the metric "text", say nothing.
-      where: where it is said, for messages.
+      given: labels of a configuration or prompt; an open set and the metric "text" are not given.
+      where: name of that configuration or prompt, for messages.
 
     Raises:
-      UserError: if the file is malformed or contradicts what is given.
+      UserError: if the file is malformed or contradicts the given labels.
     """
     path = epath.Path(path).expanduser()
     file = (path.parent if path.is_file() else path) / DATASET_FILE
@@ -307,26 +312,26 @@ def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: s
     value = read_json_file(file)
     if not isinstance(value, dict) or not {*value} <= {"labels", "metric"}:
         raise UserError(
-            f"{file}: give an object with 'labels', 'metric' or both, and nothing else; dss reads "
-            "this name, so rename a file that is something else"
+            f"{file}: must be a JSON object with 'labels', 'metric' or both, and no other keys; "
+            "rename the file if it is not meant for dss"
         )
     labels, metric = value.get("labels", []), value.get("metric", given.metric)
     if not isinstance(labels, list) or not all(isinstance(x, str) and x.strip() for x in labels):
-        raise UserError(f"{file}: 'labels' must be a list of texts")
+        raise UserError(f"{file}: 'labels' must be a list of strings that are not blank")
     if metric not in [*METRICS]:
         raise UserError(f"{file}: 'metric' must be one of {', '.join(METRICS)}, got {metric!r}")
     declared = Labels(tuple(labels), metric)
-    twice = [label for label in declared.closed if declared.closed.count(label) > 1]
-    if twice:
-        raise UserError(f"{file}: label {twice[0]!r} is there twice")
-    mend = "leave one of them out, or make them the same"
+    repeated = [label for label in declared.closed if declared.closed.count(label) > 1]
+    if repeated:
+        raise UserError(f"{file}: duplicate label {repeated[0]!r}")
+    remedy = "remove one of them, or make them equal"
     if given.closed and declared.closed and set(given.closed) != set(declared.closed):
         raise UserError(
-            f"{file}: its labels are {', '.join(declared.closed)}, and {where} has "
-            f"{', '.join(given.closed)}; {mend}"
+            f"{file}: its labels are {', '.join(declared.closed)}, but {where} has "
+            f"{', '.join(given.closed)}; {remedy}"
         )
     if given.metric not in ("text", declared.metric):
         raise UserError(
-            f"{file}: its metric is {declared.metric}, and {where} has {given.metric}; {mend}"
+            f"{file}: its metric is {declared.metric}, but {where} has {given.metric}; {remedy}"
         )
     return dataclasses.replace(declared, closed=given.closed or declared.closed)

@@ -1,4 +1,4 @@
-"""Arithmetic expressions, read by a parser: nothing in a text is executed.
+"""Evaluates arithmetic expressions with a parser; no text is executed as code.
 
     answer  = equal {"and" equal}
     equal   = sum {"=" sum}                   both sides must have one value
@@ -6,11 +6,11 @@
     product = factor {("*" | "/") factor}
     factor  = ("+" | "-") factor | ("(" answer ")" | number [number "/" number]) ["%"]
 
-Numbers may have separators (1,200), a currency sign before or after them ($18, 7 €) and a fraction
-behind them (3 1/2). The signs × · ÷ − are read as * * / -.
+Numbers may have thousands separators (1,200), a currency sign before or after ($18, 7 €) and a
+fraction (3 1/2). The signs × · ÷ − are read as * * / -.
 
-Some released texts answer with two equations, `(29/2) and (30/2)`. The reference's verdict on
-them is Python's: the last value counts, unless one before it is zero. So is ours.
+Some released texts answer with two equations, `(29/2) and (30/2)`. As in the reference
+implementation, which evaluates Python's `and`, the last value counts, or the first that is zero.
 """
 
 import re
@@ -19,7 +19,7 @@ __all__ = ["EquationError", "evaluate", "plain_equation"]
 
 MAX_LENGTH = 1000  # characters
 MAX_DEPTH = 50  # nested parentheses and signs
-MAX_DIGITS = 300  # of a number; a longer one is no float
+MAX_DIGITS = 300  # of a number, so that it is within the range of a float
 
 SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"} | dict.fromkeys("$€£¥"))
 SEPARATED = re.compile(r"(?<![\d.,])(\d{1,3})((?:,\d{3})+)(?![\d,])", re.ASCII)
@@ -28,11 +28,11 @@ TOKEN = re.compile(r"\s*(?:(\d+\.\d*|\.\d+|\d+)|([-+*/()=%]|and\b))", re.ASCII)
 
 
 class EquationError(ValueError):
-    """The text is not an arithmetic expression, or it has no value."""
+    """Raised if a text is not an arithmetic expression or has no value."""
 
 
 def plain_equation(text: str) -> str:
-    """Returns a text with the signs + - * / and numbers without separators and currency.
+    """Returns a text with its signs as + - * / and without currency and thousands separators.
 
     >>> plain_equation("($1,200 × 3)")
     '(1200 * 3)'
@@ -121,7 +121,7 @@ class _Parser:
             raise EquationError("a number is too long")
         if token.isdigit():
             if len(token) > 1 and token[0] == "0" and int(token):
-                raise EquationError(f"{token} is no decimal number")
+                raise EquationError(f"{token} is not a decimal number")
             return int(token)
         return float(token)
 
@@ -132,8 +132,8 @@ def evaluate(text: str) -> int | float:
     Integers are exact and division gives a float, as in Python.
 
     Raises:
-      EquationError: anything else, a division by zero, a number out of range, more than 1,000
-        characters or 50 levels.
+      EquationError: if the text is not such an expression, divides by zero, has a number out of
+        range, or is longer than 1,000 characters or nested deeper than 50 levels.
 
     >>> evaluate("( 10.0 - ( 6.0 + 3.0 ) )")
     1.0

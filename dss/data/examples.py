@@ -2,8 +2,8 @@
 
 A line of examples is `{"id": ..., "input": ..., "label": ...}`; a line of a teacher's journal is
 `{"id": ..., "rationale": ..., "label": ..., "raw": ..., "status": ...}`, with `vote` and `samples`
-where the teacher was asked several times, and `input_hash`, by which outputs for an input that has
-changed since are known. Only `input`, and in a journal `id`, must be there.
+where the teacher was sampled several times, and `input_hash`, which detects outputs for an input
+that has changed since. Only `input` is required in examples, and `id` in a journal.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ STATUSES = ("ok", "unparsed", "refused", "error")
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One example of a dataset; its label is None where nobody gave one."""
+    """One example of a dataset; its label is None if it is unlabeled."""
 
     id: str
     input: str
@@ -48,26 +48,26 @@ class Example:
 
 
 def hash_input(text: str) -> str:
-    """Returns the hash of an input that a teacher's output for it keeps, 16 hexadecimal digits."""
+    """Returns the hash of an input, 16 hexadecimal digits; teacher outputs store it."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class TeacherOutput:
-    """What a teacher wrote for an example.
+    """A teacher's output for an example.
 
     Attributes:
-      id: the example's.
-      rationale: the parsed reasoning; blank where there is none.
-      label: the parsed label; blank or None where there is none.
-      teacher: the teacher's name.
-      raw: the text as the teacher wrote it.
-      status: "ok", "unparsed" (rationale or label is missing), "refused" or "error"; or "stale",
-        if it was written for another input than the one that has its id now.
-      agreement: the share of the teacher's samples that have the label, in [0, 1]; None where it
-        was asked once.
-      samples: all that it wrote where it was asked several times, in that order.
-      input_hash: `hash_input` of what it was written for; None where its line does not say.
+      id: the id of the example.
+      rationale: the parsed rationale; blank if there is none.
+      label: the parsed label; blank or None if there is none.
+      teacher: the name of the teacher.
+      raw: the text that the teacher generated.
+      status: "ok", "unparsed" (rationale or label is missing), "refused", "error", or "stale"
+        (written for an input that has changed since).
+      agreement: fraction of the teacher's samples that have the label, in [0, 1]; None for a
+        single sample.
+      samples: the teacher's samples in their order; empty for a single one.
+      input_hash: `hash_input` of the input that it was written for; None if the file has none.
     """
 
     id: str
@@ -81,39 +81,43 @@ class TeacherOutput:
     input_hash: str | None = None
 
     def for_input(self, text: str) -> "TeacherOutput":
-        """Returns the output as one for this input: itself, or "stale" and without its parts."""
+        """Returns this output, or if it is for another input a "stale" one without its parts."""
         if self.input_hash is None or self.input_hash == hash_input(text):
             return self
         return dataclasses.replace(self, rationale="", label=None, status="stale", samples=())
 
     @property
     def has_rationale(self) -> bool:
-        """Whether there is a rationale to learn from."""
+        """Whether there is a rationale to train on."""
         return self.status == "ok" and bool(self.rationale.strip())
 
     @property
     def has_label(self) -> bool:
-        """Whether there is a label to learn from."""
+        """Whether there is a label to train on."""
         return self.status == "ok" and read_label(self.label) is not None
 
 
 def parsed_status(rationale: str, label: str | None) -> str:
-    """Returns "ok" where both parts have text, else "unparsed"."""
+    """Returns "ok" if neither rationale nor label is blank, else "unparsed"."""
     return "ok" if rationale.strip() and read_label(label) else "unparsed"
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name}; where there is no value write null")
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed; write null for a missing value")
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_constant)
+DECODER = json.JSONDecoder(parse_constant=_reject_constant)
 
 
 def read_json(where: str, text: str) -> Any:
     """Returns the value of a JSON text.
 
+    Args:
+      where: the file, or file and line, for messages.
+      text: the JSON text.
+
     Raises:
-      UserError: names `where` it stands; it is not JSON, or holds NaN or infinity.
+      UserError: if the text is not JSON, or holds NaN or infinity.
     """
     try:
         return DECODER.decode(text)
@@ -127,7 +131,7 @@ def read_json_file(path: epath.PathLike) -> Any:
     """Returns the value of a JSON file.
 
     Raises:
-      UserError: if it is no UTF-8, or see `read_json`.
+      UserError: if the file is not UTF-8 or not JSON, see `read_json`.
     """
     try:
         text = epath.Path(path).read_text(encoding="utf-8")
@@ -149,12 +153,16 @@ OTHER_KINDS = {
 
 
 def check_kind(path: epath.Path) -> None:
-    """Raises the user's error where a file's name says that it holds no JSON lines."""
+    """Checks that a file's extension is not that of another format than JSON lines.
+
+    Raises:
+      UserError: if it is.
+    """
     kind = OTHER_KINDS.get(path.suffix.lower())
     if kind is not None:
         raise UserError(
-            f"{path}: {kind}, not JSON lines; write it as lines of "
-            '{"id": ..., "input": ..., "label": ...}, such as with pandas: '
+            f"{path}: {kind}, not JSON lines; convert it to lines of "
+            '{"id": ..., "input": ..., "label": ...}, for example with pandas: '
             "table.rename(columns={...}).to_json('train.jsonl', orient='records', lines=True)"
         )
 
@@ -163,7 +171,8 @@ def read_json_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (`file:line`, object) for each line that is not blank.
 
     Raises:
-      UserError: the file is missing, of another kind, is no UTF-8, or a line is not a JSON object.
+      UserError: if the file is missing, of another format or not UTF-8, or a line is not a JSON
+        object.
     """
     check_kind(path)
     try:
@@ -176,7 +185,9 @@ def read_json_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{path}:{number}"
                 value = read_json(where, line)
                 if isinstance(value, list):
-                    raise UserError(f"{where}: a JSON array, not JSON lines: one object a line")
+                    raise UserError(
+                        f"{where}: a JSON array, not JSON lines; write one object per line"
+                    )
                 if not isinstance(value, dict):
                     raise UserError(f"{where}: a {type(value).__name__}, not a JSON object")
                 yield where, value
@@ -189,14 +200,16 @@ def read_json_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _text(where: str, value: dict[str, Any], key: str, default: str | None = None) -> str:
     text = default if value.get(key) is None else value[key]
     if isinstance(text, bool) or not isinstance(text, str | int | float):
-        found = "is missing" if text is None else f"is a {type(text).__name__}"
-        raise UserError(f"{where}: {key!r} {found}; it should be text")
+        problem = "is missing" if text is None else f"is a {type(text).__name__}"
+        raise UserError(f"{where}: {key!r} {problem}; it must be text")
     if isinstance(text, float) and text.is_integer() and abs(text) < 2**53:
-        text = int(text)  # a table with an empty cell writes its whole numbers so
+        text = int(text)  # tables with empty cells store whole numbers as floats
     try:
         str(text).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: {key!r} holds half a character: it was cut in two") from None
+        raise UserError(
+            f"{where}: {key!r} holds half of a surrogate pair; the text was cut inside a character"
+        ) from None
     return str(text)
 
 
@@ -206,13 +219,14 @@ def read_example(
     """Returns the example of a JSON object.
 
     Args:
-      where: it stands, for errors.
-      value: the object.
-      default_id: its id where it has none.
-      labels: the labels that there may be.
+      where: the file and line, for messages.
+      value: the JSON object.
+      default_id: the id of an object without one.
+      labels: the allowed labels.
 
     Raises:
-      UserError: a missing input, something that is no text, or a label outside the closed set.
+      UserError: if the input is missing, a field is not text, or the label is outside the closed
+        set.
     """
     label = read_label(None if value.get("label") is None else _text(where, value, "label"))
     if label is not None:
@@ -221,59 +235,61 @@ def read_example(
 
 
 def stream_examples(path: epath.Path, split: str, labels: Labels = ANY_LABEL) -> Iterator[Example]:
-    """Yields the examples of a JSON-lines file; one without an id is `<split>-<position>`.
+    """Yields the examples of a JSON-lines file; the default id is `<split>-<position>`.
 
     Args:
       path: the file.
-      split: for the ids.
-      labels: the labels that there may be.
+      split: the name of the split, for default ids.
+      labels: the allowed labels.
 
     Raises:
-      UserError: see `read_json_lines` and `read_example`; an id that came before.
+      UserError: if an id repeats; also see `read_json_lines` and `read_example`.
     """
     ids: set[str] = set()
     for where, value in read_json_lines(path):
         example = read_example(where, value, f"{split}-{len(ids)}", labels)
         if example.id in ids:
-            raise UserError(f"{where}: id {example.id!r} came before; ids must differ")
+            raise UserError(f"{where}: duplicate id {example.id!r}; ids must differ")
         ids.add(example.id)
         yield example
 
 
 def teacher_files(examples: epath.Path) -> dict[str, epath.Path]:
-    """Returns the teachers' outputs that lie next to a file of examples, by teacher.
+    """Returns the files of teacher outputs beside a file of examples, by teacher.
 
-    They are named `<name of the file>.<teacher>.jsonl`; the teacher `gpt-4o` is called `gpt_4o`, as
-    in the names of tasks and mixtures.
+    Their names are `<stem of the examples' file>.<teacher>.jsonl`. The teacher `gpt-4o` is called
+    `gpt_4o`, as in the names of tasks and mixtures.
 
     Raises:
-      UserError: two of them have one name.
+      UserError: if two files are of the same teacher.
     """
     out: dict[str, epath.Path] = {}
     for path in sorted(examples.parent.glob(f"{examples.stem}.*.jsonl")):
         name = path.name.removeprefix(f"{examples.stem}.").removesuffix(".jsonl")
         teacher = re.sub(r"\W", "_", name, flags=re.ASCII)
         if out.setdefault(teacher, path) != path:
-            raise UserError(f"{out[teacher]}, {path.name}: both are of {teacher!r}; rename one")
+            raise UserError(
+                f"{out[teacher]}, {path.name}: both are outputs of teacher {teacher!r}; rename one"
+            )
     return out
 
 
 def read_teacher_outputs(path: epath.Path, teacher: str) -> list[TeacherOutput]:
-    """Returns the outputs of a teacher's journal; of several for an example the last counts.
+    """Returns the outputs of a teacher's journal, the last one of each example.
 
     Raises:
-      UserError: see `read_json_lines`; a missing id, an unknown status, or a vote or samples that
-        are none.
+      UserError: if an id is missing, a status is unknown, or a vote or samples are malformed; also
+        see `read_json_lines`.
     """
     out: dict[str, TeacherOutput] = {}
     for where, value in read_json_lines(path):
         id_ = _text(where, value, "id")
         samples = value.get("samples") or []
         if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
-            raise UserError(f"{where}: 'samples' is no list of JSON objects")
+            raise UserError(f"{where}: 'samples' is not a list of JSON objects")
         out[id_] = dataclasses.replace(
             _teacher_output(where, value, id_, teacher),
-            agreement=_share(where, value, "vote"),
+            agreement=_fraction(where, value, "vote"),
             samples=tuple(_teacher_output(where, sample, id_, teacher) for sample in samples),
             input_hash=_text(where, value, "input_hash", "") or None,
         )
@@ -283,18 +299,19 @@ def read_teacher_outputs(path: epath.Path, teacher: str) -> list[TeacherOutput]:
 def _teacher_output(where: str, value: dict[str, Any], id_: str, teacher: str) -> TeacherOutput:
     rationale = _text(where, value, "rationale", "")
     label = read_label(None if value.get("label") is None else _text(where, value, "label"))
-    # Parts that were written down as such, not parsed from a text, are whole where one is there.
-    whole = value.get("raw") is None and bool(rationale.strip() or label)
-    status = _text(where, value, "status", "ok" if whole else parsed_status(rationale, label))
+    # Without a raw text nothing was parsed, so a line with one of the two parts is complete.
+    complete = value.get("raw") is None and bool(rationale.strip() or label)
+    status = _text(where, value, "status", "ok" if complete else parsed_status(rationale, label))
     if status not in STATUSES:
-        raise UserError(f"{where}: status {status!r} is none of {', '.join(STATUSES)}")
+        raise UserError(f"{where}: status {status!r} is not one of {', '.join(STATUSES)}")
     return TeacherOutput(id_, rationale, label, teacher, _text(where, value, "raw", ""), status)
 
 
-def _share(where: str, value: dict[str, Any], key: str) -> float | None:
-    share = value.get(key)
-    if share is None:
+def _fraction(where: str, value: dict[str, Any], key: str) -> float | None:
+    fraction = value.get(key)
+    if fraction is None:
         return None
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise UserError(f"{where}: {key!r} is {share!r}; it should be a share between 0 and 1")
-    return float(share)
+    is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
+    if not is_number or not 0 <= fraction <= 1:
+        raise UserError(f"{where}: {key!r} is {fraction!r}; it must be a number between 0 and 1")
+    return float(fraction)

@@ -1,4 +1,4 @@
-"""The labels of a dataset: how one is read, which there may be, and when one counts as another."""
+"""The labels of a dataset: normalisation, the closed set, and comparison with predictions."""
 
 import collections
 import dataclasses
@@ -12,7 +12,7 @@ __all__ = ["ANY_LABEL", "Labels", "describe_look_alikes", "read_label"]
 
 
 def read_label(text: str | None) -> str | None:
-    """Returns the label in a text: blanks around it are no part of it, and blanks alone are none.
+    """Returns a label without surrounding whitespace; None if it is blank.
 
     >>> read_label(" bug ")
     'bug'
@@ -24,11 +24,11 @@ def read_label(text: str | None) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """What the labels of a dataset may be, and when a prediction counts as one.
+    """The allowed labels of a dataset, and the metric that compares predictions with them.
 
     Attributes:
-      closed: the closed set, as `read_label` reads each; empty where any text may be a label.
-      metric: decides whether a label counts as another; a name in `dss.data.metrics.METRICS`.
+      closed: the closed set, each label as `read_label` returns it; empty if any text is allowed.
+      metric: the name of the metric, a key of `dss.data.metrics.METRICS`.
     """
 
     closed: tuple[str, ...] = ()
@@ -41,45 +41,54 @@ class Labels:
         object.__setattr__(self, "closed", closed)
 
     def admit(self, label: str) -> bool:
-        """Returns whether there may be such a label."""
+        """Returns whether a label is allowed."""
         return not self.closed or label in self.closed
 
     def check(self, where: str, label: str) -> None:
-        """Raises the user's error, with the place, where there may be no such label."""
-        if not self.admit(label):
-            near = [known for known in self.closed if known.casefold() == label.casefold()]
-            hint = f"; {near[0]!r} is one: write it so" if near else ""
-            raise UserError(f"{where}: label {label!r} is none of {', '.join(self.closed)}{hint}")
+        """Checks that a label is allowed.
 
-    def check_distinct(self, vocabulary: Vocabulary) -> None:
-        """Checks that a vocabulary tells all labels of the closed set apart.
+        Args:
+          where: the file and line, for messages.
+          label: the label.
 
         Raises:
-          UserError: if two labels are the same tokens, so that no student could choose between
-            them.
+          UserError: if the label is outside the closed set.
+        """
+        if not self.admit(label):
+            near = [known for known in self.closed if known.casefold() == label.casefold()]
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(
+                f"{where}: label {label!r} is not one of {', '.join(self.closed)}{hint}"
+            )
+
+    def check_distinct(self, vocabulary: Vocabulary) -> None:
+        """Checks that the labels of the closed set have different tokens.
+
+        Raises:
+          UserError: if two labels have the same tokens, so that a student cannot distinguish them.
         """
         seen: dict[tuple[int, ...], str] = {}
         for label in self.closed:
             other = seen.setdefault(tuple(vocabulary.encode(label)), label)
             if other != label:
                 raise UserError(
-                    f"labels {other!r} and {label!r} are the same tokens in this vocabulary, so no "
-                    "student can tell them apart; rename one, or use a vocabulary with their "
-                    "characters, such as that of mT5 or ByT5"
+                    f"labels {other!r} and {label!r} have the same tokens in this vocabulary, so a "
+                    "student cannot distinguish them; rename one, or use a vocabulary with their "
+                    "characters, such as mT5's or ByT5's"
                 )
 
     def is_readable(self, label: str) -> bool:
-        """Returns whether the metric can judge a label by more than its text."""
+        """Returns whether the metric can parse a label; see `dss.data.metrics.is_readable`."""
         return is_readable(self.metric, label)
 
     def is_right(self, prediction: str, label: str, vocabulary: Vocabulary | None = None) -> bool:
-        """Returns whether a predicted label counts as the given one.
+        """Returns whether a predicted label is correct.
 
         Args:
           prediction: the predicted label.
-          label: the label that it is held against.
-          vocabulary: of the student that predicted. What it makes of the label is right too, since
-            the student can write nothing else.
+          label: the label that it is compared with.
+          vocabulary: the student's vocabulary. A prediction of the label as the vocabulary decodes
+            it is correct too, since the student cannot write anything else.
         """
         equal = METRICS[self.metric]
         if equal(prediction, label):
@@ -91,15 +100,15 @@ ANY_LABEL = Labels()
 
 
 def describe_look_alikes(labels: Iterable[str]) -> list[str]:
-    """Returns a line for each group of labels that differ by case or blanks alone; often none.
+    """Returns a line for each group of labels that differ only by case or whitespace.
 
-    A student learns them as different labels, and an answer that has the other one's case is wrong.
+    A student learns them as different labels, and a prediction in the other's case is wrong.
     """
     groups: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for label in labels:
         groups[" ".join(label.casefold().split())][label] += 1
     return [
-        "labels that differ by case or blanks alone: "
+        "labels that differ only by case or whitespace: "
         + ", ".join(f"{label!r} ({count:,} rows)" for label, count in group.most_common())
         for group in groups.values()
         if len(group) > 1

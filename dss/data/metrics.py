@@ -1,4 +1,4 @@
-"""Whether a prediction is right. A label task names its metric: "text" or "equation"."""
+"""Metrics of predictions: "text" and "equation" for labels, ROUGE-L for rationales."""
 
 from collections.abc import Callable, Sequence
 
@@ -17,12 +17,12 @@ __all__ = [
 
 
 def text_equal(prediction: str, label: str) -> bool:
-    """Returns whether both texts are the same, white space around them aside."""
+    """Returns whether two texts are equal, apart from surrounding whitespace."""
     return prediction.strip() == label.strip()
 
 
 def equation_equal(prediction: str, label: str) -> bool:
-    """Returns whether both texts are arithmetic of the same value, or the same text.
+    """Returns whether two texts are arithmetic of equal value, or equal texts.
 
     >>> equation_equal("(45 * 10)", "( 10.0 * 45.0 )")
     True
@@ -38,7 +38,7 @@ def equation_equal(prediction: str, label: str) -> bool:
 
 
 def is_readable(metric: str, label: str) -> bool:
-    """Returns whether a metric can judge a label: the equation metric reads arithmetic only."""
+    """Returns whether a metric can parse a label: the equation metric needs arithmetic."""
     if metric != "equation":
         return True
     try:
@@ -53,29 +53,29 @@ METRICS: dict[str, Callable[[str, str], bool]] = {"text": text_equal, "equation"
 
 def rouge_l(prediction: str, reference: str) -> float:
     """Returns the ROUGE-L F-measure of two texts, in [0, 1] (Lin, 2004)."""
-    from rouge_score import rouge_scorer  # brings nltk
+    from rouge_score import rouge_scorer  # imported here because it loads nltk
 
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     return scorer.score(reference, prediction)["rougeL"].fmeasure
 
 
-def _percent(name: str, values: Sequence[float]) -> dict[str, float]:
+def _mean_percent(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: 100 * sum(values) / len(values)}
 
 
 def text_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """SeqIO metric: the accuracy in percent by `text_equal`."""
-    return _percent(
-        "accuracy", [text_equal(p, t) for t, p in zip(targets, predictions, strict=True)]
-    )
+    """Returns the accuracy in percent by `text_equal`, as a SeqIO metric."""
+    correct = [text_equal(p, t) for t, p in zip(targets, predictions, strict=True)]
+    return _mean_percent("accuracy", correct)
 
 
 def equation_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """SeqIO metric: the accuracy in percent by `equation_equal`."""
-    verdicts = [equation_equal(p, t) for t, p in zip(targets, predictions, strict=True)]
-    return _percent("accuracy", verdicts)
+    """Returns the accuracy in percent by `equation_equal`, as a SeqIO metric."""
+    correct = [equation_equal(p, t) for t, p in zip(targets, predictions, strict=True)]
+    return _mean_percent("accuracy", correct)
 
 
 def rouge_l_mean(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """SeqIO metric: the mean ROUGE-L F-measure in percent."""
-    return _percent("rouge_l", [rouge_l(p, t) for t, p in zip(targets, predictions, strict=True)])
+    """Returns the mean ROUGE-L F-measure in percent, as a SeqIO metric."""
+    scores = [rouge_l(p, t) for t, p in zip(targets, predictions, strict=True)]
+    return _mean_percent("rouge_l", scores)

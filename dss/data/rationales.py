@@ -1,4 +1,4 @@
-"""Which of a teacher's rationales a student trains on."""
+"""Selects the teacher's rationales that a student trains on."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +21,16 @@ NONE, DISPUTED, WRONG, SHORT, LONG = REASONS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RationaleConfig:
-    """Which rationales of the training split are trained on; all of them unless it says otherwise.
+    """Filters of the training split's rationales; by default all are trained on.
 
     An example whose rationale is left out still trains its label.
     """
 
-    right_only: bool = False  # only those whose own label is the gold one
-    min_words: int = 0  # shorter ones are left out
-    max_words: int | None = None  # longer ones are left out, not cut; None: no limit
-    min_agreement: float = 0.0  # least share of the teacher's samples with the voted label, [0, 1]
-    several: bool = False  # of several samples another one in each epoch, not the voted one alone
+    right_only: bool = False  # keep only rationales whose label is the gold one
+    min_words: int = 0  # leave out shorter rationales
+    max_words: int | None = None  # leave out longer rationales, without truncation; None: no limit
+    min_agreement: float = 0.0  # least fraction of samples with the voted label, [0, 1]
+    several: bool = False  # train on another sample in each epoch, not on the voted one alone
 
     def __post_init__(self):
         check_types(self)
@@ -46,7 +46,7 @@ ALL_RATIONALES = RationaleConfig()
 
 
 class Choice(NamedTuple):
-    """The different rationales of an example to train on and, where there is none, why."""
+    """The distinct rationales of an example to train on, or the reason why there are none."""
 
     rationales: tuple[str, ...]
     reason: str | None = None  # one of `REASONS`
@@ -58,30 +58,31 @@ def choose_rationales(
     outputs: Mapping[str, TeacherOutput],
     is_right: Callable[[str, str], bool],
 ) -> dict[str, Choice]:
-    """Returns what to train on of a teacher's rationales, by the id of those examples that have any
-    output.
+    """Returns the rationales to train on, by id of the examples that have an output.
 
     Args:
-      config: which ones.
-      examples: with their gold labels.
-      outputs: the teacher's, by the example's id.
-      is_right: whether a label counts as another; the dataset's metric.
+      config: the filters.
+      examples: the examples, with their gold labels.
+      outputs: the teacher's outputs by example id.
+      is_right: the dataset's comparison of a label with a gold label.
 
     Raises:
-      UserError: agreement or several samples are asked for, and nothing was asked several times.
+      UserError: if the filters need several samples and no example has them.
     """
-    found = [outputs[e.id] for e in examples if e.id in outputs]
-    for name, wanted, there in (
-        ("min_agreement", config.min_agreement > 0, any(o.agreement is not None for o in found)),
-        ("several", config.several, any(o.samples for o in found)),
+    existing = [outputs[e.id] for e in examples if e.id in outputs]
+    has_votes = any(o.agreement is not None for o in existing)
+    for name, needed, available in (
+        ("min_agreement", config.min_agreement > 0, has_votes),
+        ("several", config.several, any(o.samples for o in existing)),
     ):
-        if wanted and found and not there:
+        if needed and existing and not available:
             raise UserError(
-                f"RationaleConfig.{name} needs several samples an example, and {found[0].teacher} "
-                "was asked once; `dss annotate --samples N --temperature T` asks again"
+                f"RationaleConfig.{name} needs several samples per example, but teacher "
+                f"{existing[0].teacher} was sampled once; to sample again: "
+                "`dss annotate --samples N --temperature T`"
             )
     gold = {e.id: e.label for e in examples}
-    return {o.id: _choose(config, o, gold[o.id], is_right) for o in found}
+    return {o.id: _choose(config, o, gold[o.id], is_right) for o in existing}
 
 
 def _choose(
@@ -92,11 +93,11 @@ def _choose(
 ) -> Choice:
     samples = output.samples if config.several and output.samples else (output,)
     label = gold if config.right_only else output.label
-    judged = config.right_only or len(samples) > 1
+    checks_label = config.right_only or len(samples) > 1
     agreed = (output.agreement or 0.0) >= config.min_agreement
 
-    def holds(sample: TeacherOutput) -> bool:
-        return not judged or (label is not None and is_right(sample.label or "", label))
+    def has_right_label(sample: TeacherOutput) -> bool:
+        return not checks_label or (label is not None and is_right(sample.label or "", label))
 
     def words(sample: TeacherOutput) -> int:
         return len(sample.rationale.split())
@@ -104,7 +105,7 @@ def _choose(
     tests: tuple[tuple[str, Callable[[TeacherOutput], bool]], ...] = (
         (NONE, lambda sample: sample.has_rationale),
         (DISPUTED, lambda sample: agreed),
-        (WRONG, holds),
+        (WRONG, has_right_label),
         (SHORT, lambda sample: words(sample) >= config.min_words),
         (LONG, lambda sample: config.max_words is None or words(sample) <= config.max_words),
     )

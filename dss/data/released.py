@@ -1,12 +1,12 @@
-"""The data released with the paper: its layout, and how its teachers' texts are parsed.
+"""Reads the data released with the paper, and parses its teachers' texts.
 
     <root>/<name>/<name>_{train,valid,test}.json      examples, JSON lines
     <root>/<name>/llm/<split>_CoT_<k>.json            PaLM's texts, in the order of k and the rows
     <root>/gpt-neox/<name>/<split>.json               GPT-NeoX's texts
-    <root>/<name>/<name>_<split>.<teacher>.jsonl      a teacher's of your own, from `dss annotate`
+    <root>/<name>/<name>_<split>.<teacher>.jsonl      outputs of your own teacher (`dss annotate`)
 
-A parse gives rationale and label as the released code did, blanks included, so that a comparison
-with it is row for row; nothing but fixed patterns is looked for in a text.
+Parsers match fixed patterns only. They return rationale and label exactly as the released code
+does, whitespace included, so that the two can be compared row by row.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def _two_parts(text: str, separator: str) -> Parsed | None:
 
 
 def _parse_choice(text: str) -> Parsed:
-    """`... So the answer is (d) math problem.` and then an invented `Q:`."""
+    """Parses `... So the answer is (d) math problem.`, then an invented `Q:`."""
     parts = _two_parts(text.split("Q:")[0].rstrip(), "So the answer is")
     if parts is None:
         return BLANK
@@ -56,7 +56,7 @@ def _parse_choice(text: str) -> Parsed:
 
 
 def _parse_equation(text: str) -> Parsed:
-    """`... The answer is (84 / 2).` and then an invented `Q:`."""
+    """Parses `... The answer is (84 / 2).`, then an invented `Q:`."""
     parts = _two_parts(text.split("Q:")[0].rstrip(), "The answer is")
     if parts is None:
         return BLANK
@@ -65,14 +65,14 @@ def _parse_equation(text: str) -> Parsed:
 
 
 def _parse_esnli(text: str) -> Parsed:
-    """`<explanation>`, a line `Answer: <label>`, then an invented `Premise:`."""
+    """Parses `<explanation>`, a line `Answer: <label>`, then an invented `Premise:`."""
     rationale = text.split("Answer:")[0].rstrip()
     answers = text.split("Answer: ")[1:2]
     return rationale, answers[0].split("Premise")[0].rstrip() if answers else " "
 
 
 def _parse_anli(text: str, *separators: str) -> Parsed:
-    """`... So the answer is contradiction.` and then an invented `Premise:`."""
+    """Parses `... So the answer is contradiction.`, then an invented `Premise:`."""
     text = text.split("Premise:")[0].rstrip()
     for separator in separators:
         parts = _two_parts(text, separator)
@@ -89,8 +89,8 @@ def _parse_anli_gpt_neox(text: str) -> Parsed:
     return _parse_anli(text.lstrip(), "So the answer is", "The answer is")
 
 
-def _stripped(parse: Parser) -> Parser:
-    """GPT-NeoX's texts are parsed without the white space before them."""
+def _after_whitespace(parse: Parser) -> Parser:
+    """Returns a parser that first strips leading whitespace, as GPT-NeoX's texts need."""
     return lambda text: parse(text.lstrip())
 
 
@@ -105,7 +105,7 @@ def cqa_choices(text: str) -> tuple[str, ...]:
 
 def _text(row: Any, key: str | int) -> str:
     if not isinstance(row[key], str):
-        raise TypeError(f"{key!r} is {row[key]!r}, no text")
+        raise TypeError(f"{key!r} is {row[key]!r}, not text")
     return row[key]
 
 
@@ -124,20 +124,21 @@ def _asdiv_row(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _nli_row(row: dict[str, Any]) -> tuple[str, str]:
-    # The tokenizer turns the text </s> into the id of the end of sequence.
+    # Vocabularies encode the text </s> as the EOS id.
     label = dict(enumerate(NLI_LABELS))[row["label"]]
     return f"{_text(row, 'premise')}</s>{_text(row, 'hypothesis')}", label
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Format:
-    """How one released dataset is written.
+    """The file format of one released dataset.
 
     Attributes:
-      row: turns a row into (input, label).
-      parsers: turns a teacher's text into (rationale, label), by teacher.
-      labels: which there may be, and when a prediction counts as one.
-      candidates: returns the answers that an input offers, where it does.
+      row: a function from a row of the file to (input, label).
+      parsers: functions from a teacher's text to (rationale, label), by teacher.
+      labels: the allowed labels, and the metric that compares predictions with them.
+      candidates: a function from an input to the answers that it offers; None where inputs offer
+        none.
     """
 
     row: Callable[[dict[str, Any]], tuple[str, str]]
@@ -147,7 +148,7 @@ class Format:
 
 
 def _palm_and_gpt_neox(parse: Parser) -> dict[str, Parser]:
-    return {"palm": parse, "gpt_neox": _stripped(parse)}
+    return {"palm": parse, "gpt_neox": _after_whitespace(parse)}
 
 
 RELEASED = {
@@ -175,35 +176,36 @@ RELEASED = {
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedSource:
-    """One dataset in the released layout.
+    """Reads one dataset in the released layout.
 
     Attributes:
-      root: the folder that holds the datasets; None for the environment variable DSS_DATA_ROOT, or
-        else the folder `data`.
+      root: the folder of all released datasets; None for the environment variable DSS_DATA_ROOT,
+        or else the folder `data`.
       name: the name of the dataset, one of `RELEASED`.
     """
 
     root: epath.Path | None
     name: str
     remedy: ClassVar[str] = (
-        "say where the released data are with --gin.DATA_ROOT=FOLDER or the variable DSS_DATA_ROOT"
+        "give the folder of the released data with --gin.DATA_ROOT=FOLDER or the environment "
+        "variable DSS_DATA_ROOT"
     )
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The teachers whose texts were released, and those whose outputs lie beside them."""
-        splits = ("train", "valid", "test")
-        own = {teacher for split in splits for teacher in teacher_files(self._examples_file(split))}
-        return (*TEACHERS, *sorted(own))
+        """The released teachers, and those with files of outputs beside the examples."""
+        files = [self._examples_file(split) for split in ("train", "valid", "test")]
+        others = {teacher for file in files for teacher in teacher_files(file)}
+        return (*TEACHERS, *sorted(others))
 
     def has(self, split: str, teacher: str | None = None) -> bool:
-        """Returns whether a split, or a teacher's texts for it, are there."""
+        """See `dss.data.datasets.Source.has`."""
         if teacher is None:
             return self._examples_file(split).is_file()
         return bool(self._teacher_files(split, teacher))
 
     def files(self, split: str, teacher: str | None = None) -> list[epath.Path]:
-        """Returns the files a split is read from, and a teacher's for it, existing or not."""
+        """See `dss.data.datasets.Source.files`."""
         if teacher is None:
             return [self._examples_file(split)]
         examples = self._examples_file(split)
@@ -216,10 +218,10 @@ class ReleasedSource:
         return [examples, *(self._teacher_files(split, teacher) or [missing])]
 
     def examples(self, split: str) -> list[Example]:
-        """Returns the examples of a split, in the file's order.
+        """Returns the examples of a split, in the order of the file.
 
         Raises:
-          UserError: a missing file or a malformed line.
+          UserError: if the file is missing or a line is malformed.
         """
         out: list[Example] = []
         for where, row in read_json_lines(self._examples_file(split)):
@@ -231,10 +233,11 @@ class ReleasedSource:
         return out
 
     def outputs(self, split: str, teacher: str) -> list[TeacherOutput]:
-        """Returns a teacher's outputs for a split; of a released one as many as examples, in order.
+        """Returns a teacher's outputs for a split; of a released teacher one per example, in order.
 
         Raises:
-          UserError: a missing or malformed file, or another number of texts than of examples.
+          UserError: if a file is missing or malformed, or the number of a released teacher's texts
+            is not that of the examples.
         """
         if teacher not in TEACHERS:
             return read_teacher_outputs(self.files(split, teacher)[1], teacher)
@@ -244,7 +247,7 @@ class ReleasedSource:
         count = sum(1 for _ in read_json_lines(self._examples_file(split)))
         if len(texts) != count:
             raise UserError(
-                f"{paths[0].parent}: {len(texts)} texts of {teacher} for the {count} examples of "
+                f"{paths[0].parent}: {len(texts)} texts of {teacher}, but {count} examples in "
                 f"{self._examples_file(split)}; is a file missing?"
             )
         out: list[TeacherOutput] = []
@@ -255,7 +258,7 @@ class ReleasedSource:
         return out
 
     def groups(self, examples: Sequence[Example]) -> None:
-        """Returns none: the reference holds rows out one by one."""
+        """Returns None: the reference implementation holds out single rows."""
         del examples
 
     @property
@@ -270,10 +273,10 @@ class ReleasedSource:
             path = self._root / "gpt-neox" / self.name / f"{split}.json"
             return [path] if path.is_file() else []
         if teacher != "palm":
-            own = teacher_files(self._examples_file(split)).get(teacher)
-            return [own] if own else []
-        found = (self._root / self.name / "llm").glob(f"{split}_CoT_*.json")
-        numbered = [(re.fullmatch(r".*_CoT_(\d+)", path.stem), path) for path in found]
+            file = teacher_files(self._examples_file(split)).get(teacher)
+            return [file] if file else []
+        paths = (self._root / self.name / "llm").glob(f"{split}_CoT_*.json")
+        numbered = [(re.fullmatch(r".*_CoT_(\d+)", path.stem), path) for path in paths]
         return [path for _, path in sorted((int(m[1]), path) for m, path in numbered if m)]
 
 
@@ -285,5 +288,5 @@ def _read_texts(path: epath.Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path}: not a list of texts")
+        raise UserError(f"{path}: not a JSON list of strings")
     return texts

@@ -1,4 +1,4 @@
-"""Text to token ids and back: SentencePiece (T5, Flan, mT5) and bytes (ByT5)."""
+"""Encodes text to token ids and back: SentencePiece (T5, Flan, mT5) and bytes (ByT5)."""
 
 import functools
 import hashlib
@@ -32,19 +32,19 @@ T5_VOCABULARY = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"  # of T5 
 
 
 class Vocabulary(Protocol):
-    """What every vocabulary can do. Ids 0, 1, 2 are padding, end of sequence and unknown."""
+    """Interface of vocabularies. Ids 0, 1 and 2 are padding, end of sequence and unknown."""
 
     size: int  # ids are in [0, size)
-    fingerprint: str  # sha256 of what decides the ids
+    fingerprint: str  # sha256 of the SentencePiece model, or "bytes"
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of `text`, without a final EOS. A `</s>` in the text is the EOS id."""
+        """Returns the ids of `text` without a final EOS. A `</s>` in the text is the EOS id."""
 
     def decode(self, ids: list[int]) -> str:
-        """Returns the text of `ids` up to the first EOS; special ids have no text."""
+        """Returns the text of `ids` up to the first EOS, without special ids."""
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """Returns each id as a readable piece, for showing."""
+        """Returns a readable piece for each id, for display."""
 
 
 def _until_eos(ids: list[int]) -> list[int]:
@@ -55,8 +55,8 @@ def _until_eos(ids: list[int]) -> list[int]:
 class SentencePieceVocabulary:
     """A SentencePiece model with T5's special ids.
 
-    The text between two `</s>` is encoded on its own, as Hugging Face's T5 tokenizer does, so
-    that an NLI input `premise</s>hypothesis` holds one EOS id between its parts.
+    The parts of a text between `</s>` are encoded separately, as in Hugging Face's T5 tokenizer,
+    so that an NLI input `premise</s>hypothesis` has one EOS id between its parts.
     """
 
     def __init__(self, path: epath.Path):
@@ -71,12 +71,13 @@ class SentencePieceVocabulary:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError:
             raise UserError(
-                f"{path}: not a SentencePiece model; a T5 vocabulary is a file such as spiece.model"
+                f"{path}: not a SentencePiece model; give a T5 vocabulary such as spiece.model"
             ) from None
         special = (self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
         if special != (PAD, EOS, UNK):
             raise UserError(
-                f"{path}: wrong vocabulary: ids of pad, eos, unk are {special}, T5's are (0, 1, 2)"
+                f"{path}: wrong vocabulary: its ids of pad, eos and unk are {special}; T5's are "
+                "(0, 1, 2)"
             )
         self.size = self._model.get_piece_size()
         self.fingerprint = hashlib.sha256(content).hexdigest()
@@ -87,7 +88,7 @@ class SentencePieceVocabulary:
         return [*first, *(i for part in rest for i in (EOS, *part))]
 
     def decode(self, ids: list[int]) -> str:
-        """See `Vocabulary.decode`. Ids above the model's pieces (T5's sentinels) have no text."""
+        """See `Vocabulary.decode`. Ids above the model's pieces (T5's sentinels) are left out."""
         return self._model.decode([i for i in _until_eos(ids) if UNK < i < self.size])
 
     def pieces(self, ids: list[int]) -> list[str]:
@@ -114,11 +115,11 @@ class ByteVocabulary:
         return [*first, *(i for part in rest for i in (EOS, *part))]
 
     def decode(self, ids: list[int]) -> str:
-        """See `Vocabulary.decode`. Bytes that are no UTF-8 are left out."""
+        """See `Vocabulary.decode`. Bytes that are not valid UTF-8 are left out."""
         return bytes(i - 3 for i in _until_eos(ids) if 3 <= i < self.size).decode(errors="ignore")
 
     def pieces(self, ids: list[int]) -> list[str]:
-        """See `Vocabulary.pieces`; a byte that is no printable ASCII is shown as `<e9>`.
+        """See `Vocabulary.pieces`. A byte that is not printable ASCII is shown as `<e9>`.
 
         >>> ByteVocabulary().pieces(ByteVocabulary().encode("a é"))
         ['a', '▁', '<c3>', '<a9>']
@@ -132,10 +133,10 @@ class ByteVocabulary:
 
 @functools.lru_cache(maxsize=8)
 def load_vocabulary(source: str | epath.Path) -> Vocabulary:
-    """Returns the vocabulary in the SentencePiece file `source`, or ByT5's where it is "bytes".
+    """Returns the vocabulary of the SentencePiece file `source`, or ByT5's for "bytes".
 
     Raises:
-      UserError: no such file, or not a SentencePiece model with T5's special ids.
+      UserError: if the file does not exist or is not a SentencePiece model with T5's special ids.
     """
     if str(source) == BYTES:
         return ByteVocabulary()
@@ -143,23 +144,23 @@ def load_vocabulary(source: str | epath.Path) -> Vocabulary:
 
 
 def round_trip(vocabulary: Vocabulary, text: str) -> str:
-    """Returns the text that a student writes when it writes the tokens of `text`.
+    """Returns a text encoded and decoded again: what a student can generate of it.
 
-    T5's vocabulary has no `{` and no newline, and writes `m²` as `m2`.
+    T5's vocabulary has no `{` and no newline, and decodes `m²` as `m2`.
     """
     return vocabulary.decode([*vocabulary.encode(text), EOS])
 
 
 def cut(ids: list[int], length: int) -> list[int]:
-    """Returns ids cut to `length - 1`, then EOS."""
+    """Returns ids truncated to `length - 1`, with EOS at the end."""
     return [*ids[: length - 1], EOS]
 
 
 def is_cut(vocabulary: Vocabulary, text: str, length: int) -> bool:
-    """Returns whether a text loses tokens to a limit of length, EOS counted."""
+    """Returns whether a text with its EOS has more than `length` tokens."""
     return len(vocabulary.encode(text)) >= length
 
 
 def encode_example(vocabulary: Vocabulary, text: str, length: int) -> list[int]:
-    """Returns the ids of `text` cut to `length - 1`, then EOS: what a student reads or writes."""
+    """Returns a student's input or target: ids truncated to `length - 1`, with EOS at the end."""
     return cut(vocabulary.encode(text), length)

@@ -1,1 +1,1 @@
-"""Exports of a trained student."""
+"""Exports trained students to other programs' formats."""

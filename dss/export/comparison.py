@@ -1,4 +1,4 @@
-"""Whether an exported student computes what it computes here, on a few tokens."""
+"""Compares an export's logits with the student's on a few tokens."""
 
 import contextlib
 import dataclasses
@@ -20,20 +20,20 @@ from dss.student.network import Params, bind, num_parameters
 
 __all__ = ["Probes", "check", "enough_memory", "logits"]
 
-TOLERANCE = 1e-3  # of logits, relative to the largest; of log probabilities
-COPIES = 3  # of the parameters, while two programs read them
-CGROUP, MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/meminfo")  # what Linux says of memory
+TOLERANCE = 1e-3  # of logits or log probabilities, relative to the largest if that is above 1
+COPIES = 3  # of the parameters in memory, while two programs load them
+CGROUP, MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/meminfo")  # Linux's memory accounting
 
 
 class Probes(NamedTuple):
-    """Token ids that both sides read, each row with EOS at its end."""
+    """Token ids that are given to the student and the export; each row ends with EOS."""
 
     inputs: np.ndarray  # [2, 9]
     targets: np.ndarray  # [2, 5]
 
     @classmethod
     def of(cls, tokens: int) -> "Probes":
-        """Returns probes of a vocabulary with some number of tokens; always the same."""
+        """Returns the probes, always the same, for a vocabulary of `tokens` tokens."""
         draw = np.random.default_rng(0).integers
         return cls(
             *(
@@ -44,18 +44,18 @@ class Probes(NamedTuple):
 
     @property
     def decoder_inputs(self) -> np.ndarray:
-        """The targets moved by one, [2, 5]; 0 is where the decoder starts."""
+        """The targets shifted by one position, [2, 5], after the start id 0."""
         return np.pad(self.targets[:, :-1], ((0, 0), (1, 0)))
 
 
 def enough_memory(config: T5Config) -> bool:
-    """Returns whether there is memory to compare a student; True where it is not known."""
+    """Returns whether a student's comparison fits into free memory; True if that is unknown."""
     free = [math.inf]
-    unknown = contextlib.suppress(OSError, ValueError, KeyError)
-    with unknown:  # a container's; one without a limit has "max"
+    if_known = contextlib.suppress(OSError, ValueError, KeyError)
+    with if_known:  # of a container; without a limit the file has "max"
         limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
         free.append(limit - used + _field(CGROUP / "memory.stat", "inactive_file"))
-    with unknown:
+    with if_known:
         free.append(1024 * _field(MEMINFO, "MemAvailable:"))
     return COPIES * 4 * num_parameters(config) <= min(free)
 
@@ -66,7 +66,7 @@ def _field(file: Path, name: str) -> int:
 
 
 def logits(config: T5Config, params: Params, probes: Probes) -> np.ndarray:
-    """Returns a student's logits of the probes' targets, [2, 5, V], in float32."""
+    """Returns a student's logits for the probes' targets, [2, 5, V], in float32."""
     config = dataclasses.replace(config, dtype="float32", dropout_rate=0.0)
 
     @jax.jit
@@ -79,17 +79,19 @@ def logits(config: T5Config, params: Params, probes: Probes) -> np.ndarray:
 
 
 def check(to: str, path: Path, ours: np.ndarray, probes: Probes, config: T5Config) -> None:
-    """Checks what is computed from an export.
+    """Checks that an export has the student's logits, or log probabilities in CTranslate2.
+
+    Without PyTorch and transformers a Hugging Face export is not checked.
 
     Args:
       to: the export's format, "hf", "t5x" or "ctranslate2".
-      path: the export's folder; of T5X the checkpoint in it.
-      ours: the student's logits of the probes, [2, 5, V].
+      path: the export's folder; for T5X the checkpoint in it.
+      ours: the student's logits for the probes, [2, 5, V].
       probes: the token ids.
-      config: the student's shape.
+      config: the student's configuration.
 
     Raises:
-      UserError: if other numbers are computed.
+      UserError: if they differ by more than rounding.
     """
     if to == "ctranslate2":
         program, theirs = "CTranslate2", _ctranslate2_log_probs(path, probes)
@@ -103,11 +105,11 @@ def check(to: str, path: Path, ours: np.ndarray, probes: Probes, config: T5Confi
         return
     limit = TOLERANCE * max(1.0, float(np.abs(ours).max()))
     difference = float(np.max(np.abs(theirs - ours)))
-    if not difference <= limit:  # nan is not
+    if not difference <= limit:  # also true for NaN
         raise UserError(
-            f"{program} computes other numbers from the export (off by {difference:.3g}, where "
-            f"{limit:.3g} would be rounding); nothing was written. Please report it with the "
-            f"versions of dss and of {program}"
+            f"{program} computes other logits from the export (they differ by {difference:.3g}, "
+            f"more than the tolerance of {limit:.3g}); nothing was written. Please report it with "
+            f"the versions of dss and of {program}"
         )
 
 
@@ -123,7 +125,7 @@ def _transformers_logits(folder: Path, probes: Probes) -> np.ndarray:
 
 
 def _ctranslate2_log_probs(folder: Path, probes: Probes) -> np.ndarray:
-    """Returns the log probabilities of the targets' tokens, [2, 5]."""
+    """Returns the log probabilities of the target tokens, [2, 5]."""
     import ctranslate2
 
     with quiet_transformers():

@@ -1,8 +1,8 @@
-"""Exporting a run's student to where people use T5s: put together here.
+"""Exports a run's student to the formats of other programs.
 
 hf            a Hugging Face directory: config.json, safetensors, tokenizer, model card
-t5x           T5X's Orbax checkpoint, with Adafactor's state where the run has one
-ctranslate2   CTranslate2's model, with the tokenizer
+t5x           a T5X checkpoint (Orbax), with Adafactor's state if the run has one
+ctranslate2   a CTranslate2 model, with the tokenizer
 """
 
 import contextlib
@@ -33,25 +33,25 @@ __all__ = ["FORMATS", "Exported", "export"]
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """A written export."""
 
-    path: Path  # the folder, of T5X the checkpoint in it
+    path: Path  # the export's folder; for T5X the checkpoint in it
     step: int
-    note: str = ""  # what its user should know
+    note: str = ""  # for the user; empty if there is nothing to note
 
 
 @contextlib.contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """Yields a folder beside `folder`, which takes its place when all went well."""
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `folder`, renamed to it unless an error is raised."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial"
     if partial.is_symlink():
         partial.unlink()
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by an export that was killed
     partial.mkdir()
     try:
         yield partial
-        if folder.exists():  # and is empty
+        if folder.exists():  # `_new_folder` has checked that it is empty
             folder.rmdir()
         partial.rename(folder)
     finally:
@@ -61,7 +61,7 @@ def _whole(folder: Path) -> Iterator[Path]:
 def _new_folder(path: epath.PathLike) -> Path:
     if in_bucket(path):
         raise UserError(
-            f"{path}: exports are written to this machine; export, then copy the folder"
+            f"{path}: cannot export into a bucket; export to this machine, then copy the folder"
         )
     folder = Path(absolute(path))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -79,8 +79,8 @@ def _write_model(run: Run, checkpoints: Checkpoints, step: int, folder: Path) ->
     return note
 
 
-def _write_about(run: Run, step: int, form: str, folder: Path) -> None:
-    """Writes the model card, and what decided the run without where things lay on this machine."""
+def _write_card(run: Run, step: int, form: str, folder: Path) -> None:
+    """Writes the model card, and the run's configuration without this machine's paths."""
     (folder / "README.md").write_text(model_card(run, step, form), encoding="utf-8")
     experiment = run.experiment
     data = dataclasses.replace(experiment.data, root=None, dataset_path=None)
@@ -89,7 +89,7 @@ def _write_about(run: Run, step: int, form: str, folder: Path) -> None:
 
 def _hugging_face(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
     note = _write_model(run, checkpoints, step, folder)
-    _write_about(run, step, "hf", folder)
+    _write_card(run, step, "hf", folder)
     return note
 
 
@@ -97,16 +97,16 @@ def _t5x(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
     params, opt_state = (checkpoints.leaves(step, item) for item in ("params", "opt_state"))
     state, kept = t5x_export.train_state(run.config, params, opt_state, step)
     t5x_export.write_checkpoint(folder, state, step)
-    return "" if kept else "without the run's optimizer state: Adafactor begins anew"
+    return "" if kept else "without the run's optimizer state: Adafactor's statistics are initial"
 
 
 def _ctranslate2(run: Run, checkpoints: Checkpoints, step: int, folder: Path) -> str:
     ctranslate2_export.check_installed()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as between:
-        note = _write_model(run, checkpoints, step, Path(between))
-        folder.rmdir()  # the converter makes it
-        ctranslate2_export.convert(Path(between), folder, run.config)
-    _write_about(run, step, "ctranslate2", folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}-") as huggingface:
+        note = _write_model(run, checkpoints, step, Path(huggingface))
+        folder.rmdir()  # the converter creates it
+        ctranslate2_export.convert(Path(huggingface), folder, run.config)
+    _write_card(run, step, "ctranslate2", folder)
     return note
 
 
@@ -118,19 +118,19 @@ FORMATS: dict[str, Callable[[Run, Checkpoints, int, Path], str]] = {
 
 
 def _compare(run: Run, params: Params, to: str, written: Path) -> str:
-    """Compares a few logits of an export, as another program computes them, with the student's.
+    """Compares a few logits of an export, computed by its own program, with the student's.
 
     Returns:
-      Why they could not be compared; empty if they were.
+      The reason why they could not be compared; empty if they were.
 
     Raises:
       UserError: if they differ.
     """
     config, vocabulary = run.config, load_vocabulary(run.vocabulary_source)
     if not comparison.enough_memory(config):
-        return "not compared with the student's own logits, for which memory is short"
+        return "not compared with the student's logits, for lack of memory"
     probes = comparison.Probes.of(vocabulary.size)
-    try:  # on the host, which has the memory, and whatever mesh the run was trained on
+    try:  # on the CPU, whose memory was checked, whatever mesh the run was trained on
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             tree = jax.tree_util.tree_map_with_path(
                 lambda path, _: params[path_names(path)], abstract_params(config)
@@ -139,38 +139,39 @@ def _compare(run: Run, params: Params, to: str, written: Path) -> str:
             comparison.check(to, written, ours, probes, config)
     except UserError:
         raise
-    except Exception as error:  # such as of another program's version, or a lack of memory
-        return f"not compared with the student's own logits: {first_line(error)}"
+    except Exception as error:  # such as an incompatible version, or a lack of memory
+        return f"not compared with the student's logits: {first_line(error)}"
     return ""
 
 
 def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Exported:
-    """Writes a run's student in another program's format; all of it, or nothing.
+    """Writes a run's student in another program's format, atomically.
 
-    Before it is called written, a few logits are computed from it, by that program where it is
-    installed (for T5X by dss's own reader), and compared; a note says if they could not be.
+    Before the folder appears, a few logits of the export are compared with the student's: computed
+    by that program if it is installed, for T5X by dss's reader. If that fails, the note has the
+    reason.
 
     Args:
-      run: has the student.
-      to: a name of `FORMATS`.
-      folder: where; new or empty.
-      which: the checkpoint "best", "latest" or a step.
+      run: the run with the student.
+      to: the format, a key of `FORMATS`.
+      folder: a new or empty folder on this machine.
+      which: the checkpoint: "best", "latest" or a step.
 
     Raises:
-      UserError: if the format is unknown, the folder holds something or is in a bucket, there is
-        no such checkpoint or it is of another size, the format cannot hold the student, or other
-        logits are computed from the export.
+      UserError: if the format is unknown, the folder is not empty or is in a bucket, there is no
+        such checkpoint or it is of another size, the format cannot represent the student, or the
+        export's logits differ.
     """
     if to not in FORMATS:
         raise unknown_name("--to", to, FORMATS)
     target = _new_folder(folder)
     if jax.process_count() > 1:
-        raise UserError("an export is the work of one process; start it without the others")
+        raise UserError("an export needs a single process; start it without the others")
     with contextlib.closing(run.checkpoints()) as checkpoints:
         step = checkpoints.find(which)
         checkpoints.check_shapes(step, abstract_params(run.config))
         name = f"checkpoint_{step}" if to == "t5x" else ""
-        with _whole(target) as partial:
+        with _atomic_folder(target) as partial:
             notes = [FORMATS[to](run, checkpoints, step, partial)]
             params = checkpoints.leaves(step, "params")
             notes.append(_compare(run, params, to, partial / name))

@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, how well it does, how to use and repeat it."""
+"""Writes the model card of an exported student: its use, training, scores and reproduction."""
 
 import json
 import re
@@ -26,7 +26,7 @@ from dss.training.metrics import read_metrics
 __all__ = ["USES", "model_card"]
 
 PAPER = "[Hsieh et al., 2023](https://arxiv.org/abs/2305.02301)"
-USES = {  # how a student is asked, by format
+USES = {  # code that generates with a student, by format
     "hf": """\
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -57,8 +57,8 @@ print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 """,
 }
 CHOSEN = """\
-Where the possible labels are known, these answers are the likeliest of them; `generate` writes
-freely and may answer otherwise.
+Where the possible labels are known, `dss` predicts the most probable of them; `generate` is not
+limited to them, so its predictions may differ.
 """
 NLI = ("anli1", "esnli")
 VOCABULARY = f" --gin.Experiment.vocabulary={SPIECE}"
@@ -91,11 +91,11 @@ def _shape(run: Run) -> str:
 
 
 def _training(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
-    """Yields what decided the student, for a table."""
+    """Yields (name, value) rows of the training's data, method and hyperparameters."""
     experiment, dataset = run.experiment, mixture.dataset.name
     yield "data", f"{dataset}, released with the paper" if dataset in RELEASED else dataset
     if experiment.data.fraction < 1:
-        yield "share of the training data", f"{experiment.data.fraction:g}"
+        yield "fraction of the training data", f"{experiment.data.fraction:g}"
     yield "mixture", f"`{mixture.name}`"
     yield "method", METHODS[mixture.method]
     for task in mixture.tasks:
@@ -103,12 +103,12 @@ def _training(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]
         yield f"{task.kind.replace('_', ' ')} from", source
     if len(mixture.tasks) > 1:
         label, rationale = mixture.rates
-        moves = "" if experiment.alpha_end is None else f", moving to {experiment.alpha_end:g}"
-        yield "alpha", f"{label:g} for the label's loss, {rationale:g} for the rationale's{moves}"
-    yield "began from", experiment.initial_checkpoint or "random parameters"
+        end = "" if experiment.alpha_end is None else f", annealed to {experiment.alpha_end:g}"
+        yield "alpha", f"{label:g} for the label loss, {rationale:g} for the rationale loss{end}"
+    yield "initial checkpoint", experiment.initial_checkpoint or "none: randomly initialised"
     yield (
         "steps",
-        f"{step} of {experiment.trainer.train_steps}, {experiment.batch_size} examples each",
+        f"{step} of {experiment.trainer.train_steps}, with {experiment.batch_size} examples each",
     )
     optimizer = experiment.optimizer
     yield "optimizer", f"{optimizer.name}, {optimizer.schedule} {optimizer.learning_rate:g}"
@@ -116,7 +116,7 @@ def _training(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]
 
 
 def _scores(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
-    """Yields what the run measured of this step: in training, and by `dss eval`."""
+    """Yields (name, value) rows of this step's scores, in training and by `dss eval`."""
     values: dict[str, float] = {}
     for line in read_metrics(run.folder / "metrics.jsonl"):
         values |= line if line["step"] == step else {}
@@ -144,7 +144,7 @@ def _scores(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
 def _score(where: str, row: dict[str, Any]) -> float:
     score = row.get("score")
     if not isinstance(score, int | float):
-        raise UserError(f"{where}: no score; delete the file, and evaluate the run again")
+        raise UserError(f"{where}: no score; delete the file and evaluate the run again")
     return score
 
 
@@ -166,18 +166,18 @@ def _use(run: Run, form: str, prefix: str) -> str:
 
 
 def _notes(run: Run, mixture: Mixture) -> str:
-    notes = ["A text is what `dss` calls an example's input."]
+    notes = ["A text is an example's input in the data of `dss`."]
     if mixture.dataset.name in NLI:
         notes.append("It is the premise, `</s>` and the hypothesis.")
     if "rationale" in mixture.short_names[1:]:
         task = mixture.tasks[1]
-        told = f"With `{EXPLAIN}` before it"
+        condition = f"With the prefix `{EXPLAIN}`"
         if task.mark:
             start = task.start_id(load_vocabulary(run.vocabulary_source))
-            told = f"Where the decoder starts from the id {start} and not 0,"
-        notes.append(f"{told} the student writes the rationale.")
+            condition = f"With the decoder start id {start} instead of 0,"
+        notes.append(f"{condition} the student generates the rationale.")
     if mixture.short_names[0] == "rationale_then_label":
-        notes.append(f"The label is what follows `{CONCLUSION}`.")
+        notes.append(f"The label is the text after `{CONCLUSION}`.")
     return textwrap.fill(" ".join(notes), 100) + "\n"
 
 
@@ -194,17 +194,17 @@ def _command(run: Run) -> str:
 
 
 def model_card(run: Run, step: int, form: str = "hf") -> str:
-    """Returns a model card, Markdown with the hub's front matter.
+    """Returns a model card in Markdown, with the hub's front matter.
 
     Args:
-      run: has the student.
-      step: of the exported checkpoint.
-      form: a name of `USES`.
+      run: the run with the student.
+      step: the step of the exported checkpoint.
+      form: the format, a key of `USES`.
     """
     experiment = run.experiment
     parts = [_front_matter(run, form), f"# {run.folder.name}\n", f"{_shape(run)}.\n"]
     if not experiment.has_task:
-        parts.append("It was imported, and not trained by `dss`.\n")
+        parts.append("It was imported, not trained by `dss`.\n")
         parts += ["## Use\n", _use(run, form, "")]
     else:
         mixture = run.mixture(must_exist=False)
@@ -213,7 +213,7 @@ def model_card(run: Run, step: int, form: str = "hf") -> str:
         scores = list(_scores(run, mixture, step))
         if scores:
             parts += ["## Scores\n", _table(scores), CHOSEN if experiment.decoding.closed else ""]
-        parts += ["## The same again\n", _command(run)]
+        parts += ["## Reproduction\n", _command(run)]
     versions = {"dss": __version__, "jax": jax.__version__}
     parts.append("Exported by " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".\n")
     return "\n".join(part for part in parts if part)

@@ -1,4 +1,4 @@
-"""SeqIO's features for a student: those of an encoder-decoder, and the task of each target token.
+"""SeqIO's encoder-decoder features, with the task of each target token added.
 
 Two sequences, `predict: a` -> `x` and `explain: b` -> `y z`, packed (1 is EOS, 0 padding):
 
@@ -24,15 +24,15 @@ __all__ = ["StepByStepFeatureConverter"]
 
 
 class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
-    """SeqIO's converter for encoder-decoders, with the task of each target token.
+    """SeqIO's converter for encoder-decoders, with the task of each target token added.
 
-    It adds `decoder_task_ids`, 1 + the task's place in the mixture, 0 for padding, packed as the
-    targets are. A sequence's task is the one whose prefix its input begins with, for that is what
-    tells the student, too.
+    `decoder_task_ids`, packed like the targets, is 1 + the task's index in the mixture, or 0 for
+    padding. The task of a sequence is the one whose prefix its input begins with, since that prefix
+    distinguishes tasks for the student too.
 
     Args:
-      prefixes: each task's prefix, as token ids.
-      options: of `seqio.EncDecFeatureConverter`.
+      prefixes: the token ids of each task's prefix.
+      options: options of `seqio.EncDecFeatureConverter`.
     """
 
     MODEL_FEATURES = {  # noqa: RUF012  as SeqIO's converters declare theirs
@@ -49,10 +49,10 @@ class StepByStepFeatureConverter(seqio.EncDecFeatureConverter):
         task = tf.zeros([], tf.int32)
         for k, prefix in reversed(list(enumerate(self._prefixes))):
             head = inputs[: len(prefix)]
-            begins = tf.size(head) == len(prefix)
-            begins &= tf.reduce_all(head == tf.constant(prefix)[: tf.size(head)])
-            task = tf.where(begins, k + 1, task)
-        tf.debugging.assert_positive(task, "an input with the prefix of no task")
+            has_prefix = tf.size(head) == len(prefix)
+            has_prefix &= tf.reduce_all(head == tf.constant(prefix)[: tf.size(head)])
+            task = tf.where(has_prefix, k + 1, task)
+        tf.debugging.assert_positive(task, "an input without the prefix of any task")
         return {**features, "task_ids": task * tf.ones_like(targets)}
 
     def _convert_features(

@@ -1,8 +1,8 @@
-"""The tasks and mixtures as SeqIO objects, for every tool that takes them by name.
+"""Registers tasks and mixtures with SeqIO, for tools that use them by name.
 
-The rows, the ids of their tokens and the metrics are those of `dss train`. When a task is first
-read, the environment variable DSS_DATA_ROOT gives the released data, and DSS_VOCABULARY the
-vocabulary, a SentencePiece file or "bytes"; without it T5's vocabulary on Google Cloud.
+Examples, token ids and metrics are those of `dss train`. The environment variable DSS_DATA_ROOT is
+the folder of the released data, and DSS_VOCABULARY the default vocabulary: a SentencePiece file or
+"bytes"; if unset, T5's vocabulary on Google Cloud. Both are resolved when a task is first read.
 """
 
 import functools
@@ -33,14 +33,15 @@ except ModuleNotFoundError as error:
 
 __all__ = ["SPLITS", "get_vocabulary", "register_seqio", "vocabulary_source"]
 
-SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # SeqIO's names of ours
+SPLITS = {"train": "train", "validation": "valid", "test": "test"}  # SeqIO's name -> dss's
 EXTRA_IDS = 100  # T5's sentinels
 METRIC_FNS = {"text": text_accuracy, "equation": equation_accuracy}
 
 
-class _AsDss:
-    """Encodes and decodes as `dss train` does: a `</s>` in a text is the EOS id, and what is
-    between two of them is encoded on its own.
+class _DssEncoding:
+    """Encodes and decodes as `dss train` does.
+
+    A `</s>` in a text is the EOS id, and the parts between them are encoded separately.
     """
 
     @property
@@ -63,16 +64,16 @@ class _AsDss:
         return ids.flat_values[:-1]
 
 
-class _SentencePiece(_AsDss, seqio.SentencePieceVocabulary):
+class _SentencePiece(_DssEncoding, seqio.SentencePieceVocabulary):
     pass
 
 
-class _Bytes(_AsDss, seqio.ByteVocabulary):
+class _Bytes(_DssEncoding, seqio.ByteVocabulary):
     pass
 
 
 def vocabulary_source(source: str | None = None) -> str:
-    """Returns a vocabulary's SentencePiece file or "bytes"; what None means, the module says."""
+    """Returns the SentencePiece file, or "bytes", of a vocabulary; by default DSS_VOCABULARY's."""
     return source or os.environ.get("DSS_VOCABULARY", T5_VOCABULARY)
 
 
@@ -82,12 +83,12 @@ def _vocabulary(source: str) -> seqio.Vocabulary:
 
 
 def get_vocabulary(source: str | None = None) -> seqio.Vocabulary:
-    """Returns the SeqIO vocabulary of a SentencePiece file or of "bytes"; see the module."""
+    """Returns the SeqIO vocabulary of a source, see `vocabulary_source`."""
     return _vocabulary(vocabulary_source(source))
 
 
 class _Source(seqio.FunctionDataSource):
-    """A task's rows. Its splits are those whose files are there when it is asked."""
+    """A task's rows, in the splits whose files exist when `splits` is read."""
 
     def __init__(self, task: Task):
         self.task = task
@@ -95,16 +96,17 @@ class _Source(seqio.FunctionDataSource):
 
     @property
     def splits(self) -> Sequence[str]:
-        """The splits that there are; where there is none, all, so that reading says what lacks."""
-        return [s for s, ours in SPLITS.items() if self.task.has(ours)] or list(SPLITS)
+        """Splits whose files exist; all if none do, so that reading one names the missing file."""
+        existing = [name for name, split in SPLITS.items() if self.task.has(split)]
+        return existing or list(SPLITS)
 
     def num_input_examples(self, split: str) -> int | None:
-        """Returns how many rows a split has; None where its files are not there."""
-        ours = SPLITS[split]
-        return len(self.task.rows(ours)) if self.task.has(ours) else None
+        """Returns the number of rows of a split; None if its files do not exist."""
+        dss_split = SPLITS[split]
+        return len(self.task.rows(dss_split)) if self.task.has(dss_split) else None
 
     def _rows(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        del shuffle_files, seed  # the rows are few; SeqIO shuffles them later
+        del shuffle_files, seed  # rows are in memory; SeqIO shuffles them later
         rows = self.task.rows(SPLITS[split])
         columns = {n: [getattr(row, n) for row in rows] for n in ("id", "inputs", "targets")}
         texts = {name: tf.constant(column, tf.string) for name, column in columns.items()}
@@ -140,41 +142,43 @@ def _add_task(task: Task, vocabulary: seqio.Vocabulary) -> None:
 def register_seqio(
     dataset: Dataset, *, alpha: float | None = None, vocabulary: str | None = None
 ) -> list[str]:
-    """Registers every task and mixture of a dataset.
+    """Registers all tasks and mixtures of a dataset.
 
-    Those that are registered stay, unless they are of other files, or another alpha or vocabulary
-    is given than theirs.
+    A registered one is replaced only if its files are others, or if another alpha or vocabulary is
+    given.
 
     Args:
       dataset: the dataset.
-      alpha: rate of the label task in the mixtures of two; None: as registered, or 0.5.
-      vocabulary: of inputs and targets; None: as registered, or see `vocabulary_source`.
+      alpha: rate of the label task in mixtures of two tasks; None keeps the registered rate, or
+        0.5.
+      vocabulary: vocabulary of inputs and targets; None keeps the registered one, or see
+        `vocabulary_source`.
 
     Returns:
-      Their names.
+      The names of the mixtures.
 
     Raises:
-      UserError: if one name is that of two mixtures, by the names of the teachers.
+      UserError: if the teachers' names give two mixtures the same name.
     """
     names = mixture_names(dataset)
     mixtures = [named_mixture(n, [dataset], 0.5 if alpha is None else alpha) for n in names]
-    renewed = set()
+    added = set()
     for task in {task.name: task for mixture in mixtures for task in mixture.tasks}.values():
         if task.name in seqio.TaskRegistry.names():
-            found = seqio.TaskRegistry.get(task.name)
-            known = found.output_features["inputs"].vocabulary
-            same = isinstance(found.source, _Source) and found.source.task == task
-            if same and (vocabulary is None or known == get_vocabulary(vocabulary)):
+            registered = seqio.TaskRegistry.get(task.name)
+            current = registered.output_features["inputs"].vocabulary
+            same = isinstance(registered.source, _Source) and registered.source.task == task
+            if same and (vocabulary is None or current == get_vocabulary(vocabulary)):
                 continue
             seqio.TaskRegistry.remove(task.name)
         _add_task(task, get_vocabulary(vocabulary))
-        renewed.add(task.name)
+        added.add(task.name)
     for mixture in mixtures:
-        is_new = alpha is not None or any(task.name in renewed for task in mixture.tasks)
+        is_new = alpha is not None or any(task.name in added for task in mixture.tasks)
         if is_new and mixture.name in seqio.MixtureRegistry.names():
             seqio.MixtureRegistry.remove(mixture.name)
-        known = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
-        if mixture.name not in known:
+        registered_names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+        if mixture.name not in registered_names:
             rates = [(t.name, r) for t, r in zip(mixture.tasks, mixture.rates, strict=True)]
             seqio.MixtureRegistry.add(mixture.name, rates)
     return names

@@ -1,10 +1,10 @@
-"""A TFDS builder: the released datasets, or a user's JSON lines, as a versioned dataset.
+"""A TFDS builder of the released datasets, or of a user's own JSON lines.
 
     tfds build step_by_step --imports=dss.integrations.step_by_step --config=svamp --manual_dir=DIR
 
-DIR is the root of the released datasets, or with `--config=jsonl` the folder of `train.jsonl` and
-its kin (see `dss.data.datasets.JsonlSource`). The splits are those of `dss train`; counts by
-status and the teachers' accuracy are in the dataset's metadata.
+DIR is the folder of the released datasets, or with `--config=jsonl` the folder of `train.jsonl` and
+the other files of `dss.data.datasets.JsonlSource`. The splits are those of `dss train`. The
+dataset's metadata have the number of outputs by status and the teachers' accuracy.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["StepByStep"]
 
-HOMEPAGE = "https://arxiv.org/abs/2305.02301"  # not in TFDS's catalogue, which is the default
+HOMEPAGE = "https://arxiv.org/abs/2305.02301"  # the default would be a page of TFDS's catalogue
 
 
 class StepByStep(tfds.core.GeneratorBasedBuilder):
@@ -38,7 +38,7 @@ class StepByStep(tfds.core.GeneratorBasedBuilder):
         tfds.core.BuilderConfig(name="jsonl", description="A user's own JSON lines."),
     ]
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
-        "The root of the released datasets, or for the config `jsonl` a folder with train.jsonl."
+        "The folder of the released datasets, or for the config `jsonl` a folder with train.jsonl."
     )
 
     def _info(self) -> tfds.core.DatasetInfo:

@@ -1,7 +1,7 @@
-"""The plug-in for T5X: our tasks, loss and recipes under `t5x.train`, `t5x.eval` and `t5x.infer`.
+"""A T5X plug-in: dss's tasks and loss under `t5x.train`, `t5x.eval` and `t5x.infer`.
 
-`gin/t5x/` puts it together. What T5X asks for is made here from an `Experiment`, so that the gin
-files of `dss train` (recipes, students, runs) say the same to both. Needs T5X; see docs/t5x.md.
+`gin/t5x/` configures T5X with the functions of this module. They build T5X's objects from an
+`Experiment`, so that the gin files of `dss train` work in both. Needs T5X; see docs/t5x.md.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ except ImportError as error:
     raise MissingPackageError(
         f"dss.integrations.t5x needs T5X ({error}): pip install --no-deps "
         "git+https://github.com/google-research/t5x git+https://github.com/google/airio "
-        "git+https://github.com/google-research/jestimator, and what docs/t5x.md lists"
+        "git+https://github.com/google-research/jestimator, and the packages in docs/t5x.md"
     ) from error
 
 __all__ = [
@@ -66,27 +66,27 @@ __all__ = [
 TOKEN_WEIGHTS = "decoder_token_weights"
 FIXED = {"relative_buckets": 32, "relative_max_distance": 128, "layer_norm_epsilon": 1e-6}
 
-# What an experiment can ask for and T5X does not do, or is told in its own way: where it is set,
-# it is refused with these words.
+# Fields of `Experiment` that T5X does not support or sets in another way, each with the reason in
+# the error if it is not the default.
 NOT_IN_TRAINING = {
-    "alpha_end": "T5X's trainer keeps to ALPHA; leave variants/alpha_schedule.gin out",
-    "microbatches": "T5X's own is trainer.Trainer.num_microbatches",
+    "alpha_end": "T5X's trainer has a constant ALPHA; leave variants/alpha_schedule.gin out",
+    "microbatches": "in T5X set trainer.Trainer.num_microbatches",
     "grad_dtype": "T5X's gradients are float32",
     "remat": "T5X's network keeps every activation",
-    "data.packed": "T5X's rows hold packed sequences",
+    "data.packed": "T5X's rows always hold packed sequences",
     "data.one_encoder_pass": (
         "T5X's decoder reads the input of its own sequence only; leave "
         "variants/one_encoder_pass.gin out"
     ),
-    "eval_examples": "T5X evaluates all",
+    "eval_examples": "T5X evaluates all examples",
     "trainer.patience": "T5X trains all its steps",
-    "trainer.log_period": "T5X's own is train.stats_period",
-    "mesh.data": "T5X's own is partitioning.PjitPartitioner; leave layouts/ out",
-    "mesh.model": "T5X's own is partitioning.PjitPartitioner; leave layouts/ out",
-    "mesh.rules": "T5X's own are partitioning.standard_logical_axis_rules",
+    "trainer.log_period": "in T5X set train.stats_period",
+    "mesh.data": "in T5X set partitioning.PjitPartitioner; leave layouts/ out",
+    "mesh.model": "in T5X set partitioning.PjitPartitioner; leave layouts/ out",
+    "mesh.rules": "in T5X set partitioning.standard_logical_axis_rules",
 }
 NOT_IN_DECODING = {
-    "decoding.num_beams": "T5X's own is decode_fn of dss.integrations.t5x.model",
+    "decoding.num_beams": "in T5X set decode_fn of dss.integrations.t5x.model",
     "decoding.max_length": "T5X decodes up to the length of its targets",
     "decoding.rationale_length": "T5X decodes up to the length of its targets",
 }
@@ -95,15 +95,15 @@ NOT_IN_DECODING = {
 class StepByStepModel(models.EncoderDecoderModel):
     """T5X's encoder-decoder with the loss of distilling step-by-step; see `dss.training.loss`.
 
-    Its metrics have each task's loss and token accuracy, such as `label_loss`, besides T5X's own.
+    Its metrics are T5X's, and each task's loss and token accuracy, such as `label_loss`.
 
     Args:
-      mixture: its tasks and their rates.
+      mixture: the tasks and their rates.
       module: the network.
-      input_vocabulary: of the inputs.
-      output_vocabulary: of the targets; the same as a rule.
+      input_vocabulary: the vocabulary of the inputs.
+      output_vocabulary: the vocabulary of the targets, usually the same.
       optimizer_def: T5X's optimizer.
-      options: more of `EncoderDecoderModel`: `decode_fn`, `label_smoothing`, `z_loss`,
+      options: other options of `EncoderDecoderModel`: `decode_fn`, `label_smoothing`, `z_loss`,
         `default_decoder_params`.
     """
 
@@ -130,14 +130,14 @@ class StepByStepModel(models.EncoderDecoderModel):
     def loss_fn(
         self, params: Any, batch: Mapping[str, jax.Array], dropout_rng: jax.Array | None
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the loss of a batch, and T5X's metrics of it.
+        """Returns the loss of a batch, and T5X's metrics.
 
         Args:
-          params: the network's.
-          batch: see `StepByStepFeatureConverter`. Where it has `decoder_token_weights`, what each
-            target token weighs in the loss of the whole batch, those count, and the loss is the
-            same in microbatches; otherwise a task's tokens are counted in the batch at hand.
-          dropout_rng: None for no dropout.
+          params: the network's parameters.
+          batch: features of `StepByStepFeatureConverter`. `decoder_token_weights`, if present, are
+            the weights of target tokens in the loss of the whole batch, which does not depend on
+            microbatches; without them a task's tokens are counted in this (micro)batch.
+          dropout_rng: the key of dropout; None for no dropout.
         """
         logits = self._compute_logits(params, batch, dropout_rng)
         targets, task_ids = batch["decoder_target_tokens"], batch["decoder_task_ids"]
@@ -151,8 +151,8 @@ class StepByStepModel(models.EncoderDecoderModel):
         counts = token_counts(task_ids, len(names))
         weights = batch.get(TOKEN_WEIGHTS)
         if weights is None:
-            of_task = token_weights(counts, rates)
-            weights = jnp.concatenate([jnp.zeros(1), of_task])[task_ids]
+            task_weights = token_weights(counts, rates)
+            weights = jnp.concatenate([jnp.zeros(1), task_weights])[task_ids]
         loss = jnp.sum(weights * losses)
         metrics = self._compute_metrics(
             logits,
@@ -164,8 +164,8 @@ class StepByStepModel(models.EncoderDecoderModel):
                 "decoder": batch.get("decoder_segment_ids", task_ids > 0),
             },
         )
-        right = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
-        for name, values in (("loss", losses), ("token_accuracy", right)):
+        correct = (jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32)
+        for name, values in (("loss", losses), ("token_accuracy", correct)):
             sums = task_sums(values, task_ids, len(names))
             for k, task in enumerate(names):
                 metrics[f"{task}_{name}"] = clu_metrics.Average(total=sums[k], count=counts[k])
@@ -173,16 +173,16 @@ class StepByStepModel(models.EncoderDecoderModel):
 
 
 class TrainIterator(dataset_iterator.DatasetIterator):
-    """The batches of `dss train`, in rows as T5X's network takes them.
+    """The batches of `dss train`, in rows for T5X's network.
 
-    Every row holds whole sequences, as many rows as `BATCH_SIZE`; all steps have one shape. A step
-    of a paired order has that many examples, each in all its views.
+    A batch has `BATCH_SIZE` rows of whole sequences, and all steps have the same shape. In paired
+    order a step has `BATCH_SIZE` examples, each with the sequences of all its tasks.
 
     Args:
-      batches: the training batches, in as many groups as rows.
-      rates: each task's, or None for sequences sampled by rate.
-      rows: this process's.
-      run_dir: the run's MODEL_DIR.
+      batches: the training batches, with one group per row.
+      rates: the rate of each task; None for sequences sampled by rate.
+      rows: the rows of this process.
+      run_dir: the run directory, MODEL_DIR.
     """
 
     def __init__(
@@ -223,18 +223,18 @@ class TrainIterator(dataset_iterator.DatasetIterator):
         return {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in next(example).items()}
 
     def reset(self) -> None:
-        """Starts again at the first step."""
+        """Returns to the first step."""
         self._step = 0
 
     def save(self, filename: epath.PathLike) -> None:
-        """Writes how many steps were taken."""
+        """Writes the number of steps taken."""
         epath.Path(filename).write_text(json.dumps({"step": self._step}))
 
     def restore(self, filename: epath.PathLike) -> None:
-        """Goes on from what `save` wrote, in this run's own folder.
+        """Resumes at the step that `save` wrote, if the file is in this run's folder.
 
-        T5X asks for it of a run's initial checkpoint too, which says nothing of this run's data.
-        An export has one file, whatever the number of processes that go on from it.
+        T5X also restores from a run's initial checkpoint, whose step is of another run's data. An
+        export has one file for any number of processes.
         """
         path = absolute(filename)
         if self._run_dir is None or absolute(self._run_dir) not in path.parents:
@@ -246,33 +246,31 @@ class TrainIterator(dataset_iterator.DatasetIterator):
 
 
 def _positions(segment_ids: np.ndarray) -> np.ndarray:
-    """Returns each slot's place in its segment, [rows, slots]; 0 for padding."""
+    """Returns the position of each slot in its segment, [rows, slots]; 0 for padding."""
     slots = np.arange(segment_ids.shape[1])
-    opens = np.diff(segment_ids, axis=1, prepend=0) != 0
-    starts = np.maximum.accumulate(np.where(opens, slots, 0), axis=1)
+    is_first = np.diff(segment_ids, axis=1, prepend=0) != 0
+    starts = np.maximum.accumulate(np.where(is_first, slots, 0), axis=1)
     return np.where(segment_ids > 0, slots - starts, 0).astype(np.int32)
 
 
-def _refuse(experiment: Experiment, what: Mapping[str, str]) -> None:
-    """Refuses what is set of an experiment and T5X would pass over.
+def _refuse(experiment: Experiment, reasons: Mapping[str, str]) -> None:
+    """Checks that fields which T5X would ignore have their defaults.
 
     Args:
       experiment: the experiment.
-      what: the fields, with the reason why each has no place here.
+      reasons: the reason why T5X would ignore a field, by its name.
 
     Raises:
-      UserError: if one of the fields is not as by default.
+      UserError: if one of the fields is not the default.
     """
-    for name, why in what.items():
+    for name, reason in reasons.items():
         value = operator.attrgetter(name)(experiment)
         if value != operator.attrgetter(name)(Experiment()):
-            raise UserError(f"{gin_name(name)} is {value}; {why}")
+            raise UserError(f"{gin_name(name)} is {value}; {reason}")
 
 
 def absolute_path(path: str | Sequence[str] | None) -> str | list[str] | None:
-    """Returns a path, or each of several, that is the same in any working folder: T5X's checkpoints
-    want such ones.
-    """
+    """Returns a path, or a list of paths, made absolute as T5X's checkpoints need it."""
     if path is None or isinstance(path, str):
         return path and str(absolute(path))
     return [str(absolute(each)) for each in path]
@@ -282,48 +280,51 @@ def mixture(experiment: Experiment) -> Mixture:
     """Returns an experiment's mixture.
 
     Raises:
-      UserError: there is no such mixture.
+      UserError: if there is no such mixture.
     """
     return open_mixture(experiment)
 
 
 def mixture_name(experiment: Experiment, split: str = "train") -> str:
-    """Returns the SeqIO name of an experiment's mixture, having registered it.
+    """Registers an experiment's mixture with SeqIO; returns its name there.
 
     Args:
-      experiment: names it.
-      split: "train", "valid" or "test"; where not all of the mixture's tasks have data, the name is
-        that of the task that predicts.
+      experiment: the experiment.
+      split: "train", "valid" or "test". If a task of the mixture has no data in the split, the name
+        is that of the task that predicts.
 
     Raises:
-      UserError: there is no such mixture, or no data for the split.
+      UserError: if there is no such mixture, or no data for the split.
     """
-    found = mixture(experiment)
-    register_seqio(found.dataset, alpha=experiment.alpha, vocabulary=experiment.vocabulary)
-    whole = len(found.available(split).tasks) == len(found.tasks)
-    return found.name if whole else found.tasks[0].name
+    registered = _registered_mixture(experiment)
+    complete = len(registered.available(split).tasks) == len(registered.tasks)
+    return registered.name if complete else registered.tasks[0].name
 
 
 def task_name(experiment: Experiment) -> str:
-    """Returns the SeqIO name of the task that predicts, which a student is judged by.
+    """Registers an experiment's mixture with SeqIO; returns the name of the task that predicts.
 
     Raises:
-      UserError: there is no such mixture.
+      UserError: if there is no such mixture.
     """
-    found = mixture(experiment)
-    register_seqio(found.dataset, alpha=experiment.alpha, vocabulary=experiment.vocabulary)
-    return found.tasks[0].name
+    return _registered_mixture(experiment).tasks[0].name
+
+
+def _registered_mixture(experiment: Experiment) -> Mixture:
+    opened = mixture(experiment)
+    register_seqio(opened.dataset, alpha=experiment.alpha, vocabulary=experiment.vocabulary)
+    return opened
 
 
 def feature_lengths(experiment: Experiment, split: str = "valid") -> dict[str, int]:
-    """Returns the tokens of a split's longest input and target, for T5X to pad to.
+    """Returns the tokens of a split's longest input and target, to which T5X pads.
 
     Args:
-      experiment: its TASK_FEATURE_LENGTHS are the most that is returned.
+      experiment: the experiment, whose TASK_FEATURE_LENGTHS are the maximum.
       split: "train", "valid" or "test".
 
     Raises:
-      UserError: there is no such mixture, or no data for the split.
+      UserError: if there is no such mixture, or no data for the split.
     """
     tasks = mixture(experiment).available(split).tasks
     encode = load_vocabulary(vocabulary_source(experiment.vocabulary)).encode
@@ -336,19 +337,20 @@ def feature_lengths(experiment: Experiment, split: str = "valid") -> dict[str, i
 
 
 def vocabulary(experiment: Experiment) -> seqio.Vocabulary:
-    """Returns an experiment's vocabulary as SeqIO's; see `dss.integrations.seqio_tasks`."""
+    """Returns an experiment's SeqIO vocabulary; see `dss.integrations.seqio_tasks`."""
     return get_vocabulary(experiment.vocabulary)
 
 
 def model(experiment: Experiment, **options: Any) -> StepByStepModel:
-    """Returns the model of an experiment, with its loss.
+    """Returns an experiment's T5X model.
 
     Args:
       experiment: the experiment.
-      options: more of `StepByStepModel`, such as `decode_fn`.
+      options: other options of `StepByStepModel`, such as `decode_fn`.
 
     Raises:
-      UserError: no mixture or student, or one that T5X's network cannot be.
+      UserError: if there is no mixture or student, T5X's network does not support the student, or a
+        field is set that T5X would ignore.
     """
     _refuse(experiment, NOT_IN_DECODING)
     return StepByStepModel(
@@ -367,7 +369,7 @@ def transformer(experiment: Experiment) -> network.Transformer:
     """Returns T5X's network for an experiment's student.
 
     Raises:
-      UserError: no student, or one that T5X's network cannot be.
+      UserError: if there is no student, or T5X's network does not support it.
     """
     student = experiment.config
     if student is None:
@@ -375,11 +377,13 @@ def transformer(experiment: Experiment) -> network.Transformer:
     for name, value in FIXED.items():
         if getattr(student, name) != value:
             raise UserError(
-                f"T5Config.{name} is {getattr(student, name)}; T5X's network has {value}"
+                f"T5Config.{name} is {getattr(student, name)}; T5X's network supports only {value}"
             )
     if student.scaled_logits != student.tied_embeddings:
         raise UserError(
-            "T5X's network scales the logits where the embeddings are tied, and only there"
+            "T5X's network scales the logits if the embeddings are tied, and only then: "
+            f"T5Config.scaled_logits is {student.scaled_logits}, tied_embeddings is "
+            f"{student.tied_embeddings}"
         )
     return network.Transformer(_network_config(experiment.resolve_student(student)))
 
@@ -401,10 +405,10 @@ def _network_config(student: T5Config) -> network.T5Config:
 
 
 def optimizer(experiment: Experiment) -> Any:
-    """Returns T5X's form of an experiment's optimizer.
+    """Returns an experiment's optimizer for T5X.
 
-    Adafactor is T5X's own, with its statistics split as T5X splits them; the rate comes from
-    `learning_rate`. AdamW is Optax's, which has the schedule in itself.
+    Adafactor is T5X's, with T5X's sharding of its statistics and the learning rate of
+    `learning_rate`. AdamW is Optax's, which includes the schedule.
     """
     config = experiment.optimizer
     if config.name == "adafactor":
@@ -433,14 +437,14 @@ def get_dataset(
     """Returns the training batches of `dss train`, for `t5x.train`'s `get_dataset_fn`.
 
     Args:
-      cfg: T5X's `DatasetConfig`; its batch size counts.
-      shard_id: which part of the rows this process has.
-      num_shards: of how many.
-      feature_converter_cls: not used: the batches are converted already.
-      experiment: says everything else.
+      cfg: T5X's `DatasetConfig`, of which only the batch size is used.
+      shard_id: index of this process's shard of the rows.
+      num_shards: number of shards.
+      feature_converter_cls: not used, since the batches have the model's features already.
+      experiment: the experiment.
 
     Raises:
-      UserError: the data are not there, or something is set that T5X's trainer does not do.
+      UserError: if data are missing, or a field is set that T5X's trainer would ignore.
     """
     del feature_converter_cls
     _refuse(experiment, NOT_IN_TRAINING)
@@ -449,19 +453,19 @@ def get_dataset(
         batch_size=cfg.batch_size,
         vocabulary=vocabulary_source(experiment.vocabulary),
     )
-    found, store = mixture(experiment), training_store(experiment)
-    batches = training_batches(experiment, found, store, cfg.batch_size)
-    rows = cfg.batch_size // num_shards
-    rates = found.rates if experiment.data.batches == "paired" else None
-    part = slice(shard_id * rows, (shard_id + 1) * rows)
-    return TrainIterator(batches, rates, part, experiment.run_dir)
+    opened, store = mixture(experiment), training_store(experiment)
+    batches = training_batches(experiment, opened, store, cfg.batch_size)
+    per_shard = cfg.batch_size // num_shards
+    rates = opened.rates if experiment.data.batches == "paired" else None
+    rows = slice(shard_id * per_shard, (shard_id + 1) * per_shard)
+    return TrainIterator(batches, rates, rows, experiment.run_dir)
 
 
 def parameters_only(state_dict: Any, target_state_dict: Any, *, is_resuming: bool = False) -> Any:
-    """Returns of a checkpoint its parameters; of one that a run resumes from, everything.
+    """Returns a checkpoint's parameters only, or its whole state if a run resumes from it.
 
-    So a run begins at step 0 with a fresh optimizer, whatever wrote its initial checkpoint; for
-    T5X's `RestoreCheckpointConfig.state_transformation_fns`, with `fallback_to_scratch`.
+    For T5X's `RestoreCheckpointConfig.state_transformation_fns`, with `fallback_to_scratch`: a run
+    starts from any initial checkpoint at step 0 with a new optimizer state.
     """
     del target_state_dict
     return state_dict if is_resuming else {"target": state_dict["target"]}

@@ -1,1 +1,1 @@
-"""The way in and out: Hugging Face and T5X."""
+"""Reads and writes checkpoints of Hugging Face and T5X, and writes CTranslate2's."""

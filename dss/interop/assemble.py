@@ -1,4 +1,4 @@
-"""Builds the student's parameters from another framework's tensors, on the mesh, piece by piece."""
+"""Builds a student's sharded parameters from another framework's tensors, layer by layer."""
 
 import functools
 from collections.abc import Callable
@@ -17,58 +17,61 @@ from dss.student.network import abstract_params
 __all__ = ["Name", "Tensors", "assemble"]
 
 Name = Callable[[tuple[str, ...], int | None], tuple[str, bool]]
-"""Maps a parameter's path and layer (None outside layers) to its tensor, and if transposed."""
+"""Maps a parameter's path and layer (None outside layers) to (tensor name, is transposed)."""
 
 
 class Tensors(Protocol):
-    """The tensors of a checkpoint."""
+    """Interface of a checkpoint's tensors."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Returns a tensor's shape; raises KeyError where there is none of that name."""
+        """Returns the shape of a tensor; raises KeyError if there is none of that name."""
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns a part of a tensor, read from no more than it takes."""
+        """Returns a slice of a tensor, without reading the rest of it."""
 
 
 def assemble(
     config: T5Config, tensors: Tensors, name: Name, where: str, shardings: Any = None
 ) -> Any:
-    """Returns parameters as `dss.student.network` lays them out, float32.
+    """Returns parameters in the layout of `dss.student.network`, float32.
 
-    A parameter that holds a tensor of each layer is made where it is to lie, and the layers are
-    put into it one after another, so that a host holds its part of one tensor at a time besides
-    what lies on its devices. Every process reads its own part.
+    A parameter that stacks all layers is allocated on its devices, and the layers are written into
+    it one at a time, so that a host holds its part of one tensor besides its devices' arrays. Every
+    process reads only its own part.
 
     Args:
-      config: the student's shape.
-      tensors: where to read.
-      name: how they are called.
-      where: the file or folder, for errors.
-      shardings: where the parameters are to lie; None: on the first device.
+      config: the student's configuration.
+      tensors: the checkpoint's tensors.
+      name: the mapping from parameters to tensor names.
+      where: the file or folder, for messages.
+      shardings: the shardings of the parameters; None for the first device.
 
     Raises:
-      UserError: in any process a tensor is missing, of another shape, or holds what is no number.
+      UserError: if, in any process, a tensor is missing, has another shape, is not of a
+        floating-point type, or holds non-finite values.
     """
 
     def tensor(
         source: str, transposed: bool, shape: tuple[int, ...], sharding: Sharding
     ) -> jax.Array:
         try:
-            found = tensors.shape(source)
+            source_shape = tensors.shape(source)
         except KeyError:
-            raise UserError(f"{where}: no tensor {source!r}; is it a T5 of this kind?") from None
-        if (found[::-1] if transposed else found) != shape:
             raise UserError(
-                f"{where}: a checkpoint of another size: {source} is {found}, "
+                f"{where}: no tensor {source!r}; is it a T5 with the student's configuration?"
+            ) from None
+        if (source_shape[::-1] if transposed else source_shape) != shape:
+            raise UserError(
+                f"{where}: a checkpoint of another size: the shape of {source} is {source_shape}, "
                 f"the student's is {shape[::-1] if transposed else shape}"
             )
-        parts: dict[str, np.ndarray] = {}  # devices that hold the same part share what was read
+        parts: dict[str, np.ndarray] = {}  # each slice is read once for all devices that hold it
 
         def part(index: Any) -> np.ndarray:  # a slice for each dimension
             if (key := str(index)) not in parts:
-                read = tensors.read(source, index[::-1] if transposed else index)
-                read = _checked(np.asarray(read), source, where)
-                parts[key] = read.T if transposed else read
+                values = tensors.read(source, index[::-1] if transposed else index)
+                values = _as_float32(np.asarray(values), source, where)
+                parts[key] = values.T if transposed else values
             return parts[key]
 
         return jax.make_array_from_callback(shape, sharding, part)
@@ -78,11 +81,11 @@ def assemble(
         if "layers" not in names:
             return tensor(*name(names, None), abstract.shape, sharding)
         stack = jax.jit(functools.partial(jnp.zeros, abstract.shape), out_shardings=sharding)()
-        put = jax.jit(_put, donate_argnums=0, out_shardings=sharding)
+        set_layer = jax.jit(_set_layer, donate_argnums=0, out_shardings=sharding)
         for i in range(len(stack)):
-            layer = tensor(*name(names, i), abstract.shape[1:], _of_a_layer(sharding))
-            # Waited for, so that the host holds no more than one layer.
-            stack = put(stack, layer, i).block_until_ready()
+            layer = tensor(*name(names, i), abstract.shape[1:], _layer_sharding(sharding))
+            # Blocks, so that the host holds one layer at a time.
+            stack = set_layer(stack, layer, i).block_until_ready()
         return stack
 
     shapes = abstract_params(config)
@@ -95,31 +98,35 @@ def assemble(
     except UserError as caught:
         error = caught
     if not all_agree(error is None):
-        raise error or UserError(f"{where}: another process cannot read it")
+        raise error or UserError(f"{where}: another process could not read the checkpoint")
     return params
 
 
-def _checked(part: np.ndarray, source: str, where: str) -> np.ndarray:
-    """Returns a part of a tensor, float32; raises the user's error if a parameter cannot be so."""
+def _as_float32(part: np.ndarray, source: str, where: str) -> np.ndarray:
+    """Returns a part of a tensor in float32.
+
+    Raises:
+      UserError: if its type is not floating-point or it holds non-finite values.
+    """
     if not jnp.issubdtype(part.dtype, jnp.floating):
         raise UserError(
-            f"{where}: {source} is of {part.dtype}; parameters are of a floating-point type, such "
-            "as float32 or bfloat16"
+            f"{where}: {source} has type {part.dtype}; parameters must have a floating-point type, "
+            "such as float32 or bfloat16"
         )
     part = part.astype(np.float32, copy=False)
-    # The ends tell of every number that is not finite, and take no memory.
+    # The minimum or maximum is non-finite if any value is; this needs no array of flags.
     if not (np.isfinite(part.min()) and np.isfinite(part.max())):
-        raise UserError(f"{where}: {source} holds numbers that are not finite (NaN or infinite)")
+        raise UserError(f"{where}: {source} holds non-finite values (NaN or infinity)")
     return part
 
 
-def _of_a_layer(sharding: Sharding) -> Sharding:
-    """Returns how one layer of a stack lies that lies so."""
+def _layer_sharding(sharding: Sharding) -> Sharding:
+    """Returns the sharding of one layer, given the sharding of its stack."""
     if isinstance(sharding, NamedSharding):
         return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     return sharding
 
 
-def _put(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
-    """Returns the stack [L, ...] with its layer i; it takes the stack's memory."""
+def _set_layer(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+    """Returns the stack [L, ...] with layer i replaced; `stack` is donated."""
     return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)

@@ -1,4 +1,4 @@
-"""Takes the student's parameters apart into another framework's tensors, one at a time."""
+"""Splits a student's parameters into another framework's tensors, one at a time."""
 
 from collections.abc import Iterator, Mapping
 
@@ -15,11 +15,11 @@ Leaf = tuple[str, ...]
 """A parameter's path in the student, such as ("encoder", "layers", "mlp", "wo")."""
 
 Params = Mapping[Leaf, np.ndarray]
-"""Parameters, or what goes with each, by path; may be read when asked for."""
+"""Parameters, or arrays of the optimizer's state for each, by path; may be read lazily."""
 
 
 def placeholders(config: T5Config) -> dict[Leaf, np.ndarray]:
-    """Returns arrays of the parameters' shapes, in the student's order, that take no memory."""
+    """Returns zeros in the parameters' shapes, in the student's order, that use no memory."""
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(config))
     return {
         tuple(p.key for p in path): np.broadcast_to(np.zeros((), x.dtype), x.shape)
@@ -28,16 +28,16 @@ def placeholders(config: T5Config) -> dict[Leaf, np.ndarray]:
 
 
 def disassemble(config: T5Config, params: Params, name: Name) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields names and tensors, those of one parameter after another; the reverse of `assemble`.
+    """Yields (name, tensor) pairs, parameter by parameter; the inverse of `assemble`.
 
     Args:
-      config: the student's shape.
-      params: each is asked for once, when its tensors are next.
-      name: how tensors are called, and whether they are transposed.
+      config: the student's configuration.
+      params: the parameters; each is read once, when its tensors are next.
+      name: the mapping from parameters to tensor names.
     """
     for path in placeholders(config):
         array = params[path]
         for layer in range(len(array)) if "layers" in path else [None]:
-            called, transposed = name(path, layer)
+            tensor_name, transposed = name(path, layer)
             tensor = array if layer is None else array[layer]
-            yield called, tensor.T if transposed else tensor
+            yield tensor_name, tensor.T if transposed else tensor

@@ -1,4 +1,4 @@
-"""Hugging Face T5 directories: `config.json`, safetensors (sharded or not), `spiece.model`."""
+"""Reads Hugging Face T5 directories: `config.json`, safetensors in one file or more, vocabulary."""
 
 import atexit
 import functools
@@ -37,28 +37,28 @@ HEAD = "lm_head.weight"
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # of T5 1.0
 SPECIAL_IDS = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-SENTINEL = re.compile(r"<extra_id_\d+>|<pad>|</s>|<unk>")  # which T5's tokenizers list as added
+SENTINEL = re.compile(r"<extra_id_\d+>|<pad>|</s>|<unk>")  # added tokens of every T5 tokenizer
 MERGE = "merge it with peft's merge_and_unload(), then save_pretrained(DIR)"
 UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.", ".ia3_l.", ".modules_to_save.")
 WRAPPED = {
-    "_orig_mod.": "a compiled model; save the one before torch.compile",
-    "module.": "a model within DistributedDataParallel; save its `module`",
-    "base_model.model.": f"a model within peft; {MERGE}",
+    "_orig_mod.": "a compiled model; save the model as it was before torch.compile",
+    "module.": "a model wrapped in DistributedDataParallel; save its `module`",
+    "base_model.model.": f"a model wrapped by peft; {MERGE}",
 }
-SHOWN = 3  # added tokens named in an error
-ROWS = 4096  # of two tensors that are compared, at a time
+SHOWN = 3  # added tokens listed in an error
+ROWS = 4096  # compared at a time
 ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
 
 
 def resolve(source: str) -> Path:
-    """Returns the folder of a checkpoint: a local one as it is, another's files downloaded.
+    """Returns the local folder of a checkpoint, downloaded if it is in a bucket or on the hub.
 
     Args:
-      source: a folder, one in a bucket, or a hub id such as `google/t5-v1_1-small`, with or
-        without `hf:` before it.
+      source: a local folder, a folder in a bucket, or a hub id such as `google/t5-v1_1-small`; the
+        prefix `hf:` is optional.
 
     Raises:
-      UserError: there is no such folder and the hub has no such model or cannot be reached, or the
+      UserError: if there is no such folder, the hub has no such model or cannot be reached, or the
         folder holds a named pipe.
     """
     name = source.removeprefix("hf:")
@@ -73,17 +73,17 @@ def resolve(source: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # the hub's client raises many kinds, all of them the user's
+    except Exception as error:  # the hub's client raises many types of errors
         raise UserError(
-            f"{name}: no such folder, and the hub did not give it: {first_line(error)}"
+            f"{name}: no such folder, and the download from the hub failed: {first_line(error)}"
         ) from error
 
 
 def _download(folder: epath.Path) -> Path:
-    """Returns a copy of a bucket's folder that is there as long as this process."""
+    """Returns a local copy of a bucket's folder, deleted when this process exits."""
     files = [path for pattern in FILES for path in folder.glob(pattern)]
     if not files:
-        raise UserError(f"{folder}: no checkpoint: none of {', '.join(FILES)} in it")
+        raise UserError(f"{folder}: no checkpoint; it holds none of {', '.join(FILES)}")
     copy = Path(tempfile.mkdtemp(prefix="dss-checkpoint-"))
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
     for path in files:
@@ -93,7 +93,7 @@ def _download(folder: epath.Path) -> Path:
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
-        raise UserError(f"{path}: missing; a Hugging Face T5 folder has one")
+        raise UserError(f"{path}: no such file; every Hugging Face T5 folder has one")
     value = read_json_file(path)
     if not isinstance(value, dict):
         raise UserError(f"{path}: a {type(value).__name__}, not a JSON object")
@@ -101,7 +101,7 @@ def _read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> T5Config:
-    """Returns the shape of the T5 in a folder: T5 1.0 or 1.1, Flan-T5, mT5, ByT5.
+    """Returns the configuration of the T5 in a folder: T5 1.0 or 1.1, Flan-T5, mT5 or ByT5.
 
     Raises:
       UserError: if there is no `config.json`, it is not a T5's, or the folder holds tensors,
@@ -113,25 +113,25 @@ def read_config(folder: Path) -> T5Config:
     raw = _read_json(path)
     kind = raw.get("model_type")
     if kind not in ("t5", "mt5", "umt5"):
-        raise UserError(f"{path}: model_type is {kind!r}; a student is a t5 or an mt5")
+        raise UserError(f"{path}: model_type is {kind!r}; only t5 and mt5 are supported")
     if kind == "umt5":
         raise UserError(f"{path}: umt5 has a position bias in every layer, which is not supported")
     projection = raw.get("feed_forward_proj") or ("gated-gelu" if kind == "mt5" else "relu")
     if not isinstance(projection, str):
-        raise UserError(f"{path}: feed_forward_proj is {projection!r}; it should be text")
+        raise UserError(f"{path}: feed_forward_proj is {projection!r}; it must be text")
     gated = projection.startswith("gated-")
     activation = projection.removeprefix("gated-")
-    if projection == "gated-gelu":  # its old meaning: the tanh approximation
+    if projection == "gated-gelu":  # in transformers this means the tanh approximation
         activation = "gelu_new"
     if activation not in ACTIVATIONS:
-        known = ", ".join(ACTIVATIONS)
-        raise UserError(f"{path}: activation {activation!r} is not supported; known: {known}")
+        supported = ", ".join(ACTIVATIONS)
+        raise UserError(f"{path}: activation {activation!r} is not supported; use {supported}")
     given = {name: raw[name] for name in SPECIAL_IDS if raw.get(name) is not None}
     special = SPECIAL_IDS | given
     if special != SPECIAL_IDS:
-        found = ", ".join(f"{name} {value}" for name, value in special.items())
-        wanted = ", ".join(map(str, SPECIAL_IDS.values()))
-        raise UserError(f"{path}: {found}; a T5's are {wanted}, and others are not supported")
+        actual = ", ".join(f"{name} {value}" for name, value in special.items())
+        expected = ", ".join(map(str, SPECIAL_IDS.values()))
+        raise UserError(f"{path}: {actual}; only T5's ids {expected} are supported")
     _check_tokenizer(folder)
     try:
         config = T5Config(
@@ -159,8 +159,8 @@ def read_config(folder: Path) -> T5Config:
         raise UserError(f"{path}: {error}; is it a T5's config?") from None
 
 
-def _expected(config: T5Config) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all tensors of a T5, by their names."""
+def _expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all tensors of a T5, by name."""
     shapes = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         keys = tuple(p.key for p in path)
@@ -173,49 +173,50 @@ def _expected(config: T5Config) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(folder: Path, config: T5Config) -> None:
-    """Checks that a folder holds a T5's tensors and no others, by their names and shapes.
+    """Checks that a folder holds a T5's tensors and no others, by name and shape.
 
     Raises:
-      UserError: if a tensor would be ignored, is of another shape, or is named as a library names
-        it before it is merged or unwrapped.
+      UserError: if a tensor would be ignored, has another shape, or has the name that a library
+        gives it in a wrapped model or an unmerged adapter.
     """
     tensors, layers = _Tensors(folder), config.num_encoder_layers + config.num_decoder_layers
     if layers > len(tensors.names):
         raise UserError(f"{folder}: {len(tensors.names)} tensors for {layers} layers")
-    expected = _expected(config)
+    expected = _expected_shapes(config)
     for prefix, remedy in WRAPPED.items():
         if any(name.startswith(prefix) for name in tensors.names):
             raise UserError(f"{folder}: its tensors are named {prefix}NAME: {remedy}")
     if any(mark in name for name in tensors.names for mark in UNMERGED):
         raise UserError(f"{folder}: a model with an adapter that is not merged; {MERGE}")
     if not any(name.startswith("decoder.") for name in tensors.names):
-        raise UserError(f"{folder}: an encoder alone; a student needs a T5 with its decoder")
+        raise UserError(f"{folder}: an encoder without a decoder; a student needs both")
     unknown = sorted(tensors.names - expected.keys() - {HEAD, UNUSED, *EMBEDDINGS})
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         raise UserError(
             f"{folder}: tensor {unknown[0]!r}{more}, which a T5 does not have; without it the "
-            "model would be another one"
+            "model would compute something else"
         )
     for name in sorted(tensors.names & expected.keys()):
-        if (found := tensors.shape(name)) != expected[name]:
+        if (shape := tensors.shape(name)) != expected[name]:
             raise UserError(
-                f"{folder}: a checkpoint of another size: {name} is {found}, and {expected[name]} "
-                "in its config.json"
+                f"{folder}: a checkpoint of another size: the shape of {name} is {shape}, but "
+                f"{expected[name]} by its config.json"
             )
     if EMBEDDINGS[0] in tensors.names:
         for name in EMBEDDINGS[1:]:
             if name in tensors.names and not tensors.are_equal(EMBEDDINGS[0], name):
                 raise UserError(
-                    f"{folder}: {name} is not {EMBEDDINGS[0]}; a student has one embedding for both"
+                    f"{folder}: {name} differs from {EMBEDDINGS[0]}; a student has one embedding "
+                    "for encoder and decoder"
                 )
 
 
 def _check_tokenizer(folder: Path) -> None:
-    """Checks that a folder's tokenizer adds no tokens to its SentencePiece model but sentinels.
+    """Checks that a tokenizer adds only T5's special tokens to its SentencePiece model.
 
     Raises:
-      UserError: names the added tokens, which would be unknown to the student.
+      UserError: if it adds others, which the student's vocabulary would lack.
     """
     path = folder / "added_tokens.json"
     if not path.is_file():
@@ -229,14 +230,14 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _scaled_logits(raw: dict) -> bool:
-    """Returns whether T5 1.0's scaling of the logits applies; newer files say so themselves."""
+    """Returns whether logits are scaled as in T5 1.0; newer files have a field for it."""
     if raw["model_type"] == "mt5":
         return False
     return raw.get("scale_decoder_outputs", raw.get("tie_word_embeddings", True) is not False)
 
 
 def _tied(folder: Path) -> bool:
-    """Returns whether the embedding is the head too: no head in the files, or only its copy."""
+    """Returns whether the head is the embedding: the files have no head, or an equal one."""
     tensors = _Tensors(folder)
     if HEAD not in tensors.names:
         return True
@@ -246,7 +247,7 @@ def _tied(folder: Path) -> bool:
 
 
 def find_vocabulary(folder: Path) -> str | None:
-    """Returns the vocabulary that lies with a checkpoint: a path, "bytes" for ByT5, or None."""
+    """Returns the vocabulary of a checkpoint's folder: a path, "bytes" for ByT5, or None."""
     if (folder / "spiece.model").is_file():
         return str(folder / "spiece.model")
     tokenizer = folder / "tokenizer_config.json"
@@ -259,17 +260,17 @@ def find_vocabulary(folder: Path) -> str | None:
 
 
 class _Tensors:
-    """The tensors of a folder's safetensors files; files are mapped into memory, not read whole."""
+    """The tensors of a folder's safetensors files, which are memory-mapped."""
 
     def __init__(self, folder: Path):
         if (folder / INDEX).is_file():
             shards = _read_json(folder / INDEX).get("weight_map")
             if not isinstance(shards, dict):
-                raise UserError(f"{folder / INDEX}: no 'weight_map' from tensors to files")
+                raise UserError(f"{folder / INDEX}: no 'weight_map' from tensor names to files")
             outside = [s for s in shards.values() if not _is_shard(s)]
             if outside:
                 raise UserError(
-                    f"{folder / INDEX}: {outside[0]!r} is no safetensors file of this folder"
+                    f"{folder / INDEX}: {outside[0]!r} is not a safetensors file in this folder"
                 )
             self._file = {name: folder / shard for name, shard in shards.items()}
         elif (folder / "model.safetensors").is_file():
@@ -286,36 +287,36 @@ class _Tensors:
 
     @property
     def names(self) -> Set[str]:
-        """The tensors there are."""
+        """Names of the tensors."""
         return self._file.keys()
 
-    def _known(self, name: str) -> str:
-        """Returns a tensor's own name: a shared one is written once, under any of its names."""
+    def _stored_name(self, name: str) -> str:
+        """Returns a tensor's name in the files: a shared one is stored under any of its names."""
         if name == EMBEDDINGS[0]:
             return next((n for n in EMBEDDINGS if n in self._file), name)
         return name
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `dss.interop.assemble.Tensors`."""
-        name = self._known(name)
+        name = self._stored_name(name)
         with _open(self._file[name]) as file:
             return tuple(_slice(file, name, self._file[name]).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """See `dss.interop.assemble.Tensors`."""
-        name = self._known(name)
+        name = self._stored_name(name)
         with _open(self._file[name]) as file:
             part = _slice(file, name, self._file[name])
             try:
                 return part[index]
-            except (TypeError, ValueError, AttributeError):  # NumPy has no such type
+            except (TypeError, ValueError, AttributeError):  # the type does not exist in NumPy
                 raise UserError(
-                    f"{self._file[name]}: {name} is of {part.get_dtype()}, which is not supported; "
-                    "save the model as float32 or bfloat16"
+                    f"{self._file[name]}: {name} has type {part.get_dtype()}, which is not "
+                    "supported; save the model as float32 or bfloat16"
                 ) from None
 
     def are_equal(self, name: str, other: str) -> bool:
-        """Returns whether two tensors are the same, reading some rows at a time."""
+        """Returns whether two tensors are equal, reading `ROWS` rows at a time."""
         shape = self.shape(name)
         if self.shape(other) != shape:
             return False
@@ -333,20 +334,20 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="numpy")
     except FileNotFoundError:
-        raise UserError(f"{path}: missing, though {INDEX} names it") from None
+        raise UserError(f"{path}: no such file, though {INDEX} lists it") from None
     except Exception as error:
-        raise UserError(f"{path}: not a whole safetensors file: {error}") from None
+        raise UserError(f"{path}: not a complete safetensors file: {error}") from None
 
 
 def _slice(file: Any, name: str, path: Path) -> Any:
-    """Returns a tensor of which parts can be read."""
+    """Returns a handle that reads slices of a tensor."""
     try:
         return file.get_slice(name)
     except Exception:
-        raise UserError(f"{path}: no tensor {name!r}, though {INDEX} names it") from None
+        raise UserError(f"{path}: no tensor {name!r}, though {INDEX} lists it") from None
 
 
-LAYER = {  # our name in a layer -> the sublayer's index in the encoder and the decoder, its tensor
+LAYER = {  # name in dss -> (sublayer index in the encoder, in the decoder, Hugging Face's name)
     "attention_norm": (0, 0, "layer_norm"),
     "cross_norm": (None, 1, "layer_norm"),
     "mlp_norm": (1, 2, "layer_norm"),
@@ -358,7 +359,10 @@ PROJECTIONS = {"query": "q", "key": "k", "value": "v", "out": "o"}
 
 
 def tensor_name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str, bool]:
-    """Returns what Hugging Face calls a parameter; its linear layers are [out, in]."""
+    """Returns a parameter's name in Hugging Face, and whether it is transposed there.
+
+    Linear layers are [in, out] in dss and [out, in] in Hugging Face.
+    """
     if path == ("embedding",):
         return EMBEDDINGS[0], False
     if path == ("head",):
@@ -367,8 +371,8 @@ def tensor_name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tup
     if path[1] == "norm":
         return f"{stack}.final_layer_norm.weight", False
     if path[1] == "relative_bias":
-        where = f"{stack}.block.0.layer.0.SelfAttention"
-        return f"{where}.relative_attention_bias.weight", False
+        attention = f"{stack}.block.0.layer.0.SelfAttention"
+        return f"{attention}.relative_attention_bias.weight", False
     encoder_index, decoder_index, tensor = LAYER[path[2]]
     index = encoder_index if stack == "encoder" else decoder_index
     prefix = f"{stack}.block.{layer}.layer.{index}.{tensor}"
@@ -383,11 +387,11 @@ def load_params(folder: Path, config: T5Config, shardings: Any = None) -> Any:
 
     Args:
       folder: a Hugging Face T5 folder.
-      config: from `read_config`, or a student of the same shape.
-      shardings: where the parameters are to lie; None: on the first device.
+      config: the configuration by `read_config`, or that of a student of the same shape.
+      shardings: the shardings of the parameters; None for the first device.
 
     Raises:
-      UserError: no safetensors, a missing tensor, or one of another shape.
+      UserError: if there are no safetensors, or a tensor is missing or has another shape.
     """
     name = functools.partial(tensor_name, gated=config.gated)
     return assemble(config, _Tensors(folder), name, str(folder), shardings)

@@ -1,4 +1,4 @@
-"""Writes Hugging Face T5 directories, which transformers loads."""
+"""Writes Hugging Face T5 directories for transformers."""
 
 import contextlib
 import functools
@@ -41,13 +41,13 @@ def model_config(config: T5Config) -> dict[str, Any]:
     therefore false, and the files always hold a head, which may be a copy of the embedding.
 
     Raises:
-      UserError: the logits are scaled and the head is not the embedding, which only version 5 could
-        read right.
+      UserError: if the logits are scaled and the head is not the embedding, which only version 5
+        could load correctly.
     """
     if config.scaled_logits and not config.tied_embeddings:
         raise UserError(
-            "a student with a head of its own and scaled logits has no form that every version of "
-            "transformers reads right; export it with --to t5x"
+            "a student with untied embeddings and scaled logits has no format that every version "
+            "of transformers loads correctly; such a student cannot be exported"
         )
     activation = ACTIVATIONS[config.activation]
     if config.gated:
@@ -94,11 +94,11 @@ def write_model(
     """Writes config.json, generation_config.json and the safetensors.
 
     Args:
-      folder: where.
-      config: the student's shape.
-      params: its parameters.
-      decoding: what `generate` does unless told otherwise.
-      options: of `write_shards`.
+      folder: the folder to write into.
+      config: the student's configuration.
+      params: the student's parameters.
+      decoding: the defaults of transformers' `generate`.
+      options: options of `write_shards`.
 
     Raises:
       UserError: see `model_config`.
@@ -113,13 +113,13 @@ def write_model(
 def write_tokenizer(
     folder: Path, config: T5Config, vocabulary: Vocabulary, inputs_length: int
 ) -> None:
-    """Writes the files of which `AutoTokenizer` makes a tokenizer with the vocabulary's ids.
+    """Writes the files from which `AutoTokenizer` makes a tokenizer with the vocabulary's ids.
 
     Args:
-      folder: where.
-      config: says how many ids there may be.
-      vocabulary: the student's.
-      inputs_length: longest input in tokens, EOS counted; longer ones are cut if asked for.
+      folder: the folder to write into.
+      config: the student's configuration, for its number of ids.
+      vocabulary: the student's vocabulary.
+      inputs_length: longest input in tokens with EOS, for truncation.
     """
     special: dict[str, Any] = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     if isinstance(vocabulary, SentencePieceVocabulary):
@@ -128,10 +128,10 @@ def write_tokenizer(
         options: dict[str, Any] = {"legacy": True}  # the text after a </s> begins a new word
     else:
         kind, options = "ByT5Tokenizer", {}
-        # Else it would eat the spaces around a special token.
-        sides = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-        special = {name: {"content": text} | sides for name, text in special.items()}
-    room = config.vocab_size - vocabulary.size
+        # Without these flags the tokenizer would remove spaces around a special token.
+        flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+        special = {name: {"content": text} | flags for name, text in special.items()}
+    spare_ids = config.vocab_size - vocabulary.size
     _write_json(folder / "special_tokens_map.json", special)
     if kind == "ByT5Tokenizer":
         special = {name: {"__type": "AddedToken"} | token for name, token in special.items()}
@@ -141,34 +141,34 @@ def write_tokenizer(
         | options
         | {
             "tokenizer_class": kind,
-            "extra_ids": SENTINELS[kind] if room >= SENTINELS[kind] else 0,
+            "extra_ids": SENTINELS[kind] if spare_ids >= SENTINELS[kind] else 0,
             "model_max_length": inputs_length,
-            "clean_up_tokenization_spaces": False,  # decoding keeps the text as it is
+            "clean_up_tokenization_spaces": False,  # decoded text is not changed
         },
     )
 
 
 def check_tokenizer(folder: Path, vocabulary: Vocabulary) -> str:
-    """Checks that the tokenizer of an exported folder gives the ids that the student learnt.
+    """Checks that the tokenizer of an exported folder gives the ids of the student's training.
 
-    Where transformers is installed it is asked about some hundred texts. What T5's tokenizer there
-    is known not to compute is refused without it.
+    SentencePiece models with properties that T5's tokenizer in transformers does not support are
+    refused. Where transformers is installed, the ids of some hundred texts are compared too.
 
     Returns:
-      What a user should know: of a model of whole words, that others are read otherwise.
+      A note for the user: for a model of whole words, that the ids of unknown words differ.
 
     Raises:
-      UserError: it gives others.
+      UserError: if the tokenizer gives other ids.
     """
     words = False
     if isinstance(vocabulary, SentencePieceVocabulary):
-        words, differs = _beside_t5(vocabulary.path.read_bytes())
-        if differs:
+        words, differences = _compare_with_t5(vocabulary.path.read_bytes())
+        if differences:
             raise UserError(
                 f"{vocabulary.path}: T5's tokenizer in transformers would give other ids: the "
-                f"model {' and '.join(differs)}, unlike T5's; export with --to t5x"
+                f"model {' and '.join(differences)}, unlike T5's; export with --to t5x"
             )
-    note = "in transformers, words that the vocabulary does not have are other ids" if words else ""
+    note = "transformers gives other ids for words outside the vocabulary" if words else ""
     if importlib.util.find_spec("transformers") is None:
         return note
     with quiet_transformers():
@@ -179,12 +179,12 @@ def check_tokenizer(folder: Path, vocabulary: Vocabulary) -> str:
         if words:
             texts = [text for text in texts if UNK not in vocabulary.encode(text)]
         theirs = tokenizer(texts).input_ids
-    for text, found in zip(texts, theirs, strict=True):
-        ours = [*vocabulary.encode(text), EOS]
-        if found != ours:
+    for text, actual in zip(texts, theirs, strict=True):
+        expected = [*vocabulary.encode(text), EOS]
+        if actual != expected:
             raise UserError(
-                f"transformers gives other ids for {text!r}: {found} where dss has {ours}; export "
-                "with --to t5x"
+                f"transformers gives other ids for {text!r}: {actual} where dss has {expected}; "
+                "export with --to t5x"
             )
     return note
 
@@ -197,18 +197,21 @@ PROBED_PIECES = 300
 
 
 def _texts_of_pieces(vocabulary: Vocabulary, *, words: bool) -> list[str]:
-    """Returns texts that have pieces from all of a vocabulary."""
+    """Returns texts with pieces sampled evenly from a vocabulary."""
     ids = range(EOS + 2, vocabulary.size, max(1, vocabulary.size // PROBED_PIECES))
     pieces = [vocabulary.decode([i]) for i in ids]
     if words:
-        return [f"{one} {other}" for one, other in itertools.pairwise(pieces)]
-    # Of a run of one character several ways to cut it are as likely, and a tie may break otherwise.
+        return [f"{first} {second}" for first, second in itertools.pairwise(pieces)]
+    # Segmentations of a repeated character are equally likely, and ties may be broken otherwise.
     return [f"of {word} and {word}s" for word in pieces if len(set(word)) > 1 or len(word) == 1]
 
 
-def _beside_t5(model: bytes) -> tuple[bool, list[str]]:
-    """Returns whether a SentencePiece model has whole words, and what of it T5's tokenizer in
-    transformers does not take over.
+def _compare_with_t5(model: bytes) -> tuple[bool, list[str]]:
+    """Compares a SentencePiece model with T5's.
+
+    Returns:
+      Whether its pieces are whole words, and its properties that T5's tokenizer in transformers
+      does not support.
     """
     from sentencepiece import sentencepiece_model_pb2
 
@@ -216,29 +219,29 @@ def _beside_t5(model: bytes) -> tuple[bool, list[str]]:
     trained, normalizer = proto.trainer_spec, proto.normalizer_spec
     user_defined = proto.SentencePiece.USER_DEFINED
     facts = {
-        "is of BPE or of characters": trained.model_type in (trained.BPE, trained.CHAR),
+        "is of type BPE or character": trained.model_type in (trained.BPE, trained.CHAR),
         "falls back to bytes": trained.byte_fallback,
-        "puts no blank before a text": not normalizer.add_dummy_prefix,
-        "keeps all blanks": not normalizer.remove_extra_whitespaces,
-        "puts blanks after words": trained.treat_whitespace_as_suffix,
-        "has symbols defined by a user": any(p.type == user_defined for p in proto.pieces),
+        "puts no space before a text": not normalizer.add_dummy_prefix,
+        "keeps repeated spaces": not normalizer.remove_extra_whitespaces,
+        "puts spaces after words": trained.treat_whitespace_as_suffix,
+        "has user-defined symbols": any(p.type == user_defined for p in proto.pieces),
     }
-    return trained.model_type == trained.WORD, [fact for fact, is_so in facts.items() if is_so]
+    return trained.model_type == trained.WORD, [fact for fact, holds in facts.items() if holds]
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Has transformers neither show bars nor warn that T5's head is not tied, which is right."""
+    """Disables transformers' progress bars and warnings, such as of a head that is not tied."""
     from transformers.utils import logging
 
-    bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    shows_bar, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        if bar:
+        if shows_bar:
             logging.enable_progress_bar()
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files of limited size, written one tensor at a time."""
+"""Writes safetensors files of limited size, one tensor at a time."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,12 +10,12 @@ from dss.interop.huggingface import INDEX
 
 __all__ = ["write_shards"]
 
-LIMIT = 5 * 10**9  # bytes of a file; the hub's custom
+LIMIT = 5 * 10**9  # bytes per file, as is usual on the hub
 DTYPES = {"float32": "F32"}
 
 
 def _plan(like: Mapping[str, np.ndarray], limit: int) -> list[list[str]]:
-    """Returns the tensors of each file."""
+    """Returns the names of the tensors of each file."""
     files: list[list[str]] = [[]]
     size = 0
     for name, array in like.items():
@@ -28,7 +28,7 @@ def _plan(like: Mapping[str, np.ndarray], limit: int) -> list[list[str]]:
 
 
 def _header(like: Mapping[str, np.ndarray], names: list[str]) -> bytes:
-    """Returns what a file begins with: the length of a JSON text, 8 bytes, and the text."""
+    """Returns the header of a file: the length of a JSON text in 8 bytes, then the text."""
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
@@ -36,7 +36,7 @@ def _header(like: Mapping[str, np.ndarray], names: list[str]) -> bytes:
         dtype, shape = DTYPES[like[name].dtype.name], list(like[name].shape)
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    text += b" " * (-len(text) % 8)  # aligns the tensors to 8 bytes
     return len(text).to_bytes(8, "little") + text
 
 
@@ -49,10 +49,10 @@ def write_shards(
     """Writes `model.safetensors`, or several files and their index.
 
     Args:
-      folder: where.
+      folder: the folder to write into.
       like: arrays of each tensor's shape and dtype, float32, in the order of `tensors`.
-      tensors: names and values; each is written before the next one is asked for.
-      limit: bytes of tensors in a file, unless one tensor alone has more.
+      tensors: (name, tensor) pairs; each tensor is written before the next is read.
+      limit: maximum bytes of tensors per file, exceeded by a single larger tensor only.
     """
     plan, rest = _plan(like, limit), iter(tensors)
     files = {
@@ -64,13 +64,15 @@ def write_shards(
     for file, names in files.items():
         with (folder / file).open("wb") as out:
             out.write(_header(like, names))
-            for wanted in names:
+            for expected in names:
                 name, tensor = next(rest)
-                if name != wanted or tensor.shape != like[name].shape:
-                    raise ValueError(f"{wanted} is next, got {name} {tensor.shape}")
+                if name != expected or tensor.shape != like[name].shape:
+                    raise ValueError(
+                        f"expected {expected} {like[expected].shape}, got {name} {tensor.shape}"
+                    )
                 out.write(np.ascontiguousarray(tensor, like[name].dtype).data)
     if len(files) > 1:
         size = sum(array.nbytes for array in like.values())
-        where = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": size}, "weight_map": where}
+        file_of = {name: file for file, names in files.items() for name in names}
+        index = {"metadata": {"total_size": size}, "weight_map": file_of}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

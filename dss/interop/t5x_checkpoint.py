@@ -1,4 +1,4 @@
-"""T5X checkpoints: the legacy format (msgpack and zarr folders) and T5X's Orbax format."""
+"""Reads T5X checkpoints: the legacy format (msgpack and zarr folders) and T5X's Orbax format."""
 
 import functools
 import json
@@ -18,12 +18,12 @@ from dss.paths import absolute, check_no_pipes, in_bucket
 from dss.student.config import T5Config
 from dss.student.network import abstract_params
 
-__all__ = ["UNTOLD", "is_checkpoint", "load_params", "read_config", "resolve", "tensor_name"]
+__all__ = ["NOT_STORED", "is_checkpoint", "load_params", "read_config", "resolve", "tensor_name"]
 
-UNTOLD = ("activation", "relative_max_distance", "layer_norm_epsilon")
-"""What of a student's shape a T5X checkpoint does not tell; `read_config` takes T5's values."""
+NOT_STORED = ("activation", "relative_max_distance", "layer_norm_epsilon")
+"""Fields of `T5Config` that a T5X checkpoint does not store; `read_config` uses T5's values."""
 
-LAYER = {  # our name in a layer -> T5X's in the encoder and in the decoder
+LAYER = {  # name in dss -> (T5X's name in the encoder, in the decoder)
     "attention_norm": ("pre_attention_layer_norm.scale", "pre_self_attention_layer_norm.scale"),
     "cross_norm": ("", "pre_cross_attention_layer_norm.scale"),
     "mlp_norm": ("pre_mlp_layer_norm.scale", "pre_mlp_layer_norm.scale"),
@@ -31,16 +31,16 @@ LAYER = {  # our name in a layer -> T5X's in the encoder and in the decoder
     "cross": ("", "encoder_decoder_attention"),
     "mlp": ("mlp", "mlp"),
 }
-CACHE_BYTES = 2 * 10**9  # of a tensor's chunks: each device reads its part of the same ones
+CACHE_BYTES = 2 * 10**9  # of a tensor's chunks, since devices read slices of the same chunks
 VERSIONS = (2, 3)  # of the legacy format
-LEGACY, ORBAX = "checkpoint", "state/_METADATA"  # the file that tells a format
-TENSORFLOW = b"model_checkpoint_path"  # what a `checkpoint` of TensorFlow's begins with
+LEGACY, ORBAX = "checkpoint", "state/_METADATA"  # the file that identifies each format
+TENSORFLOW = b"model_checkpoint_path"  # first bytes of a TensorFlow `checkpoint` file
 EMBEDDING, HEAD = "token_embedder.embedding", "decoder.logits_dense.kernel"
-PARAMETERS = "target"  # what T5X calls a train state's parameters
+PARAMETERS = "target"  # T5X's name for the parameters of a train state
 
 
 def tensor_name(path: tuple[str, ...], layer: int | None, *, gated: bool) -> tuple[str, bool]:
-    """Returns what T5X calls a parameter, dots between the levels."""
+    """Returns a parameter's name in T5X, levels joined by dots, and whether it is transposed."""
     if path == ("embedding",):
         return EMBEDDING, False
     if path == ("head",):
@@ -61,11 +61,11 @@ def resolve(source: str) -> epath.Path:
     """Returns the folder of a checkpoint, on this machine or in a bucket.
 
     Args:
-      source: the folder, or one that holds `checkpoint_<step>` folders (or `<step>`, as Orbax alone
-        names them), of which the newest counts; with or without `t5x:` before it.
+      source: the checkpoint's folder, or a folder of `checkpoint_<step>` folders (or `<step>`, as
+        Orbax alone names them), for the latest step; the prefix `t5x:` is optional.
 
     Raises:
-      UserError: there is no T5X checkpoint, or a named pipe in it.
+      UserError: if there is no T5X checkpoint, or it holds a named pipe.
     """
     folder = absolute(source.removeprefix("t5x:"))
     if is_checkpoint(folder):
@@ -78,8 +78,8 @@ def resolve(source: str) -> epath.Path:
             steps[int(step[1])] = path
     if not steps:
         raise UserError(
-            f"{folder}: no T5X checkpoint: neither `{LEGACY}` nor `{ORBAX}` in it, nor a "
-            "`checkpoint_<step>` that has one"
+            f"{folder}: no T5X checkpoint: it holds neither `{LEGACY}` nor `{ORBAX}`, nor a "
+            "`checkpoint_<step>` folder with one of them"
         )
     check_no_pipes(steps[max(steps)])
     return steps[max(steps)]
@@ -92,7 +92,7 @@ def is_checkpoint(folder: epath.PathLike) -> bool:
 
 
 def _kvstore(folder: epath.Path) -> dict[str, Any]:
-    """Returns where TensorStore finds a folder."""
+    """Returns the TensorStore key-value store of a folder."""
     if not in_bucket(folder):
         return {"driver": "file", "path": f"{folder}/"}
     bucket, _, path = str(folder).removeprefix("gs://").partition("/")
@@ -100,20 +100,20 @@ def _kvstore(folder: epath.Path) -> dict[str, Any]:
 
 
 class _Tensors:
-    """The parameters of a checkpoint, by T5X's names for them.
+    """The parameters of a checkpoint, by their names in T5X.
 
     Args:
-      folder: from `resolve`.
+      folder: the folder returned by `resolve`.
 
     Raises:
-      UserError: not a whole checkpoint, or one of a version that is not known.
+      UserError: if the checkpoint is incomplete or of an unknown version.
     """
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
-        self._inline: Mapping[str, Any] = {}  # by the legacy format kept in its one file
-        self.names: set[str] = set()  # of all; none where a legacy checkpoint does not tell
-        self._opened: tuple[str, Any] = ("", None)  # the last one; its parts are asked for in turn
+        self._inline: Mapping[str, Any] = {}  # arrays in the one file of the legacy format
+        self.names: set[str] = set()  # of all tensors; empty for a partial legacy checkpoint
+        self._opened: tuple[str, Any] = ("", None)  # the last tensor, whose slices are read in turn
         self._driver = "zarr"
         if (folder / LEGACY).is_file():
             self._inline, self.names = _read_legacy(folder / LEGACY)
@@ -127,17 +127,17 @@ class _Tensors:
 
     def _open(self, name: str) -> Any:
         if name != self._opened[0]:
-            self._opened = (name, self._open_anew(name))
+            self._opened = (name, self._open_store(name))
         return self._opened[1]
 
-    def _open_anew(self, name: str) -> Any:
+    def _open_store(self, name: str) -> Any:
         path = f"{PARAMETERS}.{name}/"
         if self._inside:
             kvstore = {"driver": "ocdbt", "base": self._base, "path": path}
         else:
             kvstore = self._base | {"path": self._base["path"] + path}
         spec: dict[str, Any] = {"driver": self._driver, "kvstore": kvstore}
-        if self._driver == "zarr":  # T5X writes all chunks: one that is not there was lost
+        if self._driver == "zarr":  # T5X writes all chunks, so a missing one is an error
             spec["fill_missing_data_reads"] = False
         try:
             context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
@@ -152,8 +152,8 @@ class _Tensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `dss.interop.assemble.Tensors`."""
-        found = self._inline.get(name)
-        return self._open(name).shape if found is None else np.shape(found)
+        inline = self._inline.get(name)
+        return self._open(name).shape if inline is None else np.shape(inline)
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """See `dss.interop.assemble.Tensors`."""
@@ -164,7 +164,7 @@ class _Tensors:
             part = array[index].read().result()
         except ValueError as error:
             raise self._unreadable(name, error) from error
-        # Version 2 stored bfloat16 as its bits.
+        # Version 2 stores the bits of bfloat16 as uint16.
         return part.view("bfloat16") if part.dtype == np.uint16 else part
 
     def __contains__(self, name: str) -> bool:
@@ -176,7 +176,7 @@ class _Tensors:
 
 
 def _read_metadata(path: epath.Path) -> dict[str, Any]:
-    """Returns what Orbax tells of a checkpoint, and the `names` of its parameters."""
+    """Returns Orbax's metadata of a checkpoint, with the `names` of its parameters added."""
     try:
         metadata = json.loads(path.read_text())
         leaves = [leaf["key_metadata"] for leaf in metadata["tree_metadata"].values()]
@@ -189,24 +189,24 @@ def _read_metadata(path: epath.Path) -> dict[str, Any]:
 
 
 def _read_legacy(path: epath.Path) -> tuple[dict[str, Any], set[str]]:
-    """Returns the arrays that a legacy checkpoint holds in its one file, by name; and all names.
+    """Returns the arrays in the one file of a legacy checkpoint, by name; and all names.
 
-    Others lie in folders of their own; the file has their TensorStore specs, or for a partial
+    Other arrays are in folders of their own; the file has their TensorStore specs, or in a partial
     checkpoint nothing.
     """
     raw = path.read_bytes()
     if raw.startswith(TENSORFLOW):
         raise UserError(
-            f"{path}: a TensorFlow checkpoint; t5x/scripts/convert_tf_checkpoint.py makes it T5X's"
+            f"{path}: a TensorFlow checkpoint; convert it with t5x/scripts/convert_tf_checkpoint.py"
         )
     try:
         content = serialization.msgpack_restore(raw)
         version, leaves = content["version"], dict(_flat(content["optimizer"][PARAMETERS]))
-    except Exception as error:  # whatever msgpack makes of another file
+    except Exception as error:  # msgpack raises errors of many types for other files
         raise UserError(f"{path}: not a T5X checkpoint: {type(error).__name__}: {error}") from None
     if version not in VERSIONS:
-        known = " and ".join(map(str, VERSIONS))
-        raise UserError(f"{path}: a T5X checkpoint of version {version}; known are {known}")
+        supported = " and ".join(map(str, VERSIONS))
+        raise UserError(f"{path}: a T5X checkpoint of version {version}; supported: {supported}")
     return {n: leaf for n, leaf in leaves.items() if isinstance(leaf, np.ndarray)}, set(leaves)
 
 
@@ -219,17 +219,16 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def read_config(folder: epath.Path) -> T5Config:
-    """Returns the shape of the T5 in a checkpoint, read off its parameters: T5 1.0 or 1.1.
+    """Returns the configuration of the T5 1.0 or 1.1 in a checkpoint, from its parameters' shapes.
 
-    A checkpoint does not say all (see `UNTOLD`): with a gate its activation is taken to be T5 1.1's
-    GELU, without one T5 1.0's ReLU. An embedding that is the head too has its logits
-    scaled, as T5X's network does it.
+    Fields in `NOT_STORED` have T5's values: the activation is T5 1.1's GELU with a gate, T5 1.0's
+    ReLU without. Logits are scaled if the head is the embedding, as in T5X's network.
 
     Args:
-      folder: from `resolve`.
+      folder: the folder returned by `resolve`.
 
     Raises:
-      UserError: its parameters are not those of a T5.
+      UserError: if the parameters are not those of a T5.
     """
     tensors = _Tensors(folder)
 
@@ -238,11 +237,11 @@ def read_config(folder: epath.Path) -> T5Config:
             rows, columns = tensors.shape(name)
             return rows, columns
         except ValueError:
-            raise UserError(f"{folder}: {name} is no matrix, which a T5's is") from None
+            raise UserError(f"{folder}: {name} is not a matrix, unlike T5's") from None
         except KeyError:
             raise UserError(
-                f"{folder}: no tensor {name!r}; is it a T5 as T5X's example network names it, "
-                "its layers not scanned?"
+                f"{folder}: no tensor {name!r}; is it a T5 of T5X's example network, without "
+                "scanned layers?"
             ) from None
 
     def depth(stack: str) -> int:
@@ -274,14 +273,14 @@ def read_config(folder: epath.Path) -> T5Config:
     extra = sorted(tensors.names - _names(config))
     if extra:  # biases, a position bias in every layer, layers after one that is missing
         raise UserError(
-            f"{folder}: has {len(extra)} parameters more than a T5 of {config.num_encoder_layers} "
-            f"+ {config.num_decoder_layers} layers, such as {extra[0]}; a student cannot have them"
+            f"{folder}: {len(extra)} parameters more than a T5 of {config.num_encoder_layers} + "
+            f"{config.num_decoder_layers} layers, such as {extra[0]}; a student cannot have them"
         )
     return config
 
 
 def _names(config: T5Config) -> set[str]:
-    """Returns what T5X calls the parameters of a T5."""
+    """Returns the names in T5X of all parameters of a T5."""
     names = set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
         keys = tuple(p.key for p in path)
@@ -298,12 +297,12 @@ def load_params(folder: epath.PathLike, config: T5Config, shardings: Any = None)
     """Returns the parameters of a T5X checkpoint, float32.
 
     Args:
-      folder: `checkpoint_<step>` of either format, on this machine or in a bucket.
-      config: from `read_config`, or a student of the same shape.
-      shardings: where the parameters are to lie; None: on the first device.
+      folder: the folder `checkpoint_<step>` of either format, on this machine or in a bucket.
+      config: the configuration by `read_config`, or that of a student of the same shape.
+      shardings: the shardings of the parameters; None for the first device.
 
     Raises:
-      UserError: not a T5X checkpoint, a missing tensor, or one of another shape.
+      UserError: if it is not a T5X checkpoint, or a tensor is missing or has another shape.
     """
     folder = resolve(str(folder))
     name = functools.partial(tensor_name, gated=config.gated)

@@ -1,4 +1,4 @@
-"""Writes T5X's Orbax checkpoints: a student's parameters and Adafactor's state."""
+"""Writes T5X's Orbax checkpoints, with a student's parameters and Adafactor's state."""
 
 import functools
 from collections.abc import Mapping
@@ -23,57 +23,57 @@ __all__ = [
 ]
 
 STATISTICS = ("v", "v_row", "v_col")
-DATASET = "dataset"  # the item of a checkpoint that says how far the data were read
-DATASET_FILE = "train_ds-000-of-001"  # in it, as T5X names the file of the only process
-NONE = np.zeros(1, np.float32)  # what T5X, as optax, keeps where a parameter has no such statistic
+DATASET = "dataset"  # the checkpoint item with the position in the training data
+DATASET_FILE = "train_ds-000-of-001"  # in that item: T5X's file name for a single process
+NONE = np.zeros(1, np.float32)  # stored, as in optax, for a statistic that a parameter lacks
 
 
 def adafactor_statistics(opt_state: Params) -> dict[str, dict[Leaf, Leaf]]:
-    """Returns where an optimizer's state has each of Adafactor's statistics of each parameter.
+    """Returns the paths of Adafactor's statistics in an optimizer's state.
 
     Args:
-      opt_state: of a checkpoint; only its paths are looked at.
+      opt_state: the optimizer's state in a checkpoint; only its paths are used.
 
     Returns:
-      For each name in `STATISTICS`, from a parameter's path to the path in the state. Empty dicts
-      where the optimizer is another one.
+      For each name in `STATISTICS` a mapping from a parameter's path to the path in the state;
+      empty for another optimizer.
     """
-    found: dict[str, dict[Leaf, Leaf]] = {name: {} for name in STATISTICS}
+    paths: dict[str, dict[Leaf, Leaf]] = {name: {} for name in STATISTICS}
     for path in opt_state:
         for name in set(STATISTICS).intersection(path):
-            found[name][path[path.index(name) + 1 :]] = path
-    return found
+            paths[name][path[path.index(name) + 1 :]] = path
+    return paths
 
 
 def _nested(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a tree from names with a dot between its levels."""
+    """Returns a nested dict from names whose levels are joined by dots."""
     tree: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        *above, last = name.split(".")
+        *parents, last = name.split(".")
         node = tree
-        for level in above:
+        for level in parents:
             node = node.setdefault(level, {})
         node[last] = tensor
     return tree
 
 
 class _Statistic(Mapping[Leaf, np.ndarray]):
-    """One of Adafactor's statistics by parameter, read when asked for."""
+    """One of Adafactor's statistics by parameter, read lazily from the optimizer's state."""
 
-    def __init__(self, opt_state: Params, where: dict[Leaf, Leaf]):
-        self._opt_state, self._where = opt_state, where
+    def __init__(self, opt_state: Params, paths: dict[Leaf, Leaf]):
+        self._opt_state, self._paths = opt_state, paths
 
     def __getitem__(self, path: Leaf) -> np.ndarray:
-        return self._opt_state[self._where[path]]
+        return self._opt_state[self._paths[path]]
 
     def __iter__(self):
-        return iter(self._where)
+        return iter(self._paths)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._paths)
 
 
-def _fresh(parameter: np.ndarray) -> dict[str, np.ndarray]:
+def _initial_statistics(parameter: np.ndarray) -> dict[str, np.ndarray]:
     """Returns the statistics of a parameter before Adafactor's first step."""
     import optax
 
@@ -84,52 +84,52 @@ def _fresh(parameter: np.ndarray) -> dict[str, np.ndarray]:
 def train_state(
     config: T5Config, params: Params, opt_state: Params, step: int
 ) -> tuple[dict[str, Any], bool]:
-    """Returns what T5X calls the state dict of a train state.
+    """Returns the state dict of a T5X train state.
 
     Args:
-      config: the student's shape.
-      params: its parameters.
-      opt_state: its optimizer's state. Adafactor's statistics in optax are those in T5X; of
-        another optimizer's state nothing is taken, and the statistics are those of a beginning,
-        for T5X trains on no checkpoint that has none.
-      step: updates so far.
+      config: the student's configuration.
+      params: the student's parameters.
+      opt_state: the optimizer's state. Adafactor's statistics in optax are the same in T5X. Another
+        optimizer's state is left out and replaced by Adafactor's initial statistics, since T5X
+        trains only from a checkpoint with statistics.
+      step: number of updates so far.
 
     Returns:
-      The state and whether the statistics are the run's.
+      The state, and whether the statistics are the run's.
 
     Raises:
-      UserError: the logits are scaled and the head is not the embedding, or the reverse.
+      UserError: if the logits are scaled and the head is not the embedding, or the reverse.
     """
     if config.scaled_logits != config.tied_embeddings:
         raise UserError(
-            "T5X scales the logits where the head is the embedding and nowhere else; "
-            "this student differs"
+            "T5X's network scales the logits if the embeddings are tied, and only then; this "
+            "student cannot be exported to T5X"
         )
     name = functools.partial(tensor_name, gated=config.gated)
     target = dict(disassemble(config, params, name))
-    where = adafactor_statistics(opt_state)
-    kept = all(where.values())
+    paths = adafactor_statistics(opt_state)
+    kept = all(paths.values())
     if kept:
         by_name = {
             statistic: dict(disassemble(config, _Statistic(opt_state, leaves), name))
-            for statistic, leaves in where.items()
+            for statistic, leaves in paths.items()
         }
         statistics = {n: {s: by_name[s][n] for s in STATISTICS} for n in target}
     else:
-        statistics = {n: _fresh(parameter) for n, parameter in target.items()}
-    param_states = {n: found | {"m": NONE} for n, found in statistics.items()}
+        statistics = {n: _initial_statistics(parameter) for n, parameter in target.items()}
+    param_states = {n: arrays | {"m": NONE} for n, arrays in statistics.items()}
     state = {"step": np.asarray(step, np.int32), "param_states": _nested(param_states)}
     return {"target": _nested(target), "state": state}, kept
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any], step: int) -> Path:
-    """Writes `checkpoint_<step>` into a folder as T5X does; returns it.
+    """Writes `checkpoint_<step>` into a folder in T5X's format; returns its path.
 
-    T5X restores how far the data were read from any checkpoint that it trains from, so the item
-    `dataset` is there too.
+    T5X restores the position in the training data from every checkpoint that it trains from, so the
+    item `dataset` is written too.
     """
     path = folder.absolute() / f"checkpoint_{step}"
-    numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # nobody changes them
+    numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)  # they are not modified
     registry = ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy))
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     data = ocp.JsonCheckpointHandler(DATASET_FILE)

@@ -123,7 +123,7 @@ def _open_checkpoint(
     folder = module.resolve(source)
     config = module.read_config(folder)
     if is_t5x and experiment.config is not None:
-        missing = {name: getattr(experiment.config, name) for name in t5x_checkpoint.UNTOLD}
+        missing = {name: getattr(experiment.config, name) for name in t5x_checkpoint.NOT_STORED}
         config = dataclasses.replace(config, **missing)
     vocabulary = huggingface.find_vocabulary(folder) if module is huggingface else None
 

@@ -12,7 +12,7 @@ from dss.batches.batches import (
     sequential_order,
 )
 from dss.batches.packing import PackedShape, RowWidths
-from dss.batches.store import TokenStore, open_store, tokenize
+from dss.batches.store import Ragged, TaskTokens, TokenStore, open_store, tokenize
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import UserError
 from dss.mixtures.methods import named_mixture
@@ -253,7 +253,7 @@ def test_a_store_depends_on_the_held_out_tenth_and_the_label_set(toy_folder, tmp
         )
 
     assert len(train_ids()) == 40
-    with pytest.raises(UserError, match=r"train.jsonl:1: label 'no' is none of yes"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: label 'no' is not one of yes"):
         train_ids(labels=("yes",))
     (folder / "valid.jsonl").unlink()
     assert len(train_ids()) == 36
@@ -293,3 +293,29 @@ def test_a_task_without_rows_is_an_error(tmp_path):
             inputs_length=8,
             targets_length=8,
         )
+
+
+def test_steps_outside_the_sample_of_shapes_fit_too():
+    """The shapes of a long run are chosen from some steps; every other step has a shape as well."""
+    rng = np.random.default_rng(0)
+    sides = [
+        Ragged(np.ones(lengths.sum(), np.int32), np.concatenate([[0], lengths.cumsum()]))
+        for lengths in (rng.integers(2, 30, 400), rng.integers(2, 12, 400))
+    ]
+    rows, counts = np.arange(400)[:, None], np.ones((400, 1), int)
+    store = TokenStore((TaskTokens(*sides),), rows, counts, tuple(map(str, range(400))))
+    looked_at = []
+    order = paired_order(store, 8, seed=0)
+    spy = Order(lambda step: looked_at.append(step) or order(step), order.most)
+    batches = Batches(store, spy, num_steps=5000, groups=2)
+    assert len(set(looked_at)) <= 256
+    assert max(looked_at) > 4900
+    assert len(batches.shapes) <= 4
+    sample = set(looked_at)
+    batches.shapes = batches.shapes[:1]  # too small for many steps: larger ones are made for them
+    for step in (step for step in range(300, 340) if step not in sample):
+        batch = batches[step]
+        tokens = (batch["encoder_segment_ids"] > 0).sum()
+        assert tokens == store.lengths(*order(step)[:2])[:, 0].sum()
+        read = batch["encoder_rows"] < batch["encoder_input_tokens"].shape[1]
+        assert read.sum() == tokens

@@ -85,7 +85,7 @@ def test_labels_declared_in_the_folder_are_the_prompts_labels(given, tmp_path, c
     with (tmp_path / "numbers.jsonl").open("a") as file:
         file.write('{"id": "x", "input": "7", "label": "seven"}\n')
     assert cli.main([*given, "--dry-run"]) == 2
-    assert "label 'seven' is none of odd, even" in capsys.readouterr().err
+    assert "label 'seven' is not one of odd, even" in capsys.readouterr().err
     declared.write_text('{"labels": ["odd", "Even"]}')
     assert cli.main([*given, "--dry-run"]) == 2
     assert "exemplar" in capsys.readouterr().err
@@ -93,7 +93,7 @@ def test_labels_declared_in_the_folder_are_the_prompts_labels(given, tmp_path, c
     (tmp_path / "prompt.yaml").write_text(PROMPT.replace("[even, odd]", "[even, odd, neither]"))
     assert cli.main([*given, "--dry-run"]) == 2
     printed = capsys.readouterr().err
-    assert "dataset.json: its labels are odd, even, and prompt" in printed
+    assert "dataset.json: its labels are odd, even, but prompt" in printed
     assert printed.count("\n") == 1
 
 
@@ -102,7 +102,7 @@ def test_an_input_with_an_invalid_line_sends_no_request(given, tmp_path, capsys)
         file.write('{"id": "x", "input": "7", "label": "seven"}\n')
     with FakeEndpoint(right) as endpoint:
         assert cli.main([*given, f"--base-url={endpoint.url}"]) == 2
-    assert "numbers.jsonl:21: label 'seven' is none of even, odd" in capsys.readouterr().err
+    assert "numbers.jsonl:21: label 'seven' is not one of even, odd" in capsys.readouterr().err
     assert endpoint.count == 0
 
 
@@ -213,7 +213,9 @@ def test_different_model_names_have_different_file_names(tmp_path):
     assert file_name("模型") != file_name("モデ")
     for name in ("my-model", "my_model"):
         write_jsonl(tmp_path / f"train.{name}.jsonl", [])
-    with pytest.raises(UserError, match=r"train.my_model.jsonl: both are of 'my_model'"):
+    with pytest.raises(
+        UserError, match=r"train.my_model.jsonl: both are outputs of teacher 'my_model'"
+    ):
         teacher_files(tmp_path / "train.jsonl")
 
 

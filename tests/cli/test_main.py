@@ -66,9 +66,9 @@ def test_help_does_not_import_jax(command, capsys):
         (("plan", "--student=small", "--tokens=inf,17"), "means of 2 to 100,000"),
         (("plan", "--student=small", "--tokens=48,nan"), "means of 2 to 100,000"),
         (("plan", "--student=small", "--tokens=48,1e9"), "means of 2 to 100,000"),
-        (("plan", "--student=small", "--json=/nowhere/x"), "no file can be written there"),
-        (("plan", "--student=small", "--json=/dev"), "no file can be written there"),
-        (("plan", "--student=small", "--json="), "no file can be written there"),
+        (("plan", "--student=small", "--json=/nowhere/x"), "cannot be written"),
+        (("plan", "--student=small", "--json=/dev"), "cannot be written"),
+        (("plan", "--student=small", "--json="), "cannot be written"),
         (
             ("plan", "--student=small", "--gin.Experiment.remat=half"),
             "Experiment.remat must be one of 'none', 'full', 'dots', None, got 'half'",
@@ -100,20 +100,20 @@ REFUSED_AT_ONCE = {
     "annotate --teacher=m --prompt=cqa --input=none.jsonl": "none.jsonl: no such file",
     "inspect svamp_finetune --gin.DATASET_PATH='none'": "DATASET_PATH none: no such file or folder",
     "plan --student=smal": "did you mean 'students/small.gin'",
-    "plan --json=none/plan.json": "--json=none/plan.json: no file can be written there",
+    "plan --json=none/plan.json": "--json=none/plan.json: cannot be written",
     "train --gin_file=recipes/none.gin": "unknown gin file 'recipes/none.gin'",
     "train --gin.VOCABULARY=none": "none: no such vocabulary file",
     "train --gin.DATA_ROOT=file": "DATA_ROOT file: no such folder",
     "train --gin.INITIAL_CHECKPOINT_PATH=t5x:none": "none: no such folder",
     "eval none": "none: no run directory",
     "eval full": "full: no run directory",
-    "eval run --json=run": "--json=run: no file can be written there",
+    "eval run --json=run": "--json=run: cannot be written",
     "eval run --data_root=none": "DATA_ROOT none: no such folder",
     "sweep --gin_file=none.gin": "unknown gin file 'none.gin'",
     "predict none": "none: no run directory",
     "predict run --input=none.jsonl": "none.jsonl: no such file",
     "predict run --input=full": "full: a folder; give a file",
-    "predict run --output=full": "--output=full: no file can be written there",
+    "predict run --output=full": "--output=full: cannot be written",
     "predict run --input=file --output=./file": "file: input and output are the same file",
     "report run none": "none: no such folder",
     "report run -o full": "full: a folder",
@@ -269,4 +269,7 @@ def test_inspect_counts_the_rationales_that_are_left_out(small_root, capsys):
     assert "with a wrong label" not in capsys.readouterr().out
     flags[1] = "--gin_file=variants/several_rationales.gin"
     assert cli.main(["inspect", "esnli_step_by_step_palm", *flags]) == 2
-    assert "needs several samples an example, and palm was asked once" in capsys.readouterr().err
+    assert (
+        "needs several samples per example, but teacher palm was sampled once"
+        in capsys.readouterr().err
+    )

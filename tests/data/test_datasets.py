@@ -39,7 +39,7 @@ def test_a_missing_file_says_what_to_do(tmp_path):
         UserError, match=r"cqa_train.json: no such file; .*--gin.DATA_ROOT=FOLDER .*DSS_DATA_ROOT"
     ):
         Dataset.released("cqa", tmp_path).examples("train")
-    with pytest.raises(UserError, match=r"train.t.jsonl: no such file; .*write it"):
+    with pytest.raises(UserError, match=r"train.t.jsonl: no such file; .*create it"):
         Dataset.from_files(
             write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}]), name="mine"
         ).outputs("train", "t")
@@ -56,7 +56,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 @pytest.fixture
 def declared(tmp_path):
-    """Returns what writes a folder's dataset.json; the folder has one example."""
+    """Returns a function that writes the dataset.json of a folder with one example."""
     write_jsonl(tmp_path / "tickets" / "train.jsonl", [{"input": "x", "label": "bug"}])
 
     def write(text: str):
@@ -81,18 +81,21 @@ def test_a_folder_declares_its_labels_and_its_metric(declared):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"labels": ["bug"]}', "its labels are bug, and the configuration has bug, fee; leave"),
-        ('{"metric": "text"}', "its metric is text, and the configuration has equation; leave"),
-        ("[]", "give an object with 'labels', 'metric' or both, and nothing else"),
-        ('{"label": ["bug"]}', "give an object with 'labels', 'metric' or both, and nothing else"),
-        ('{"labels": "bug, fee"}', "'labels' must be a list of texts"),
-        ('{"labels": ["bug", 1]}', "'labels' must be a list of texts"),
-        ('{"labels": ["bug", "bug "]}', "label 'bug' is there twice"),
+        ('{"labels": ["bug"]}', "its labels are bug, but the configuration has bug, fee; remove"),
+        ('{"metric": "text"}', "its metric is text, but the configuration has equation; remove"),
+        ("[]", "must be a JSON object with 'labels', 'metric' or both, and no other"),
+        (
+            '{"label": ["bug"]}',
+            "must be a JSON object with 'labels', 'metric' or both, and no other",
+        ),
+        ('{"labels": "bug, fee"}', "'labels' must be a list of strings"),
+        ('{"labels": ["bug", 1]}', "'labels' must be a list of strings"),
+        ('{"labels": ["bug", "bug "]}', "duplicate label 'bug'"),
         ('{"metric": ["text"]}', "'metric' must be one of text, equation"),
         ('{"labels": ', "not JSON"),
     ],
 )
-def test_what_a_folder_cannot_declare_is_refused_by_its_file(declared, text, message):
+def test_an_invalid_dataset_json_is_an_error(declared, text, message):
     folder = declared(text)
     with pytest.raises(UserError) as error:
         Dataset.from_files(folder, name="tickets", labels=("bug", "fee"), metric="equation")
@@ -106,17 +109,17 @@ def test_a_run_keeps_the_labels_that_its_folder_declared(declared):
     assert experiment.data.labels == ("bug", "fee")
     assert (experiment.dataset, experiment.method) == ("tickets", "finetune")
     assert resolve(experiment) == experiment
-    # A student predicts by the labels that it learnt, whatever the folder says since.
+    # A student predicts the labels of its training, even if the folder declares others now.
     declared('{"labels": ["bug"]}')
     assert open_dataset(experiment, must_exist=False).labels.closed == ("bug", "fee")
-    with pytest.raises(UserError, match="its labels are bug, and the configuration has bug, fee"):
+    with pytest.raises(UserError, match="its labels are bug, but the configuration has bug, fee"):
         open_dataset(experiment)
-    learnt = Experiment(data=DataConfig(dataset_path=str(folder)))  # from an open set
-    assert open_dataset(learnt, must_exist=False).labels.closed == ()
+    open_set = Experiment(data=DataConfig(dataset_path=str(folder)))
+    assert open_dataset(open_set, must_exist=False).labels.closed == ()
 
 
 def test_labels_are_kept_as_they_are_read():
-    """So a run that was begun with a list, or with blanks, goes on."""
+    """So that a run resumes whose labels came from a list, or with spaces."""
     assert DataConfig(labels=["a", " b"]).labels == DataConfig(labels="a, b").labels == ("a", "b")
 
 
@@ -143,9 +146,12 @@ def test_subsets_are_nested_whatever_the_fractions_round_to(n):
         ("[1]", r"train.jsonl:2: a JSON array, not JSON lines"),
         ('{"label": "a"}', r"train.jsonl:2: 'input' is missing"),
         ('{"input": ["x"]}', r"train.jsonl:2: 'input' is a list"),
-        ('{"id": "one", "input": "x"}', r"train.jsonl:2: id 'one' came before"),
-        ('{"input": "x", "label": NaN}', r"train.jsonl:2: not JSON that can be read: NaN; .*null"),
-        ('{"input": "a cut \\ud83d"}', r"train.jsonl:2: 'input' holds half a character"),
+        ('{"id": "one", "input": "x"}', r"train.jsonl:2: duplicate id 'one'"),
+        (
+            '{"input": "x", "label": NaN}',
+            r"train.jsonl:2: not JSON that can be read: NaN is not allowed; .*null",
+        ),
+        ('{"input": "a cut \\ud83d"}', r"train.jsonl:2: 'input' holds half of a surrogate pair"),
         ("[" * 100_000, r"train.jsonl:2: not JSON that can be read"),
         ('{"input": ' + "9" * 5000 + "}", r"train.jsonl:2: not JSON that can be read"),
     ],
@@ -158,7 +164,7 @@ def test_malformed_lines_name_file_and_line(tmp_path, line, message):
 
 def test_a_label_outside_the_closed_set_is_an_error(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"input": "x", "label": "maybe"}])
-    with pytest.raises(UserError, match=r"train.jsonl:1: label 'maybe' is none of yes, no"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: label 'maybe' is not one of yes, no"):
         Dataset.from_files(tmp_path, name="bad", labels=("yes", "no")).examples("train")
 
 
@@ -179,7 +185,7 @@ def test_unknown_status_and_later_lines_of_a_journal(tmp_path):
         dataset.outputs("train", "t")
 
 
-def test_a_teachers_name_is_made_one_that_tasks_can_have(tmp_path):
+def test_a_teachers_name_is_converted_for_task_names(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x"}])
     write_jsonl(tmp_path / "train.gpt-4o.jsonl", [{"id": "a", "rationale": "r", "label": "l"}])
     dataset = Dataset.from_files(tmp_path, name="mine")
@@ -187,7 +193,7 @@ def test_a_teachers_name_is_made_one_that_tasks_can_have(tmp_path):
     assert dataset.outputs("train", "gpt_4o")["a"].rationale == "r"
 
 
-def test_null_is_nothing_in_a_journal_too(tmp_path):
+def test_null_in_a_journal_is_a_missing_value(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x", "label": None}])
     journal = [{"id": "a", "rationale": None, "label": None, "status": "refused"}]
     write_jsonl(tmp_path / "train.t.jsonl", journal)
@@ -208,7 +214,7 @@ def test_bad_names_and_paths(tmp_path):
         Dataset.released("cqaa")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path):
     rows = [{"id": "a", "input": "x", "label": "b"}, {"id": "b", "input": "y", "label": "a"}]
     path = write_jsonl(tmp_path / "train.jsonl", rows)
     path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
@@ -221,9 +227,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     assert parse_gin([str(tmp_path / "x.gin")]).batch_size == 3
 
 
-def test_texts_of_another_teacher_are_not_read_in_place_of_those_that_are_missing(
-    small_root, tmp_path
-):
+def test_missing_texts_of_a_teacher_are_not_replaced_by_anothers(small_root, tmp_path):
     root = shutil.copytree(small_root, tmp_path / "root")
     shutil.rmtree(root / "gpt-neox" / "anli1")
     dataset = Dataset.released("anli1", epath.Path(root))

@@ -1,4 +1,4 @@
-"""Whatever a folder holds: no traceback, the ledger adds up, labels are trained as they are."""
+"""Fuzzed data folders: no traceback, ledgers add up, labels are trained unchanged."""
 
 import json
 import tempfile
@@ -44,7 +44,7 @@ RAW = st.one_of(
 
 
 def rows_of(texts, labels, **more):
-    """Rows, which are in order but for what the strategies say."""
+    """Returns a strategy of lists of rows with these fields."""
     fields = {"input": texts, "label": labels} | more
     return st.lists(st.fixed_dictionaries(fields), min_size=4, max_size=12)
 
@@ -88,7 +88,7 @@ def write(path: Path, rows: list[dict], encoding: str, end: str) -> None:
 
 
 def labels_of(path: Path) -> dict[str, str]:
-    """Returns the labels of a file of examples by their ids, read by other code than ours."""
+    """Returns the labels of a file of examples by their ids, read without dss."""
     rows = [json.loads(s) for s in path.read_text("utf-8-sig").split("\n") if s.strip()]
     out = {}
     for i, row in enumerate(rows):
@@ -114,11 +114,11 @@ def test_any_folder_is_inspected_or_refused_in_a_line(vocab_path):
     each()
     assert len(read) > 15
     assert len(refusals) > 15
-    assert not any("\n" in said for said in refusals)
+    assert not any("\n" in message for message in refusals)
 
 
 def inspect_and_read(vocab_path, rows, outputs, encoding, end, read, refusals):
-    """Inspects a folder; what can be read is held against the file, errors are kept."""
+    """Inspects a folder; checks each mixture's store, or keeps its error."""
     with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSS_CACHE", f"{temporary}/cache")
         folder = Path(temporary) / "any"
@@ -128,12 +128,12 @@ def inspect_and_read(vocab_path, rows, outputs, encoding, end, read, refusals):
         command = ["inspect", "any_step_by_step_t", f"--gin.DATASET_PATH={folder}"]
         command += [f"--gin.VOCABULARY={vocab_path}", "--gin.TRAIN_STEPS=8"]
         assert main(command) in (0, 2)
-        any = Dataset.from_files(folder, name="any")
+        dataset = Dataset.from_files(folder, name="any")
         for method in ("finetune", "step_by_step_t"):
             try:
                 read.append(
                     check_store(
-                        named_mixture(f"any_{method}", [any]), vocab_path, folder, len(rows)
+                        named_mixture(f"any_{method}", [dataset]), vocab_path, folder, len(rows)
                     )
                 )
             except UserError as error:
@@ -141,7 +141,7 @@ def inspect_and_read(vocab_path, rows, outputs, encoding, end, read, refusals):
 
 
 def check_store(mixture, vocab_path, folder, count):
-    """Holds what is trained against the file; returns how many examples that are."""
+    """Compares a store's targets with the file; returns the number of examples."""
     vocabulary = load_vocabulary(vocab_path)
     store = open_store(mixture, "train", vocabulary, **LENGTHS)
     for tokens in store.tasks:

@@ -21,22 +21,22 @@ LENGTHS = {"inputs_length": 64, "targets_length": 16}
     "pair",
     [("是", "否"), ("≤", "≥"), ("好评", "差评"), ("x<y", "x{y"), ("m2", "m²"), ("a b", "a  b")],
 )
-def test_labels_that_are_the_same_tokens_are_refused_by_name(pair, vocab_path):
-    message = f"labels {pair[0]!r} and {pair[1]!r} are the same tokens"
+def test_labels_with_equal_tokens_are_named_in_the_error(pair, vocab_path):
+    message = f"labels {pair[0]!r} and {pair[1]!r} have the same tokens"
     with pytest.raises(UserError, match=re.escape(message)):
         Labels(("yes", *pair)).check_distinct(load_vocabulary(vocab_path))
     Labels(("yes", *pair)).check_distinct(load_vocabulary("bytes"))
 
 
-def test_two_labels_of_one_row_of_tokens_are_refused_before_training(vocab_path, tmp_path, capsys):
+def test_labels_with_equal_tokens_are_an_error_before_training(vocab_path, tmp_path, capsys):
     rows = [{"id": str(i), "input": f"x{i}", "label": "是否"[i % 2]} for i in range(20)]
     write_jsonl(tmp_path / "zh" / "train.jsonl", rows)
     flags = [f"--gin.DATASET_PATH={tmp_path / 'zh'}", "--gin.DATASET_LABELS=('是', '否')"]
     flags += [f"--gin.VOCABULARY={vocab_path}", f"--gin.MODEL_DIR={tmp_path / 'run'}"]
     flags += ["--gin.MIXTURE_OR_TASK_NAME=zh_finetune", "--gin_file=students/tiny.gin"]
-    for verb in ("train", "inspect"):
-        assert main([verb, *flags]) == 2
-        assert "labels '是' and '否' are the same tokens" in capsys.readouterr().err
+    for command in ("train", "inspect"):
+        assert main([command, *flags]) == 2
+        assert "labels '是' and '否' have the same tokens" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def braces(tmp_path):
     return named_mixture("braces_finetune", [braces])
 
 
-def test_what_the_vocabulary_cannot_write_is_said_in_numbers(braces, vocab_path):
+def test_labels_and_inputs_that_the_vocabulary_cannot_encode_are_counted(braces, vocab_path):
     vocabulary = load_vocabulary(vocab_path)
     assert round_trip(vocabulary, "f{x}") == "fx"
     store = open_store(braces, "train", vocabulary, **LENGTHS)
@@ -63,7 +63,7 @@ def test_what_the_vocabulary_cannot_write_is_said_in_numbers(braces, vocab_path)
     assert describe_labels(braces, as_bytes, store) == []
 
 
-def test_a_prediction_is_compared_with_what_the_vocabulary_makes_of_the_label(braces, vocab_path):
+def test_a_prediction_is_compared_with_the_decoded_label(braces, vocab_path):
     examples = [EvaluationExample(str(i), "x", "f{x}") for i in range(3)]
     predictions = ["fx", "f{x}", "gy"]
     vocabulary = load_vocabulary(vocab_path)
@@ -74,14 +74,16 @@ def test_a_prediction_is_compared_with_what_the_vocabulary_makes_of_the_label(br
 def test_labels_that_look_alike_are_named():
     labels = [*["bug"] * 3, "Bug", "billing", "how to", "how  to"]
     assert describe_look_alikes(labels) == [
-        "labels that differ by case or blanks alone: 'bug' (3 rows), 'Bug' (1 rows)",
-        "labels that differ by case or blanks alone: 'how to' (1 rows), 'how  to' (1 rows)",
+        "labels that differ only by case or whitespace: 'bug' (3 rows), 'Bug' (1 rows)",
+        "labels that differ only by case or whitespace: 'how to' (1 rows), 'how  to' (1 rows)",
     ]
 
 
-def test_a_label_in_another_case_than_the_sets_is_told_which_one_it_is(tmp_path):
+def test_a_label_in_another_case_gets_a_suggestion(tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", [{"input": "x", "label": "Bug "}])
-    with pytest.raises(UserError, match=r"label 'Bug' is none of billing, bug; 'bug' is one"):
+    with pytest.raises(
+        UserError, match=r"label 'Bug' is not one of billing, bug; did you mean 'bug'"
+    ):
         list(stream_examples(path, "train", Labels(("billing", "bug"))))
 
 
@@ -99,18 +101,18 @@ def test_labels_that_their_metric_cannot_read_are_counted(tmp_path):
     )
 
 
-def test_one_place_says_which_labels_there_may_be_and_what_counts_as_one(vocab_path):
+def test_labels_check_the_closed_set_and_compare_predictions(vocab_path):
     closed = Labels((" bug ", "billing", " "))
     assert closed.closed == ("bug", "billing")
     assert closed.admit("bug")
     assert not closed.admit("Bug")
-    with pytest.raises(UserError, match=r"row 3: label 'Bug' is none .*'bug' is one"):
+    with pytest.raises(UserError, match=r"row 3: label 'Bug' is not one .*did you mean 'bug'"):
         closed.check("row 3", "Bug")
     assert Labels().admit("anything")
     sums = Labels(metric="equation")
     assert sums.is_right("2 + 2", "4")
     assert not sums.is_readable("four")
-    # What T5's vocabulary makes of a label is right of its students alone.
+    # A label as T5's vocabulary decodes it is right only for students with that vocabulary.
     vocabulary = load_vocabulary(vocab_path)
     assert closed.is_right("fx", "f{x}", vocabulary)
     assert not closed.is_right("fx", "f{x}")

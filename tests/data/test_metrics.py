@@ -69,7 +69,7 @@ def test_arithmetic(text, value):
         "1 2/3 4",
     ],
 )
-def test_anything_else_has_no_value(text):
+def test_other_texts_have_no_value(text):
     with pytest.raises(EquationError):
         evaluate(text)
 
@@ -86,7 +86,7 @@ def _expression():
 
 @given(_expression())
 @settings(max_examples=200, deadline=None)
-def test_values_are_pythons(text):
+def test_values_equal_pythons(text):
     tree = compile(ast.parse(text, mode="eval"), "expression", "eval")
     try:
         wanted = eval(tree, {"__builtins__": {}})
@@ -98,8 +98,8 @@ def test_values_are_pythons(text):
 
 
 @pytest.mark.filterwarnings("ignore::SyntaxWarning")
-def test_the_verdict_on_every_released_label_is_the_references(data_root):
-    """The reference calls `eval`; what raises is wrong. Here it is called on the released texts."""
+def test_released_labels_are_judged_as_in_the_reference(data_root):
+    """The reference calls `eval` and counts errors as wrong, and so does this test."""
     dataset = Dataset.released("svamp")
     for split in ("train", "test"):
         examples, outputs = dataset.source.examples(split), dataset.source.outputs(split, "palm")
@@ -119,7 +119,7 @@ def test_text_metrics():
     assert rouge_l("the cat sat", "the cat") == pytest.approx(0.8)
 
 
-def test_a_label_that_is_no_arithmetic_is_right_against_itself_alone():
+def test_a_label_that_is_not_arithmetic_equals_only_itself():
     assert equation_equal("(some - 8)", " (some - 8)")
     assert not equation_equal("(some - 8)", "(some - 9)")
     assert not equation_equal("", "")

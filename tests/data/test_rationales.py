@@ -77,11 +77,11 @@ AGREED, WRONG, ONCE = ((o["id"], o["rationale"]) for o in OUTPUTS[:3])
     ],
     ids=str,
 )
-def test_which_rationales_are_trained_on(folder, config, kept):
+def test_filters_select_rationales(folder, config, kept):
     assert rows(folder, **config) == kept
 
 
-def test_filters_leave_labels_other_splits_and_the_references_blanks_alone(folder):
+def test_filters_do_not_affect_labels_other_splits_and_unparsed_outputs(folder):
     config = RationaleConfig(right_only=True, max_words=1)
     label, rationale = mixture_of(folder).tasks
     assert len(label.rows("train", rationales=config)) == 5
@@ -109,20 +109,22 @@ def test_what_was_left_out_is_counted(folder):
     assert read.left_out == left_out
 
 
-def test_a_teacher_that_was_asked_once_has_no_agreement_and_no_others(toy):
+def test_filters_that_need_samples_are_an_error_for_a_single_one(toy):
     rationale = named_mixture("toy_step_by_step_rules", [toy]).tasks[1]
     for config in ({"min_agreement": 0.5}, {"several": True}):
         (name,) = config
-        with pytest.raises(UserError, match=f"{name} needs several samples an example, and rules"):
+        with pytest.raises(
+            UserError, match=f"{name} needs several samples per example, but teacher rules"
+        ):
             rationale.rows("train", rationales=RationaleConfig(**config))
 
 
 def test_a_vote_and_samples_are_checked(tmp_path):
     for value, message in (
-        ({"vote": 2}, "'vote' is 2; it should be a share between 0 and 1"),
+        ({"vote": 2}, "'vote' is 2; it must be a number between 0 and 1"),
         ({"vote": True}, "'vote' is True"),
-        ({"samples": "no"}, "'samples' is no list of JSON objects"),
-        ({"samples": [{"status": "fine"}]}, "status 'fine' is none of"),
+        ({"samples": "no"}, "'samples' is not a list of JSON objects"),
+        ({"samples": [{"status": "fine"}]}, "status 'fine' is not one of"),
         ({"samples": [{"rationale": []}]}, "'rationale' is a list"),
     ):
         path = write_jsonl(tmp_path / "train.t.jsonl", [{"id": "1"} | value])
@@ -158,7 +160,7 @@ def several(folder):
 
 
 def written(store, order, steps):
-    """Returns the rationales of some steps, a set a step."""
+    """Returns the rationales of each step as a set."""
     out = []
     for tasks, found, _ in map(order, steps):
         targets = store.tasks[1].targets
@@ -172,7 +174,7 @@ def written(store, order, steps):
     return out
 
 
-def test_another_of_several_rationales_in_each_epoch(several):
+def test_each_epoch_trains_on_another_sample(several):
     assert several.counts.tolist() == [[1, 2], [1, 2], [1, 1], [1, 0], [1, 0]]
     order = paired_order(several, 5, seed=3)
     first = {"one two", "one two three", "one two three four"}
@@ -183,7 +185,7 @@ def test_another_of_several_rationales_in_each_epoch(several):
     assert written(several, sampled, range(3)) == [first, second, first]
 
 
-def test_the_examples_of_any_of_several_rationales_are_found(several):
+def test_ids_of_any_sample_are_those_of_its_example(several):
     for tasks, found, _ in map(paired_order(several, 5, seed=0), range(2)):
         assert sorted(several.ids_of(tasks, found)) == sorted(several.ids)
     rows = several.rows[1, 1] + 1

@@ -23,11 +23,11 @@ from tests.conftest import write_jsonl
         ("anli1", "The answer is contradiction.", "", ""),
     ],
 )
-def test_palm_text_is_parsed_as_the_reference_does(name, text, rationale, label):
+def test_palm_text_is_parsed_as_in_the_reference(name, text, rationale, label):
     assert RELEASED[name].parsers["palm"](text) == (rationale, label)
 
 
-def test_gpt_neox_text_on_anli_may_conclude_otherwise():
+def test_gpt_neox_text_on_anli_has_two_conclusions():
     parse = RELEASED["anli1"].parsers["gpt_neox"]
     assert parse("  R. The answer is neutral.") == ("R.", "neutral")
 
@@ -42,19 +42,19 @@ def test_every_dataset_and_teacher_is_read(small_root, name):
         assert all(example.id in outputs for example in examples)
 
 
-def test_another_number_of_texts_than_rows_is_an_error(small_root, tmp_path):
+def test_a_number_of_texts_unlike_that_of_rows_is_an_error(small_root, tmp_path):
     import shutil
 
     root = tmp_path / "root"
     shutil.copytree(small_root, root)
     (root / "svamp" / "llm" / "train_CoT_1.json").unlink()
-    with pytest.raises(UserError, match=r"12 texts of palm for the 20 examples"):
+    with pytest.raises(UserError, match=r"12 texts of palm, but 20 examples"):
         Dataset.released("svamp", root).outputs("train", "palm")
     (root / "svamp" / "svamp_train.json").write_text('{"input": "x"}\n')
     with pytest.raises(UserError, match=r"svamp_train.json:1: not a row of svamp"):
         Dataset.released("svamp", root).examples("train")
     (root / "svamp" / "llm" / "train_CoT_0.json").write_text("[1]")
-    with pytest.raises(UserError, match="not a list of texts"):
+    with pytest.raises(UserError, match="not a JSON list of strings"):
         Dataset.released("svamp", root).outputs("train", "palm")
 
 
@@ -77,7 +77,7 @@ def test_an_nli_row_without_a_gold_label_is_an_error(tmp_path):
 )
 def test_a_row_without_its_texts_is_an_error(tmp_path, name, row):
     write_jsonl(tmp_path / name / f"{name}_test.json", [row])
-    with pytest.raises(UserError, match=rf"{name}_test.json:1: not a row of {name}: .* no text"):
+    with pytest.raises(UserError, match=rf"{name}_test.json:1: not a row of {name}: .* not text"):
         Dataset.released(name, tmp_path).examples("test")
 
 

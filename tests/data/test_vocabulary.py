@@ -21,9 +21,9 @@ def test_eos_in_a_text_is_one_id_and_long_texts_end_with_eos(vocab_path):
     vocabulary = load_vocabulary(vocab_path)
     ids = vocabulary.encode("a premise</s>a hypothesis")
     assert ids.count(1) == 1
-    cut = encode_example(vocabulary, "word " * 50, 8)
-    assert len(cut) == 8
-    assert cut[-1] == 1
+    truncated = encode_example(vocabulary, "word " * 50, 8)
+    assert len(truncated) == 8
+    assert truncated[-1] == 1
 
 
 def test_decoding_ends_at_eos_and_skips_special_ids(vocab_path):
@@ -32,7 +32,7 @@ def test_decoding_ends_at_eos_and_skips_special_ids(vocab_path):
     assert vocabulary.decode([*ids, 32099, 0, 1, *ids]) == "wooded area"
 
 
-def test_what_is_no_vocabulary_is_an_error(tmp_path):
+def test_a_missing_or_invalid_vocabulary_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no such vocabulary file"):
         load_vocabulary(tmp_path / "none.model")
     (tmp_path / "text.model").write_text("hello")

@@ -76,8 +76,8 @@ def test_a_spreadsheet_is_annotated_inspected_trained_and_evaluated(
         command = ["annotate", f"--input={source}", f"--prompt={prompt}", "--teacher=m"]
         command.append(f"--base-url={endpoint.url}")
         said = call(*command, status=2)
-        assert "train.jsonl:51: label 'Billing' is none of billing, bug" in said
-        assert "'billing' is one: write it so" in said
+        assert "train.jsonl:51: label 'Billing' is not one of billing, bug" in said
+        assert "did you mean 'billing'?" in said
         assert endpoint.count == 0
         write_jsonl(source, [{**row, "label": row["label"].lower()} for row in rows])
         said = call(*command)

@@ -310,7 +310,7 @@ def test_what_does_not_fit_a_run_is_one_line(
     shutil.copytree(toy_folder, bad)
     with (bad / "train.jsonl").open("a") as file:
         file.write('{"input": "x", "label": "maybe"}\n')
-    assert "label 'maybe' is none of yes, no" in refused(new, f"--gin.DATASET_PATH={bad}")
+    assert "label 'maybe' is not one of yes, no" in refused(new, f"--gin.DATASET_PATH={bad}")
     (bad / "train.jsonl").write_text("")
     assert "no examples for the train split" in refused(new, f"--gin.DATASET_PATH={bad}")
     (bad / "train.rules.jsonl").unlink()
@@ -374,7 +374,7 @@ def test_a_hugging_face_checkpoint_is_imported_trained_and_asked(
     run = tmp_path / "run"
     call(
         "train",
-        "--gin_file=datasets/svamp.gin --gin_file=methods/step_by_step.gin",
+        *("--gin_file=datasets/svamp.gin", "--gin_file=methods/step_by_step.gin"),
         f"--gin.MODEL_DIR={run}",
         f"--gin.DATA_ROOT={small_root}",
         f"--gin.INITIAL_CHECKPOINT_PATH={imported}",

@@ -1,4 +1,4 @@
-"""Students for Hugging Face and CTranslate2: what those make of them is what dss does."""
+"""Exports for Hugging Face and CTranslate2 have the student's logits, tokens and labels."""
 
 import dataclasses
 import errno
@@ -65,30 +65,37 @@ def flat(params) -> dict:
 
 
 def sharp(config):
-    """Parameters with opinions: outputs differ from input to input."""
+    """Returns parameters scaled so that outputs differ between inputs."""
     return jax.tree.map(lambda x: 2 * x if x.ndim > 1 else x, init_params(config, 0))
 
 
-def make_run(folder, config, vocabulary=BYTES, mixture="toy_finetune", **values):
-    """Returns a run with one checkpoint, at step 7."""
-    experiment = Experiment(
-        run_dir=str(folder),
-        student=config,
-        vocabulary=str(vocabulary),
-        mixture=mixture,
-        dropout_rate=0.0,
-        decoding=DecodingConfig(closed=False, max_length=12),
-        **values,
-    )
-    run, _ = create_run(experiment)
-    checkpoints = Checkpoints(run.folder / "checkpoints")
-    checkpoints.save(TrainState(np.int32(7), sharp(config), ()), 0.5)
-    checkpoints.close()
-    return run
+@pytest.fixture
+def make_run(toy_folder):
+    """Returns a function that makes a run on the toy dataset with one checkpoint, at step 7."""
+    toy_data = DataConfig(dataset_path=str(toy_folder), labels=("yes", "no"))
+
+    def make(folder, config, vocabulary=BYTES, mixture="toy_finetune", data=toy_data, **values):
+        experiment = Experiment(
+            run_dir=str(folder),
+            student=config,
+            vocabulary=str(vocabulary),
+            mixture=mixture,
+            data=data,
+            dropout_rate=0.0,
+            decoding=DecodingConfig(closed=False, max_length=12),
+            **values,
+        )
+        run, _ = create_run(experiment)
+        checkpoints = Checkpoints(run.folder / "checkpoints")
+        checkpoints.save(TrainState(np.int32(7), sharp(config), ()), 0.5)
+        checkpoints.close()
+        return run
+
+    return make
 
 
 def outputs(model, tokenizer, texts) -> list[str]:
-    """Returns what transformers' generate writes with its own defaults, those of the folder."""
+    """Returns the texts that transformers generates with the defaults of the folder."""
     inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     return tokenizer.batch_decode(model.generate(**inputs), skip_special_tokens=True)
 
@@ -101,7 +108,7 @@ def load(folder):
 
 
 @pytest.mark.parametrize("kind", list(KINDS)[:3])
-def test_transformers_computes_our_logits_and_writes_our_tokens(kind, tmp_path):
+def test_transformers_has_the_logits_and_tokens_of_dss(kind, tmp_path):
     import torch
 
     config = tiny_config(**KINDS[kind])
@@ -128,7 +135,7 @@ def test_transformers_computes_our_logits_and_writes_our_tokens(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_and_back_is_the_same_bits(kind, tmp_path):
+def test_export_and_import_keep_every_bit(kind, tmp_path):
     config = tiny_config(**KINDS[kind])
     params = init_params(config, 0)
     write_model(tmp_path, config, flat(params), DecodingConfig())
@@ -137,7 +144,7 @@ def test_there_and_back_is_the_same_bits(kind, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
-def test_the_reference_model_comes_back_as_it_was(shared, vocab_path, tmp_path):
+def test_an_imported_model_is_exported_unchanged(shared, vocab_path, tmp_path):
     source = shared / "fixtures" / "reference_cqa" / "model"
     run = import_checkpoint(
         Experiment(
@@ -156,7 +163,7 @@ def test_the_reference_model_comes_back_as_it_was(shared, vocab_path, tmp_path):
     assert "imported" in (written.path / "README.md").read_text()
 
 
-def test_shards_hold_what_one_file_does(tmp_path):
+def test_shards_hold_the_same_tensors_as_one_file(tmp_path):
     from transformers import AutoModelForSeq2SeqLM
 
     config = tiny_config()
@@ -176,7 +183,7 @@ def test_shards_hold_what_one_file_does(tmp_path):
     np.testing.assert_array_equal(model.lm_head.weight.detach(), params["head"].T)
 
 
-def test_a_tensor_larger_than_a_file_has_one_to_itself(tmp_path):
+def test_a_tensor_above_the_limit_has_its_own_file(tmp_path):
     like = {name: np.zeros(size, np.float32) for name, size in (("a", 2), ("b", 9), ("c", 2))}
     shards.write_shards(tmp_path, like, like.items(), limit=16)
     held = [list(load_file(f)) for f in sorted(tmp_path.glob("*.safetensors"))]
@@ -184,7 +191,9 @@ def test_a_tensor_larger_than_a_file_has_one_to_itself(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
-def test_the_tokenizer_gives_our_ids_on_the_released_data(kind, data_root, vocab_path, tmp_path):
+def test_the_tokenizer_gives_the_ids_of_dss_on_the_released_data(
+    kind, data_root, vocab_path, tmp_path
+):
     from transformers import AutoTokenizer
 
     vocabulary = load_vocabulary(BYTES if kind == "bytes" else vocab_path)
@@ -204,7 +213,7 @@ def test_the_tokenizer_gives_our_ids_on_the_released_data(kind, data_root, vocab
     theirs = tokenizer(texts).input_ids
     ours = [encode_example(vocabulary, text, 10_000) for text in texts]
     different = [t for t, a, b in zip(texts, theirs, ours, strict=True) if a != b]
-    # Two ways of cutting "****" are as likely, and sums in 32 and 64 bits break the tie
+    # Segmentations of "****" are equally likely, and sums in 32 and 64 bits break the tie
     # differently; nothing else differs.
     assert all("****" in text or "oooo" in text for text in different)
     assert len(different) <= (2 if kind == "sentencepiece" else 0)
@@ -215,12 +224,12 @@ def test_the_tokenizer_gives_our_ids_on_the_released_data(kind, data_root, vocab
 
 
 OTHER_MODELS = {
-    "is of BPE or of characters": {"model_type": "bpe"},
+    "is of type BPE or character": {"model_type": "bpe"},
     "falls back to bytes": {"byte_fallback": True, "vocab_size": 400},
-    "puts no blank before a text": {"add_dummy_prefix": False},
-    "keeps all blanks": {"remove_extra_whitespaces": False},
-    "puts blanks after words": {"treat_whitespace_as_suffix": True},
-    "has symbols defined by a user": {"user_defined_symbols": ["<x>"]},
+    "puts no space before a text": {"add_dummy_prefix": False},
+    "keeps repeated spaces": {"remove_extra_whitespaces": False},
+    "puts spaces after words": {"treat_whitespace_as_suffix": True},
+    "has user-defined symbols": {"user_defined_symbols": ["<x>"]},
 }
 
 
@@ -239,24 +248,24 @@ def train_vocabulary(path, **options):
     return path
 
 
-@pytest.mark.parametrize("what", OTHER_MODELS)
-def test_a_tokenizer_that_would_give_other_ids_is_refused(what, toy, tmp_path):
-    words = train_vocabulary(tmp_path / "words.model", **OTHER_MODELS[what])
+@pytest.mark.parametrize("difference", OTHER_MODELS)
+def test_a_tokenizer_that_would_give_other_ids_is_refused(difference, make_run, tmp_path):
+    words = train_vocabulary(tmp_path / "words.model", **OTHER_MODELS[difference])
     run = make_run(tmp_path / "run", tiny_config(), words)
-    with pytest.raises(UserError, match=rf"would give other ids: the model {what}"):
+    with pytest.raises(UserError, match=rf"would give other ids: the model {difference}"):
         export(run, "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_whole_words_is_exported_with_a_note(toy, tmp_path):
-    """As the quickstart's is: what it has is read alike, other words are not."""
+def test_a_model_of_whole_words_is_exported_with_a_note(make_run, tmp_path):
+    """Such as the quickstart's vocabulary: only words that it lacks have other ids."""
     words = train_vocabulary(tmp_path / "words.model", model_type="word")
     run = make_run(tmp_path / "run", tiny_config(), words)
     note = export(run, "hf", tmp_path / "out").note
-    assert note == "in transformers, words that the vocabulary does not have are other ids"
+    assert note == "transformers gives other ids for words outside the vocabulary"
 
 
-def test_ids_are_compared_when_a_folder_is_written(toy, tmp_path, monkeypatch):
+def test_ids_are_compared_when_a_folder_is_written(make_run, tmp_path, monkeypatch):
     words = train_vocabulary(tmp_path / "words.model")
     run = make_run(tmp_path / "run", tiny_config(), words)
     export(run, "hf", tmp_path / "out")
@@ -267,7 +276,7 @@ def test_ids_are_compared_when_a_folder_is_written(toy, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_a_folder_as_it_is_predicts_what_dss_does(toy, tmp_path, num_beams):
+def test_an_exported_folder_predicts_as_dss_does(make_run, toy, tmp_path, num_beams):
     run = make_run(tmp_path / "run", tiny_config())
     run = load_run(run.folder, [f"DecodingConfig.num_beams={num_beams}"])
     folder = export(run, "hf", tmp_path / "out").path
@@ -278,7 +287,7 @@ def test_a_folder_as_it_is_predicts_what_dss_does(toy, tmp_path, num_beams):
 
 
 @pytest.mark.parametrize(("words", "kind"), [("bytes", {}), ("sentencepiece", V1_0)])
-def test_ctranslate2_writes_what_dss_does(words, kind, toy, vocab_path, tmp_path, capsys):
+def test_ctranslate2_predicts_as_dss_does(words, kind, make_run, toy, vocab_path, tmp_path, capsys):
     pytest.importorskip("ctranslate2")
     config = tiny_config(**kind, vocab_size=384 if words == "bytes" else 32128)
     run = make_run(tmp_path / "run", config, BYTES if words == "bytes" else vocab_path)
@@ -299,7 +308,7 @@ def run_card(folder, texts) -> list[str]:
     return printed[0]
 
 
-def test_the_card_says_what_was_trained_how_well_and_with_what_command(toy_folder, toy, tmp_path):
+def test_the_card_has_the_training_scores_and_command(toy_folder, make_run, tmp_path):
     run = make_run(
         tmp_path / "my-student",
         tiny_config(),
@@ -321,13 +330,13 @@ def test_the_card_says_what_was_trained_how_well_and_with_what_command(toy_folde
         "distilling step-by-step",
         "the teacher rules",
         "gold labels",
-        "0.25 for the label's loss, 0.75 for the rationale's",
-        "share of the training data | 0.5",
+        "0.25 for the label loss, 0.75 for the rationale loss",
+        "fraction of the training data | 0.5",
         "steps | 7 of 10000",
         "valid accuracy, in training | 62.50%",
         "valid loss, in training | 2.5000",
         f"test accuracy | {result.scored.value:.2%} (95%: ",
-        "With `explain: ` before it",
+        "With the prefix `explain: `",
         "--gin.DataConfig.dataset_path=$DATA",
         f"dss {dss.__version__}, jax {jax.__version__}",
     ):
@@ -345,18 +354,18 @@ def test_the_card_says_what_was_trained_how_well_and_with_what_command(toy_folde
         model_card(run, 7)
 
 
-def test_the_card_says_what_the_decoder_is_told_and_that_alpha_moved(toy, tmp_path):
+def test_the_card_has_the_decoder_start_id_and_the_final_alpha(make_run, tmp_path):
     run = make_run(tmp_path / "run", tiny_config(), mixture="toy_step_by_step_rules")
     data = dataclasses.replace(run.experiment.data, one_encoder_pass=True)
     experiment = dataclasses.replace(run.experiment, data=data, alpha=0.3, alpha_end=0.9)
     card = model_card(dataclasses.replace(run, experiment=experiment), 7)
     assert "explain: " not in card
     start = load_vocabulary(run.vocabulary_source).size
-    assert f"decoder starts from the id {start} and not 0" in " ".join(card.split())
-    assert "0.3 for the label's loss, 0.7 for the rationale's, moving to 0.9 |" in card
+    assert f"the decoder start id {start} instead of 0" in " ".join(card.split())
+    assert "0.3 for the label loss, 0.7 for the rationale loss, annealed to 0.9 |" in card
 
 
-def test_the_card_names_the_base_model_where_it_is_on_the_hub(toy, tmp_path):
+def test_the_card_names_a_base_model_on_the_hub(make_run, tmp_path):
     run = make_run(tmp_path / "run", tiny_config())
     for source, named in (
         ("hf:google/byt5-small", "base_model: google/byt5-small"),
@@ -369,7 +378,7 @@ def test_the_card_names_the_base_model_where_it_is_on_the_hub(toy, tmp_path):
         card = model_card(dataclasses.replace(run, experiment=experiment), 7)
         assert ("base_model" in card) == (named is not None)
         assert (named or "") in card
-        assert f"began from | {source or 'random parameters'} |" in card
+        assert f"initial checkpoint | {source or 'none: randomly initialised'} |" in card
 
 
 @pytest.mark.parametrize(
@@ -378,11 +387,13 @@ def test_the_card_names_the_base_model_where_it_is_on_the_hub(toy, tmp_path):
         ("hff", "new", "best", "unknown --to 'hff'; did you mean 'hf'?"),
         ("hf", "full", "best", "full: not empty; export into a new folder"),
         ("hf", "full/file", "best", "full/file: not empty"),
-        ("t5x", "gs://bucket/new", "best", "gs://bucket/new: exports are written to this machine"),
+        ("t5x", "gs://bucket/new", "best", "gs://bucket/new: cannot export into a bucket"),
         ("hf", "new", "9", "no checkpoint '9'; have: 7, latest, best"),
     ],
 )
-def test_what_a_user_gets_wrong(to, where, checkpoint, message, tmp_path, capsys, monkeypatch):
+def test_user_errors_are_one_line_and_write_nothing(
+    to, where, checkpoint, message, make_run, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     make_run("run", tiny_config())
     (tmp_path / "full").mkdir()
@@ -397,14 +408,14 @@ def test_what_a_user_gets_wrong(to, where, checkpoint, message, tmp_path, capsys
     assert (tmp_path / "full" / "file").read_text() == "mine"
 
 
-def test_a_run_that_has_no_checkpoint(tmp_path, capsys):
+def test_a_run_without_a_checkpoint_is_an_error(tmp_path, capsys):
     create_run(Experiment(run_dir=str(tmp_path / "run"), student=tiny_config(), vocabulary=BYTES))
     assert cli.main(["export", str(tmp_path / "run"), "--to=hf", str(tmp_path / "out")]) == 2
     assert "no checkpoints" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_whose_configuration_is_of_another_size(tmp_path, capsys):
+def test_a_configuration_of_another_size_is_an_error(make_run, tmp_path, capsys):
     run = make_run(tmp_path / "run", tiny_config())
     config = run.folder / "config.gin"
     config.write_text(config.read_text().replace("T5Config.d_ff = 32", "T5Config.d_ff = 64"))
@@ -413,13 +424,13 @@ def test_a_run_whose_configuration_is_of_another_size(tmp_path, capsys):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["run"]
 
 
-def test_a_student_that_transformers_has_no_form_for():
-    with pytest.raises(UserError, match="a head of its own and scaled logits"):
+def test_a_student_that_transformers_cannot_represent_is_an_error():
+    with pytest.raises(UserError, match="untied embeddings and scaled logits"):
         model_config(tiny_config(scaled_logits=True))
 
 
 @pytest.mark.parametrize("to", ["hf", "t5x", "ctranslate2"])
-def test_an_export_that_computes_other_numbers_is_not_written(to, toy, tmp_path, monkeypatch):
+def test_an_export_with_other_logits_is_not_written(to, make_run, tmp_path, monkeypatch):
     if to != "t5x":
         pytest.importorskip({"hf": "transformers"}.get(to, to))
     run = make_run(tmp_path / "run", tiny_config())
@@ -434,37 +445,37 @@ def test_an_export_that_computes_other_numbers_is_not_written(to, toy, tmp_path,
 
     monkeypatch.setattr(huggingface_export, "write_model", wrong_model)
     monkeypatch.setattr(t5x_export, "train_state", wrong_state)
-    with pytest.raises(UserError, match="computes other numbers from the export"):
+    with pytest.raises(UserError, match="computes other logits from the export"):
         export(run, to, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_without_the_memory_for_two_an_export_is_not_compared(toy, tmp_path, monkeypatch):
+def test_an_export_is_not_compared_for_lack_of_memory(make_run, tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", tiny_config())
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable: 8 kB\n")
     monkeypatch.setattr(comparison, "MEMINFO", tmp_path / "meminfo")
-    assert "memory is short" in export(run, "hf", tmp_path / "out").note
+    assert "for lack of memory" in export(run, "hf", tmp_path / "out").note
 
 
-def test_what_cannot_be_compared_is_written_with_a_note(toy, tmp_path, monkeypatch):
+def test_an_export_that_cannot_be_compared_has_a_note(make_run, tmp_path, monkeypatch):
     run = make_run(tmp_path / "run", tiny_config())
 
     def dummy(*args):
         raise ImportError("T5 needs another PyTorch\nand so on")
 
     monkeypatch.setattr(comparison, "check", dummy)
-    found = export(run, "hf", tmp_path / "out")
-    assert found.note.endswith("logits: T5 needs another PyTorch")
-    assert (found.path / "config.json").is_file()
+    written = export(run, "hf", tmp_path / "out")
+    assert written.note.endswith("logits: T5 needs another PyTorch")
+    assert (written.path / "config.json").is_file()
 
 
-def test_a_student_of_a_mesh_is_exported_on_one_device(toy, tmp_path):
+def test_a_student_of_a_mesh_is_exported_on_one_device(make_run, tmp_path):
     run = make_run(tmp_path / "run", tiny_config(), mesh=MeshConfig(data=64, model=2))
     assert export(run, "t5x", tmp_path / "out").note.startswith("without the run's optimizer")
 
 
 @pytest.mark.parametrize("missing", [["ctranslate2"], ["transformers", "torch"]])
-def test_ctranslate2_is_asked_for_where_it_is_not(missing, monkeypatch):
+def test_missing_packages_of_ctranslate2_are_named(missing, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n in missing else find(n))
     with pytest.raises(UserError, match=rf"needs {', '.join(missing)} \(not"):
@@ -472,10 +483,12 @@ def test_ctranslate2_is_asked_for_where_it_is_not(missing, monkeypatch):
 
 
 @pytest.mark.parametrize("to", ["hf", "t5x", "ctranslate2"])
-def test_a_full_disk_leaves_nothing_and_the_next_export_is_whole(to, toy, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_files_and_the_next_export_succeeds(
+    to, make_run, tmp_path, monkeypatch
+):
     run = make_run(tmp_path / "run", tiny_config())
-    (tmp_path / "out").mkdir()  # empty: it may be there
-    (tmp_path / ".out.partial").mkdir()  # of an export that was killed
+    (tmp_path / "out").mkdir()  # an empty folder is allowed
+    (tmp_path / ".out.partial").mkdir()  # left by an export that was killed
     (tmp_path / ".out.partial" / "old").write_text("")
 
     def full(*_, **__):

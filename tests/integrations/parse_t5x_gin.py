@@ -1,5 +1,5 @@
-"""Parses gin/t5x/ with every dataset, method and variant, as T5X would, to train, to evaluate and
-to infer; prints what each sets, a JSON line for each.
+"""Parses gin/t5x/ as T5X does, with every dataset, method and variant, for training, evaluation and
+inference; prints the values of each as a JSON line.
 
 python -m tests.integrations.parse_t5x_gin DATA_ROOT
 """
@@ -35,7 +35,7 @@ def configurable(name):
 def main(data_root):
     from dss.paths import gin_root
 
-    logging.disable(logging.ERROR)  # gin tells of each folder in which it did not find a file
+    logging.disable(logging.ERROR)  # gin logs each folder without the file
     gin.add_config_file_search_path(str(gin_root()))
     scripts = {mode: configurable(name) for mode, name in SCRIPTS.items()}
     for mode, script in scripts.items():
@@ -58,7 +58,7 @@ def parse_all(mode, script, root, data_root):
         text = gin.config_str()
         macros = sorted(set(re.findall(r"%(\w+)", text)))
         bound = {name: gin.query_parameter(f"%{name}") for name in macros}
-        given = sorted(script())  # everything that the file hands to T5X can be made
+        given = sorted(script())  # constructs all objects that the file passes to T5X
         row = {"mode": mode, "file": given_files[-1].stem, "macros": bound, "given": given}
         print(json.dumps(row))
 

@@ -1,4 +1,4 @@
-"""Writes small checkpoints as T5X does."""
+"""Writes small checkpoints in T5X's formats."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from flax import serialization, traverse_util
 
 
 def fixture_tensors(shared: Path) -> dict[str, np.ndarray]:
-    """Returns the parameters that T5X wrote, by its names, dots between the levels."""
+    """Returns the parameters of T5X's fixture by name, with dots between the levels."""
     folder = shared / "fixtures" / "t5x_tiny_v1_1" / "legacy" / "checkpoint_0"
     tensors = {}
     for path in folder.glob("target.*"):
@@ -27,9 +27,9 @@ def write_legacy(
     """Writes the legacy format: msgpack, and a zarr folder for each tensor.
 
     Args:
-      folder: to be made.
-      tensors: by name.
-      rows: of a chunk.
+      folder: the folder to create.
+      tensors: the tensors by name.
+      rows: number of rows per chunk.
     """
     leaves = {}
     for name, array in tensors.items():
@@ -40,8 +40,8 @@ def write_legacy(
         dtype = array.dtype.name
         spec = {"driver": "zarr", "dtype": dtype, "kvstore": kvstore, "metadata": metadata}
         leaves[name] = spec
-        here = spec | {"kvstore": kvstore | {"path": f"{folder}/target.{name}/"}}
-        tensorstore.open(here, create=True).result().write(array).result()
+        absolute_spec = spec | {"kvstore": kvstore | {"path": f"{folder}/target.{name}/"}}
+        tensorstore.open(absolute_spec, create=True).result().write(array).result()
     target = traverse_util.unflatten_dict(leaves, sep=".")
     state = {"target": target, "state": {"step": np.int32(0)}}
     content = {"version": 3, "optimizer": state}
@@ -50,7 +50,7 @@ def write_legacy(
 
 
 def write_orbax(folder: Path, tensors: dict[str, np.ndarray], **options: bool) -> Path:
-    """Writes the Orbax format; the options are of Orbax's PyTreeCheckpointHandler."""
+    """Writes the Orbax format; options are those of Orbax's PyTreeCheckpointHandler."""
     target = traverse_util.unflatten_dict(tensors, sep=".")
     handler = ocp.PyTreeCheckpointHandler(**options)
     with ocp.Checkpointer(handler) as checkpointer:

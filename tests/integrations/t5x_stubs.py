@@ -1,7 +1,7 @@
-"""Stands in for T5X where it is missing, as far as parsing the gin files goes.
+"""Stubs of T5X's modules, for parsing gin files where T5X is not installed.
 
-Every name can be imported and called with anything; so what is checked is the files' syntax,
-their macros, and the names of our own functions and of their parameters.
+Every name can be imported and called with any arguments. Parsing therefore checks the files'
+syntax, their macros, and the names of dss's functions and of their parameters.
 """
 
 import importlib.machinery
@@ -39,12 +39,12 @@ def _stub(name: str, module: str) -> type:
 def install() -> None:
     """Makes the stubs importable."""
     for module, names in NAMES.items():
-        made = types.ModuleType(module)
-        made.__spec__ = importlib.machinery.ModuleSpec(module, None, origin=__file__)
-        made.__path__ = []
+        stub = types.ModuleType(module)
+        stub.__spec__ = importlib.machinery.ModuleSpec(module, None, origin=__file__)
+        stub.__path__ = []
         for name in names:
-            setattr(made, name, _stub(name, module))
-        sys.modules[module] = made
+            setattr(stub, name, _stub(name, module))
+        sys.modules[module] = stub
         parent, _, child = module.rpartition(".")
         if parent:
-            setattr(sys.modules[parent], child, made)
+            setattr(sys.modules[parent], child, stub)

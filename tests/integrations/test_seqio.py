@@ -1,4 +1,4 @@
-"""The SeqIO tasks read what `dss train` reads; they need TensorFlow, which loads slowly."""
+"""SeqIO tasks have the examples, tokens and metrics of `dss train`."""
 
 import shutil
 
@@ -18,7 +18,7 @@ from dss.mixtures.tasks import extract_label
 pytestmark = pytest.mark.slow
 
 
-def test_tokens_are_those_of_the_token_store(shared, data_root, vocab_path, monkeypatch):
+def test_tokens_equal_those_of_dss(shared, data_root, vocab_path, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", str(vocab_path))
     import dss.tasks.anli1
     import dss.tasks.svamp
@@ -26,7 +26,7 @@ def test_tokens_are_those_of_the_token_store(shared, data_root, vocab_path, monk
     assert "svamp_step_by_step_palm" in dss.tasks.svamp.NAMES
     assert "anli1_finetune" in dss.tasks.anli1.NAMES
     vocabulary = load_vocabulary(vocab_path)
-    lengths = {"inputs": 64, "targets": 20}  # short, so that some are cut
+    lengths = {"inputs": 64, "targets": 20}  # short, so that some are truncated
     for name, split, ours in (
         ("svamp_rationale_palm", "train", "train"),
         ("anli1_rationale_palm", "validation", "valid"),
@@ -59,7 +59,7 @@ def test_metrics_and_labels_of_a_users_dataset(toy, monkeypatch):
     np.testing.assert_array_equal(row["inputs"], wanted)
 
 
-def test_what_is_given_later_counts_and_what_is_not_given_stays(toy, vocab_path, monkeypatch):
+def test_registering_again_replaces_only_given_values(toy, vocab_path, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
 
     def registered():
@@ -87,17 +87,17 @@ def test_examples_are_counted(toy, monkeypatch):
 
 
 def _written(vocabulary, answers: list[str], length: int = 64) -> np.ndarray:
-    """Returns what a student may write, [N, length]: right, wrong, odd ids, without an end."""
+    """Returns generated tokens, [N, length]: right and wrong answers, odd ids, some without EOS."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, vocabulary.size + 50, size=(len(answers), length))
     for i, answer in enumerate(answers):
-        if i % 5 < 3:  # what comes after the end counts for nothing
+        if i % 5 < 3:  # tokens after EOS are ignored
             wanted = encode_example(vocabulary, answer, length)
             tokens[i, : len(wanted)] = wanted
         if i % 5 == 1:
-            tokens[i, 0] = vocabulary.size + 7  # a sentinel: it has no text
+            tokens[i, 0] = vocabulary.size + 7  # a sentinel, which has no text
         if i % 5 == 2:
-            tokens[i, 1] = 2  # unknown: it has none either
+            tokens[i, 1] = 2  # the unknown id, which has no text
     return tokens
 
 
@@ -125,7 +125,9 @@ def test_the_evaluator_scores_equations_and_rationales_as_dss_does(
     vocabulary = load_vocabulary(vocab_path)
     mixture = named_mixture("svamp_step_by_step_palm")
     rows = {task.name: task.rows("test") for task in mixture.tasks}
-    assert len({len(r) for r in rows.values()}) == 2, "the tasks are told apart by their rows"
+    assert len({len(r) for r in rows.values()}) == 2, (
+        "tasks are distinguished by their number of rows"
+    )
     tokens = {n: _written(vocabulary, [row.targets for row in r]) for n, r in rows.items()}
     texts = {n: [vocabulary.decode(ids.tolist()) for ids in t] for n, t in tokens.items()}
 
@@ -157,7 +159,7 @@ def test_the_evaluator_scores_labels_and_single_targets_as_dss_does(toy, monkeyp
         assert 0 < scored.value < 1
 
 
-def test_a_task_has_the_splits_whose_files_are_there(toy_folder, tmp_path, monkeypatch):
+def test_a_task_has_the_splits_whose_files_exist(toy_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("DSS_VOCABULARY", "bytes")
     folder = tmp_path / "part"
     shutil.copytree(toy_folder, folder)

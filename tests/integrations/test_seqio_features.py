@@ -25,7 +25,7 @@ def convert(rows, **options):
     ]
 
 
-def test_packed_targets_carry_their_tasks():
+def test_packed_targets_have_their_tasks():
     (row,) = convert([([7, 3, 5, 1], [9, 1]), ([8, 3, 6, 1], [4, 5, 1])])
     assert row["decoder_target_tokens"] == [9, 1, 4, 5, 1, 0, 0]
     assert row["decoder_task_ids"] == [1, 1, 2, 2, 2, 0, 0]
@@ -33,7 +33,7 @@ def test_packed_targets_carry_their_tasks():
     assert row["encoder_input_tokens"] == [7, 3, 5, 1, 8, 3, 6, 1, 0, 0]
 
 
-def test_unpacked_rows_carry_theirs():
+def test_unpacked_targets_have_their_tasks():
     rows = convert([([8, 3, 6, 1], [4, 1]), ([7, 3, 5, 1], [9, 1])], pack=False)
     assert [row["decoder_task_ids"] for row in rows] == [[2, 2, 0, 0, 0, 0, 0], [1, 1] + [0] * 5]
     assert "decoder_segment_ids" not in rows[0]
@@ -41,7 +41,7 @@ def test_unpacked_rows_carry_theirs():
 
 @pytest.mark.parametrize("inputs", [[5, 3, 6, 1], [7, 1], [7]])
 def test_an_input_of_no_task_is_refused(inputs):
-    with pytest.raises(tf.errors.InvalidArgumentError, match="prefix of no task"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="without the prefix of any task"):
         convert([(inputs, [4, 1])])
 
 
@@ -59,8 +59,8 @@ def test_a_mixture_packs_every_row_with_its_task(toy, monkeypatch):
     seen = {1: set(), 2: set()}
     for row in ds.as_numpy_iterator():
         for segment in range(1, row["decoder_segment_ids"].max() + 1):
-            here = row["decoder_segment_ids"] == segment
-            (task,) = np.unique(row["decoder_task_ids"][here])
-            seen[task].add(vocabulary.decode(row["decoder_target_tokens"][here].tolist()))
+            in_segment = row["decoder_segment_ids"] == segment
+            (task,) = np.unique(row["decoder_task_ids"][in_segment])
+            seen[task].add(vocabulary.decode(row["decoder_target_tokens"][in_segment].tolist()))
     assert {text.removesuffix("</s>") for text in seen[1]} == {"yes", "no"}
     assert all(" mod 3" in text for text in seen[2])

@@ -1,4 +1,4 @@
-"""The TFDS builder, under TFDS's own test of builders."""
+"""Tests the TFDS builder with TFDS's test case for builders."""
 
 import pytest
 import tensorflow_datasets as tfds
@@ -8,7 +8,7 @@ from dss.integrations.step_by_step import StepByStep
 
 @pytest.fixture(scope="module", autouse=True)
 def _files(small_root, toy_folder):
-    """Says where the files are that the builder's users would have put there."""
+    """Sets the folders of the files that a user downloads by hand."""
     TestHeldOut.EXAMPLE_DIR = TestWithValidation.EXAMPLE_DIR = small_root
     TestOwnFiles.EXAMPLE_DIR = toy_folder
 

@@ -1,4 +1,4 @@
-"""The plug-in against T5X itself; skipped where T5X is not installed (docs/t5x.md says how)."""
+"""The plug-in with T5X itself; skipped where T5X is not installed, see docs/t5x.md."""
 
 import dataclasses
 import itertools
@@ -109,7 +109,7 @@ def test_the_losses_of_microbatches_add_up_to_the_batchs(experiment, checkpoint)
     assert not np.isclose(parts[0], parts[1], rtol=1e-3)
 
 
-def test_rows_counted_by_the_model_weigh_as_those_counted_before(experiment, checkpoint):
+def test_weights_by_the_model_equal_those_in_the_batch(experiment, checkpoint):
     model, params = plugin.model(experiment), t5x_params(checkpoint)
     batch = next(t5x_batches(experiment))
     counted = {n: a for n, a in batch.items() if n != "decoder_token_weights"}
@@ -117,7 +117,7 @@ def test_rows_counted_by_the_model_weigh_as_those_counted_before(experiment, che
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
-def test_rows_hold_every_view_of_a_steps_examples_once(experiment):
+def test_rows_hold_every_sequence_of_a_steps_examples_once(experiment):
     batches = t5x_batches(experiment)
     spec = batches.element_spec
     store = training_store(experiment)
@@ -154,21 +154,21 @@ def test_filters_are_those_of_dss(experiment):
     assert counts[1][1] < counts[0][1]
 
 
-def test_processes_have_their_own_rows_and_the_weights_of_the_whole(experiment):
+def test_processes_have_their_rows_of_the_whole_batch(experiment):
     whole = next(t5x_batches(experiment))
     parts = [next(t5x_batches(experiment, shard, 2)) for shard in range(2)]
     for name, array in whole.items():
         np.testing.assert_array_equal(np.concatenate([p[name] for p in parts]), array)
 
 
-def test_the_data_go_on_where_the_run_saved_them(experiment, tmp_path):
+def test_the_data_resume_from_the_runs_own_checkpoint(experiment, tmp_path):
     experiment = dataclasses.replace(experiment, run_dir=str(tmp_path / "run"))
     first, second = t5x_batches(experiment), t5x_batches(experiment)
     next(first), next(first)
     for folder in ("run", "another"):
         (tmp_path / folder).mkdir()
         first.save(tmp_path / folder / "state")
-    second.restore(tmp_path / "another" / "state")  # an initial checkpoint's: not of this run
+    second.restore(tmp_path / "another" / "state")  # of an initial checkpoint, not of this run
     jax.tree.map(np.testing.assert_array_equal, next(second), next(t5x_batches(experiment)))
     second.restore(tmp_path / "run" / "state")
     jax.tree.map(np.testing.assert_array_equal, next(second), next(first))
@@ -176,13 +176,13 @@ def test_the_data_go_on_where_the_run_saved_them(experiment, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, next(first), next(t5x_batches(experiment)))
 
 
-def test_of_an_initial_checkpoint_only_the_parameters_are_taken():
+def test_only_the_parameters_of_an_initial_checkpoint_are_restored():
     state = {"target": {"a": 1}, "state": {"step": 7}}
     assert plugin.parameters_only(state, {}) == {"target": {"a": 1}}
     assert plugin.parameters_only(state, {}, is_resuming=True) == state
 
 
-def test_what_t5x_cannot_be_is_said(experiment, student):
+def test_students_that_t5x_does_not_support_are_errors(experiment, student):
     for changes, message in (
         ({"student": None}, "no student"),
         ({"student": dataclasses.replace(student, relative_buckets=16)}, "relative_buckets is 16"),
@@ -194,7 +194,7 @@ def test_what_t5x_cannot_be_is_said(experiment, student):
         plugin.mixture(dataclasses.replace(experiment, mixture=None))
 
 
-def test_what_t5x_would_pass_over_is_refused(experiment):
+def test_fields_that_t5x_would_ignore_are_errors(experiment):
     data, trainer = experiment.data, experiment.trainer
     for changes, message in (
         ({"data": dataclasses.replace(data, packed=False)}, "DataConfig.packed is False"),
@@ -222,7 +222,7 @@ def test_paths_are_made_absolute(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", [{"label_smoothing": 0.3}, {"z_loss": 0.01}])
-def test_the_loss_is_smoothed_as_the_experiment_says(change, experiment, checkpoint):
+def test_label_smoothing_and_z_loss_are_the_experiments(change, experiment, checkpoint):
     batch, params = next(t5x_batches(experiment)), t5x_params(checkpoint)
     smoothed = dataclasses.replace(experiment, **change)
     plain, other = (plugin.model(e).loss_fn(params, batch, None)[0] for e in (experiment, smoothed))
@@ -241,8 +241,8 @@ def test_validation_is_padded_to_the_longest_of_its_rows(experiment):
     assert lengths["inputs"] < 1024
 
 
-def test_an_exported_run_goes_on_with_the_data_it_had_not_seen(experiment, tmp_path):
-    """Its one file counts for every process; of an initial checkpoint it says nothing."""
+def test_an_exported_run_resumes_at_its_position_in_the_data(experiment, tmp_path):
+    """All processes read its one file; a run with another folder starts at step 0."""
     path = write_checkpoint(tmp_path / "run", {"target": {"x": np.ones(2)}}, 3)
     for folder, step in (("run", 3), ("another", 0)):
         moved = dataclasses.replace(experiment, run_dir=str(tmp_path / folder))

@@ -1,4 +1,4 @@
-"""The gin files for T5X, parsed in every run; stand-ins bear its names where it is missing."""
+"""Parses the gin files for T5X, with stubs of T5X where it is not installed."""
 
 import ast
 import importlib.util
@@ -13,7 +13,12 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-OWN = {"CHECKPOINT_PATH", "EVAL_OUTPUT_DIR", "INFER_OUTPUT_DIR", "SPLIT"}  # not `dss train`'s
+T5X_MACROS = {
+    "CHECKPOINT_PATH",
+    "EVAL_OUTPUT_DIR",
+    "INFER_OUTPUT_DIR",
+    "SPLIT",
+}  # not in `dss train`
 
 
 def macros_of(file: str) -> dict[str, str]:
@@ -24,11 +29,11 @@ def macros_of(file: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def parsed(small_root):
-    """What each file sets, as `parse_t5x_gin` prints it."""
+    """The rows that `parse_t5x_gin` prints."""
     command = [sys.executable, "-m", "tests.integrations.parse_t5x_gin", str(small_root)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "infer"])
@@ -41,7 +46,7 @@ def test_every_dataset_method_and_variant_is_read_with_all_macros_bound(mode, pa
     ]
     assert [row["file"] for row in rows] == [path.stem for path in paths]
     assert all("model" in row["given"] for row in rows)
-    known = set(macros_of("runs/train.gin")) | OWN
+    known = set(macros_of("runs/train.gin")) | T5X_MACROS
     for row, path in zip(rows, paths, strict=True):
         assert set(row["macros"]) <= known
         for name, value in macros_of(f"{path.parent.name}/{path.name}").items():
@@ -57,7 +62,7 @@ def test_a_file_opens_with_its_purpose_and_command(name):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("t5x") is not None, reason="T5X is installed")
-def test_without_t5x_the_plug_in_says_in_a_line_how_to_install_it():
+def test_without_t5x_the_plug_in_raises_a_one_line_install_hint():
     with pytest.raises(ImportError, match="pip install") as error:
         importlib.import_module("dss.integrations.t5x")
     assert "\n" not in str(error.value)

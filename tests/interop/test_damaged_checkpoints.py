@@ -1,4 +1,4 @@
-"""Checkpoints that look like a T5's and are not, or not any more: none is read as if it were."""
+"""Corrupt T5X and Hugging Face checkpoints, and those of other networks, are errors."""
 
 import os
 import shutil
@@ -39,8 +39,8 @@ def read(folder):
         ),
         ({"decoder.layers_0.mlp.wo.bias": (32,)}, r"1 parameters more.*layers_0\.mlp\.wo\.bias"),
         ({"decoder.layers_1.pre_mlp_layer_norm.scale": None}, r"a T5 of 2 \+ 1 layers, such as"),
-        ({"encoder.layers_0.attention.query.kernel": (32, 4, 8)}, "query.kernel is no matrix"),
-        ({"token_embedder.embedding": (32,)}, "embedding is no matrix"),
+        ({"encoder.layers_0.attention.query.kernel": (32, 4, 8)}, "query.kernel is not a matrix"),
+        ({"token_embedder.embedding": (32,)}, "embedding is not a matrix"),
         ({"encoder.layers_0.attention.query.kernel": (32, 2)}, "d_kv must be at least 1"),
         ({WO: (32, 48)}, r"of another size: .* is \(32, 48\)"),
     ],
@@ -53,7 +53,7 @@ def test_parameters_that_are_not_a_t5s(tensors, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("form", ["hf", "t5x"])
-def test_parameters_that_are_no_numbers(shared, tensors, tmp_path, form):
+def test_non_finite_and_integer_parameters_are_errors(shared, tensors, tmp_path, form):
     model = shared / "fixtures" / "reference_cqa" / "model"
     name = WO if form == "t5x" else "encoder.block.1.layer.1.DenseReluDense.wo.weight"
     whole = tensors if form == "t5x" else load_file(model / "model.safetensors")
@@ -68,23 +68,25 @@ def test_parameters_that_are_no_numbers(shared, tensors, tmp_path, form):
 
     bad = whole[name].copy()
     bad[3, 4] = np.nan
-    with pytest.raises(UserError, match=f"{name} holds numbers that are not finite"):
+    with pytest.raises(UserError, match=f"{name} holds non-finite values"):
         read_with(bad, tmp_path / "nan")
-    with pytest.raises(UserError, match=f"{name} is of int8; parameters are of a floating"):
+    with pytest.raises(UserError, match=f"{name} has type int8; parameters must have a floating"):
         read_with(np.zeros_like(bad, np.int8), tmp_path / "int8")
 
 
-def test_a_chunk_that_is_lost_is_not_zeros(tensors, tmp_path):
+def test_a_lost_chunk_is_an_error(tensors, tmp_path):
     folder = write_legacy(tmp_path / "c", tensors)
     zeros = np.zeros_like(tensors[WO])
-    params = read(write_legacy(tmp_path / "zeros", tensors | {WO: zeros}))  # zeros are written too
+    params = read(
+        write_legacy(tmp_path / "zeros", tensors | {WO: zeros})
+    )  # chunks of zeros are written too
     np.testing.assert_array_equal(params["encoder"]["layers"]["mlp"]["wo"][1], zeros)
     (folder / f"target.{WO}" / "1.0").unlink()
     with pytest.raises(UserError, match=rf"{WO} cannot be read: .*is missing"):
         read(folder)
 
 
-def test_files_that_tell_nothing(tensors, tmp_path):
+def test_invalid_metadata_and_tensorflow_checkpoints_are_errors(tensors, tmp_path):
     folder = write_orbax(tmp_path / "c", tensors)
     for content in ("[", "{}", "[]", '{"tree_metadata": [3]}', '{"a": ' * 100_000):
         (folder / "state" / "_METADATA").write_text(content)
@@ -98,7 +100,7 @@ def test_files_that_tell_nothing(tensors, tmp_path):
 
 
 @pytest.mark.parametrize("tree", [3, [1, 2], None, "x", {"target": [1]}, {"target": {"a": 3}}])
-def test_a_tree_of_something_else_is_one_line(tmp_path, tree):
+def test_a_file_without_a_t5s_tree_is_an_error(tmp_path, tree):
     content = {"version": 3, "optimizer": tree}
     (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize(content))
     with pytest.raises(UserError, match=r"not a T5X checkpoint|no tensor 'token_embedder"):
@@ -121,7 +123,7 @@ def test_orbax_without_ocdbt_and_in_a_folder_of_its_own_name(tensors, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, read(tmp_path / str(k)), wanted)
 
 
-def test_a_path_as_t5x_has_it_and_what_it_does_not_tell(shared, tmp_path):
+def test_a_path_without_prefix_and_fields_that_are_not_stored(shared, tmp_path):
     path = str(shared / "fixtures" / "t5x_tiny_v1_1" / "orbax" / "checkpoint_0")  # without t5x:
     found, _, _ = read_initial(Experiment(initial_checkpoint=path, vocabulary="bytes"))
     assert (found.activation, found.relative_max_distance) == ("gelu", 128)
@@ -129,13 +131,13 @@ def test_a_path_as_t5x_has_it_and_what_it_does_not_tell(shared, tmp_path):
     sizes |= {"num_encoder_layers": 2, "num_decoder_layers": 3, "relative_max_distance": 64}
     flags = [f"T5Config.{n}={v}" for n, v in sizes.items()] + ["T5Config.activation='silu'"]
     student = parse_gin(["students/tiny.gin"], flags).student
-    told, _, _ = read_initial(
+    completed, _, _ = read_initial(
         Experiment(initial_checkpoint=path, vocabulary="bytes", student=student)
     )
-    assert (told.activation, told.relative_max_distance) == ("silu", 64)
+    assert (completed.activation, completed.relative_max_distance) == ("silu", 64)
 
 
-def test_a_wrong_vocabulary_is_told_before_parameters_are_read(tensors, vocab_path, tmp_path):
+def test_a_wrong_vocabulary_is_an_error_before_parameters_are_read(tensors, vocab_path, tmp_path):
     folder = write_legacy(tmp_path / "c", tensors)
     shutil.rmtree(folder / "target.decoder.decoder_norm.scale")
     experiment = Experiment(initial_checkpoint=f"t5x:{folder}", vocabulary=str(vocab_path))

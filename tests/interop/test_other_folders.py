@@ -1,4 +1,4 @@
-"""Hugging Face folders that are not quite a T5's: none is read as if it were."""
+"""Hugging Face folders that differ from a T5's are errors."""
 
 import json
 import os
@@ -30,8 +30,8 @@ def change_tensors(folder, change):
 
 def change_json(folder, name, **values):
     path = folder / name
-    found = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(found | values))
+    current = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(current | values))
 
 
 ones = np.ones((4, 4), np.float32)
@@ -43,19 +43,22 @@ TENSORS = {
     "bias in layer 1": (lambda t: t | {BIAS: ones}, f"tensor '{BIAS}', which a T5 does not"),
     "two": (lambda t: t | {"a": ones, "b": ones}, "tensor 'a' and 1 more, which a T5 does not"),
     "compiled": (lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, "a compiled model; save"),
-    "peft": (lambda t: {f"base_model.model.{k}": v for k, v in t.items()}, "a model within peft"),
+    "peft": (
+        lambda t: {f"base_model.model.{k}": v for k, v in t.items()},
+        "a model wrapped by peft",
+    ),
     "parallel": (lambda t: {f"module.{k}": v for k, v in t.items()}, "DistributedDataParallel"),
     "encoder": (
         lambda t: {k: v for k, v in t.items() if not k.startswith(("decoder", "lm_head"))},
-        "an encoder alone; a student needs",
+        "an encoder without a decoder; a student needs",
     ),
     "decoder embedding": (
         lambda t: t | {"decoder.embed_tokens.weight": t["shared.weight"] + 1},
-        "decoder.embed_tokens.weight is not shared.weight",
+        "decoder.embed_tokens.weight differs from shared.weight",
     ),
     "encoder embedding": (
         lambda t: t | {"encoder.embed_tokens.weight": t["shared.weight"] + 1},
-        "encoder.embed_tokens.weight is not shared.weight",
+        "encoder.embed_tokens.weight differs from shared.weight",
     ),
 }
 
@@ -68,7 +71,7 @@ def test_tensors_that_would_be_ignored_are_refused_by_name(folder, case):
         huggingface.read_config(folder)
 
 
-def test_copies_of_the_embedding_and_a_bias_that_t5_never_used_are_no_matter(folder):
+def test_copies_of_the_embedding_and_a_bias_that_t5_never_used_are_accepted(folder):
     wanted = huggingface.read_config(folder)
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     change_tensors(
@@ -83,7 +86,7 @@ def test_copies_of_the_embedding_and_a_bias_that_t5_never_used_are_no_matter(fol
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ({"decoder_start_token_id": 1}, "decoder_start_token_id 1; a T5's are 0, 1, 0"),
+        ({"decoder_start_token_id": 1}, "decoder_start_token_id 1; only T5's ids 0, 1, 0"),
         ({"pad_token_id": 1, "eos_token_id": 2}, "pad_token_id 1, eos_token_id 2"),
     ],
 )
@@ -101,7 +104,7 @@ def test_added_tokens_are_refused_but_sentinels_are_not(folder):
         huggingface.read_config(folder)
 
 
-def test_an_adapter_float8_and_a_file_elsewhere_are_one_line(folder, tmp_path, capsys):
+def test_an_adapter_float8_and_a_file_elsewhere_are_one_line_errors(folder, tmp_path, capsys):
     torch = pytest.importorskip("torch")
     from safetensors.torch import save_file as save_torch
 
@@ -117,8 +120,8 @@ def test_an_adapter_float8_and_a_file_elsewhere_are_one_line(folder, tmp_path, c
     )
     for case, message in (
         (adapter, "an adapter without its model; merge it"),
-        (folder, "is of F8_E4M3, which is not supported; save the model as float32"),
-        (elsewhere, "'../model.safetensors' is no safetensors file of this folder"),
+        (folder, "has type F8_E4M3, which is not supported; save the model as float32"),
+        (elsewhere, "'../model.safetensors' is not a safetensors file in this folder"),
     ):
         assert main(["import", f"hf:{case}", str(tmp_path / "run"), "--vocabulary=bytes"]) == 2
         printed = capsys.readouterr().err
@@ -136,7 +139,7 @@ def test_an_adapter_float8_and_a_file_elsewhere_are_one_line(folder, tmp_path, c
         ('{"model_type": "t5", "feed_forward_proj": ["gelu"]}', "feed_forward_proj is"),
     ],
 )
-def test_a_config_that_is_none_is_one_line(folder, text, message):
+def test_an_invalid_config_is_a_one_line_error(folder, text, message):
     (folder / "config.json").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
         huggingface.read_config(folder)
@@ -154,7 +157,7 @@ def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder, name):
 @pytest.mark.parametrize("file", ["/etc/passwd", "../model.safetensors", "..", ".", "", 3, ["a"]])
 def test_only_safetensors_files_of_the_folder_are_opened(folder, file):
     (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": {"shared.weight": file}}))
-    with pytest.raises(UserError, match="is no safetensors file of this folder"):
+    with pytest.raises(UserError, match="is not a safetensors file in this folder"):
         huggingface.read_config(folder)
 
 
@@ -164,17 +167,17 @@ def test_only_safetensors_files_of_the_folder_are_opened(folder, file):
         ({"num_layers": 10**9}, "tensors for 10000000"),
         ({"num_decoder_layers": 10**30}, "tensors for 10000000"),
         ({"d_model": 10**30}, "another size"),
-        ({"d_kv": 10**7}, r"another size: .*SelfAttention.k.weight is \(32, 32\), and \(40000000"),
+        ({"d_kv": 10**7}, r"another size: .*SelfAttention.k.weight is \(32, 32\), but \(40000000"),
     ],
 )
-def test_sizes_that_no_machine_has_are_refused_at_once(folder, values, message):
+def test_sizes_that_no_machine_has_are_errors_at_once(folder, values, message):
     change_json(folder, "config.json", **values)
     with pytest.raises(UserError, match=message):
         huggingface.read_config(folder)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
-def test_embeddings_that_are_no_matrices_are_of_another_size(folder, shape):
+def test_embeddings_that_are_not_matrices_are_errors(folder, shape):
     names = ("shared.weight", "lm_head.weight", "encoder.embed_tokens.weight")
     change_tensors(folder, lambda t: t | {name: np.ones(shape, np.float32) for name in names})
     with pytest.raises(UserError, match=r"another size: .* is \("):

@@ -42,7 +42,7 @@ def assert_same(one, other):
 
 
 def write_legacy(folder, params, config, *, version=3, dtype=np.float32):
-    """Writes parameters as T5X's legacy format does, in zarr folders."""
+    """Writes parameters in T5X's legacy format, in zarr folders."""
     from dss.interop.disassemble import disassemble
 
     leaves = {
@@ -53,13 +53,13 @@ def write_legacy(folder, params, config, *, version=3, dtype=np.float32):
     def name(path, layer):
         return t5x_checkpoint.tensor_name(path, layer, gated=config.gated)
 
-    for called, tensor in disassemble(config, leaves, name):
+    for tensor_name, tensor in disassemble(config, leaves, name):
         array = np.asarray(tensor, dtype)
         if version == 2 and dtype == ml_dtypes.bfloat16:
             array = array.view(np.uint16)
         spec = {
             "driver": "zarr",
-            "kvstore": {"driver": "file", "path": f"{folder}/target.{called}/"},
+            "kvstore": {"driver": "file", "path": f"{folder}/target.{tensor_name}/"},
         }
         store = tensorstore.open(spec, create=True, dtype=array.dtype, shape=array.shape).result()
         store.write(array).result()
@@ -68,7 +68,7 @@ def write_legacy(folder, params, config, *, version=3, dtype=np.float32):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_an_imported_run_computes_and_writes_what_t5x_did(form, fixture, tmp_path):
+def test_an_imported_run_has_the_logits_and_tokens_of_t5x(form, fixture, tmp_path):
     experiment = Experiment(
         run_dir=str(tmp_path / "run"),
         initial_checkpoint=f"t5x:{fixture / form}",
@@ -87,7 +87,7 @@ def test_an_imported_run_computes_and_writes_what_t5x_did(form, fixture, tmp_pat
     np.testing.assert_array_equal(tokens, greedy)
 
 
-def test_both_formats_hold_the_same(fixture):
+def test_both_formats_hold_the_same_parameters(fixture):
     folders = [resolve(f"t5x:{fixture / form}") for form in FORMATS]
     configs = [read_config(folder) for folder in folders]
     raw = json.loads((fixture / "config.json").read_text())
@@ -103,7 +103,7 @@ def test_both_formats_hold_the_same(fixture):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("form", FORMATS)
-def test_parameters_are_read_to_where_they_are_to_lie(layout, form, fixture):
+def test_parameters_are_read_with_their_shardings(layout, form, fixture):
     folder, mesh_config = resolve(str(fixture / form)), LAYOUTS[layout]
     config = read_config(folder)
     mesh = make_mesh(mesh_config)
@@ -114,7 +114,7 @@ def test_parameters_are_read_to_where_they_are_to_lie(layout, form, fixture):
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings
 
 
-def test_a_device_reads_no_more_than_its_part():
+def test_a_device_reads_only_its_part():
     config = tiny_config()
     mesh_config = MeshConfig(rules=(("embed", "data"),))
     mesh = make_mesh(mesh_config)
@@ -137,17 +137,17 @@ def test_a_device_reads_no_more_than_its_part():
         leaf = shapes
         for key in path:
             leaf = leaf[key]
-        called = f"{path}{layer}"
-        shape_of[called] = leaf.shape if layer is None else leaf.shape[1:]
-        return called, False
+        tensor_name = f"{path}{layer}"
+        shape_of[tensor_name] = leaf.shape if layer is None else leaf.shape[1:]
+        return tensor_name, False
 
     params = assemble(config, Ones(), name, "here", shardings)
     assert_same(params, jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes))
-    query = [(part, whole) for called, part, whole in read if "query" in called]
+    query = [(part, whole) for name, part, whole in read if "query" in name]
     assert query
     assert all(part * 8 == whole for part, whole in query)
-    relative = [part for called, part, whole in read if "relative_bias" in called]
-    assert len(relative) == 2, "what all devices hold is read once"
+    relative = [part for name, part, whole in read if "relative_bias" in name]
+    assert len(relative) == 2, "a replicated tensor is read once"
 
 
 @pytest.mark.parametrize("version", [2, 3])
@@ -162,20 +162,20 @@ def test_bfloat16_of_either_version_and_both_kinds(version, changes, tmp_path):
     folder = tmp_path / "checkpoint_7"
     folder.mkdir()
     write_legacy(folder, params, config, version=version, dtype=ml_dtypes.bfloat16)
-    found = read_config(resolve(str(tmp_path)))
-    assert dataclasses.replace(found, dropout_rate=0.0) == config
+    read = read_config(resolve(str(tmp_path)))
+    assert dataclasses.replace(read, dropout_rate=0.0) == config
     rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype("float32"), params)
     assert_same(load_params(folder, config), rounded)
 
 
-def test_the_newest_checkpoint_of_a_folder_counts(fixture, tmp_path):
+def test_the_latest_checkpoint_of_a_folder_is_read(fixture, tmp_path):
     for step in (2, 10):
         shutil.copytree(fixture / "orbax" / "checkpoint_0", tmp_path / f"checkpoint_{step}")
     (tmp_path / "checkpoint_30").mkdir()  # of a run that is writing it
     assert resolve(f"t5x:{tmp_path}") == epath.Path(tmp_path / "checkpoint_10")
 
 
-def test_our_export_is_read_again(tmp_path):
+def test_an_export_is_read_again(tmp_path):
     config = tiny_config()
     params = init_params(config, 1)
     leaves = {
@@ -188,28 +188,28 @@ def test_our_export_is_read_again(tmp_path):
     assert_same(load_params(written, config), params)
 
 
-def test_what_users_get_wrong_is_said_in_a_line(fixture, tmp_path):
-    def said(source, **options):
+def test_user_errors_are_one_line(fixture, tmp_path):
+    def error_of(source, **options):
         with pytest.raises(UserError) as error:
             read_initial(Experiment(initial_checkpoint=f"t5x:{source}", **options))
         assert "\n" not in str(error.value)
         return str(error.value)
 
     orbax = fixture / "orbax"
-    assert "VOCABULARY" in said(orbax)
-    assert "gs://t5-data/vocabs" in said(orbax)
-    assert "no T5X checkpoint" in said(tmp_path, vocabulary="bytes")
-    assert "no T5X checkpoint" in said(tmp_path / "nowhere", vocabulary="bytes")
-    assert "another size" in said(orbax, vocabulary="bytes", student=tiny_config())
+    assert "VOCABULARY" in error_of(orbax)
+    assert "gs://t5-data/vocabs" in error_of(orbax)
+    assert "no T5X checkpoint" in error_of(tmp_path, vocabulary="bytes")
+    assert "no T5X checkpoint" in error_of(tmp_path / "nowhere", vocabulary="bytes")
+    assert "another size" in error_of(orbax, vocabulary="bytes", student=tiny_config())
 
     broken = tmp_path / "legacy"
     shutil.copytree(fixture / "legacy" / "checkpoint_0", broken)
     (broken / "target.decoder.layers_1.mlp.wo.kernel" / "0.0").write_bytes(b"cut short")
-    assert "decoder.layers_1.mlp.wo.kernel cannot be read" in said(broken, vocabulary="bytes")
+    assert "decoder.layers_1.mlp.wo.kernel cannot be read" in error_of(broken, vocabulary="bytes")
     shutil.rmtree(broken / "target.token_embedder.embedding")
-    assert "no tensor 'token_embedder.embedding'" in said(broken, vocabulary="bytes")
+    assert "no tensor 'token_embedder.embedding'" in error_of(broken, vocabulary="bytes")
     (broken / "checkpoint").write_bytes(b"no msgpack")
-    assert "not a T5X checkpoint" in said(broken, vocabulary="bytes")
+    assert "not a T5X checkpoint" in error_of(broken, vocabulary="bytes")
     old = {"version": 1, "optimizer": {"target": {}}}
     (broken / "checkpoint").write_bytes(serialization.msgpack_serialize(old))
-    assert "version 1; known are 2 and 3" in said(broken, vocabulary="bytes")
+    assert "version 1; supported: 2 and 3" in error_of(broken, vocabulary="bytes")

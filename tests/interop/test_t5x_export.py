@@ -1,4 +1,4 @@
-"""Checkpoints for T5X, held against those that it writes and, where it is installed, read by it."""
+"""Exports to T5X, compared with T5X's checkpoints and restored by T5X where it is installed."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ from tests.conftest import tiny_config
 pytestmark = pytest.mark.slow
 
 needs_t5x = pytest.mark.skipif(
-    importlib.util.find_spec("t5x") is None, reason="T5X is not installed: it restores nothing here"
+    importlib.util.find_spec("t5x") is None, reason="T5X is not installed"
 )
 STEP, RATE = 3, 1e-2
 # Wide enough that Adafactor factors: both sides of some matrices are at least 128.
@@ -98,29 +98,29 @@ def test_the_imported_fixture_is_exported_as_t5x_wrote_it(shared, tmp_path):
     state, kept = train_state(config, flat(params), {}, 0)
     assert not kept
     ours = write_checkpoint(tmp_path, state, 0)
-    # Names, dtypes, shapes and bits, of the parameters and of the optimizer's fresh state.
+    # Names, dtypes, shapes and bits of the parameters and of the optimizer's initial state.
     jax.tree.map(assert_same, restore(ours / "state"), restore(theirs / "state"))
     again = t5x_checkpoint.load_params(ours, config)
     jax.tree.map(assert_same, again, params)
 
 
-def test_the_data_of_an_export_were_read_as_far_as_its_step(trained):
+def test_an_export_has_the_position_in_the_data(trained):
     *_, path = trained
     assert json.loads((path / "dataset" / "train_ds-000-of-001").read_text()) == {"step": STEP}
 
 
-def test_adafactors_statistics_go_with_their_parameters(trained):
+def test_adafactors_statistics_are_exported(trained):
     config, _, params, _, path = trained
     state = restore(path / "state")
     assert state["state"]["step"] == STEP
-    found = state["state"]["param_states"]["decoder"]["layers_1"]["mlp"]["wo"]["kernel"]
-    assert {name: x.shape for name, x in found.items()} == {
+    statistics = state["state"]["param_states"]["decoder"]["layers_1"]["mlp"]["wo"]["kernel"]
+    assert {name: x.shape for name, x in statistics.items()} == {
         "m": (1,),
         "v": (1,),
         "v_row": (128,),
         "v_col": (136,),
     }
-    assert found["v_row"].min() > 0
+    assert statistics["v_row"].min() > 0
     bias = state["state"]["param_states"]["encoder"]["relpos_bias"]["rel_embedding"]
     assert bias["v"].shape == (config.num_heads, config.relative_buckets)
     jax.tree.map(assert_same, t5x_checkpoint.load_params(path, config), flat_to_host(params))
@@ -130,9 +130,9 @@ def flat_to_host(params):
     return jax.tree.map(np.asarray, params)
 
 
-def test_a_student_that_t5x_has_no_form_for():
+def test_a_student_that_t5x_cannot_represent_is_an_error():
     config = tiny_config(tied_embeddings=True)
-    with pytest.raises(UserError, match="T5X scales the logits"):
+    with pytest.raises(UserError, match="T5X's network scales the logits"):
         train_state(config, {}, {}, 0)
 
 
@@ -165,7 +165,7 @@ def t5x_model(config: T5Config):
 
 
 @needs_t5x
-def test_t5x_restores_it_and_goes_on_as_dss_does(trained):
+def test_t5x_restores_an_export_and_updates_as_dss_does(trained):
     from t5x import partitioning, utils
 
     config, optimizer, params, opt_state, path = trained
@@ -188,7 +188,7 @@ def test_t5x_restores_it_and_goes_on_as_dss_does(trained):
     ours = restore(path / "state")
     jax.tree.map(assert_same, flat_to_host(restored.state_dict()), ours)
 
-    # The same gradient moves both to the same place.
+    # The same gradient gives the same parameters.
     gradient = gradients(params, STEP)
     updates, _ = optimizer.update(gradient, opt_state, params)
     wanted, _ = train_state(config, flat(optax.apply_updates(params, updates)), {}, 0)

@@ -209,7 +209,7 @@ def test_a_file_of_another_format_is_an_error(tmp_path, name):
         lambda p: Dataset.from_files(p, name="other"),
         lambda p: list(stream_examples(p, "train")),
     ):
-        with pytest.raises(UserError, match=r"not JSON lines; write it as lines of"):
+        with pytest.raises(UserError, match=r"not JSON lines; convert it to lines of"):
             read(tmp_path / name)
 
 

@@ -16,7 +16,8 @@ from scripts.xm_launch import MACHINES, VERTEX_NAMES, choose_machine
 from tests.conftest import ROOT
 
 TRAIN = [
-    "--gin_file=datasets/cqa.gin --gin_file=methods/step_by_step.gin",
+    "--gin_file=datasets/cqa.gin",
+    "--gin_file=methods/step_by_step.gin",
     "--gin.MODEL_DIR=gs://bucket/it's a run",
     "--gin.DATASET_LABELS=('yes', 'no')",
     '--gin.VOCABULARY="$HOME/`x`\\n"',

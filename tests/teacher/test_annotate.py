@@ -559,7 +559,7 @@ def test_an_invalid_example_ends_the_run_and_keeps_the_answers(numbers):
         job = numbers.job(endpoint.url)
         with job.source.open("a") as file:
             file.write('{"id": "n3", "input": "x"}\n')
-        with pytest.raises(UserError, match="id 'n3' came before"):
+        with pytest.raises(UserError, match="duplicate id 'n3'"):
             numbers.ask(job)
     assert attempts(job)["answered"] == endpoint.count >= 64
 
