@@ -82,6 +82,7 @@ setup(
         "gcs": GCS,  # gs:// paths, where TensorFlow, which can read them, is not installed
         "tpu": ["jax[tpu]>=0.10.2"],
         "cuda": ["jax[cuda12]>=0.10.2"],
+        "docs": ["mkdocs>=1.6.1,<2", "mkdocs-material>=9.8", "mkdocstrings[python]>=1.0.8"],
         "test": [
             "build>=1.6",
             "hypothesis>=6.170",

@@ -1,4 +1,4 @@
-"""The README's examples and a page's, run as a new user would; trained for fewer steps."""
+"""The examples of the README and the pages, run as a new user would; trained for fewer steps."""
 
 import os
 import re
@@ -17,10 +17,16 @@ SHORTER = {
 }
 
 
-def blocks(section: str) -> list[str]:
-    text = (ROOT / "README.md").read_text()
-    found = re.search(rf"^## {section}$(.*?)^## ", text, re.DOTALL | re.MULTILINE)
-    return re.findall(r"^```bash\n(.*?)^```", found[1], re.DOTALL | re.MULTILINE)
+def blocks(page: str, section: str | None = None) -> list[str]:
+    """Returns the fenced blocks of a page, or of one section of it, as shell scripts."""
+    text = (ROOT / page).read_text()
+    if section is not None:
+        text = re.split(rf"^##+ {section}$", text, flags=re.MULTILINE)[1]
+        text = re.split(r"^##", text, maxsplit=1, flags=re.MULTILINE)[0]
+    fenced = re.findall(r"^```(bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [
+        code if kind == "bash" else f"python - <<'PYTHON'\n{code}PYTHON\n" for kind, code in fenced
+    ]
 
 
 def shell(script: str, folder: Path, **env: Path) -> str:
@@ -42,7 +48,7 @@ def shell(script: str, folder: Path, **env: Path) -> str:
 def tickets(tmp_path_factory) -> tuple[Path, str]:
     """A folder in which the example on your own data was run, and what that printed."""
     folder = tmp_path_factory.mktemp("tickets")
-    write, train, _ = blocks("Your own data")
+    write, train, _ = blocks("docs/data.md", "A worked example")
     shell(write, folder)
     return folder, shell(train, folder)
 
@@ -53,21 +59,30 @@ def test_the_example_on_your_own_data(tickets):
     assert "tickets_step_by_step_rules test" in out
     assert '"label": "b' in out
     assert '"rationale": "' in out
-    out = shell(blocks("Your own data")[2], folder)
-    assert "Message: The invoice shows the wrong amount" in out
-    assert "requests: 6, of which 0 have an answer" in out
+    (of_readme,) = blocks("README.md", "3. Train on your own data")
+    for annotate in (blocks("docs/data.md", "A worked example")[2], of_readme):
+        out = shell(annotate, folder)
+        assert "Message: The invoice shows the wrong amount" in out
+        assert "requests: 6, of which 0 have an answer" in out
+
+
+def test_the_examples_in_python_agree_with_the_command_line(tickets):
+    folder, out = tickets
+    label, rationale = re.search(r'"label": "(.*?)", "rationale": "(.*?)"', out).groups()
+    accuracy = float(re.search(r"accuracy ([\d.]+)%", out)[1]) / 100
+    (of_readme,) = blocks("README.md", "From Python")
+    assert shell(of_readme, folder).splitlines() == [f"{label} | {rationale}", f"{accuracy}"]
+    (of_page,) = blocks("docs/serving.md", "Predicting")
+    first, second = shell(of_page, folder).splitlines()
+    assert first.startswith(f"{label} {{'")
+    assert second.startswith(("billing {'", "bug {'"))
 
 
 def test_the_examples_of_the_page_on_hugging_face_work_and_agree(tickets):
-    """Those of docs/huggingface.md, one after another on the README's run."""
+    """Those of docs/huggingface.md, one after another on the run of docs/data.md."""
     folder, _ = tickets
-    page = (ROOT / "docs" / "huggingface.md").read_text()
-    printed = []
-    for language, code in re.findall(
-        r"^```(bash|python)\n(.*?)^```", page, re.DOTALL | re.MULTILINE
-    ):
-        script = code if language == "bash" else f"python - <<'END'\n{code}END\n"
-        printed.append(shell("export HF_HUB_OFFLINE=1\n" + script, folder).strip())
+    scripts = blocks("docs/huggingface.md")
+    printed = [shell("export HF_HUB_OFFLINE=1\n" + script, folder).strip() for script in scripts]
     exported, transformers, predicted, _, ctranslate2, imported = printed
     assert exported.endswith("tickets-student: step 20")
     label = re.search(r'"label": "(.*?)"', predicted)[1]
@@ -78,7 +93,7 @@ def test_the_examples_of_the_page_on_hugging_face_work_and_agree(tickets):
 
 @pytest.mark.parametrize("dataset", ["cqa", pytest.param("svamp", marks=pytest.mark.exhaustive)])
 def test_the_example_on_the_released_data(shared, vocab_path, tmp_path, dataset):
-    inspect, train = blocks("The released data: CommonsenseQA")
+    inspect, train = blocks("docs/training.md", "The released data on a laptop")
     for before, after in SHORTER.items():
         assert before in train
         train = train.replace(before, after)
