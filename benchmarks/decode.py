@@ -41,7 +41,7 @@ import numpy as np
 
 from dss.cli.options import quiet_tpu
 from dss.config.gin_files import parse_gin
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.planning.flops import forward_flops
 from dss.student.config import DecodingConfig, T5Config
 
@@ -412,7 +412,7 @@ def choose_sides(asked: list[str] | None) -> list[str]:
         missing = [p for p in SIDES[side] if importlib.util.find_spec(p) is None]
         remedy = f"not installed; pip install {' '.join(missing)}"
         if missing and asked:
-            raise UserError(f"{side}: {remedy}")
+            raise DssError(f"{side}: {remedy}")
         if missing:
             print(f"{side} is skipped: {remedy}")
         else:
@@ -427,20 +427,20 @@ def usable_cores() -> list[int]:
 
 
 def check(args: argparse.Namespace) -> T5Config:
-    """Returns the student; raises UserError on invalid arguments."""
+    """Returns the student; raises DssError on invalid arguments."""
     least = {"batch": 1, "beams": 1, "inputs": 2, "length": 1, "repeats": 1, "threads": 1}
     for name, bound in least.items():
         value = getattr(args, name)
         if min(value if isinstance(value, list) else [value]) < bound:
-            raise UserError(f"--{name}: {value}; at least {bound}")
+            raise DssError(f"--{name}: {value}; at least {bound}")
     if args.threads > len(usable_cores()):
-        raise UserError(f"--threads: {args.threads}; there are {len(usable_cores())} cores")
+        raise DssError(f"--threads: {args.threads}; there are {len(usable_cores())} cores")
     if args.json and not args.json.absolute().parent.is_dir():
-        raise UserError(f"--json: no folder {args.json.parent}")
+        raise DssError(f"--json: no folder {args.json.parent}")
     student = parse_gin([f"students/{args.student}.gin"], []).student
     assert student is not None
     if student.tied_embeddings:
-        raise UserError(
+        raise DssError(
             f"--student {args.student}: a T5 1.0, whose tied head has no EOS column to scale"
         )
     return student
@@ -510,7 +510,7 @@ def main() -> int:
     try:
         student = check(args)
         args.sides = choose_sides(args.sides)
-    except UserError as error:
+    except DssError as error:
         print(f"decode: {error}", file=sys.stderr)
         return 2
     try:

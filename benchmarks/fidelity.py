@@ -30,7 +30,7 @@ from dss.batches.store import TokenStore, tokenize
 from dss.cli.options import quiet_tpu
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import EOS, Vocabulary, load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.interop import huggingface
 from dss.mixtures.tasks import EXPLAIN, PREDICT, TextRow
 from dss.parallel.config import MeshConfig
@@ -191,7 +191,7 @@ def main() -> int:
         )
         params = huggingface.load_params(model, config)
         store = reference_store(trajectory, load_vocabulary(args.vocab), args.data_root)
-    except (UserError, OSError, ValueError, KeyError) as error:
+    except (DssError, OSError, ValueError, KeyError) as error:
         print(f"fidelity: {error}", file=sys.stderr)
         return 2
     log, state = replay(trajectory, config, params, store, args)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dss.cli.options import quiet_tpu
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.interop import t5x_checkpoint
 from dss.student.config import T5Config
 from dss.student.decoding import generate
@@ -90,13 +90,13 @@ def main() -> int:
         config = read_config(raw)
         found = [f for name in ("legacy", "orbax") for f in (args.fixture / name).glob("check*_*")]
         if not found:
-            raise UserError(f"{args.fixture}: no legacy/checkpoint_N and no orbax/checkpoint_N")
+            raise DssError(f"{args.fixture}: no legacy/checkpoint_N and no orbax/checkpoint_N")
         rows = []
         for folder in found:
             params = t5x_checkpoint.load_params(folder, config)
             errors = compare(config, params, expected, raw.get("z_loss", 0.0))
             rows += [(folder.parent.name, check, error) for check, error in errors.items()]
-    except (UserError, OSError, KeyError, ValueError) as error:
+    except (DssError, OSError, KeyError, ValueError) as error:
         print(f"network_parity: {error}", file=sys.stderr)
         return 2
     print(f"{'format':<8} {'check':<14} {'error':>9}")

@@ -22,7 +22,7 @@ from dss.batches.batches import Batch, Batches, fill, paired_order
 from dss.batches.store import TokenStore, open_store
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import Method, make_mixture
 
 SPLITS = {"cqa": "train", "svamp": "train", "esnli": "valid", "anli1": "valid"}
@@ -97,7 +97,7 @@ def main() -> int:
             )
             store = open_store(mixture, split, vocabulary, inputs_length=1024, targets_length=256)
             result["datasets"][name] = measure(store, args)
-    except UserError as error:
+    except DssError as error:
         print(f"packing: {error}", file=sys.stderr)
         return 2
     print(f"{'':<12} {'fill':>12} {'shapes':>6} {'M tokens/s':>10} {'exact':>6}")

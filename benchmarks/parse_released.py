@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from dss.data.datasets import Dataset
-from dss.errors import UserError
+from dss.errors import DssError
 
 TEACHER = "palm"
 
@@ -59,7 +59,7 @@ def main() -> int:
         for key, wanted in expected.items():
             got = measure(*key.split("/"), args.data_root)
             rows.append({"split": key, "differs": [k for k in got if got[k] != wanted[k]], **got})
-    except (UserError, OSError, ValueError) as error:
+    except (DssError, OSError, ValueError) as error:
         print(f"parse_released: {error}", file=sys.stderr)
         return 2
     print(f"{'split':<12} {'rows':>6} {'no label':>9} {'no rationale':>13} {'accuracy':>9}")

@@ -35,7 +35,7 @@ from dss.cli.options import quiet_tpu
 from dss.config.gin_files import parse_gin
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import Method, make_mixture
 from dss.planning.flops import useful_flops
 from dss.planning.hardware import matmul_peak
@@ -305,7 +305,7 @@ def main() -> int:
     try:
         config = student(args)
         open_data(args, config.vocab_size)
-    except UserError as error:
+    except DssError as error:
         print(f"train_step: {error}", file=sys.stderr)
         return 2
     try:

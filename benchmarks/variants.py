@@ -35,7 +35,7 @@ import numpy as np
 from dss.cli.options import prepare_jax
 from dss.config.experiment import Experiment
 from dss.config.gin_files import parse_gin
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.evaluation.significance import paired_bootstrap
 from dss.paths import gin_root
 from dss.quickstart import METHODS, make_data, quickstart_experiment
@@ -312,7 +312,7 @@ def main() -> int:
         for i, done in enumerate(concurrent.futures.as_completed(waiting), start=1):
             done.result()
             print(f"[{i}/{len(missing)}] {waiting[done].outcome.stem}", flush=True)
-    except UserError as error:
+    except DssError as error:
         print(f"variants: {error}", file=sys.stderr)
         return 2
     finally:

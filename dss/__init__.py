@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from dss.config.experiment import DataConfig, Experiment
     from dss.data.datasets import Dataset
     from dss.data.rationales import RationaleConfig
-    from dss.errors import UserError
     from dss.evaluation.result import Evaluation
     from dss.mixtures.methods import Method
     from dss.student.config import DecodingConfig, T5Config
@@ -25,6 +24,7 @@ __all__ = [
     "DataConfig",
     "Dataset",
     "DecodingConfig",
+    "DssError",
     "Evaluation",
     "Experiment",
     "Method",
@@ -34,7 +34,6 @@ __all__ = [
     "Student",
     "T5Config",
     "TrainerConfig",
-    "UserError",
     "annotate",
     "load",
     "train",
@@ -45,7 +44,7 @@ _MODULES = {
     "dss.config.experiment": ("DataConfig", "Experiment"),
     "dss.data.datasets": ("Dataset",),
     "dss.data.rationales": ("RationaleConfig",),
-    "dss.errors": ("UserError",),
+    "dss.errors": ("DssError",),
     "dss.evaluation.result": ("Evaluation",),
     "dss.mixtures.methods": ("Method",),
     "dss.student.config": ("DecodingConfig", "T5Config"),

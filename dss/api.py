@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dss.config.experiment import Experiment
 from dss.data.datasets import Dataset, JsonlSource
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.paths import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Student:
           rationales: whether to generate a rationale for each input.
 
         Raises:
-          UserError: if the student was not trained on a task, or rationales are requested and it
+          DssError: if the student was not trained on a task, or rationales are requested and it
             was not trained to generate them.
         """
         from dss.data.vocabulary import is_cut
@@ -114,7 +114,7 @@ class Student:
           inputs: the texts, without a prefix; a single text counts as a list of one.
 
         Raises:
-          UserError: if the student was not trained to generate rationales.
+          DssError: if the student was not trained to generate rationales.
         """
         from dss.runs.student import explain
 
@@ -130,7 +130,7 @@ class Student:
           rationales: whether to generate and score rationales too.
 
         Raises:
-          UserError: if the split is missing or has no labels, or rationales are requested and the
+          DssError: if the split is missing or has no labels, or rationales are requested and the
             student was not trained to generate them.
         """
         from dss.runs.student import evaluate
@@ -147,7 +147,7 @@ class Student:
           to: "hf" for transformers, "t5x", or "ctranslate2".
 
         Raises:
-          UserError: if the folder is not empty, the format cannot represent the student, or the
+          DssError: if the folder is not empty, the format cannot represent the student, or the
             exported student's logits differ.
         """
         from dss.export.export import export
@@ -173,7 +173,7 @@ def load(
       method: the training method of an imported checkpoint; see `dss.Method`.
 
     Raises:
-      UserError: if the source has no student, or no vocabulary.
+      DssError: if the source has no student, or no vocabulary.
     """
     from dss.runs.directory import Run
     from dss.runs.student import open_student
@@ -209,7 +209,7 @@ def train(
       resume: "auto" to resume a run if there is one, "must" to require one, "never" to fail on one.
 
     Raises:
-      UserError: if the experiment is incomplete or inconsistent.
+      DssError: if the experiment is incomplete or inconsistent.
       KeyboardInterrupt: if training was interrupted by a signal; the last step is saved.
     """
     from dss.runs.directory import load_run, run_folder
@@ -288,7 +288,7 @@ def annotate(
       replace: whether to overwrite outputs even if answers are lost.
 
     Raises:
-      UserError: if an argument, an example or the key is invalid, or the endpoint rejects requests.
+      DssError: if an argument, an example or the key is invalid, or the endpoint rejects requests.
     """
     from dss.teacher.annotate import Limits
     from dss.teacher.ask import ask, open_journal
@@ -307,7 +307,7 @@ def annotate(
     folder = None if output is None else Path(output)
     if isinstance(dataset.source, JsonlSource):
         if prompt is None:
-            raise UserError("prompt: missing; give the name of a prompt of dss, or a YAML file")
+            raise DssError("prompt: missing; give the name of a prompt of dss, or a YAML file")
         (file,) = dataset.files(split)
         job = file_job(Path(file), prompt, teacher, output=folder, name=name)
         if dataset.labels.closed:

@@ -1,19 +1,45 @@
-"""The exception for errors that the user can fix, and its messages."""
+"""The exceptions for errors that a user can fix, and their messages."""
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["MissingPackageError", "UserError", "first_line", "missing_package", "unknown_name"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DssError",
+    "MissingPackageError",
+    "TeacherError",
+    "first_line",
+    "missing_package",
+    "unknown_name",
+]
 
 
-class UserError(Exception):
+class DssError(Exception):
     """Invalid input. The message is one line: what is wrong, where, and what to do.
 
     Commands print the message without a traceback and exit with status 2.
     """
 
 
-class MissingPackageError(UserError, ImportError):
+class ConfigError(DssError):
+    """A configuration, a gin file or a flag is invalid."""
+
+
+class DataError(DssError):
+    """Data are missing or malformed, or do not fit their configuration."""
+
+
+class CheckpointError(DssError):
+    """A checkpoint is missing or corrupt, or its format or its shapes do not fit."""
+
+
+class TeacherError(DssError):
+    """A prompt or a request is invalid, or the endpoint refuses to answer."""
+
+
+class MissingPackageError(DssError, ImportError):
     """A package of an optional extra is not installed."""
 
 
@@ -43,7 +69,7 @@ def first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> DssError:
     """Returns the error for an unknown name, which suggests similar known names.
 
     >>> str(unknown_name("student", "smal", ["small", "base"]))
@@ -55,4 +81,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
         hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
     else:
         hint = "known: " + (", ".join(known) if known else "none")
-    return UserError(f"unknown {kind} {name!r}; {hint}")
+    return DssError(f"unknown {kind} {name!r}; {hint}")

@@ -8,7 +8,7 @@ from typing import IO, Any
 
 from etils import epath
 
-from dss.errors import UserError, unknown_name
+from dss.errors import DssError, unknown_name
 
 __all__ = [
     "BYTE_ORDER_MARK",
@@ -55,7 +55,7 @@ def find_gin_file(file: str, folders: Sequence[str]) -> str:
       folders: search paths, in order, before `gin_root()`.
 
     Raises:
-      UserError: if no such file exists.
+      DssError: if no such file exists.
     """
     root = gin_root()
     for path in (epath.Path(file), *(epath.Path(folder) / file for folder in (*folders, root))):
@@ -84,12 +84,12 @@ def check_no_pipes(path: epath.PathLike, *, below: bool = True) -> None:
       below: whether to include subfolders of the folder.
 
     Raises:
-      UserError: if there is a named pipe.
+      DssError: if there is a named pipe.
     """
     if in_bucket(path):
         return
     if (pipe := next(_pipes(os.fspath(path), below), None)) is not None:
-        raise UserError(f"{pipe}: a named pipe, not a file; delete it")
+        raise DssError(f"{pipe}: a named pipe, not a file; delete it")
 
 
 def _pipes(path: str, below: bool) -> Iterator[str]:

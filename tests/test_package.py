@@ -122,12 +122,12 @@ def test_without_tensorflow_all_but_the_integrations_is_imported():
     names = [n for n in MODULES if not n.startswith(("dss.integrations.", "dss.tasks."))]
     code = f"""
 import importlib, sys
-from dss.errors import UserError
+from dss.errors import DssError
 sys.modules.update(dict.fromkeys({TENSORFLOW_MODULES}))  # as if they were not installed
 for name in {names}: importlib.import_module(name)
 for name in ("dss.integrations.seqio_tasks", "dss.integrations.step_by_step", "{NEEDS_T5X}"):
     try: importlib.import_module(name)
-    except UserError as error: print(error)
+    except DssError as error: print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.paths import check_no_pipes, is_stream, replacing, write_whole
 
 
@@ -19,7 +19,7 @@ def test_a_pipe_is_found_and_what_goes_meanwhile_is_none(tmp_path):
     os.mkfifo(tmp_path / "below" / "pipe")
     (tmp_path / "dangling").symlink_to(tmp_path / "none")
     check_no_pipes(tmp_path, below=False)
-    with pytest.raises(UserError, match="below/pipe: a named pipe"):
+    with pytest.raises(DssError, match="below/pipe: a named pipe"):
         check_no_pipes(tmp_path)
 
 

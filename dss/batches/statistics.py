@@ -85,7 +85,7 @@ def measure_split(
       seed: the seed of the subsample.
 
     Raises:
-      UserError: if a file is missing or malformed, or the split has no examples.
+      DataError: if a file is missing or malformed, or the split has no examples.
     """
     examples = dataset.examples(split, fraction=fraction, seed=seed)
     statistics = {}

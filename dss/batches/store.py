@@ -18,7 +18,7 @@ import numpy as np
 
 from dss.data.rationales import ALL_RATIONALES, RationaleConfig
 from dss.data.vocabulary import Vocabulary, cut, is_cut, round_trip
-from dss.errors import UserError
+from dss.errors import DataError
 from dss.mixtures.ledger import Ledger, make_ledger
 from dss.mixtures.methods import Mixture
 from dss.mixtures.tasks import Task, TaskRows, TextRow
@@ -262,7 +262,7 @@ def open_store(
       rationales: the selection of rationales in the training split.
 
     Raises:
-      UserError: if a file is missing or malformed, or the split has no rows.
+      DataError: if a file is missing or malformed, or the split has no rows.
     """
     options: dict[str, Any] = {"fraction": fraction, "seed": seed, "keep_unparsed": keep_unparsed}
     key_options = options | dataclasses.asdict(rationales)
@@ -284,7 +284,7 @@ def open_store(
         for task, read, ledger in zip(mixture.tasks, reads, ledgers, strict=True):
             # A validation split without rationales still has a label loss.
             if not read.rows and (split == "train" or not any(read.rows for read in reads)):
-                raise UserError(
+                raise DataError(
                     f"{task.name}: no {split} rows; of {ledger.rows:,} rows in the file: {ledger}"
                 )
         pairs = zip(store.tasks, ledgers, strict=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dss.errors import UserError, missing_package
+from dss.errors import DssError, missing_package
 
 if TYPE_CHECKING:
     from dss.teacher.annotate import Limits
@@ -170,9 +170,9 @@ def _job(args: argparse.Namespace) -> "Job":
     from dss.teacher.request import Teacher
 
     if (args.dataset is None) == (args.input is None):
-        raise UserError("give what to annotate: --dataset NAME, or --input FILE with --prompt FILE")
+        raise DssError("give what to annotate: --dataset NAME, or --input FILE with --prompt FILE")
     if args.teacher is None:
-        raise UserError("give the teacher's model with --teacher")
+        raise DssError("give the teacher's model with --teacher")
     parameters = dict(_parameter(text) for text in args.param)
     if args.temperature is not None:
         parameters["temperature"] = args.temperature
@@ -187,7 +187,7 @@ def _job(args: argparse.Namespace) -> "Job":
     destination = {"output": args.output, "name": args.name}
     if args.input is not None:
         if args.prompt is None:
-            raise UserError("--input needs --prompt: a YAML file, or the name of a shipped prompt")
+            raise DssError("--input needs --prompt: a YAML file, or the name of a shipped prompt")
         return file_job(args.input, args.prompt, teacher, **destination)
     dataset = Dataset.released(args.dataset, args.data_root)
     return dataset_job(dataset, args.split, args.prompt, teacher, **destination)
@@ -196,7 +196,7 @@ def _job(args: argparse.Namespace) -> "Job":
 def _parameter(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise UserError(f"--param {text}: give it as NAME=VALUE")
+        raise DssError(f"--param {text}: give it as NAME=VALUE")
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -225,14 +225,14 @@ def _run_pipeline(args: argparse.Namespace, job: "Job") -> int:
     limits = _limits(args)
     for name in ("max_requests", "max_cost"):
         if getattr(limits, name) is not None:
-            raise UserError(
+            raise DssError(
                 f"--{name.replace('_', '-')}: not possible with --pipeline-options, as the workers "
                 "do not share a count; omit one of the two"
             )
     try:
         options = shlex.split(args.pipeline_options)
     except ValueError as error:
-        raise UserError(f"--pipeline-options: {error}") from None
+        raise DssError(f"--pipeline-options: {error}") from None
     with open_journal(job) as journal:
         job.check(journal, parquet=args.parquet, replace=args.replace)
         unanswered = run_pipeline(job, journal, limits, args.key_env, options)
@@ -268,7 +268,7 @@ def _run(args: argparse.Namespace, job: "Job", price: "Price | None") -> int:
             print(f"{state.stopped}; run the same command again to resume")
         try:
             _export(args, job, journal)
-        except UserError as error:
+        except DssError as error:
             if state.stopped != "interrupted":
                 raise
             print(error)
@@ -290,7 +290,7 @@ def _reparse(args: argparse.Namespace, job: "Job") -> int:
     from dss.teacher.ask import open_journal
 
     if not job.journal_path.is_file():
-        raise UserError(f"{job.journal_path}: no such journal; nothing was annotated there yet")
+        raise DssError(f"{job.journal_path}: no such journal; nothing was annotated there yet")
     with open_journal(job) as journal:
         _export(args, job, journal)
     return 0
@@ -322,9 +322,7 @@ def _batch_export(args: argparse.Namespace, job: "Job") -> int:
 
     stem = args.batch_export / f"{job.stem}.{job.name}"
     if args.batch_export.resolve() == job.folder.resolve():
-        raise UserError(
-            f"--batch-export {args.batch_export}: give another folder than the outputs'"
-        )
+        raise DssError(f"--batch-export {args.batch_export}: give another folder than the outputs'")
     with open_journal(job) as journal:
         job.check(journal, replace=args.replace)
         files = export_batch(journal, job.writer, job.examples(), stem)
@@ -372,7 +370,7 @@ def _dry_run(job: "Job", price: "Price | None") -> int:
             characters += request.characters
             remaining += 1
     if not count:
-        raise UserError(f"{job.source}: no examples")
+        raise DssError(f"{job.source}: no examples")
     for example in itertools.islice(job.examples(), SHOWN_PROMPTS):
         request = job.writer.requests(example)[0]
         print(f"---- {example.id}\n{job.writer.show(request)}\n")

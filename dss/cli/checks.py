@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.paths import CONFIG_FILE, in_bucket, is_stream
 
 __all__ = [
@@ -24,30 +24,30 @@ __all__ = [
 
 
 def check_run(run: str) -> None:
-    """Raises UserError if a folder is not a run directory."""
+    """Raises DssError if a folder is not a run directory."""
     if not in_bucket(run) and not (_local(run) / CONFIG_FILE).is_file():
-        raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
+        raise DssError(f"{run}: no run directory: it has no {CONFIG_FILE}")
 
 
 def check_folders(folders: Sequence[str]) -> None:
-    """Raises UserError if a folder of runs does not exist."""
+    """Raises DssError if a folder of runs does not exist."""
     for folder in folders:
         if not in_bucket(folder) and not _local(folder).is_dir():
-            raise UserError(f"{folder}: no such folder; give run directories or folders of them")
+            raise DssError(f"{folder}: no such folder; give run directories or folders of them")
 
 
 def check_input(file: str) -> None:
-    """Raises UserError if a file to read does not exist."""
+    """Raises DssError if a file to read does not exist."""
     if in_bucket(file):
         return
     if _local(file).is_dir():
-        raise UserError(f"{file}: a folder; give a file")
+        raise DssError(f"{file}: a folder; give a file")
     if not _local(file).exists():
-        raise UserError(f"{file}: no such file")
+        raise DssError(f"{file}: no such file")
 
 
 def check_output(option: str, file: str) -> None:
-    """Raises UserError if a file cannot be written.
+    """Raises DssError if a file cannot be written.
 
     Args:
       option: the option that names the file, such as "--json".
@@ -57,16 +57,16 @@ def check_output(option: str, file: str) -> None:
         return
     path = _local(file)
     if path.is_dir() or not path.parent.is_dir():
-        raise UserError(
+        raise DssError(
             f"{option}={file}: cannot be written: it is a folder, or its folder does not exist"
         )
     # A file is replaced by a temporary one beside it, which needs write access to the folder.
     if not os.access(path if is_stream(path) else path.parent, os.W_OK):
-        raise UserError(f"{option}={file}: no permission to write")
+        raise DssError(f"{option}={file}: no permission to write")
 
 
 def check_new_folder(folder: str, command: str) -> None:
-    """Raises UserError if a folder to create exists and is not empty.
+    """Raises DssError if a folder to create exists and is not empty.
 
     Args:
       folder: the folder to create.
@@ -76,28 +76,28 @@ def check_new_folder(folder: str, command: str) -> None:
     if in_bucket(folder) or not path.exists():
         return
     if not path.is_dir() or any(path.iterdir()):
-        raise UserError(f"{folder}: not empty; {command} into a new folder")
+        raise DssError(f"{folder}: not empty; {command} into a new folder")
 
 
 def check_source(source: str) -> None:
-    """Raises UserError if a checkpoint is neither an existing folder nor a possible hub id."""
+    """Raises DssError if a checkpoint is neither an existing folder nor a possible hub id."""
     form, colon, name = source.partition(":")
     if not colon or form not in ("hf", "t5x"):
         form, name = "", source
     if in_bucket(name) or _local(name).is_dir():
         return
     if form == "t5x" or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such folder; give a checkpoint's folder or a hub id")
+        raise DssError(f"{name}: no such folder; give a checkpoint's folder or a hub id")
 
 
 def check_vocabulary(file: str) -> None:
-    """Raises UserError if a vocabulary, a file or "bytes", does not exist."""
+    """Raises DssError if a vocabulary, a file or "bytes", does not exist."""
     if file != "bytes" and not in_bucket(file) and not _local(file).is_file():
-        raise UserError(f"{file}: no such vocabulary file; give a SentencePiece model or 'bytes'")
+        raise DssError(f"{file}: no such vocabulary file; give a SentencePiece model or 'bytes'")
 
 
 def check_flags(flags: Sequence[str], *, trains: bool = False) -> None:
-    """Raises UserError if data or a vocabulary given by flags do not exist.
+    """Raises DssError if data or a vocabulary given by flags do not exist.
 
     Args:
       flags: gin values as `NAME=VALUE`; the last value of a name counts.
@@ -107,9 +107,9 @@ def check_flags(flags: Sequence[str], *, trains: bool = False) -> None:
     values = {name: _value(text) for name, _, text in (flag.partition("=") for flag in flags)}
     paths = {name: path for name, path in values.items() if path and not in_bucket(path)}
     if (root := paths.get("DATA_ROOT")) and not _local(root).is_dir():
-        raise UserError(f"DATA_ROOT {root}: no such folder")
+        raise DssError(f"DATA_ROOT {root}: no such folder")
     if (data := paths.get("DATASET_PATH")) and not _local(data).exists():
-        raise UserError(f"DATASET_PATH {data}: no such file or folder")
+        raise DssError(f"DATASET_PATH {data}: no such file or folder")
     if vocabulary := paths.get("VOCABULARY"):
         check_vocabulary(vocabulary)
     is_new = trains and not (_local(values.get("MODEL_DIR") or "") / CONFIG_FILE).is_file()

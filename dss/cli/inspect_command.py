@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dss.cli.checks import check_flags
 from dss.cli.options import add_gin_options, gin_folders
 from dss.cli.tables import make_console, make_table
-from dss.errors import UserError
+from dss.errors import DssError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,7 +174,7 @@ def _ledgers(
     from dss.runs.data import split_store
 
     if vocabulary is not None:
-        with contextlib.suppress(UserError):  # no rows: the error follows the table
+        with contextlib.suppress(DssError):  # no rows: the error follows the table
             store = split_store(experiment, mixture, split, vocabulary)
             pairs = zip(mixture.tasks, store.tasks, strict=True)
             return [(task, tokens.ledger) for task, tokens in pairs if tokens.ledger is not None]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dss import __version__
-from dss.errors import UserError, missing_package
+from dss.errors import DssError, missing_package
 
 __all__ = ["main"]
 
@@ -97,7 +97,7 @@ def _unraisable_hook(args: Any) -> None:
         sys.__unraisablehook__(args)
 
 
-def _without_gcsfs(chain: Sequence[BaseException]) -> UserError | None:
+def _without_gcsfs(chain: Sequence[BaseException]) -> DssError | None:
     """Returns the error for a bucket that no installed package can read; None for other errors."""
     found = any(isinstance(error, ImportError) and "gcsfs" in str(error) for error in chain)
     return missing_package("a gs:// path", "gcsfs", "gcs") if found else None
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chain, process = _chain(error), _process()
         error = _without_gcsfs(chain) or error
         prefix = f"dss {args.command}" if process is None else f"dss {args.command}: {process}"
-        if isinstance(error, UserError):  # raised in every process
+        if isinstance(error, DssError):  # raised in every process
             print(f"{prefix}: {error}", file=sys.stderr)
             return 2
         if any(FULL_DISK in str(e) for e in chain):

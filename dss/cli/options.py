@@ -40,7 +40,7 @@ def gin_folders(args: argparse.Namespace) -> list[str]:
     """Returns the folders of --gin_search_paths, and checks that all gin files exist.
 
     Raises:
-      UserError: if a gin file does not exist; files and folders in buckets are not checked.
+      DssError: if a gin file does not exist; files and folders in buckets are not checked.
     """
     folders = [folder for folder in args.gin_search_paths.split(",") if folder]
     if not any(map(in_bucket, (*args.gin_file, *folders))):
@@ -100,7 +100,7 @@ def prepare_jax(*, steps: bool = True) -> None:
         system at once.
 
     Raises:
-      UserError: if the processes of the environment's variables cannot be joined.
+      DssError: if the processes of the environment's variables cannot be joined.
     """
     import logging
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from dss.cli.checks import check_output
 from dss.cli.options import add_gin_options, gin_folders, quiet_tpu
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.paths import write_whole
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     mesh = {} if args.mesh is None else _mesh(args.mesh)
     tokens = None if args.tokens is None else _mean_lengths(args.tokens)
     if args.mfu is not None and not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu={args.mfu}: must be a fraction of the peak, above 0 and at most 1")
+        raise DssError(f"--mfu={args.mfu}: must be a fraction of the peak, above 0 and at most 1")
     if args.json is not None:
         check_output("--json", args.json)
     if args.student:
@@ -106,7 +106,7 @@ def _mesh(text: str) -> dict[str, int]:
         axis, _, size = part.partition("=")
         known = axis in ("data", "model") and axis not in sizes
         if not known or not size.isdecimal() or int(size) < 1:
-            raise UserError(f"--mesh={text}: give it as data=N,model=N, such as data=8,model=4")
+            raise DssError(f"--mesh={text}: give it as data=N,model=N, such as data=8,model=4")
         sizes[axis] = int(size)
     return {"data": 1, "model": 1} | sizes
 
@@ -118,7 +118,7 @@ def _mean_lengths(text: str) -> tuple[float, float]:
     except ValueError:
         inputs = targets = 0.0
     if not all(2 <= mean <= MAX_TOKENS for mean in (inputs, targets)):
-        raise UserError(
+        raise DssError(
             f"--tokens={text}: give it as INPUT,TARGET, mean lengths of 2 to {MAX_TOKENS:,} "
             "tokens, such as 48,17"
         )

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from dss.cli.checks import check_input, check_output, check_run
 from dss.cli.options import add_run_options, open_run, prepare_jax
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.paths import create, is_stream
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _read(source: str) -> Iterator[tuple["Example", dict[str, Any]]]:
     for number, (location, row) in enumerate(rows):
         example = read_example(location, row, f"input-{number}")
         if example.id in seen:
-            raise UserError(f"{location}: duplicate id {example.id!r}; ids must differ")
+            raise DssError(f"{location}: duplicate id {example.id!r}; ids must differ")
         seen.add(example.id)
         yield example, row
 
@@ -66,7 +66,7 @@ def _count(source: str, *, passes: int) -> int | None:
       passes: the number of texts to decode for each input.
 
     Raises:
-      UserError: if a row of the file is malformed.
+      DssError: if a row of the file is malformed.
     """
     is_file = source != "-" and Path(source).is_file()
     return passes * sum(1 for _ in _read(source)) if is_file else None
@@ -89,12 +89,12 @@ def _standard_input() -> Iterator[tuple[str, dict[str, Any]]]:
     first = list(itertools.islice(lines, 2))
     for prefix, name in OTHER_FORMATS.items():
         if first and first[0][1].startswith(prefix):
-            raise UserError(
+            raise DssError(
                 f"standard input: {name}; give JSON lines with an 'input', or plain text, one "
                 "input per line"
             )
     if len(first) == 2 and _is_table(*(content for _, content in first)):
-        raise UserError(
+        raise DssError(
             "standard input:1: the header of a table; give JSON lines with an 'input', or plain "
             "text, one input per line"
         )
@@ -103,7 +103,7 @@ def _standard_input() -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             line = content.decode().strip().removeprefix(BYTE_ORDER_MARK).strip()
         except UnicodeDecodeError:
-            raise UserError(f"{location}: not UTF-8") from None
+            raise DssError(f"{location}: not UTF-8") from None
         value: Any = line
         if not line:
             continue
@@ -113,7 +113,7 @@ def _standard_input() -> Iterator[tuple[str, dict[str, Any]]]:
             with contextlib.suppress(ValueError, RecursionError):  # plain text
                 value = json.loads(line)
         if isinstance(value, list):
-            raise UserError(f"{location}: a JSON array; give one object with an 'input' per line")
+            raise DssError(f"{location}: a JSON array; give one object with an 'input' per line")
         yield location, value if isinstance(value, dict) else {"input": value}
 
 
@@ -136,7 +136,7 @@ def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> It
       count: a function that returns the number of lines written.
 
     Raises:
-      UserError: if the existing file has more lines and `replace` is False.
+      DssError: if the existing file has more lines and `replace` is False.
     """
     if path is None:
         yield sys.stdout
@@ -152,7 +152,7 @@ def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> It
         with path.open("rb") as file:
             before = sum(1 for _ in file)
         if before > count():
-            raise UserError(
+            raise DssError(
                 f"{path}: not replaced: it has {before:,} lines, and the {count():,} predictions "
                 f"are in {partial.name}; give another --output, or --replace"
             )
@@ -160,10 +160,10 @@ def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> It
 
 
 def _check_output(args: argparse.Namespace) -> None:
-    """Raises UserError if the output cannot be written, or is the input."""
+    """Raises DssError if the output cannot be written, or is the input."""
     check_output("--output", str(args.output))
     if args.output.exists() and args.input != "-" and args.output.samefile(args.input):
-        raise UserError(f"{args.output}: input and output are the same file")
+        raise DssError(f"{args.output}: input and output are the same file")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from dss.cli.options import prepare_jax
-from dss.errors import UserError
+from dss.errors import DssError
 
 __all__ = ["add_arguments", "run"]
 
@@ -43,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains the students, prints a table and saves a figure."""
     if args.seeds < 1:
-        raise UserError(f"--seeds {args.seeds}: give at least 1")
+        raise DssError(f"--seeds {args.seeds}: give at least 1")
     if args.output.exists() and not args.output.is_dir():
-        raise UserError(f"--output {args.output}: a file; give a folder")
+        raise DssError(f"--output {args.output}: a file; give a folder")
 
     from rich.console import Console
     from rich.table import Table
@@ -53,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from dss.quickstart import METHODS, TRAIN, draw, run_quickstart, summarize
 
     if not all(50 <= size <= TRAIN for size in args.sizes):
-        raise UserError(
-            f"--sizes {' '.join(map(str, args.sizes))}: give numbers from 50 to {TRAIN}"
-        )
+        raise DssError(f"--sizes {' '.join(map(str, args.sizes))}: give numbers from 50 to {TRAIN}")
     print(NOTE + "\n", flush=True)
     sizes = sorted(set(args.sizes))
     outcomes = run_quickstart(args.output, sizes=sizes, seeds=args.seeds, prepare=prepare_jax)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dss.cli.checks import check_folders
 from dss.cli.options import quiet_tpu
-from dss.errors import UserError
+from dss.errors import DssError
 
 __all__ = ["add_arguments", "run"]
 
@@ -45,7 +45,7 @@ def _teacher_size(text: str) -> tuple[str, float]:
     """
     match = re.fullmatch(r"(.+)=(\d+\.?\d*)([MB])", text)
     if not match or not float(match[2]):
-        raise UserError(
+        raise DssError(
             f"--teacher-size={text}: give a teacher and its parameters, such as llama=70B"
         )
     name = re.sub(r"\W", "_", match[1], flags=re.ASCII)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     check_folders(args.runs)
     sizes = dict(map(_teacher_size, args.teacher_size))
     if args.output.is_dir():
-        raise UserError(
+        raise DssError(
             f"{args.output}: a folder; give the name of a file, such as "
             f"{args.output / 'report.html'}"
         )
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     collected = collect(args.runs)
     if not collected.runs and collected.problems:
         path, problem = collected.problems[0]
-        raise UserError(f"{', '.join(args.runs)}: no readable run: {path}: {problem}")
+        raise DssError(f"{', '.join(args.runs)}: no readable run: {path}: {problem}")
     options = [f"--teacher-size={text}" for text in args.teacher_size]
     if args.split != "test":
         options.append(f"--split={args.split}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dss.cli.checks import check_flags
 from dss.cli.options import add_gin_options, gin_folders
-from dss.errors import UserError
+from dss.errors import DssError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from dss.sweeps.sweep import plan_sweep
 
     if has_others():
-        raise UserError(
+        raise DssError(
             "a sweep runs in one process, but JAX's or Slurm's environment variables are set for "
             "several; start the commands of --print-commands, or a --shard in each array job"
         )
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def _part(text: str) -> tuple[int, int]:
     i, slash, n = text.partition("/")
     if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-        raise UserError(f"--shard={text}: give it as I/N with I from 0 to N - 1, such as 0/4")
+        raise DssError(f"--shard={text}: give it as I/N with I from 0 to N - 1, such as 0/4")
     return int(i), int(n)
 
 

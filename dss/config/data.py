@@ -7,7 +7,7 @@ from etils import epath
 from dss.config.experiment import DataConfig, Experiment
 from dss.data.datasets import Dataset
 from dss.data.released import RELEASED
-from dss.errors import UserError, unknown_name
+from dss.errors import ConfigError, unknown_name
 from dss.mixtures.methods import Method, Mixture, make_mixture, named_mixture
 
 __all__ = ["open_dataset", "open_datasets", "open_mixture", "resolve"]
@@ -25,11 +25,11 @@ def open_datasets(
       must_exist: whether data files must exist; False for prediction, which reads none.
 
     Raises:
-      UserError: if the data do not exist.
+      ConfigError: if the data do not exist.
     """
     root = data.root
     if root is not None and must_exist and not epath.Path(root).expanduser().is_dir():
-        raise UserError(f"DATA_ROOT {root}: no such folder")
+        raise ConfigError(f"DATA_ROOT {root}: no such folder")
     datasets, path = [], data.dataset_path
     if path is None and not must_exist and name not in RELEASED:
         path = name  # an exported student keeps only the name and the labels of its dataset
@@ -54,12 +54,12 @@ def open_dataset(experiment: Experiment, *, must_exist: bool = True) -> Dataset:
       must_exist: whether data files must exist; False for prediction, which reads none.
 
     Raises:
-      UserError: if the experiment has no dataset, its name is unknown, or its files do not exist.
+      ConfigError: if the experiment has no dataset, its name is unknown, or its files do not exist.
     """
     known = open_datasets(experiment.data, experiment.dataset_name, must_exist=must_exist)
     name = experiment.dataset_name
     if name is None and experiment.data.dataset_path is None:
-        raise UserError("no dataset: give DATASET, or DATASET_PATH for your own data")
+        raise ConfigError("no dataset: give DATASET, or DATASET_PATH for your own data")
     if name is not None and name not in known:
         raise unknown_name("dataset", name, known)
     return next(iter(known.values())) if name is None else known[name]
@@ -73,12 +73,12 @@ def open_mixture(experiment: Experiment, *, must_exist: bool = True) -> Mixture:
       must_exist: whether data files must exist; False for prediction, which reads none.
 
     Raises:
-      UserError: if the experiment has neither, a name is unknown, or the data do not exist.
+      ConfigError: if the experiment has neither, a name is unknown, or the data do not exist.
     """
     one_input = experiment.data.one_encoder_pass
     if experiment.mixture is None:
         if experiment.method is None:
-            raise UserError(
+            raise ConfigError(
                 "no method: give --gin_file=methods/NAME.gin with --gin_file=datasets/NAME.gin, "
                 "METHOD with DATASET or DATASET_PATH, or MIXTURE_OR_TASK_NAME"
             )
@@ -98,7 +98,7 @@ def open_mixture(experiment: Experiment, *, must_exist: bool = True) -> Mixture:
     if experiment.teacher is None:
         return mixture
     if mixture.teacher is None:
-        raise UserError(
+        raise ConfigError(
             f"TEACHER is {experiment.teacher!r}, but mixture {mixture.name!r} uses no teacher; "
             "leave TEACHER out"
         )
@@ -128,7 +128,7 @@ def resolve(experiment: Experiment) -> Experiment:
     A mixture's name is replaced by its dataset, method and teacher.
 
     Raises:
-      UserError: see `open_mixture`.
+      ConfigError: see `open_mixture`.
     """
     mixture = open_mixture(experiment)
     dataset, data = mixture.dataset, experiment.data

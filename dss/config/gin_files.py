@@ -14,7 +14,7 @@ from etils import epath
 import gin
 from dss.config.experiment import DataConfig, Experiment
 from dss.data.rationales import RationaleConfig
-from dss.errors import UserError, first_line, unknown_name
+from dss.errors import ConfigError, first_line, unknown_name
 from dss.parallel.config import MeshConfig
 from dss.paths import BYTE_ORDER_MARK, CONFIG_FILE, find_gin_file, gin_root, write_whole
 from dss.student.config import DecodingConfig, T5Config
@@ -101,7 +101,7 @@ def _binding(flag: str) -> str:
     """Returns the gin binding of `NAME=VALUE`; a value that is not a literal becomes a string."""
     name, equals, value = flag.partition("=")
     if not equals:
-        raise UserError(f"--gin.{flag}: no value; give it as --gin.NAME=VALUE")
+        raise ConfigError(f"--gin.{flag}: no value; give it as --gin.NAME=VALUE")
     if not value.startswith(("@", "%")):
         try:
             ast.literal_eval(value)
@@ -136,12 +136,12 @@ def _check_run_file(path: epath.Path) -> None:
       path: the config.gin of a run directory.
 
     Raises:
-      UserError: if the file has an import, an include, a macro, or a name other than the fields of
-        an experiment.
+      ConfigError: if the file has an import, an include, a macro, or a name other than the fields
+        of an experiment.
     """
 
-    def rejected(statement: str, line: int) -> UserError:
-        return UserError(
+    def rejected(statement: str, line: int) -> ConfigError:
+        return ConfigError(
             f"{path}:{line}: {statement} in the configuration of a run, which may hold values "
             "only; nothing was read from it"
         )
@@ -159,9 +159,9 @@ def _check_run_file(path: epath.Path) -> None:
         location = re.search(r"line (\d+)", str(error))
         raise rejected(f"{first_line(error)!r}", int(location[1]) if location else 1) from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from None
     except (SyntaxError, ValueError, tokenize.TokenError, RecursionError) as error:
-        raise UserError(f"{path}: not a configuration: {first_line(error)}") from None
+        raise ConfigError(f"{path}: not a configuration: {first_line(error)}") from None
 
 
 def _read(
@@ -181,7 +181,7 @@ def _read(
         gin.parse_config_files_and_bindings(paths, list(bindings), finalize_config=False)
         return make()
     except GIN_ERRORS as error:
-        raise UserError(f"configuration: {_describe(error)}") from error
+        raise ConfigError(f"configuration: {_describe(error)}") from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -203,7 +203,7 @@ def _parse(
         if name not in read:  # a misspelled name, or a field of a student that is not configured
             if "." not in name:
                 raise unknown_name("macro", name, [n for n in read if "." not in n])
-            raise UserError(
+            raise ConfigError(
                 f"configuration: {name} is set but not used; without a students/ file give "
                 "Experiment.dtype, Experiment.remat and DROPOUT_RATE"
                 if name.startswith("T5Config.")
@@ -258,7 +258,7 @@ def parse_gin(
       beside: other configuration classes that the same files set; see `parse_beside`.
 
     Raises:
-      UserError: if a file is missing, a name is unknown, or a value is invalid.
+      ConfigError: if a file is missing, a name is unknown, or a value is invalid.
     """
     return _parse([DEFAULTS, *files], [_binding(flag) for flag in flags], search_paths, beside)
 
@@ -280,7 +280,7 @@ def parse_beside(
       search_paths: more folders to search for gin files.
 
     Raises:
-      UserError: if a file is missing or a value is invalid.
+      ConfigError: if a file is missing or a value is invalid.
     """
     bindings = [_binding(flag) for flag in flags]
     return _read([DEFAULTS, *files], bindings, search_paths, gin.get_configurable(kind))
@@ -368,11 +368,11 @@ def load_config(run: epath.PathLike, flags: Sequence[str] = ()) -> Experiment:
       flags: `NAME=VALUE` of gin values to override, by field or macro.
 
     Raises:
-      UserError: if it is not a run directory.
+      ConfigError: if it is not a run directory.
     """
     path = epath.Path(run).expanduser() / CONFIG_FILE
     if not path.is_file():
-        raise UserError(f"{run}: no run directory: it has no {CONFIG_FILE}")
+        raise ConfigError(f"{run}: no run directory: it has no {CONFIG_FILE}")
     # A run's file has no macros, so a macro is replaced by the field that it sets.
     fields, bindings = _macro_fields(), []
     for flag in flags:

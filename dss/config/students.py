@@ -17,7 +17,7 @@ def named_student(name: str) -> T5Config:
     512
 
     Raises:
-      UserError: if there is no such student.
+      ConfigError: if there is no such student.
     """
     files = {path.stem: path for path in (gin_root() / "students").glob("*.gin")}
     if name not in files:

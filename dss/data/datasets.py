@@ -20,7 +20,7 @@ from dss.data.labels import ANY_LABEL, Labels
 from dss.data.metrics import METRICS
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
-from dss.errors import UserError, unknown_name
+from dss.errors import DataError, unknown_name
 from dss.paths import absolute, check_no_pipes
 
 __all__ = [
@@ -156,7 +156,7 @@ class Dataset:
             DSS_DATA_ROOT, or else the folder `data`, resolved when files are read.
 
         Raises:
-          UserError: if no released dataset has this name.
+          DataError: if no released dataset has this name.
         """
         if name not in RELEASED:
             raise unknown_name("dataset", name, RELEASED)
@@ -187,7 +187,7 @@ class Dataset:
             be missing and `dataset.json` is not read.
 
         Raises:
-          UserError: if the name is invalid or that of a released dataset, the path does not exist,
+          DataError: if the name is invalid or that of a released dataset, the path does not exist,
             the metric is unknown, or `dataset.json` contradicts the arguments.
         """
         path = epath.Path(path).expanduser()
@@ -195,11 +195,11 @@ class Dataset:
         if must_exist and path.is_file():
             check_kind(path)
         if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
-            raise UserError(f"dataset name {name!r}: use letters, digits and underscores")
+            raise DataError(f"dataset name {name!r}: use letters, digits and underscores")
         if name in RELEASED:
-            raise UserError(f"dataset name {name!r} is that of a released dataset; choose another")
+            raise DataError(f"dataset name {name!r} is that of a released dataset; choose another")
         if must_exist and not path.exists():
-            raise UserError(f"{path}: no such file or folder; dataset {name!r} needs it")
+            raise DataError(f"{path}: no such file or folder; dataset {name!r} needs it")
         allowed = Labels(tuple(labels), metric)
         if must_exist:  # a trained student keeps the labels of its training
             allowed = read_declared(path, allowed, where="the configuration")
@@ -213,7 +213,7 @@ class Dataset:
         """Returns the split whose files hold `split`: "train" for "valid" without a file.
 
         Raises:
-          UserError: if the split is unknown.
+          DataError: if the split is unknown.
         """
         if split not in SPLITS:
             raise unknown_name("split", split, SPLITS)
@@ -227,13 +227,13 @@ class Dataset:
         """Returns the files of a split, and of a teacher's outputs for it.
 
         Raises:
-          UserError: if a file is missing or is a named pipe.
+          DataError: if a file is missing or is a named pipe.
         """
         files = self.source.files(self.source_split(split), teacher)
         for file in files:
             check_no_pipes(file)
             if not file.is_file():
-                raise UserError(
+                raise DataError(
                     f"{file}: no such file; dataset {self.name!r} needs it for {split}: "
                     f"{self.source.remedy}"
                 )
@@ -251,7 +251,7 @@ class Dataset:
           seed: seed of the subsample.
 
         Raises:
-          UserError: if a file is missing or malformed, the split is empty, or a label is outside
+          DataError: if a file is missing or malformed, the split is empty, or a label is outside
             the closed set.
         """
         file = self.files(split)[0]
@@ -263,7 +263,7 @@ class Dataset:
                 rows = train if split == "train" else valid
             examples = [examples[i] for i in rows]
         if not examples:
-            raise UserError(f"{file}: no examples for the {split} split of {self.name!r}")
+            raise DataError(f"{file}: no examples for the {split} split of {self.name!r}")
         return examples
 
     def count_drawn(self, split: str, total: int, *, fraction: float = 1.0) -> int:
@@ -279,7 +279,7 @@ class Dataset:
         Outputs for an input that has changed since are "stale"; see `TeacherOutput.for_input`.
 
         Raises:
-          UserError: if a file is missing or malformed.
+          DataError: if a file is missing or malformed.
         """
         self.files(split, teacher)
         split = self.source_split(split)
@@ -303,7 +303,7 @@ def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: s
       where: name of that configuration or prompt, for messages.
 
     Raises:
-      UserError: if the file is malformed or contradicts the given labels.
+      DataError: if the file is malformed or contradicts the given labels.
     """
     path = epath.Path(path).expanduser()
     file = (path.parent if path.is_file() else path) / DATASET_FILE
@@ -311,27 +311,27 @@ def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: s
         return given
     value = read_json_file(file)
     if not isinstance(value, dict) or not {*value} <= {"labels", "metric"}:
-        raise UserError(
+        raise DataError(
             f"{file}: must be a JSON object with 'labels', 'metric' or both, and no other keys; "
             "rename the file if it is not meant for dss"
         )
     labels, metric = value.get("labels", []), value.get("metric", given.metric)
     if not isinstance(labels, list) or not all(isinstance(x, str) and x.strip() for x in labels):
-        raise UserError(f"{file}: 'labels' must be a list of strings that are not blank")
+        raise DataError(f"{file}: 'labels' must be a list of strings that are not blank")
     if metric not in [*METRICS]:
-        raise UserError(f"{file}: 'metric' must be one of {', '.join(METRICS)}, got {metric!r}")
+        raise DataError(f"{file}: 'metric' must be one of {', '.join(METRICS)}, got {metric!r}")
     declared = Labels(tuple(labels), metric)
     repeated = [label for label in declared.closed if declared.closed.count(label) > 1]
     if repeated:
-        raise UserError(f"{file}: duplicate label {repeated[0]!r}")
+        raise DataError(f"{file}: duplicate label {repeated[0]!r}")
     remedy = "remove one of them, or make them equal"
     if given.closed and declared.closed and set(given.closed) != set(declared.closed):
-        raise UserError(
+        raise DataError(
             f"{file}: its labels are {', '.join(declared.closed)}, but {where} has "
             f"{', '.join(given.closed)}; {remedy}"
         )
     if given.metric not in ("text", declared.metric):
-        raise UserError(
+        raise DataError(
             f"{file}: its metric is {declared.metric}, but {where} has {given.metric}; {remedy}"
         )
     return dataclasses.replace(declared, closed=given.closed or declared.closed)

@@ -16,7 +16,7 @@ from typing import Any
 from etils import epath
 
 from dss.data.labels import ANY_LABEL, Labels, read_label
-from dss.errors import UserError
+from dss.errors import DataError
 from dss.paths import BYTE_ORDER_MARK
 
 __all__ = [
@@ -117,26 +117,26 @@ def read_json(where: str, text: str) -> Any:
       text: the JSON text.
 
     Raises:
-      UserError: if the text is not JSON, or holds NaN or infinity.
+      DataError: if the text is not JSON, or holds NaN or infinity.
     """
     try:
         return DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg}") from None
+        raise DataError(f"{where}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # NaN, a number too long, nested too deeply
-        raise UserError(f"{where}: not JSON that can be read: {error}") from None
+        raise DataError(f"{where}: not JSON that can be read: {error}") from None
 
 
 def read_json_file(path: epath.PathLike) -> Any:
     """Returns the value of a JSON file.
 
     Raises:
-      UserError: if the file is not UTF-8 or not JSON, see `read_json`.
+      DataError: if the file is not UTF-8 or not JSON, see `read_json`.
     """
     try:
         text = epath.Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
     return read_json(str(path), text.removeprefix(BYTE_ORDER_MARK))
 
 
@@ -156,11 +156,11 @@ def check_kind(path: epath.Path) -> None:
     """Checks that a file's extension is not that of another format than JSON lines.
 
     Raises:
-      UserError: if it is.
+      DataError: if it is.
     """
     kind = OTHER_KINDS.get(path.suffix.lower())
     if kind is not None:
-        raise UserError(
+        raise DataError(
             f"{path}: {kind}, not JSON lines; convert it to lines of "
             '{"id": ..., "input": ..., "label": ...}, for example with pandas: '
             "table.rename(columns={...}).to_json('train.jsonl', orient='records', lines=True)"
@@ -171,7 +171,7 @@ def read_json_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (`file:line`, object) for each line that is not blank.
 
     Raises:
-      UserError: if the file is missing, of another format or not UTF-8, or a line is not a JSON
+      DataError: if the file is missing, of another format or not UTF-8, or a line is not a JSON
         object.
     """
     check_kind(path)
@@ -185,29 +185,29 @@ def read_json_lines(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{path}:{number}"
                 value = read_json(where, line)
                 if isinstance(value, list):
-                    raise UserError(
+                    raise DataError(
                         f"{where}: a JSON array, not JSON lines; write one object per line"
                     )
                 if not isinstance(value, dict):
-                    raise UserError(f"{where}: a {type(value).__name__}, not a JSON object")
+                    raise DataError(f"{where}: a {type(value).__name__}, not a JSON object")
                 yield where, value
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def _text(where: str, value: dict[str, Any], key: str, default: str | None = None) -> str:
     text = default if value.get(key) is None else value[key]
     if isinstance(text, bool) or not isinstance(text, str | int | float):
         problem = "is missing" if text is None else f"is a {type(text).__name__}"
-        raise UserError(f"{where}: {key!r} {problem}; it must be text")
+        raise DataError(f"{where}: {key!r} {problem}; it must be text")
     if isinstance(text, float) and text.is_integer() and abs(text) < 2**53:
         text = int(text)  # tables with empty cells store whole numbers as floats
     try:
         str(text).encode()
     except UnicodeEncodeError:
-        raise UserError(
+        raise DataError(
             f"{where}: {key!r} holds half of a surrogate pair; the text was cut inside a character"
         ) from None
     return str(text)
@@ -225,7 +225,7 @@ def read_example(
       labels: the allowed labels.
 
     Raises:
-      UserError: if the input is missing, a field is not text, or the label is outside the closed
+      DataError: if the input is missing, a field is not text, or the label is outside the closed
         set.
     """
     label = read_label(None if value.get("label") is None else _text(where, value, "label"))
@@ -243,13 +243,13 @@ def stream_examples(path: epath.Path, split: str, labels: Labels = ANY_LABEL) ->
       labels: the allowed labels.
 
     Raises:
-      UserError: if an id repeats; also see `read_json_lines` and `read_example`.
+      DataError: if an id repeats; also see `read_json_lines` and `read_example`.
     """
     ids: set[str] = set()
     for where, value in read_json_lines(path):
         example = read_example(where, value, f"{split}-{len(ids)}", labels)
         if example.id in ids:
-            raise UserError(f"{where}: duplicate id {example.id!r}; ids must differ")
+            raise DataError(f"{where}: duplicate id {example.id!r}; ids must differ")
         ids.add(example.id)
         yield example
 
@@ -261,14 +261,14 @@ def teacher_files(examples: epath.Path) -> dict[str, epath.Path]:
     `gpt_4o`, as in the names of tasks and mixtures.
 
     Raises:
-      UserError: if two files are of the same teacher.
+      DataError: if two files are of the same teacher.
     """
     out: dict[str, epath.Path] = {}
     for path in sorted(examples.parent.glob(f"{examples.stem}.*.jsonl")):
         name = path.name.removeprefix(f"{examples.stem}.").removesuffix(".jsonl")
         teacher = re.sub(r"\W", "_", name, flags=re.ASCII)
         if out.setdefault(teacher, path) != path:
-            raise UserError(
+            raise DataError(
                 f"{out[teacher]}, {path.name}: both are outputs of teacher {teacher!r}; rename one"
             )
     return out
@@ -278,7 +278,7 @@ def read_teacher_outputs(path: epath.Path, teacher: str) -> list[TeacherOutput]:
     """Returns the outputs of a teacher's journal, the last one of each example.
 
     Raises:
-      UserError: if an id is missing, a status is unknown, or a vote or samples are malformed; also
+      DataError: if an id is missing, a status is unknown, or a vote or samples are malformed; also
         see `read_json_lines`.
     """
     out: dict[str, TeacherOutput] = {}
@@ -286,7 +286,7 @@ def read_teacher_outputs(path: epath.Path, teacher: str) -> list[TeacherOutput]:
         id_ = _text(where, value, "id")
         samples = value.get("samples") or []
         if not isinstance(samples, list) or not all(isinstance(s, dict) for s in samples):
-            raise UserError(f"{where}: 'samples' is not a list of JSON objects")
+            raise DataError(f"{where}: 'samples' is not a list of JSON objects")
         out[id_] = dataclasses.replace(
             _teacher_output(where, value, id_, teacher),
             agreement=_fraction(where, value, "vote"),
@@ -303,7 +303,7 @@ def _teacher_output(where: str, value: dict[str, Any], id_: str, teacher: str) -
     complete = value.get("raw") is None and bool(rationale.strip() or label)
     status = _text(where, value, "status", "ok" if complete else parsed_status(rationale, label))
     if status not in STATUSES:
-        raise UserError(f"{where}: status {status!r} is not one of {', '.join(STATUSES)}")
+        raise DataError(f"{where}: status {status!r} is not one of {', '.join(STATUSES)}")
     return TeacherOutput(id_, rationale, label, teacher, _text(where, value, "raw", ""), status)
 
 
@@ -313,5 +313,5 @@ def _fraction(where: str, value: dict[str, Any], key: str) -> float | None:
         return None
     is_number = isinstance(fraction, int | float) and not isinstance(fraction, bool)
     if not is_number or not 0 <= fraction <= 1:
-        raise UserError(f"{where}: {key!r} is {fraction!r}; it must be a number between 0 and 1")
+        raise DataError(f"{where}: {key!r} is {fraction!r}; it must be a number between 0 and 1")
     return float(fraction)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from dss.data.metrics import METRICS, is_readable
 from dss.data.vocabulary import Vocabulary, round_trip
-from dss.errors import UserError, unknown_name
+from dss.errors import DataError, unknown_name
 
 __all__ = ["ANY_LABEL", "Labels", "describe_look_alikes", "read_label"]
 
@@ -52,12 +52,12 @@ class Labels:
           label: the label.
 
         Raises:
-          UserError: if the label is outside the closed set.
+          DataError: if the label is outside the closed set.
         """
         if not self.admit(label):
             near = [known for known in self.closed if known.casefold() == label.casefold()]
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(
+            raise DataError(
                 f"{where}: label {label!r} is not one of {', '.join(self.closed)}{hint}"
             )
 
@@ -65,13 +65,13 @@ class Labels:
         """Checks that the labels of the closed set have different tokens.
 
         Raises:
-          UserError: if two labels have the same tokens, so that a student cannot distinguish them.
+          DataError: if two labels have the same tokens, so that a student cannot distinguish them.
         """
         seen: dict[tuple[int, ...], str] = {}
         for label in self.closed:
             other = seen.setdefault(tuple(vocabulary.encode(label)), label)
             if other != label:
-                raise UserError(
+                raise DataError(
                     f"labels {other!r} and {label!r} have the same tokens in this vocabulary, so a "
                     "student cannot distinguish them; rename one, or use a vocabulary with their "
                     "characters, such as mT5's or ByT5's"

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from dss.data.examples import Example, TeacherOutput
-from dss.errors import UserError
+from dss.errors import DataError
 from dss.fields import check_at_least, check_types
 
 __all__ = ["ALL_RATIONALES", "REASONS", "Choice", "RationaleConfig", "choose_rationales"]
@@ -67,7 +67,7 @@ def choose_rationales(
       is_right: the dataset's comparison of a label with a gold label.
 
     Raises:
-      UserError: if the filters need several samples and no example has them.
+      DataError: if the filters need several samples and no example has them.
     """
     existing = [outputs[e.id] for e in examples if e.id in outputs]
     has_votes = any(o.agreement is not None for o in existing)
@@ -76,7 +76,7 @@ def choose_rationales(
         ("several", config.several, any(o.samples for o in existing)),
     ):
         if needed and existing and not available:
-            raise UserError(
+            raise DataError(
                 f"RationaleConfig.{name} needs several samples per example, but teacher "
                 f"{existing[0].teacher} was sampled once; to sample again: "
                 "`dss annotate --samples N --temperature T`"

@@ -27,7 +27,7 @@ from dss.data.examples import (
     teacher_files,
 )
 from dss.data.labels import ANY_LABEL, Labels
-from dss.errors import UserError
+from dss.errors import DataError
 
 __all__ = ["RELEASED", "TEACHERS", "Format", "ReleasedSource", "cqa_choices"]
 
@@ -221,14 +221,14 @@ class ReleasedSource:
         """Returns the examples of a split, in the order of the file.
 
         Raises:
-          UserError: if the file is missing or a line is malformed.
+          DataError: if the file is missing or a line is malformed.
         """
         out: list[Example] = []
         for where, row in read_json_lines(self._examples_file(split)):
             try:
                 text, label = RELEASED[self.name].row(row)
             except (KeyError, IndexError, TypeError, AttributeError) as error:
-                raise UserError(f"{where}: not a row of {self.name}: {error!r}") from None
+                raise DataError(f"{where}: not a row of {self.name}: {error!r}") from None
             out.append(Example(f"{split}-{len(out)}", text, label))
         return out
 
@@ -236,7 +236,7 @@ class ReleasedSource:
         """Returns a teacher's outputs for a split; of a released teacher one per example, in order.
 
         Raises:
-          UserError: if a file is missing or malformed, or the number of a released teacher's texts
+          DataError: if a file is missing or malformed, or the number of a released teacher's texts
             is not that of the examples.
         """
         if teacher not in TEACHERS:
@@ -246,7 +246,7 @@ class ReleasedSource:
         texts = [text for path in paths for text in _read_texts(path)]
         count = sum(1 for _ in read_json_lines(self._examples_file(split)))
         if len(texts) != count:
-            raise UserError(
+            raise DataError(
                 f"{paths[0].parent}: {len(texts)} texts of {teacher}, but {count} examples in "
                 f"{self._examples_file(split)}; is a file missing?"
             )
@@ -284,9 +284,9 @@ def _read_texts(path: epath.Path) -> list[str]:
     try:
         texts = read_json(str(path), path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise DataError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}") from None
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{path}: not a JSON list of strings")
+        raise DataError(f"{path}: not a JSON list of strings")
     return texts

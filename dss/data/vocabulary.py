@@ -7,7 +7,7 @@ from typing import Protocol
 import sentencepiece
 from etils import epath
 
-from dss.errors import UserError
+from dss.errors import DataError
 from dss.paths import check_no_pipes
 
 __all__ = [
@@ -61,7 +61,7 @@ class SentencePieceVocabulary:
 
     def __init__(self, path: epath.Path):
         if not path.is_file():
-            raise UserError(
+            raise DataError(
                 f"{path}: no such vocabulary file; give a SentencePiece model or 'bytes'"
             )
         check_no_pipes(path)
@@ -70,12 +70,12 @@ class SentencePieceVocabulary:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError:
-            raise UserError(
+            raise DataError(
                 f"{path}: not a SentencePiece model; give a T5 vocabulary such as spiece.model"
             ) from None
         special = (self._model.pad_id(), self._model.eos_id(), self._model.unk_id())
         if special != (PAD, EOS, UNK):
-            raise UserError(
+            raise DataError(
                 f"{path}: wrong vocabulary: its ids of pad, eos and unk are {special}; T5's are "
                 "(0, 1, 2)"
             )
@@ -136,7 +136,7 @@ def load_vocabulary(source: str | epath.Path) -> Vocabulary:
     """Returns the vocabulary of the SentencePiece file `source`, or ByT5's for "bytes".
 
     Raises:
-      UserError: if the file does not exist or is not a SentencePiece model with T5's special ids.
+      DataError: if the file does not exist or is not a SentencePiece model with T5's special ids.
     """
     if str(source) == BYTES:
         return ByteVocabulary()

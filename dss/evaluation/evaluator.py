@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from dss.data.metrics import rouge_l
 from dss.data.vocabulary import EOS, Vocabulary, encode_example
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.evaluation.significance import wilson_interval
 from dss.mixtures.methods import Mixture
 from dss.mixtures.tasks import extract_label
@@ -81,7 +81,7 @@ def evaluation_set(
       seed: random seed of the subsample.
 
     Raises:
-      UserError: if no example of the split has a target.
+      DssError: if no example of the split has a target.
     """
     task = mixture.tasks[0]
     if task.kind != "rationale":
@@ -91,7 +91,7 @@ def evaluation_set(
             return gold
     rows = task.rows(split, fraction=fraction, seed=seed)
     if not rows:
-        raise UserError(f"{mixture.name}: nothing to evaluate: no example of {split} has a label")
+        raise DssError(f"{mixture.name}: nothing to evaluate: no example of {split} has a label")
     return [
         EvaluationExample(r.id, r.inputs.removeprefix(task.prefix), r.targets, gold=False)
         for r in rows

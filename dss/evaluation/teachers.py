@@ -32,7 +32,7 @@ def read_teachers(mixture: Mixture, split: str) -> dict[str, TeacherOutputs]:
     """Returns the outputs for a split by teacher, except stale ones.
 
     Raises:
-      UserError: if a file of outputs is malformed.
+      DssError: if a file of outputs is malformed.
     """
     dataset = mixture.dataset
     return {

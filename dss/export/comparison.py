@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dss.data.vocabulary import EOS
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.interop import t5x_checkpoint
 from dss.interop.huggingface_export import quiet_transformers
 from dss.student.config import T5Config
@@ -91,7 +91,7 @@ def check(to: str, path: Path, ours: np.ndarray, probes: Probes, config: T5Confi
       config: the student's configuration.
 
     Raises:
-      UserError: if they differ by more than rounding.
+      DssError: if they differ by more than rounding.
     """
     if to == "ctranslate2":
         program, theirs = "CTranslate2", _ctranslate2_log_probs(path, probes)
@@ -106,7 +106,7 @@ def check(to: str, path: Path, ours: np.ndarray, probes: Probes, config: T5Confi
     limit = TOLERANCE * max(1.0, float(np.abs(ours).max()))
     difference = float(np.max(np.abs(theirs - ours)))
     if not difference <= limit:  # also true for NaN
-        raise UserError(
+        raise DssError(
             f"{program} computes other logits from the export (they differ by {difference:.3g}, "
             f"more than the tolerance of {limit:.3g}); nothing was written. Please report it with "
             f"the versions of dss and of {program}"

@@ -17,7 +17,7 @@ from etils import epath
 
 from dss.config.gin_files import save_config
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError, first_line, unknown_name
+from dss.errors import DssError, first_line, unknown_name
 from dss.export import comparison
 from dss.export.model_card import model_card
 from dss.interop import ctranslate2_export, huggingface_export, t5x_export
@@ -60,12 +60,12 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 
 def _new_folder(path: epath.PathLike) -> Path:
     if in_bucket(path):
-        raise UserError(
+        raise DssError(
             f"{path}: cannot export into a bucket; export to this machine, then copy the folder"
         )
     folder = Path(absolute(path))
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{path}: not empty; export into a new folder")
+        raise DssError(f"{path}: not empty; export into a new folder")
     return folder
 
 
@@ -124,7 +124,7 @@ def _compare(run: Run, params: Params, to: str, written: Path) -> str:
       The reason why they could not be compared; empty if they were.
 
     Raises:
-      UserError: if they differ.
+      DssError: if they differ.
     """
     config, vocabulary = run.config, load_vocabulary(run.vocabulary_source)
     if not comparison.enough_memory(config):
@@ -137,7 +137,7 @@ def _compare(run: Run, params: Params, to: str, written: Path) -> str:
             )
             ours = comparison.logits(config, tree, probes)
             comparison.check(to, written, ours, probes, config)
-    except UserError:
+    except DssError:
         raise
     except Exception as error:  # such as an incompatible version, or a lack of memory
         return f"not compared with the student's logits: {first_line(error)}"
@@ -158,7 +158,7 @@ def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Ex
       which: the checkpoint: "best", "latest" or a step.
 
     Raises:
-      UserError: if the format is unknown, the folder is not empty or is in a bucket, there is no
+      DssError: if the format is unknown, the folder is not empty or is in a bucket, there is no
         such checkpoint or it is of another size, the format cannot represent the student, or the
         export's logits differ.
     """
@@ -166,7 +166,7 @@ def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Ex
         raise unknown_name("--to", to, FORMATS)
     target = _new_folder(folder)
     if jax.process_count() > 1:
-        raise UserError("an export needs a single process; start it without the others")
+        raise DssError("an export needs a single process; start it without the others")
     with contextlib.closing(run.checkpoints()) as checkpoints:
         step = checkpoints.find(which)
         checkpoints.check_shapes(step, abstract_params(run.config))

@@ -13,7 +13,7 @@ from dss import __version__
 from dss.data.examples import read_json_lines
 from dss.data.released import RELEASED
 from dss.data.vocabulary import BYTES, load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.evaluation.significance import wilson_interval
 from dss.interop.huggingface_export import SPIECE
 from dss.mixtures.methods import Method, Mixture
@@ -144,7 +144,7 @@ def _scores(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
 def _score(where: str, row: dict[str, Any]) -> float:
     score = row.get("score")
     if not isinstance(score, int | float):
-        raise UserError(f"{where}: no score; delete the file and evaluate the run again")
+        raise DssError(f"{where}: no score; delete the file and evaluate the run again")
     return score
 
 

@@ -158,7 +158,7 @@ def register_seqio(
       The names of the mixtures.
 
     Raises:
-      UserError: if the teachers' names give two mixtures the same name.
+      DssError: if the teachers' names give two mixtures the same name.
     """
     names = mixture_names(dataset)
     mixtures = [named_mixture(n, [dataset], 0.5 if alpha is None else alpha) for n in names]

@@ -22,7 +22,7 @@ from dss.config.data import open_mixture, resolve
 from dss.config.experiment import Experiment
 from dss.config.gin_files import gin_name
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import MissingPackageError, UserError
+from dss.errors import DssError, MissingPackageError
 from dss.integrations.seqio_features import StepByStepFeatureConverter
 from dss.integrations.seqio_tasks import get_vocabulary, register_seqio, vocabulary_source
 from dss.interop.t5x_export import DATASET, DATASET_FILE
@@ -261,12 +261,12 @@ def _refuse(experiment: Experiment, reasons: Mapping[str, str]) -> None:
       reasons: the reason why T5X would ignore a field, by its name.
 
     Raises:
-      UserError: if one of the fields is not the default.
+      DssError: if one of the fields is not the default.
     """
     for name, reason in reasons.items():
         value = operator.attrgetter(name)(experiment)
         if value != operator.attrgetter(name)(Experiment()):
-            raise UserError(f"{gin_name(name)} is {value}; {reason}")
+            raise DssError(f"{gin_name(name)} is {value}; {reason}")
 
 
 def absolute_path(path: str | Sequence[str] | None) -> str | list[str] | None:
@@ -280,7 +280,7 @@ def mixture(experiment: Experiment) -> Mixture:
     """Returns an experiment's mixture.
 
     Raises:
-      UserError: if there is no such mixture.
+      DssError: if there is no such mixture.
     """
     return open_mixture(experiment)
 
@@ -294,7 +294,7 @@ def mixture_name(experiment: Experiment, split: str = "train") -> str:
         is that of the task that predicts.
 
     Raises:
-      UserError: if there is no such mixture, or no data for the split.
+      DssError: if there is no such mixture, or no data for the split.
     """
     registered = _registered_mixture(experiment)
     complete = len(registered.available(split).tasks) == len(registered.tasks)
@@ -305,7 +305,7 @@ def task_name(experiment: Experiment) -> str:
     """Registers an experiment's mixture with SeqIO; returns the name of the task that predicts.
 
     Raises:
-      UserError: if there is no such mixture.
+      DssError: if there is no such mixture.
     """
     return _registered_mixture(experiment).tasks[0].name
 
@@ -324,7 +324,7 @@ def feature_lengths(experiment: Experiment, split: str = "valid") -> dict[str, i
       split: "train", "valid" or "test".
 
     Raises:
-      UserError: if there is no such mixture, or no data for the split.
+      DssError: if there is no such mixture, or no data for the split.
     """
     tasks = mixture(experiment).available(split).tasks
     encode = load_vocabulary(vocabulary_source(experiment.vocabulary)).encode
@@ -349,7 +349,7 @@ def model(experiment: Experiment, **options: Any) -> StepByStepModel:
       options: other options of `StepByStepModel`, such as `decode_fn`.
 
     Raises:
-      UserError: if there is no mixture or student, T5X's network does not support the student, or a
+      DssError: if there is no mixture or student, T5X's network does not support the student, or a
         field is set that T5X would ignore.
     """
     _refuse(experiment, NOT_IN_DECODING)
@@ -369,18 +369,18 @@ def transformer(experiment: Experiment) -> network.Transformer:
     """Returns T5X's network for an experiment's student.
 
     Raises:
-      UserError: if there is no student, or T5X's network does not support it.
+      DssError: if there is no student, or T5X's network does not support it.
     """
     student = experiment.config
     if student is None:
-        raise UserError("no student: give --gin_file=students/SIZE.gin")
+        raise DssError("no student: give --gin_file=students/SIZE.gin")
     for name, value in FIXED.items():
         if getattr(student, name) != value:
-            raise UserError(
+            raise DssError(
                 f"T5Config.{name} is {getattr(student, name)}; T5X's network supports only {value}"
             )
     if student.scaled_logits != student.tied_embeddings:
-        raise UserError(
+        raise DssError(
             "T5X's network scales the logits if the embeddings are tied, and only then: "
             f"T5Config.scaled_logits is {student.scaled_logits}, tied_embeddings is "
             f"{student.tied_embeddings}"
@@ -444,7 +444,7 @@ def get_dataset(
       experiment: the experiment.
 
     Raises:
-      UserError: if data are missing, or a field is set that T5X's trainer would ignore.
+      DssError: if data are missing, or a field is set that T5X's trainer would ignore.
     """
     del feature_converter_cls
     _refuse(experiment, NOT_IN_TRAINING)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from dss.errors import UserError
+from dss.errors import CheckpointError, DssError
 from dss.parallel.processes import all_agree
 from dss.student.config import T5Config
 from dss.student.network import abstract_params
@@ -47,7 +47,7 @@ def assemble(
       shardings: the shardings of the parameters; None for the first device.
 
     Raises:
-      UserError: if, in any process, a tensor is missing, has another shape, is not of a
+      CheckpointError: if, in any process, a tensor is missing, has another shape, is not of a
         floating-point type, or holds non-finite values.
     """
 
@@ -57,11 +57,11 @@ def assemble(
         try:
             source_shape = tensors.shape(source)
         except KeyError:
-            raise UserError(
+            raise CheckpointError(
                 f"{where}: no tensor {source!r}; is it a T5 with the student's configuration?"
             ) from None
         if (source_shape[::-1] if transposed else source_shape) != shape:
-            raise UserError(
+            raise CheckpointError(
                 f"{where}: a checkpoint of another size: the shape of {source} is {source_shape}, "
                 f"the student's is {shape[::-1] if transposed else shape}"
             )
@@ -95,10 +95,10 @@ def assemble(
     params, error = None, None
     try:
         params = jax.tree_util.tree_map_with_path(leaf, shapes, shardings)
-    except UserError as caught:
+    except DssError as caught:
         error = caught
     if not all_agree(error is None):
-        raise error or UserError(f"{where}: another process could not read the checkpoint")
+        raise error or CheckpointError(f"{where}: another process could not read the checkpoint")
     return params
 
 
@@ -106,17 +106,17 @@ def _as_float32(part: np.ndarray, source: str, where: str) -> np.ndarray:
     """Returns a part of a tensor in float32.
 
     Raises:
-      UserError: if its type is not floating-point or it holds non-finite values.
+      CheckpointError: if its type is not floating-point or it holds non-finite values.
     """
     if not jnp.issubdtype(part.dtype, jnp.floating):
-        raise UserError(
+        raise CheckpointError(
             f"{where}: {source} has type {part.dtype}; parameters must have a floating-point type, "
             "such as float32 or bfloat16"
         )
     part = part.astype(np.float32, copy=False)
     # The minimum or maximum is non-finite if any value is; this needs no array of flags.
     if not (np.isfinite(part.min()) and np.isfinite(part.max())):
-        raise UserError(f"{where}: {source} holds non-finite values (NaN or infinity)")
+        raise CheckpointError(f"{where}: {source} holds non-finite values (NaN or infinity)")
     return part
 
 

@@ -17,7 +17,7 @@ def check_installed() -> None:
     """Checks that the converter's packages are installed.
 
     Raises:
-      UserError: if one is missing.
+      CheckpointError: if one is missing.
     """
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from dss.data.examples import read_json_file
 from dss.data.vocabulary import BYTES
-from dss.errors import UserError, first_line
+from dss.errors import CheckpointError, first_line
 from dss.interop.assemble import assemble
 from dss.paths import check_no_pipes, in_bucket
 from dss.student.config import T5Config
@@ -58,8 +58,8 @@ def resolve(source: str) -> Path:
         prefix `hf:` is optional.
 
     Raises:
-      UserError: if there is no such folder, the hub has no such model or cannot be reached, or the
-        folder holds a named pipe.
+      CheckpointError: if there is no such folder, the hub has no such model or cannot be reached,
+        or the folder holds a named pipe.
     """
     name = source.removeprefix("hf:")
     if in_bucket(name):
@@ -68,13 +68,13 @@ def resolve(source: str) -> Path:
         check_no_pipes(Path(name).expanduser())
         return Path(name).expanduser()
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{name}: no such folder; give a checkpoint's folder or a hub id")
+        raise CheckpointError(f"{name}: no such folder; give a checkpoint's folder or a hub id")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # the hub's client raises many types of errors
-        raise UserError(
+        raise CheckpointError(
             f"{name}: no such folder, and the download from the hub failed: {first_line(error)}"
         ) from error
 
@@ -83,7 +83,7 @@ def _download(folder: epath.Path) -> Path:
     """Returns a local copy of a bucket's folder, deleted when this process exits."""
     files = [path for pattern in FILES for path in folder.glob(pattern)]
     if not files:
-        raise UserError(f"{folder}: no checkpoint; it holds none of {', '.join(FILES)}")
+        raise CheckpointError(f"{folder}: no checkpoint; it holds none of {', '.join(FILES)}")
     copy = Path(tempfile.mkdtemp(prefix="dss-checkpoint-"))
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
     for path in files:
@@ -93,10 +93,10 @@ def _download(folder: epath.Path) -> Path:
 
 def _read_json(path: Path) -> dict:
     if not path.is_file():
-        raise UserError(f"{path}: no such file; every Hugging Face T5 folder has one")
+        raise CheckpointError(f"{path}: no such file; every Hugging Face T5 folder has one")
     value = read_json_file(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a {type(value).__name__}, not a JSON object")
+        raise CheckpointError(f"{path}: a {type(value).__name__}, not a JSON object")
     return value
 
 
@@ -104,34 +104,38 @@ def read_config(folder: Path) -> T5Config:
     """Returns the configuration of the T5 in a folder: T5 1.0 or 1.1, Flan-T5, mT5 or ByT5.
 
     Raises:
-      UserError: if there is no `config.json`, it is not a T5's, or the folder holds tensors,
+      CheckpointError: if there is no `config.json`, it is not a T5's, or the folder holds tensors,
         special ids or added tokens that would be ignored.
     """
     path = folder / "config.json"
     if not path.is_file() and (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder}: an adapter without its model; {MERGE}")
+        raise CheckpointError(f"{folder}: an adapter without its model; {MERGE}")
     raw = _read_json(path)
     kind = raw.get("model_type")
     if kind not in ("t5", "mt5", "umt5"):
-        raise UserError(f"{path}: model_type is {kind!r}; only t5 and mt5 are supported")
+        raise CheckpointError(f"{path}: model_type is {kind!r}; only t5 and mt5 are supported")
     if kind == "umt5":
-        raise UserError(f"{path}: umt5 has a position bias in every layer, which is not supported")
+        raise CheckpointError(
+            f"{path}: umt5 has a position bias in every layer, which is not supported"
+        )
     projection = raw.get("feed_forward_proj") or ("gated-gelu" if kind == "mt5" else "relu")
     if not isinstance(projection, str):
-        raise UserError(f"{path}: feed_forward_proj is {projection!r}; it must be text")
+        raise CheckpointError(f"{path}: feed_forward_proj is {projection!r}; it must be text")
     gated = projection.startswith("gated-")
     activation = projection.removeprefix("gated-")
     if projection == "gated-gelu":  # in transformers this means the tanh approximation
         activation = "gelu_new"
     if activation not in ACTIVATIONS:
         supported = ", ".join(ACTIVATIONS)
-        raise UserError(f"{path}: activation {activation!r} is not supported; use {supported}")
+        raise CheckpointError(
+            f"{path}: activation {activation!r} is not supported; use {supported}"
+        )
     given = {name: raw[name] for name in SPECIAL_IDS if raw.get(name) is not None}
     special = SPECIAL_IDS | given
     if special != SPECIAL_IDS:
         actual = ", ".join(f"{name} {value}" for name, value in special.items())
         expected = ", ".join(map(str, SPECIAL_IDS.values()))
-        raise UserError(f"{path}: {actual}; only T5's ids {expected} are supported")
+        raise CheckpointError(f"{path}: {actual}; only T5's ids {expected} are supported")
     _check_tokenizer(folder)
     try:
         config = T5Config(
@@ -154,9 +158,9 @@ def read_config(folder: Path) -> T5Config:
         _check_tensors(folder, config)
         return config
     except KeyError as error:
-        raise UserError(f"{path}: no {error.args[0]!r}; is it a T5's config?") from None
+        raise CheckpointError(f"{path}: no {error.args[0]!r}; is it a T5's config?") from None
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}; is it a T5's config?") from None
+        raise CheckpointError(f"{path}: {error}; is it a T5's config?") from None
 
 
 def _expected_shapes(config: T5Config) -> dict[str, tuple[int, ...]]:
@@ -176,37 +180,37 @@ def _check_tensors(folder: Path, config: T5Config) -> None:
     """Checks that a folder holds a T5's tensors and no others, by name and shape.
 
     Raises:
-      UserError: if a tensor would be ignored, has another shape, or has the name that a library
-        gives it in a wrapped model or an unmerged adapter.
+      CheckpointError: if a tensor would be ignored, has another shape, or has the name that a
+        library gives it in a wrapped model or an unmerged adapter.
     """
     tensors, layers = _Tensors(folder), config.num_encoder_layers + config.num_decoder_layers
     if layers > len(tensors.names):
-        raise UserError(f"{folder}: {len(tensors.names)} tensors for {layers} layers")
+        raise CheckpointError(f"{folder}: {len(tensors.names)} tensors for {layers} layers")
     expected = _expected_shapes(config)
     for prefix, remedy in WRAPPED.items():
         if any(name.startswith(prefix) for name in tensors.names):
-            raise UserError(f"{folder}: its tensors are named {prefix}NAME: {remedy}")
+            raise CheckpointError(f"{folder}: its tensors are named {prefix}NAME: {remedy}")
     if any(mark in name for name in tensors.names for mark in UNMERGED):
-        raise UserError(f"{folder}: a model with an adapter that is not merged; {MERGE}")
+        raise CheckpointError(f"{folder}: a model with an adapter that is not merged; {MERGE}")
     if not any(name.startswith("decoder.") for name in tensors.names):
-        raise UserError(f"{folder}: an encoder without a decoder; a student needs both")
+        raise CheckpointError(f"{folder}: an encoder without a decoder; a student needs both")
     unknown = sorted(tensors.names - expected.keys() - {HEAD, UNUSED, *EMBEDDINGS})
     if unknown:
         more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
-        raise UserError(
+        raise CheckpointError(
             f"{folder}: tensor {unknown[0]!r}{more}, which a T5 does not have; without it the "
             "model would compute something else"
         )
     for name in sorted(tensors.names & expected.keys()):
         if (shape := tensors.shape(name)) != expected[name]:
-            raise UserError(
+            raise CheckpointError(
                 f"{folder}: a checkpoint of another size: the shape of {name} is {shape}, but "
                 f"{expected[name]} by its config.json"
             )
     if EMBEDDINGS[0] in tensors.names:
         for name in EMBEDDINGS[1:]:
             if name in tensors.names and not tensors.are_equal(EMBEDDINGS[0], name):
-                raise UserError(
+                raise CheckpointError(
                     f"{folder}: {name} differs from {EMBEDDINGS[0]}; a student has one embedding "
                     "for encoder and decoder"
                 )
@@ -216,7 +220,7 @@ def _check_tokenizer(folder: Path) -> None:
     """Checks that a tokenizer adds only T5's special tokens to its SentencePiece model.
 
     Raises:
-      UserError: if it adds others, which the student's vocabulary would lack.
+      CheckpointError: if it adds others, which the student's vocabulary would lack.
     """
     path = folder / "added_tokens.json"
     if not path.is_file():
@@ -224,7 +228,7 @@ def _check_tokenizer(folder: Path) -> None:
     added = [token for token in _read_json(path) if not SENTINEL.fullmatch(token)]
     if added:
         shown = ", ".join(map(repr, added[:SHOWN])) + (", ..." if len(added) > SHOWN else "")
-        raise UserError(
+        raise CheckpointError(
             f"{path}: added tokens {shown}; only the pieces of spiece.model are supported"
         )
 
@@ -266,10 +270,12 @@ class _Tensors:
         if (folder / INDEX).is_file():
             shards = _read_json(folder / INDEX).get("weight_map")
             if not isinstance(shards, dict):
-                raise UserError(f"{folder / INDEX}: no 'weight_map' from tensor names to files")
+                raise CheckpointError(
+                    f"{folder / INDEX}: no 'weight_map' from tensor names to files"
+                )
             outside = [s for s in shards.values() if not _is_shard(s)]
             if outside:
-                raise UserError(
+                raise CheckpointError(
                     f"{folder / INDEX}: {outside[0]!r} is not a safetensors file in this folder"
                 )
             self._file = {name: folder / shard for name, shard in shards.items()}
@@ -277,13 +283,13 @@ class _Tensors:
             with _open(folder / "model.safetensors") as file:
                 self._file = dict.fromkeys(file.keys(), folder / "model.safetensors")
         elif any(folder.glob("pytorch_model*.bin")):
-            raise UserError(
+            raise CheckpointError(
                 f"{folder}: its .bin files are pickles, which run code when they are read; "
                 "convert them: load the model with transformers and call save_pretrained(DIR), "
                 "which writes safetensors"
             )
         else:
-            raise UserError(f"{folder}: no model.safetensors and no {INDEX}")
+            raise CheckpointError(f"{folder}: no model.safetensors and no {INDEX}")
 
     @property
     def names(self) -> Set[str]:
@@ -310,7 +316,7 @@ class _Tensors:
             try:
                 return part[index]
             except (TypeError, ValueError, AttributeError):  # the type does not exist in NumPy
-                raise UserError(
+                raise CheckpointError(
                     f"{self._file[name]}: {name} has type {part.get_dtype()}, which is not "
                     "supported; save the model as float32 or bfloat16"
                 ) from None
@@ -334,9 +340,9 @@ def _open(path: Path):
     try:
         return safe_open(path, framework="numpy")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, though {INDEX} lists it") from None
+        raise CheckpointError(f"{path}: no such file, though {INDEX} lists it") from None
     except Exception as error:
-        raise UserError(f"{path}: not a complete safetensors file: {error}") from None
+        raise CheckpointError(f"{path}: not a complete safetensors file: {error}") from None
 
 
 def _slice(file: Any, name: str, path: Path) -> Any:
@@ -344,7 +350,7 @@ def _slice(file: Any, name: str, path: Path) -> Any:
     try:
         return file.get_slice(name)
     except Exception:
-        raise UserError(f"{path}: no tensor {name!r}, though {INDEX} lists it") from None
+        raise CheckpointError(f"{path}: no tensor {name!r}, though {INDEX} lists it") from None
 
 
 LAYER = {  # name in dss -> (sublayer index in the encoder, in the decoder, Hugging Face's name)
@@ -391,7 +397,7 @@ def load_params(folder: Path, config: T5Config, shardings: Any = None) -> Any:
       shardings: the shardings of the parameters; None for the first device.
 
     Raises:
-      UserError: if there are no safetensors, or a tensor is missing or has another shape.
+      CheckpointError: if there are no safetensors, or a tensor is missing or has another shape.
     """
     name = functools.partial(tensor_name, gated=config.gated)
     return assemble(config, _Tensors(folder), name, str(folder), shardings)

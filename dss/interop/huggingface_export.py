@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dss.data.vocabulary import EOS, PAD, UNK, SentencePieceVocabulary, Vocabulary
-from dss.errors import UserError
+from dss.errors import CheckpointError
 from dss.interop.disassemble import Params, disassemble, placeholders
 from dss.interop.huggingface import HEAD, tensor_name
 from dss.interop.shards import write_shards
@@ -41,11 +41,11 @@ def model_config(config: T5Config) -> dict[str, Any]:
     therefore false, and the files always hold a head, which may be a copy of the embedding.
 
     Raises:
-      UserError: if the logits are scaled and the head is not the embedding, which only version 5
-        could load correctly.
+      CheckpointError: if the logits are scaled and the head is not the embedding, which only
+        version 5 could load correctly.
     """
     if config.scaled_logits and not config.tied_embeddings:
-        raise UserError(
+        raise CheckpointError(
             "a student with untied embeddings and scaled logits has no format that every version "
             "of transformers loads correctly; such a student cannot be exported"
         )
@@ -101,7 +101,7 @@ def write_model(
       options: options of `write_shards`.
 
     Raises:
-      UserError: see `model_config`.
+      CheckpointError: see `model_config`.
     """
     _write_json(folder / "config.json", model_config(config))
     generation = {"max_new_tokens": decoding.max_length, "num_beams": decoding.num_beams}
@@ -158,13 +158,13 @@ def check_tokenizer(folder: Path, vocabulary: Vocabulary) -> str:
       A note for the user: for a model of whole words, that the ids of unknown words differ.
 
     Raises:
-      UserError: if the tokenizer gives other ids.
+      CheckpointError: if the tokenizer gives other ids.
     """
     words = False
     if isinstance(vocabulary, SentencePieceVocabulary):
         words, differences = _compare_with_t5(vocabulary.path.read_bytes())
         if differences:
-            raise UserError(
+            raise CheckpointError(
                 f"{vocabulary.path}: T5's tokenizer in transformers would give other ids: the "
                 f"model {' and '.join(differences)}, unlike T5's; export with --to t5x"
             )
@@ -182,7 +182,7 @@ def check_tokenizer(folder: Path, vocabulary: Vocabulary) -> str:
     for text, actual in zip(texts, theirs, strict=True):
         expected = [*vocabulary.encode(text), EOS]
         if actual != expected:
-            raise UserError(
+            raise CheckpointError(
                 f"transformers gives other ids for {text!r}: {actual} where dss has {expected}; "
                 "export with --to t5x"
             )

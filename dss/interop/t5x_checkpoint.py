@@ -12,7 +12,7 @@ import tensorstore
 from etils import epath
 from flax import serialization
 
-from dss.errors import UserError
+from dss.errors import CheckpointError
 from dss.interop.assemble import assemble
 from dss.paths import absolute, check_no_pipes, in_bucket
 from dss.student.config import T5Config
@@ -65,7 +65,7 @@ def resolve(source: str) -> epath.Path:
         Orbax alone names them), for the latest step; the prefix `t5x:` is optional.
 
     Raises:
-      UserError: if there is no T5X checkpoint, or it holds a named pipe.
+      CheckpointError: if there is no T5X checkpoint, or it holds a named pipe.
     """
     folder = absolute(source.removeprefix("t5x:"))
     if is_checkpoint(folder):
@@ -77,7 +77,7 @@ def resolve(source: str) -> epath.Path:
         if step and is_checkpoint(path):
             steps[int(step[1])] = path
     if not steps:
-        raise UserError(
+        raise CheckpointError(
             f"{folder}: no T5X checkpoint: it holds neither `{LEGACY}` nor `{ORBAX}`, nor a "
             "`checkpoint_<step>` folder with one of them"
         )
@@ -106,7 +106,7 @@ class _Tensors:
       folder: the folder returned by `resolve`.
 
     Raises:
-      UserError: if the checkpoint is incomplete or of an unknown version.
+      CheckpointError: if the checkpoint is incomplete or of an unknown version.
     """
 
     def __init__(self, folder: epath.Path):
@@ -147,8 +147,10 @@ class _Tensors:
                 raise KeyError(name) from None
             raise self._unreadable(name, error) from error
 
-    def _unreadable(self, name: str, error: Exception) -> UserError:
-        return UserError(f"{self._folder}: {name} cannot be read: {str(error).splitlines()[0]}")
+    def _unreadable(self, name: str, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self._folder}: {name} cannot be read: {str(error).splitlines()[0]}"
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `dss.interop.assemble.Tensors`."""
@@ -185,7 +187,7 @@ def _read_metadata(path: epath.Path) -> dict[str, Any]:
         return metadata | {"names": names}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: not the metadata of a checkpoint: {reason}") from None
+        raise CheckpointError(f"{path}: not the metadata of a checkpoint: {reason}") from None
 
 
 def _read_legacy(path: epath.Path) -> tuple[dict[str, Any], set[str]]:
@@ -196,17 +198,21 @@ def _read_legacy(path: epath.Path) -> tuple[dict[str, Any], set[str]]:
     """
     raw = path.read_bytes()
     if raw.startswith(TENSORFLOW):
-        raise UserError(
+        raise CheckpointError(
             f"{path}: a TensorFlow checkpoint; convert it with t5x/scripts/convert_tf_checkpoint.py"
         )
     try:
         content = serialization.msgpack_restore(raw)
         version, leaves = content["version"], dict(_flat(content["optimizer"][PARAMETERS]))
     except Exception as error:  # msgpack raises errors of many types for other files
-        raise UserError(f"{path}: not a T5X checkpoint: {type(error).__name__}: {error}") from None
+        raise CheckpointError(
+            f"{path}: not a T5X checkpoint: {type(error).__name__}: {error}"
+        ) from None
     if version not in VERSIONS:
         supported = " and ".join(map(str, VERSIONS))
-        raise UserError(f"{path}: a T5X checkpoint of version {version}; supported: {supported}")
+        raise CheckpointError(
+            f"{path}: a T5X checkpoint of version {version}; supported: {supported}"
+        )
     return {n: leaf for n, leaf in leaves.items() if isinstance(leaf, np.ndarray)}, set(leaves)
 
 
@@ -228,7 +234,7 @@ def read_config(folder: epath.Path) -> T5Config:
       folder: the folder returned by `resolve`.
 
     Raises:
-      UserError: if the parameters are not those of a T5.
+      CheckpointError: if the parameters are not those of a T5.
     """
     tensors = _Tensors(folder)
 
@@ -237,9 +243,9 @@ def read_config(folder: epath.Path) -> T5Config:
             rows, columns = tensors.shape(name)
             return rows, columns
         except ValueError:
-            raise UserError(f"{folder}: {name} is not a matrix, unlike T5's") from None
+            raise CheckpointError(f"{folder}: {name} is not a matrix, unlike T5's") from None
         except KeyError:
-            raise UserError(
+            raise CheckpointError(
                 f"{folder}: no tensor {name!r}; is it a T5 of T5X's example network, without "
                 "scanned layers?"
             ) from None
@@ -269,10 +275,10 @@ def read_config(folder: epath.Path) -> T5Config:
             relative_buckets=buckets,
         )
     except (ValueError, ZeroDivisionError) as error:
-        raise UserError(f"{folder}: {error}; is it a T5?") from None
+        raise CheckpointError(f"{folder}: {error}; is it a T5?") from None
     extra = sorted(tensors.names - _names(config))
     if extra:  # biases, a position bias in every layer, layers after one that is missing
-        raise UserError(
+        raise CheckpointError(
             f"{folder}: {len(extra)} parameters more than a T5 of {config.num_encoder_layers} + "
             f"{config.num_decoder_layers} layers, such as {extra[0]}; a student cannot have them"
         )
@@ -302,7 +308,7 @@ def load_params(folder: epath.PathLike, config: T5Config, shardings: Any = None)
       shardings: the shardings of the parameters; None for the first device.
 
     Raises:
-      UserError: if it is not a T5X checkpoint, or a tensor is missing or has another shape.
+      CheckpointError: if it is not a T5X checkpoint, or a tensor is missing or has another shape.
     """
     folder = resolve(str(folder))
     name = functools.partial(tensor_name, gated=config.gated)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dss.errors import UserError
+from dss.errors import CheckpointError
 from dss.interop.disassemble import Leaf, Params, disassemble
 from dss.interop.t5x_checkpoint import tensor_name
 from dss.student.config import T5Config
@@ -98,10 +98,10 @@ def train_state(
       The state, and whether the statistics are the run's.
 
     Raises:
-      UserError: if the logits are scaled and the head is not the embedding, or the reverse.
+      CheckpointError: if the logits are scaled and the head is not the embedding, or the reverse.
     """
     if config.scaled_logits != config.tied_embeddings:
-        raise UserError(
+        raise CheckpointError(
             "T5X's network scales the logits if the embeddings are tied, and only then; this "
             "student cannot be exported to T5X"
         )

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dss.data.datasets import Dataset
 from dss.data.released import RELEASED
 from dss.data.vocabulary import Vocabulary
-from dss.errors import UserError, unknown_name
+from dss.errors import DataError, unknown_name
 from dss.mixtures.tasks import Kind, Task
 
 __all__ = ["Method", "Mixture", "make_mixture", "mixture_names", "named_mixture", "read_name"]
@@ -37,7 +37,7 @@ class Method(enum.StrEnum):
         """Returns the method with a name.
 
         Raises:
-          UserError: if there is no such method.
+          DataError: if there is no such method.
         """
         if name not in [*cls]:
             raise unknown_name("method", name, [method.value for method in cls])
@@ -133,7 +133,7 @@ class Mixture:
         A validation split without rationales still has a label loss.
 
         Raises:
-          UserError: if no task has files for the split.
+          DataError: if no task has files for the split.
         """
         kept = [k for k, task in enumerate(self.tasks) if task.has(split)]
         if not kept:
@@ -163,13 +163,13 @@ def make_mixture(
       name: the name of the mixture; None for the name made of dataset, method and teacher.
 
     Raises:
-      UserError: if alpha is out of range, or the method needs a teacher and none is given.
+      DataError: if alpha is out of range, or the method needs a teacher and none is given.
     """
     if not 0 <= alpha <= 1:
-        raise UserError(f"ALPHA is {alpha}; the label task's rate must be between 0 and 1")
+        raise DataError(f"ALPHA is {alpha}; the label task's rate must be between 0 and 1")
     if method.needs_teacher and teacher is None:
         known = ", ".join(dataset.source.teachers) or "none yet; `dss annotate` makes them"
-        raise UserError(
+        raise DataError(
             f"method {method.value!r} needs a teacher: give TEACHER; teachers with outputs for "
             f"{dataset.name!r}: {known}"
         )
@@ -193,7 +193,7 @@ def read_name(rest: str, teachers: Sequence[str] = ()) -> tuple[Method, str | No
         without the data, and training names the missing file.
 
     Raises:
-      UserError: if the name can be read with two teachers.
+      DataError: if the name can be read with two teachers.
     """
     if rest in WITHOUT_TEACHER:
         return FORMS[rest], None
@@ -206,7 +206,7 @@ def read_name(rest: str, teachers: Sequence[str] = ()) -> tuple[Method, str | No
         matches = {form: teacher for form, teacher in matches.items() if teacher in teachers}
         if len(matches) > 1:
             both = " or ".join(f"METHOD {FORMS[f]!s}, TEACHER {t}" for f, t in matches.items())
-            raise UserError(f"mixture ..._{rest} may be {both}; give METHOD and TEACHER instead")
+            raise DataError(f"mixture ..._{rest} may be {both}; give METHOD and TEACHER instead")
     if not matches:
         return None
     form = max(matches, key=len)
@@ -233,7 +233,7 @@ def named_mixture(
       one_input: whether all tasks share one input, as for `make_mixture`.
 
     Raises:
-      UserError: if there is no such mixture, its name can be read with two teachers, or alpha is
+      DataError: if there is no such mixture, its name can be read with two teachers, or alpha is
         out of range.
     """
     datasets = [*datasets]

@@ -141,7 +141,7 @@ class Task:
             (voted) rationale of each output.
 
         Raises:
-          UserError: if a file is missing or malformed, or `rationales` needs samples that the
+          DataError: if a file is missing or malformed, or `rationales` needs samples that the
             teacher's outputs do not have.
         """
         dataset = self.dataset

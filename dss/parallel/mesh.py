@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.config import MeshConfig
 
 __all__ = [
@@ -41,12 +41,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       devices: the devices to use; None: all of JAX's.
 
     Raises:
-      UserError: if the mesh does not use the devices exactly, or does not split into TPU slices.
+      DssError: if the mesh does not use the devices exactly, or does not split into TPU slices.
     """
     devices = jax.devices() if devices is None else devices
     data = len(devices) // config.model if config.data == -1 else config.data
     if data * config.model != len(devices):
-        raise UserError(
+        raise DssError(
             f"a mesh of data={config.data}, model={config.model} does not use the "
             f"{len(devices)} devices exactly; set MeshConfig.data and MeshConfig.model so that "
             "their product is the number of devices"
@@ -58,7 +58,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     else:
         if data % slices:
-            raise UserError(
+            raise DssError(
                 f"a mesh of data={data}, model={config.model} does not split into {slices} TPU "
                 f"slices: data must be a multiple of {slices}"
             )
@@ -78,7 +78,7 @@ def param_shardings(mesh: Mesh, config: MeshConfig, axes: Any, shapes: Any) -> A
       shapes: tree of arrays or `ShapeDtypeStruct`, of the same structure.
 
     Raises:
-      UserError: if a sharded dimension is not divisible by its number of shards.
+      DssError: if a sharded dimension is not divisible by its number of shards.
     """
     rules = dict(reversed(config.rules))
 
@@ -100,11 +100,11 @@ def check_split(name: str, size: int, mesh: Mesh, axis: str) -> None:
     """Checks that the size of a mesh axis divides the size of a dimension.
 
     Raises:
-      UserError: if it does not; the message lists sizes that would.
+      DssError: if it does not; the message lists sizes that would.
     """
     if size % mesh.shape[axis]:
         divisors = [str(n) for n in range(1, min(size, MAX_SUGGESTED) + 1) if size % n == 0]
-        raise UserError(
+        raise DssError(
             f"{name} of size {size} cannot be sharded over the {mesh.shape[axis]} devices of mesh "
             f"axis {axis!r}; set MeshConfig.{axis} to one of {', '.join(divisors)}"
         )

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.devices import has_tpu
 
 __all__ = [
@@ -41,13 +41,13 @@ def join_processes() -> None:
     this before JAX creates its devices.
 
     Raises:
-      UserError: if the environment variables are inconsistent, or process 0 cannot be reached.
+      DssError: if the environment variables are inconsistent, or process 0 cannot be reached.
     """
     options: dict[str, Any]
     if ADDRESS in os.environ:
         options = {"coordinator_address": os.environ[ADDRESS]} | _count_and_index()
         if ":" not in options["coordinator_address"]:
-            raise UserError(f"{ADDRESS}={os.environ[ADDRESS]}: must be HOST:PORT of process 0")
+            raise DssError(f"{ADDRESS}={os.environ[ADDRESS]}: must be HOST:PORT of process 0")
     elif _slurm_tasks() > 1:
         options = {"cluster_detection_method": "slurm"}
     elif has_tpu() and importlib.util.find_spec("libtpu"):  # without libtpu: another accelerator
@@ -62,7 +62,7 @@ def join_processes() -> None:
         if not options and "coordinator_address should be defined" in str(error):
             return  # a TPU outside a pod
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot join the other processes: {first}") from error
+        raise DssError(f"cannot join the other processes: {first}") from error
 
 
 def _count_and_index() -> dict[str, int]:
@@ -72,9 +72,9 @@ def _count_and_index() -> dict[str, int]:
     try:
         count, index = int(os.environ[COUNT]), int(os.environ[INDEX])
     except (KeyError, ValueError):
-        raise UserError(f"{ADDRESS} is set: also set {COUNT} and {INDEX} to integers") from None
+        raise DssError(f"{ADDRESS} is set: also set {COUNT} and {INDEX} to integers") from None
     if not 0 <= index < count:
-        raise UserError(f"{INDEX}={index}: must be from 0 to {COUNT} - 1 = {count - 1}")
+        raise DssError(f"{INDEX}={index}: must be from 0 to {COUNT} - 1 = {count - 1}")
     return {"num_processes": count, "process_id": index}
 
 

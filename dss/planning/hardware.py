@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dss.errors import UserError
+from dss.errors import DssError
 
 __all__ = [
     "ACCELERATORS",
@@ -182,12 +182,12 @@ def find_accelerator(name: str, devices: int) -> Accelerator:
       devices: number of devices, which share this machine if it is "cpu".
 
     Raises:
-      UserError: if the name is unknown.
+      DssError: if the name is unknown.
     """
     if name == "cpu":
         return _this_machine(devices)
     if name not in ACCELERATORS:
-        raise UserError(f"unknown accelerator {name!r}; known: {', '.join([*ACCELERATORS, 'cpu'])}")
+        raise DssError(f"unknown accelerator {name!r}; known: {', '.join([*ACCELERATORS, 'cpu'])}")
     return ACCELERATORS[name]
 
 
@@ -198,10 +198,10 @@ def simulate_devices(number: int) -> None:
       number: number of simulated devices.
 
     Raises:
-      UserError: if there are more than `MAX_SIMULATED`.
+      DssError: if there are more than `MAX_SIMULATED`.
     """
     if number > MAX_SIMULATED:
-        raise UserError(f"a mesh of {number:,} devices: at most {MAX_SIMULATED:,} are simulated")
+        raise DssError(f"a mesh of {number:,} devices: at most {MAX_SIMULATED:,} are simulated")
     import jax
 
     with contextlib.suppress(RuntimeError):
@@ -220,7 +220,7 @@ def planned_devices(accelerator: Accelerator, number: int) -> tuple[list[Any], s
       number: number of devices.
 
     Raises:
-      UserError: if there is no such topology, or there are fewer simulated devices.
+      DssError: if there is no such topology, or there are fewer simulated devices.
     """
     if accelerator.tpu and importlib.util.find_spec("libtpu"):
         return _tpus(accelerator.tpu, number), "the TPU's own compiler"
@@ -228,7 +228,7 @@ def planned_devices(accelerator: Accelerator, number: int) -> tuple[list[Any], s
 
     devices = jax.devices("cpu")
     if len(devices) < number:
-        raise UserError(
+        raise DssError(
             f"cannot plan for {number} devices: JAX has already created {len(devices)}; plan in a "
             "new process"
         )
@@ -242,7 +242,7 @@ def _tpus(name: str, number: int) -> list[Any]:
 
     doublings = number.bit_length() - 1
     if number != 2**doublings or doublings > len(DOUBLED_AXES):
-        raise UserError(
+        raise DssError(
             f"a mesh of {number} {name} chips: the number must be a power of two, up to "
             f"{2 ** len(DOUBLED_AXES)}"
         )

@@ -22,7 +22,7 @@ from dss.batches.batches import Batches
 from dss.batches.store import TokenStore
 from dss.config.data import open_mixture
 from dss.config.experiment import Experiment
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.mesh import batch_sharding, make_mesh
 from dss.planning.flops import computed_flops, useful_flops
 from dss.planning.hardware import Accelerator, find_accelerator, planned_devices
@@ -433,14 +433,14 @@ def plan(
       report: called with a line before each compilation.
 
     Raises:
-      UserError: if the experiment has no student or no mesh, or the mesh does not fit the student
+      DssError: if the experiment has no student or no mesh, or the mesh does not fit the student
         or the accelerator.
     """
     if experiment.config is None:
-        raise UserError("no student: give --student=SIZE or --gin_file=students/SIZE.gin")
+        raise DssError("no student: give --student=SIZE or --gin_file=students/SIZE.gin")
     mesh = experiment.mesh
     if mesh.data < 1:
-        raise UserError("no mesh: give the mesh of the run, --mesh=data=N,model=N")
+        raise DssError("no mesh: give the mesh of the run, --mesh=data=N,model=N")
     config = experiment.resolve_student(experiment.config)
     chip = find_accelerator(accelerator, mesh.data * mesh.model)
     devices, compiler = planned_devices(chip, mesh.data * mesh.model)

@@ -11,7 +11,7 @@ from etils import epath
 
 from dss.config.experiment import Experiment
 from dss.data.examples import hash_input, read_json_lines
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.ledger import Ledger
 from dss.mixtures.methods import Method, read_name
 from dss.paths import CONFIG_FILE, PREDICTIONS, check_no_pipes
@@ -203,18 +203,18 @@ def find_runs(folders: Sequence[str]) -> list[epath.Path]:
     """Returns all run directories among folders and their subfolders, each once.
 
     Raises:
-      UserError: if a folder does not exist, or there is no run directory.
+      DssError: if a folder does not exist, or there is no run directory.
     """
     runs: dict[str, epath.Path] = {}
     for folder in folders:
         path = epath.Path(folder).expanduser()
         if not path.is_dir():
-            raise UserError(
+            raise DssError(
                 f"{folder}: no such folder; give run directories, or folders that contain them"
             )
         runs |= {str(run): run for run in _walk(path)}
     if not runs:
-        raise UserError(
+        raise DssError(
             f"{', '.join(folders)}: no run found: no folder with a {CONFIG_FILE}; "
             "give the value of --gin.MODEL_DIR of a run, or a folder above it"
         )
@@ -251,7 +251,7 @@ def collect(folders: Sequence[str]) -> Collected:
     run of a sweep without a run directory.
 
     Raises:
-      UserError: if a folder does not exist, or there is no run directory.
+      DssError: if a folder does not exist, or there is no run directory.
     """
     runs: list[RunRecord] = []
     problems: list[tuple[str, str]] = []
@@ -267,7 +267,7 @@ def collect(folders: Sequence[str]) -> Collected:
     for folder in {str(path): path for path in parents}.values():
         try:
             problems += _missing_runs(folder).items()
-        except (UserError, OSError) as error:
+        except (DssError, OSError) as error:
             problems.append((str(folder), f"the sweep's status cannot be read: {error}"))
     for run in [run for run in runs if run.is_imported and not run.evaluations]:
         runs.remove(run)
@@ -353,9 +353,7 @@ def _read_numbers(path: epath.Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         values = [line.get("step"), *line.values()]
         if not all(isinstance(value, int | float) for value in values):
-            raise UserError(
-                f"{path}:{number}: a line of metrics must have a step, and numbers only"
-            )
+            raise DssError(f"{path}:{number}: a line of metrics must have a step, and numbers only")
     return lines
 
 
@@ -390,13 +388,13 @@ def _read_evaluation(path: epath.Path) -> EvaluationRecord:
     for number, (where, line) in enumerate(read_json_lines(path)):
         score = line.get("score")
         if not isinstance(score, int | float) or not math.isfinite(score) or "id" not in line:
-            raise UserError(f"{where}: no id or no score; write the file again with `dss eval`")
+            raise DssError(f"{where}: no id or no score; write the file again with `dss eval`")
         scores[str(line["id"])] = float(score)
         texts[str(line["id"])] = line.get("input"), line.get("target")
         if number % stride == 0:
             shown.append(line)
     if not scores:
-        raise UserError(f"{path}: empty; write it again with `dss eval`")
+        raise DssError(f"{path}: empty; write it again with `dss eval`")
     summary_file = path.with_suffix(".json")
     summary: dict[str, Any] = {}
     if summary_file.is_file():
@@ -404,7 +402,7 @@ def _read_evaluation(path: epath.Path) -> EvaluationRecord:
     is_binary = set(scores.values()) <= {0.0, 1.0}
     metric = summary.get("metric") or ("accuracy" if is_binary else "rouge_l")
     if metric == "accuracy" and not is_binary:
-        raise UserError(f"{path}: the metric is accuracy, but some scores are neither 0 nor 1")
+        raise DssError(f"{path}: the metric is accuracy, but some scores are neither 0 nor 1")
     counts = [sum(row) for row in (summary.get("confusion") or {}).get("counts", ())]
     return EvaluationRecord(
         mixture=mixture,

@@ -91,7 +91,7 @@ def draw_figures(group: Group) -> list[Figure]:
     """Returns the figures of a dataset's runs, except those without measurements.
 
     Raises:
-      UserError: if matplotlib is not installed.
+      DssError: if matplotlib is not installed.
     """
     try:
         import matplotlib

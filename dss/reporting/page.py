@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dss import __version__
-from dss.errors import UserError, missing_package
+from dss.errors import DssError, missing_package
 from dss.evaluation.significance import wilson_interval
 from dss.mixtures.ledger import Ledger
 from dss.paths import write_whole
@@ -69,16 +69,14 @@ def write_report(
       The statistics of each dataset's runs.
 
     Raises:
-      UserError: if a package of the extra `report` is not installed, or the page is a folder.
+      DssError: if a package of the extra `report` is not installed, or the page is a folder.
     """
     try:
         import jinja2
     except ModuleNotFoundError:
         raise missing_package("the report", "jinja2", "report") from None
     if page.is_dir():
-        raise UserError(
-            f"{page}: a folder; give the name of a file, such as {page / 'report.html'}"
-        )
+        raise DssError(f"{page}: a folder; give the name of a file, such as {page / 'report.html'}")
     groups = analyse(collected, split, teacher_sizes)
     figures = {group.dataset: draw_figures(group) for group in groups}
     folder = figures_folder(page)

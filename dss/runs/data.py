@@ -10,7 +10,7 @@ from dss.batches.store import TokenStore, open_store
 from dss.config.data import open_mixture
 from dss.config.experiment import Experiment
 from dss.data.vocabulary import Vocabulary, load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import Mixture
 from dss.student.config import T5Config
 
@@ -90,11 +90,11 @@ def start_ids(mixture: Mixture, vocabulary: Vocabulary, config: T5Config) -> tup
       config: the student's configuration.
 
     Raises:
-      UserError: if the student has too few embeddings.
+      DssError: if the student has too few embeddings.
     """
     starts = mixture.start_ids(vocabulary)
     if starts is not None and max(starts) >= config.vocab_size:
-        raise UserError(
+        raise DssError(
             f"DataConfig.one_encoder_pass: {mixture.tasks[-1].name} starts from the id "
             f"{max(starts)} past the vocabulary, and the student has {config.vocab_size} "
             "embeddings; raise T5Config.vocab_size, or train without one_encoder_pass"

@@ -24,7 +24,7 @@ from dss.config.data import open_mixture
 from dss.config.experiment import Experiment
 from dss.config.gin_files import load_config, save_config
 from dss.data.vocabulary import BYTES, load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.evaluation.evaluator import (
     DecodingProgress,
     Predictor,
@@ -85,10 +85,10 @@ class Run:
           must_exist: whether data files must exist; False for prediction, which reads none.
 
         Raises:
-          UserError: if the run has no mixture, the mixture is unknown, or its data do not exist.
+          DssError: if the run has no mixture, the mixture is unknown, or its data do not exist.
         """
         if not self.experiment.has_task:
-            raise UserError(
+            raise DssError(
                 f"{self.folder}: no mixture; give --mixture=NAME for the task that the student "
                 "predicts"
             )
@@ -108,7 +108,7 @@ class Run:
           progress: the callbacks for decoded batches; None for none.
 
         Raises:
-          UserError: if there is no such checkpoint, or its shape is not the student's.
+          DssError: if there is no such checkpoint, or its shape is not the student's.
         """
         mesh = make_mesh(self.experiment.mesh)
         shardings = student_shardings(self.config, mesh, self.experiment.mesh)
@@ -136,14 +136,14 @@ def load_run(folder: str | epath.Path, flags: Sequence[str] = ()) -> Run:
       flags: `NAME=VALUE` of gin values to override.
 
     Raises:
-      UserError: if it is not a run directory, its configuration has no student, or a file is a
+      DssError: if it is not a run directory, its configuration has no student, or a file is a
         named pipe.
     """
     folder = epath.Path(folder).expanduser()
     check_no_pipes(folder, below=False)
     experiment = load_config(folder, flags)
     if experiment.config is None:
-        raise UserError(f"{folder}: no run directory: its {CONFIG_FILE} has no student")
+        raise DssError(f"{folder}: no run directory: its {CONFIG_FILE} has no student")
     return Run(folder, experiment)
 
 
@@ -153,7 +153,7 @@ def save_run(folder: epath.Path, experiment: Experiment) -> Run:
     With several processes, process 0 writes and the others wait.
 
     Raises:
-      UserError: if a process does not see the file that process 0 has written.
+      DssError: if a process does not see the file that process 0 has written.
     """
     paths = {n: getattr(experiment.data, n) for n in ("root", "dataset_path")}
     resolved: dict[str, Any] = {n: str(absolute(p)) for n, p in paths.items() if p is not None}
@@ -164,7 +164,7 @@ def save_run(folder: epath.Path, experiment: Experiment) -> Run:
         save_config(experiment, folder)
     wait_for_all(CONFIG_FILE)
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(
+        raise DssError(
             f"{folder}: process 0 has written its {CONFIG_FILE}, but process {jax.process_index()} "
             "cannot find it; MODEL_DIR must be a folder that all processes share"
         )
@@ -175,10 +175,10 @@ def run_folder(experiment: Experiment) -> epath.Path:
     """Returns the run directory of an experiment.
 
     Raises:
-      UserError: if the experiment has none.
+      DssError: if the experiment has none.
     """
     if experiment.run_dir is None:
-        raise UserError("no run directory: give --gin.MODEL_DIR=FOLDER")
+        raise DssError("no run directory: give --gin.MODEL_DIR=FOLDER")
     return epath.Path(experiment.run_dir).expanduser()
 
 

@@ -8,7 +8,7 @@ from dss.config.data import resolve
 from dss.config.experiment import Experiment
 from dss.config.gin_files import gin_name
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.processes import all_agree, leaders_text
 from dss.paths import CONFIG_FILE
 from dss.runs.directory import Run, load_run, run_folder, save_run
@@ -41,22 +41,22 @@ def open_run(experiment: Experiment, resume: Resume) -> tuple[Run, Any | None]:
       The run and, for a new run with an initial checkpoint, the parameters.
 
     Raises:
-      UserError: if the run directory has a run of another experiment, or `resume` does not allow
+      DssError: if the run directory has a run of another experiment, or `resume` does not allow
         its state.
     """
     folder = run_folder(experiment)
     run = load_run(folder) if (folder / CONFIG_FILE).is_file() else None
     if run is None or not run.has_checkpoint:  # without a checkpoint, nothing is lost
         if resume == "must":
-            raise UserError(f"{folder}: no run to resume: it has no checkpoint")
+            raise DssError(f"{folder}: no run to resume: it has no checkpoint")
         return create_run(experiment)
     if resume == "never":
-        raise UserError(
+        raise DssError(
             f"{folder}: has a run with checkpoints; use a new MODEL_DIR, or resume this run with "
             "--resume=auto"
         )
     if not run.experiment.has_task:
-        raise UserError(f"{folder}: has an imported checkpoint; train in another MODEL_DIR")
+        raise DssError(f"{folder}: has an imported checkpoint; train in another MODEL_DIR")
     check_same(run, experiment)
     # The location of the data and the mesh may change.
     resumed = dataclasses.replace(run.experiment, data=experiment.data, mesh=experiment.mesh)
@@ -85,7 +85,7 @@ def check_same(run: Run, now: Experiment) -> None:
       now: the experiment.
 
     Raises:
-      UserError: if they differ in anything but paths and the mesh.
+      DssError: if they differ in anything but paths and the mesh.
     """
     before = run.experiment
     if before.mixture is not None:  # an older configuration, without dataset and method
@@ -112,13 +112,13 @@ def check_same(run: Run, now: Experiment) -> None:
     if now.vocabulary is not None:
         vocabularies = load_vocabulary(run.vocabulary_source), load_vocabulary(now.vocabulary)
         if vocabularies[0].fingerprint != vocabularies[1].fingerprint:
-            raise UserError(f"{now.vocabulary}: wrong vocabulary: that of {run.folder} differs")
+            raise DssError(f"{now.vocabulary}: wrong vocabulary: that of {run.folder} differs")
     data = now.data
     if set(data.labels) == set(before.data.labels):  # the order of labels does not matter
         data = dataclasses.replace(data, labels=before.data.labels)
     differs += _differences("data.", before.data, data, ("root", "dataset_path"))
     if differs:
-        raise UserError(
+        raise DssError(
             f"{run.folder}: the run of another experiment: {'; '.join(differs)}; "
             "use a new MODEL_DIR"
         )
@@ -135,7 +135,7 @@ def check_processes_agree(values: dict[str, str]) -> None:
       values: the arguments and the hashes of data files of this process, by name.
 
     Raises:
-      UserError: if they differ between processes; it is raised in every process.
+      DssError: if they differ between processes; it is raised in every process.
     """
     values = {name: value for name, value in values.items() if name not in PATHS}
     leaders = json.loads(leaders_text(json.dumps(values)))
@@ -147,7 +147,7 @@ def check_processes_agree(values: dict[str, str]) -> None:
     if all_agree(not differs):
         return
     fault = f"process 0 has {'; '.join(differs)}" if differs else "another process has other values"
-    raise UserError(f"the processes of a run need the same arguments and data: {fault}")
+    raise DssError(f"the processes of a run need the same arguments and data: {fault}")
 
 
 def describe_values(name: str, value: Any) -> dict[str, str]:
@@ -169,11 +169,11 @@ def changed_since(run: Run, files: dict[str, str], *, accept: bool) -> list[str]
       accept: whether changed files are accepted.
 
     Raises:
-      UserError: if files have changed and `accept` is False.
+      DssError: if files have changed and `accept` is False.
     """
     changed = changed_files(run.folder, files) if run.has_checkpoint else []
     if changed and not accept:
-        raise UserError(
+        raise DssError(
             f"{run.folder}: data files have changed since the last session: {', '.join(changed)}; "
             "use a new MODEL_DIR, or resume with the changed files by --changed-data=accept"
         )

@@ -9,7 +9,7 @@ from etils import epath
 
 from dss.config.experiment import Experiment
 from dss.data.vocabulary import BYTES, T5_VOCABULARY, load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.interop import huggingface, t5x_checkpoint
 from dss.parallel.mesh import make_mesh
 from dss.parallel.processes import all_agree, is_leader
@@ -44,7 +44,7 @@ def create_run(experiment: Experiment) -> tuple[Run, Any | None]:
       The run and, with an initial checkpoint, the parameters.
 
     Raises:
-      UserError: if the student, its vocabulary or the initial checkpoint is missing or invalid.
+      DssError: if the student, its vocabulary or the initial checkpoint is missing or invalid.
     """
     student, source, params = read_initial(experiment)
     folder = run_folder(experiment)
@@ -62,7 +62,7 @@ def read_initial(experiment: Experiment) -> tuple[T5Config, str, Any | None]:
     parameters, sharded over the experiment's mesh.
 
     Raises:
-      UserError: if the student or its vocabulary is missing, the checkpoint's shape is not the
+      DssError: if the student or its vocabulary is missing, the checkpoint's shape is not the
         student's, or the vocabulary is too large for the student.
     """
     student, vocabulary, load = _open_initial(experiment)
@@ -73,7 +73,7 @@ def describe_initial(experiment: Experiment) -> tuple[T5Config, str]:
     """Returns the student's configuration and its vocabulary, checked, without its parameters.
 
     Raises:
-      UserError: as for `read_initial`.
+      DssError: as for `read_initial`.
     """
     return _open_initial(experiment)[:2]
 
@@ -90,13 +90,13 @@ def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], A
         dtype, remat = (student.dtype, student.remat) if student else (config.dtype, config.remat)
         student = dataclasses.replace(config, dtype=dtype, remat=remat)
     if student is None:
-        raise UserError(
+        raise DssError(
             "no student: give --gin_file=students/SIZE.gin to train from scratch, or "
             "--gin.INITIAL_CHECKPOINT_PATH=hf:FOLDER (or t5x:FOLDER)"
         )
     vocabulary = experiment.vocabulary or own_vocabulary
     if vocabulary is None:
-        raise UserError(
+        raise DssError(
             "no vocabulary: give --gin.VOCABULARY=FILE (for `dss import`: --vocabulary=FILE), a "
             f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes; of a Hugging Face "
             "folder, spiece.model is read, not tokenizer.json"
@@ -160,12 +160,12 @@ def check_size(source: str, checkpoint: T5Config, student: T5Config | None) -> N
       student: the configuration of the student; None for that of the checkpoint.
 
     Raises:
-      UserError: if the shapes differ.
+      DssError: if the shapes differ.
     """
     differs = [n for n in SHAPE if student and getattr(checkpoint, n) != getattr(student, n)]
     if differs:
         parts = [f"{n} {getattr(checkpoint, n)}, not {getattr(student, n)}" for n in differs]
-        raise UserError(
+        raise DssError(
             f"{source}: a checkpoint of another size than the student: {'; '.join(parts)}; leave "
             "the students/ gin file out to use the checkpoint's size"
         )
@@ -179,11 +179,11 @@ def check_vocabulary(source: str, student: T5Config) -> None:
       student: the configuration of the student.
 
     Raises:
-      UserError: if it has too few.
+      DssError: if it has too few.
     """
     vocabulary = load_vocabulary(source)
     if vocabulary.size > student.vocab_size:
-        raise UserError(
+        raise DssError(
             f"{source}: wrong vocabulary: it has {vocabulary.size} ids and the student "
             f"{student.vocab_size} embeddings; give the one that the checkpoint was trained with"
         )
@@ -193,12 +193,12 @@ def import_checkpoint(experiment: Experiment) -> Run:
     """Creates a run directory, at step 0, from the experiment's initial checkpoint.
 
     Raises:
-      UserError: if the folder is not empty, or the checkpoint cannot be read.
+      DssError: if the folder is not empty, or the checkpoint cannot be read.
     """
     folder = run_folder(experiment)
     # All processes check before one of them writes.
     if not all_agree(not folder.exists() or not any(folder.iterdir())):
-        raise UserError(f"{folder}: not empty; import into a new folder")
+        raise DssError(f"{folder}: not empty; import into a new folder")
     run, params = create_run(experiment)
     checkpoints = Checkpoints(folder / CHECKPOINTS, largest=largest_part(params), frozen=True)
     checkpoints.save(init_state(params, optax.identity()))

@@ -11,7 +11,7 @@ from etils import epath
 from dss.config.experiment import Experiment
 from dss.config.gin_files import load_config
 from dss.data.vocabulary import encode_example
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.evaluation.evaluator import (
     DecodingProgress,
     EvaluationExample,
@@ -45,7 +45,7 @@ def open_student(source: str, flags: Sequence[str] = ()) -> Run:
       flags: `NAME=VALUE` of gin values to override.
 
     Raises:
-      UserError: if the source has no student, or no vocabulary.
+      DssError: if the source has no student, or no vocabulary.
     """
     if is_run(source):
         return load_run(source, flags)
@@ -89,7 +89,7 @@ def evaluate(
       progress: the callbacks for decoded answers and rationales; None for none.
 
     Raises:
-      UserError: if the run has no such checkpoint, the split is missing or has no labels, or
+      DssError: if the run has no such checkpoint, the split is missing or has no labels, or
         rationales are requested and the student was not trained to generate them.
     """
     experiment = run.experiment
@@ -97,7 +97,7 @@ def evaluate(
     if rationales:
         _rationale_task(mixture)
         if metric_name(mixture) != "accuracy":
-            raise UserError(
+            raise DssError(
                 f"{mixture.name}: its predictions are rationales; leave --rationales out"
             )
     examples = evaluation_set(
@@ -124,7 +124,7 @@ def explain(
     """Returns the rationale that a student generates for each input.
 
     Raises:
-      UserError: if the mixture has no task with rationales.
+      DssError: if the mixture has no task with rationales.
     """
     task = _rationale_task(mixture)
     inputs = [encode_example(predictor.vocabulary, task.prefix + t, inputs_length) for t in texts]
@@ -136,7 +136,7 @@ def explain(
 def _rationale_task(mixture: Mixture) -> Task:
     task = next((task for task in mixture.tasks if task.kind != "label"), None)
     if task is None:
-        raise UserError(
+        raise DssError(
             f"{mixture.name}: its students generate no rationales; train one with METHOD "
             "step_by_step"
         )

@@ -124,7 +124,7 @@ def run_experiment(
       accept_changed_data: whether to resume even if data files have changed.
 
     Raises:
-      UserError: if the experiment or its data are invalid, the run cannot be resumed as `resume`
+      DssError: if the experiment or its data are invalid, the run cannot be resumed as `resume`
         requires, or a loss is not finite.
     """
     progress = progress or Progress()
@@ -164,7 +164,7 @@ def load_data(run: Run, mixture: Mixture, progress: Progress) -> RunData:
       progress: the callbacks for the report.
 
     Raises:
-      UserError: if data are missing or malformed, or labels of a closed set have the same tokens.
+      DssError: if data are missing or malformed, or labels of a closed set have the same tokens.
     """
     experiment = run.experiment
     vocabulary = load_vocabulary(run.vocabulary_source)

@@ -27,7 +27,7 @@ from typing import IO, Any, Literal
 
 import dss
 from dss.batches.store import cache_dir
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.paths import in_bucket, write_whole
 from dss.sweeps.sweep import Sweep, SweepRun
 
@@ -130,7 +130,7 @@ def run_sweep(sweep: Sweep, progress: SweepProgress) -> tuple[list[Outcome], sig
       The outcome of every run, in order, and the signal that interrupted the sweep, if any.
 
     Raises:
-      UserError: if the sweep's folder cannot be written.
+      DssError: if the sweep's folder cannot be written.
     """
     outcomes = {run.name: read_outcome(run) for run in sweep.runs}
     clock = _Clock()
@@ -324,4 +324,4 @@ def _write_status(sweep: Sweep, outcomes: Sequence[Outcome]) -> None:
         sweep.folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, "".join(json.dumps(outcome.line()) + "\n" for outcome in outcomes))
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise DssError(f"{path}: cannot be written: {error.strerror or error}") from error

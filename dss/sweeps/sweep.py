@@ -17,7 +17,7 @@ from dss.config.data import open_dataset, open_mixture, resolve
 from dss.config.experiment import Experiment
 from dss.config.gin_files import gin_flags, parse_beside, parse_gin
 from dss.data.datasets import SPLITS
-from dss.errors import UserError, unknown_name
+from dss.errors import DssError, unknown_name
 from dss.evaluation.evaluator import evaluation_set
 from dss.fields import check_types
 from dss.mixtures.methods import Method, mixture_names, read_name
@@ -99,7 +99,7 @@ class SweepMethod:
         'step_by_step_long'
 
         Raises:
-          UserError: if the syntax is wrong.
+          DssError: if the syntax is wrong.
         """
         parts, star, factor = text.partition("*")
         files = tuple(part for part in parts.split("+") if part.endswith(".gin"))
@@ -110,7 +110,7 @@ class SweepMethod:
         except ValueError:
             steps = math.nan
         if len(methods) > 1 or not all([*methods, *files]) or not 0 < steps < math.inf:
-            raise UserError(
+            raise DssError(
                 f"method {text!r}: give a method's name, optionally with +FILE.gin and *STEPS, "
                 "such as 'step_by_step', 'step_by_step+mine.gin', 'finetune*3.5' or "
                 "'finetune*step_by_step'"
@@ -235,7 +235,7 @@ def plan_sweep(
       search_paths: more folders to search for gin files.
 
     Raises:
-      UserError: if a name is unknown, a value is invalid, data are missing, two runs are the same,
+      DssError: if a name is unknown, a value is invalid, data are missing, two runs are the same,
         or a run directory has a run of another experiment.
     """
     config = parse_beside(SweepConfig, files, flags, search_paths)
@@ -253,13 +253,13 @@ def plan_sweep(
             for (method, student), base in bases.items():
                 run = _run(config, method, student, base, fraction, seed, sizes[fraction])
                 if run.name in runs:
-                    raise UserError(
+                    raise DssError(
                         f"two runs of the sweep have the name {run.name}; rename a gin file"
                     )
                 runs[run.name] = run
                 twin = names.setdefault(_identity(run.experiment), run.name)
                 if twin != run.name:
-                    raise UserError(
+                    raise DssError(
                         f"{twin} and {run.name} are the same run: a --gin_file or --gin flag of "
                         "the sweep overrides their difference"
                     )
@@ -302,7 +302,7 @@ def _base(
         ("RANDOM_SEED", base.seed != 0, "SEEDS"),
     ):
         if is_set:
-            raise UserError(f"{macro} is set; a sweep has {replacement} in its place")
+            raise DssError(f"{macro} is set; a sweep has {replacement} in its place")
     _, vocabulary = describe_initial(base)
     factor = method.steps
     if method.compute is not None:
@@ -328,11 +328,11 @@ def _with_method(base: Experiment, name: str | None) -> Experiment:
       name: the name of a method, optionally followed by a teacher's; None for the method of `base`.
 
     Raises:
-      UserError: if there is no such method or dataset, or the teacher is ambiguous.
+      DssError: if there is no such method or dataset, or the teacher is ambiguous.
     """
     if name is None:
         if not base.has_task:
-            raise UserError("no method: one of METHODS that is a gin file must set METHOD")
+            raise DssError("no method: one of METHODS that is a gin file must set METHOD")
         return resolve(base)
     dataset = open_dataset(base)
     if name in [*Method]:
@@ -355,7 +355,7 @@ def _check_data(config: SweepConfig, bases: Sequence[Experiment]) -> dict[float,
     """Returns the number of training examples of each fraction.
 
     Raises:
-      UserError: if a file is missing, or a split has no examples.
+      DssError: if a file is missing, or a split has no examples.
     """
     seed, sizes = config.seeds[0], {}
     mixtures = {mixture.name: mixture for mixture in map(open_mixture, bases)}

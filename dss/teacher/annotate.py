@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Iterable, Iterator
 
 from dss.data.examples import Example
-from dss.errors import UserError
+from dss.errors import TeacherError
 from dss.teacher.client import Client
 from dss.teacher.journal import Attempt, Journal, Usage
 from dss.teacher.pacing import Clock, Pacer, backoff
@@ -63,7 +63,7 @@ class Limits:
             if value is not None and not (value >= minimum and 0 < value < math.inf):
                 flag = "--" + field.name.replace("_", "-")
                 bound = "at least 1" if minimum else "more than 0"
-                raise UserError(f"{flag} {value}: give {bound}")
+                raise TeacherError(f"{flag} {value}: give {bound}")
 
 
 @dataclasses.dataclass
@@ -142,7 +142,7 @@ class Annotator:
           clock: replacement clock for tests.
 
         Raises:
-          UserError: if `limits.max_cost` is set and a price is unknown.
+          TeacherError: if `limits.max_cost` is set and a price is unknown.
         """
         self.journal, self.writer, self.client, self.limits = journal, writer, client, limits
         self.price = price
@@ -165,7 +165,7 @@ class Annotator:
         self.state.initial_cost = self.state.cost or 0.0
         if limits.max_cost is not None and self.state.cost is None:
             missing = "the model's price" if price is None else "its batch_input and batch_output"
-            raise UserError(f"--max-cost needs {missing}; give a file that has it with --prices")
+            raise TeacherError(f"--max-cost needs {missing}; give a file that has it with --prices")
         self._pending: list[tuple[Request, Attempt, asyncio.Future[None]]] = []
         self._flushing: asyncio.Task[None] | None = None
         # A commit waits for the disk; attempts that arrive meanwhile share the next commit.
@@ -182,7 +182,7 @@ class Annotator:
           The final state; `stopped` is set if the run stopped early.
 
         Raises:
-          UserError: if the key is wrong, the quota is used up, no request succeeds, the disk is
+          TeacherError: if the key is wrong, the quota is used up, no request succeeds, the disk is
             full, or an example does not fit the prompt. Earlier replies are in the journal.
         """
         self.state.total = total * self.writer.teacher.samples
@@ -252,7 +252,7 @@ class Annotator:
                 self._count_settled(answered=True)
                 return
             if reply.status in STOPPING:
-                self._fail(UserError(f"{self.writer.teacher.base_url}: {reply.message}"))
+                self._fail(TeacherError(f"{self.writer.teacher.base_url}: {reply.message}"))
                 return
             if reply.status == "limited":
                 limited += 1
@@ -270,11 +270,11 @@ class Annotator:
     def _stop_if_none_succeed(self, reply: Reply) -> None:
         url = self.writer.teacher.base_url
         if set(self.state.status_counts) == {"unreachable"}:
-            self._fail(UserError(f"{url}: cannot connect to a server: {reply.message}"))
+            self._fail(TeacherError(f"{url}: cannot connect to a server: {reply.message}"))
         elif self._consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
             count = MAX_CONSECUTIVE_FAILURES
             problem = f"{count} requests in a row got no answer; the last: {reply.message}"
-            self._fail(UserError(f"{url}: {problem}"))
+            self._fail(TeacherError(f"{url}: {problem}"))
 
     async def _attempt(self, request: Request) -> tuple[Reply, float | None] | None:
         """Sends a request once and records the reply in the journal.
@@ -359,7 +359,7 @@ class Annotator:
         if self.price is None or self.limits.max_cost is None:
             return 0.0
         if self.writer.most_tokens is None:
-            raise UserError(
+            raise TeacherError(
                 "--max-cost needs a limit on each answer: give max_tokens in the prompt's "
                 "parameters or with --param max_tokens=N"
             )

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.teacher.annotate import Annotator, Limits, Progress, State
 from dss.teacher.client import Client, api_key
 from dss.teacher.job import Job
@@ -28,7 +28,7 @@ def open_journal(job: Job, *, create: bool = True) -> Iterator[Journal]:
       create: whether the journal is written to; else it must exist.
 
     Raises:
-      UserError: if another process uses the journal, or it cannot be read.
+      TeacherError: if another process uses the journal, or it cannot be read.
     """
     journal = Journal(job.journal_path, create=create)
     try:
@@ -68,7 +68,8 @@ def ask(
       The state at the end, with the reason of an early one.
 
     Raises:
-      UserError: if an argument, an example or the key is wrong, or the endpoint refuses to answer.
+      TeacherError: if an argument, an example or the key is wrong, or the endpoint refuses to
+        answer.
     """
     teacher = job.writer.teacher
     client = Client(teacher, api_key(key_env, teacher.base_url), limits.timeout)
@@ -77,7 +78,7 @@ def ask(
     annotator = Annotator(journal, job.writer, client, limits, price=price, progress=progress)
     try:
         return _run(annotator.run(job.examples(), total))
-    except UserError:
+    except DssError:
         if any(annotator.state.status_counts[status] for status in FINAL):
             export()
         raise

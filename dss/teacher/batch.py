@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dss.data.examples import Example, read_json_lines
-from dss.errors import UserError
+from dss.errors import TeacherError
 from dss.teacher.journal import Attempt, Journal
 from dss.teacher.reply import Reply, read_reply
 from dss.teacher.request import Request, Writer
@@ -98,7 +98,7 @@ def import_batch(journal: Journal, files: Sequence[Path]) -> dict[str, int]:
       Number of lines that are `new`, were imported `before`, or are of `unknown` requests.
 
     Raises:
-      UserError: if a file is missing or a line is not a result; the lines before it are kept.
+      TeacherError: if a file is missing or a line is not a result; the lines before it are kept.
     """
     counts = {"new": 0, "before": 0, "unknown": 0}
     for path in files:
@@ -127,7 +127,7 @@ def _add_attempts(journal: Journal, chunk: Sequence[Attempt], counts: dict[str, 
 def _read_result(where: str, value: dict[str, Any]) -> Attempt:
     key, response, error = value.get("custom_id"), value.get("response"), value.get("error")
     if not isinstance(key, str):
-        raise UserError(f"{where}: has no `custom_id`; is this a result file of a batch?")
+        raise TeacherError(f"{where}: has no `custom_id`; is this a result file of a batch?")
     key = key.encode(errors="replace").decode()
     code = response.get("status_code") if isinstance(response, dict) else None
     if isinstance(code, int) and 100 <= code < 600:
@@ -137,7 +137,7 @@ def _read_result(where: str, value: dict[str, Any]) -> Attempt:
         content = json.dumps({"error": error})
         reply = Reply(status="failed", code=None, response=content)
     else:
-        raise UserError(f"{where}: has neither a `response` with a status code nor an `error`")
+        raise TeacherError(f"{where}: has neither a `response` with a status code nor an `error`")
     origin = value.get("id")
     if not isinstance(origin, str):
         content = json.dumps(value, sort_keys=True)

@@ -24,7 +24,7 @@ from apache_beam.metrics import Metrics, MetricsFilter
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from dss.data.examples import Example
-from dss.errors import UserError
+from dss.errors import DssError, TeacherError
 from dss.paths import replacing
 from dss.teacher.annotate import Annotator, Limits
 from dss.teacher.client import Client, api_key
@@ -134,7 +134,7 @@ class _Ask(beam.DoFn):
         annotator = Annotator(journal, self._writer, client, self._spec.limits)
         try:
             asyncio.run(annotator.run(examples, len(examples)))
-        except UserError as error:
+        except DssError as error:
             self._stopped = True
             logging.getLogger(__name__).error("stopped sending requests: %s", error)
         self._stopped = self._stopped or annotator.state.stopped is not None
@@ -213,7 +213,7 @@ def run_pipeline(
       Number of requests without an answer.
 
     Raises:
-      UserError: if the key or the options are invalid.
+      TeacherError: if the key or the options are invalid.
     """
     api_key(key_variable, job.writer.teacher.base_url)
     journal.make_room()
@@ -230,7 +230,7 @@ def run_pipeline(
     try:
         pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
     except (ValueError, SystemExit) as error:
-        raise UserError(f"--pipeline-options: {' '.join(str(error).split())}") from None
+        raise TeacherError(f"--pipeline-options: {' '.join(str(error).split())}") from None
 
     def read(name: str) -> beam.PCollection:
         source = beam.io.ReadFromText(str((folder / name).absolute()))

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import httpx2
 import openai
 
-from dss.errors import UserError
+from dss.errors import TeacherError
 from dss.teacher.reply import Reply, read_reply
 from dss.teacher.request import Teacher
 
@@ -33,15 +33,16 @@ def api_key(variable: str, base_url: str) -> str:
     """Returns the API key in an environment variable; "none" if it is not set.
 
     Raises:
-      UserError: if the key contains an impossible character, or is not set for OpenAI's endpoint.
+      TeacherError: if the key contains an impossible character, or is not set for OpenAI's
+        endpoint.
     """
     key = os.environ.get(variable, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError(
+        raise TeacherError(
             f"{variable}: contains a character that no API key has; set it to the key alone"
         )
     if not key and OPENAI_HOST in base_url:
-        raise UserError(
+        raise TeacherError(
             f"{variable} is not set; set it to your API key, name another variable with --key-env, "
             "or give the --base-url of a server that needs no key"
         )

@@ -15,7 +15,7 @@ from etils import epath
 from dss import __version__
 from dss.data.datasets import DATASET_FILE, SPLITS, Dataset, read_declared
 from dss.data.examples import Example, read_json_lines, stream_examples
-from dss.errors import UserError
+from dss.errors import TeacherError
 from dss.paths import check_no_pipes, in_bucket, write_whole
 from dss.teacher.journal import Journal
 from dss.teacher.outputs import Annotation, annotations, write_jsonl, write_parquet
@@ -63,7 +63,7 @@ class Job:
         """Yields the examples in the order of the file.
 
         Raises:
-          UserError: if an example is malformed; see `stream_examples`.
+          TeacherError: if an example is malformed; see `stream_examples`.
         """
         if self.rows is not None:
             yield from self.rows
@@ -94,8 +94,8 @@ class Job:
           Number of examples.
 
         Raises:
-          UserError: if there are no examples; one is malformed or, in hint mode, has no label; an
-            output file exists that this job did not write; or the run would lose answers in the
+          TeacherError: if there are no examples; one is malformed or, in hint mode, has no label;
+            an output file exists that this job did not write; or the run would lose answers in the
             outputs.
         """
         ids = set()
@@ -104,13 +104,13 @@ class Job:
             if self.writer.teacher.hinted and example.label is None:
                 self.writer.requests(example)  # raises the error
         if not ids:
-            raise UserError(f"{self.source}: no examples")
+            raise TeacherError(f"{self.source}: no examples")
         self._check_ownership(journal, parquet=parquet, replace=replace)
         if not replace:
             lost = self._lost_ids(journal)
             exceeds_limit = most_requests is not None and len(lost) > most_requests
             if exceeds_limit or lost - ids:  # no request is sent for ids without an example
-                raise UserError(self._loss_message(len(lost)))
+                raise TeacherError(self._loss_message(len(lost)))
         return len(ids)
 
     def export(
@@ -131,13 +131,13 @@ class Job:
           Number of lines by status; None if no lines were written.
 
         Raises:
-          UserError: if a file exists that this job did not write, or answers would be lost.
+          TeacherError: if a file exists that this job did not write, or answers would be lost.
         """
         self._check_ownership(journal, parquet=parquet, replace=replace)
         copy, table, target = self._copy, self.file("parquet"), self.file("jsonl")
         has_answers = next(self._annotations(journal), None) is not None
         if has_answers and not replace and (lost := self._lost_ids(journal)):
-            raise UserError(self._loss_message(len(lost)))
+            raise TeacherError(self._loss_message(len(lost)))
         fingerprint = self._fingerprint(journal)
 
         def claim(path: Path) -> None:
@@ -231,14 +231,14 @@ class Job:
         )
 
     def _check_ownership(self, journal: Journal, *, parquet: bool, replace: bool) -> None:
-        """Raises UserError if a file to be written exists and belongs to another job."""
+        """Raises TeacherError if a file to be written exists and belongs to another job."""
         if replace:
             return
         copy, target = self._copy, self.file("jsonl")
         declared, declared_copy = self._declarations
         both_exist = copy is not None and declared.is_file() and declared_copy.is_file()
         if both_exist and declared.read_bytes() != declared_copy.read_bytes():
-            raise UserError(f"{declared_copy}: differs from {declared}; make them the same")
+            raise TeacherError(f"{declared_copy}: differs from {declared}; make them the same")
         table = self.file("parquet") if parquet else None
         source, model = self._owner
         for path, owner in (
@@ -256,7 +256,7 @@ class Job:
             else:
                 continue
             remedy = "give another folder with --output" if path == copy else "use another --name"
-            raise UserError(f"{path}: {problem}; {remedy}, or overwrite it with --replace")
+            raise TeacherError(f"{path}: {problem}; {remedy}, or overwrite it with --replace")
 
     @property
     def _owner(self) -> tuple[str, str]:
@@ -294,12 +294,14 @@ def file_job(
       name: name of the teacher in file names and mixtures; None for the model's name.
 
     Raises:
-      UserError: if the file, the prompt, the labels or the name is missing or invalid.
+      TeacherError: if the file, the prompt, the labels or the name is missing or invalid.
     """
     if path.is_dir():
-        raise UserError(f"{path}: a folder; give one of its files, such as {path / 'train.jsonl'}")
+        raise TeacherError(
+            f"{path}: a folder; give one of its files, such as {path / 'train.jsonl'}"
+        )
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise TeacherError(f"{path}: no such file")
     loaded = load_prompt(prompt)
     labels = read_declared(path, loaded.labels, where=f"prompt {loaded.name}")
     return Job(
@@ -323,16 +325,16 @@ def dataset_job(
     """Returns the job for a split of a released dataset; the default prompt is the dataset's.
 
     Raises:
-      UserError: if the split's file, the prompt or the name is missing or invalid.
+      TeacherError: if the split's file, the prompt or the name is missing or invalid.
     """
     if dataset.source_split(split) != split:
-        raise UserError(
+        raise TeacherError(
             f"{dataset.name} has no file for {split}: it is a tenth of train; annotate --split "
             "train"
         )
     (file,) = dataset.files(split)
     if in_bucket(file):
-        raise UserError(f"{file}: in a bucket; annotate a local copy")
+        raise TeacherError(f"{file}: in a bucket; annotate a local copy")
     source = Path(file)
     return Job(
         source=source,
@@ -346,10 +348,10 @@ def dataset_job(
 
 def _teacher_name(name: str | None, teacher: Teacher) -> str:
     if name is not None and file_name(name) != name:
-        raise UserError(f"--name {name!r}: use letters, digits, '_', '-' and '.'")
+        raise TeacherError(f"--name {name!r}: use letters, digits, '_', '-' and '.'")
     name = file_name(teacher.model) if name is None else name
     if len(name) > LONGEST_NAME:
-        raise UserError(
+        raise TeacherError(
             f"{name[:20]}...: {len(name)} characters are too many for a file name; give a shorter "
             "one with --name"
         )

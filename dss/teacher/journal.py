@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from dss.errors import UserError
+from dss.errors import TeacherError
 from dss.teacher.reply import FINAL, Reply
 from dss.teacher.request import Request, Teacher, Writer
 
@@ -125,15 +125,15 @@ class Journal:
             is locked against other writers.
 
         Raises:
-          UserError: if the file is missing or not a journal, or another process writes to it.
+          TeacherError: if the file is missing or not a journal, or another process writes to it.
         """
         self.path = path
         self._described: tuple[str, str, int | None, int] | None = None
         self._lock = None
         if not create and not path.exists():
-            raise UserError(f"{path}: no such journal; nothing was annotated there yet")
+            raise TeacherError(f"{path}: no such journal; nothing was annotated there yet")
         if path.exists() and not path.is_file():
-            raise UserError(f"{path}: not a regular file, so not a journal; move it away")
+            raise TeacherError(f"{path}: not a regular file, so not a journal; move it away")
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(path)
@@ -156,7 +156,7 @@ class Journal:
         try:
             yield
         except sqlite3.Error as error:
-            raise UserError(f"{self.path}: {error}; earlier entries are kept") from None
+            raise TeacherError(f"{self.path}: {error}; earlier entries are kept") from None
 
     def close(self) -> None:
         """Closes the file."""
@@ -169,7 +169,7 @@ class Journal:
         """Reserves 1 MiB in the journal, so that replies in flight can be kept on a full disk.
 
         Raises:
-          UserError: if the disk is full, or the journal cannot be written for another reason.
+          TeacherError: if the disk is full, or the journal cannot be written for another reason.
         """
         with self._transaction():
             self._writer.execute("INSERT INTO room VALUES (zeroblob(?))", (ROOM,))
@@ -329,7 +329,7 @@ def _lock(path: Path) -> BinaryIO:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         # The descriptor stays open, as closing it would release this process's SQLite locks.
-        raise UserError(f"{path}: another process is writing to this journal") from None
+        raise TeacherError(f"{path}: another process is writing to this journal") from None
     return os.fdopen(descriptor, "rb")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from dss.errors import UserError
+from dss.errors import TeacherError
 from dss.teacher.journal import Usage
 
 __all__ = ["Price", "load_price", "tokens_per_character", "total_cost"]
@@ -60,17 +60,17 @@ def load_price(path: Path, model: str) -> Price | None:
           my-model: {input: 0.5, output: 1.5, cached_input: 0.25}
 
     Raises:
-      UserError: if the file is missing or malformed.
+      TeacherError: if the file is missing or malformed.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise TeacherError(f"{path}: no such file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        raise TeacherError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     models = content.get("models") if isinstance(content, dict) else None
     if not isinstance(models, dict):
-        raise UserError(f"{path}: has no `models`, with an input and output price for each")
+        raise TeacherError(f"{path}: has no `models`, with an input and output price for each")
     if model not in models:
         return None
     return _price(f"{path}: {model}", models[model], str(content.get("currency", "")))
@@ -79,11 +79,11 @@ def load_price(path: Path, model: str) -> Price | None:
 def _price(where: str, value: Any, currency: str) -> Price:
     names = [field.name for field in dataclasses.fields(Price) if field.name != "currency"]
     if not isinstance(value, dict) or not {"input", "output"} <= set(value) <= set(names):
-        raise UserError(f"{where}: give input and output, and optionally {', '.join(names[2:])}")
+        raise TeacherError(f"{where}: give input and output, and optionally {', '.join(names[2:])}")
     for name, number in value.items():
         is_number = isinstance(number, int | float) and not isinstance(number, bool)
         if not is_number or not 0 <= number < MAX_PRICE:
-            raise UserError(f"{where}: {name} is {number!r}; give a price per million tokens")
+            raise TeacherError(f"{where}: {name} is {number!r}; give a price per million tokens")
     return Price(currency=currency, **value)
 
 

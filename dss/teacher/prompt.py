@@ -31,7 +31,7 @@ from dss.data.equations import plain_equation
 from dss.data.examples import Example
 from dss.data.labels import ANY_LABEL, Labels, read_label
 from dss.data.metrics import METRICS
-from dss.errors import UserError, unknown_name
+from dss.errors import TeacherError, unknown_name
 from dss.teacher.answers import (
     is_refusal,
     plain,
@@ -115,14 +115,14 @@ class Prompt:
         """Returns the possible labels of an input; empty if any text is a label.
 
         Raises:
-          UserError: if `choices_pattern` exceeds its time limit.
+          TeacherError: if `choices_pattern` exceeds its time limit.
         """
         if self.choices_pattern is None:
             return self.labels.closed
         try:
             matches = self.choices_pattern.findall(text, timeout=SEARCH_SECONDS)
         except TimeoutError:
-            raise UserError(
+            raise TeacherError(
                 f"prompt {self.name}: choices_pattern takes more than {SEARCH_SECONDS} s on an "
                 f"input that begins with {text[:40]!r}; simplify the pattern"
             ) from None
@@ -132,7 +132,7 @@ class Prompt:
         """Returns (question, answer) of each exemplar.
 
         Raises:
-          UserError: if an exemplar does not fit the templates.
+          TeacherError: if an exemplar does not fit the templates.
         """
         form = self._form(hinted)
         out = []
@@ -148,12 +148,13 @@ class Prompt:
         """Returns the question about an example.
 
         Raises:
-          UserError: if the example does not fit the template or, in hint mode, has no gold label.
+          TeacherError: if the example does not fit the template or, in hint mode, has no gold
+            label.
         """
         values: dict[str, Any] = self._values(example.input)
         if hinted:
             if example.label is None:
-                raise UserError(f"example {example.id!r} has no label, which --hint needs")
+                raise TeacherError(f"example {example.id!r} has no label, which --hint needs")
             values["label"] = example.label
         return _render(f"example {example.id!r}", self._form(hinted).question, values)
 
@@ -236,7 +237,7 @@ class Prompt:
         if not hinted:
             return self.form
         if self.hint is None:
-            raise UserError(f"prompt {self.name}: has no `hint`, which --hint needs")
+            raise TeacherError(f"prompt {self.name}: has no `hint`, which --hint needs")
         return self.hint
 
     def _values(self, text: str) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def _render(where: str, template: jinja2.Template, values: Mapping[str, Any]) ->
     try:
         return template.render(values)
     except Exception as error:  # an expression in a template may raise any
-        raise UserError(f"{where}: does not fit the template: {error}") from None
+        raise TeacherError(f"{where}: does not fit the template: {error}") from None
 
 
 def prompt_names() -> list[str]:
@@ -260,7 +261,7 @@ def load_prompt(source: str) -> Prompt:
     """Returns the prompt of a name (a shipped one) or of a YAML file.
 
     Raises:
-      UserError: if there is no such prompt, or it is invalid; see `read_prompt`.
+      TeacherError: if there is no such prompt, or it is invalid; see `read_prompt`.
     """
     path = Path(source).expanduser()
     if path.suffix in (".yaml", ".yml"):
@@ -272,9 +273,9 @@ def load_prompt(source: str) -> Prompt:
     try:
         return read_prompt(where, name, path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise TeacherError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+        raise TeacherError(f"{path}: not UTF-8 at byte {error.start}") from None
 
 
 def read_prompt(where: str, name: str, text: str) -> Prompt:
@@ -286,8 +287,8 @@ def read_prompt(where: str, name: str, text: str) -> Prompt:
       text: YAML text.
 
     Raises:
-      UserError: if the text is invalid, or an exemplar's own answer does not parse as its rationale
-        and label.
+      TeacherError: if the text is invalid, or an exemplar's own answer does not parse as its
+        rationale and label.
     """
     try:
         content = yaml.safe_load(text)
@@ -295,7 +296,7 @@ def read_prompt(where: str, name: str, text: str) -> Prompt:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise UserError(f"{where}{line}: not YAML: {problem}") from None
+        raise TeacherError(f"{where}{line}: not YAML: {problem}") from None
     prompt = dataclasses.replace(_read(where, name, content), source=text)
     for hinted in (False, True) if prompt.hint else (False,):
         _check_exemplars(where, prompt, hinted)
@@ -306,7 +307,7 @@ def with_labels(prompt: Prompt, labels: Labels) -> Prompt:
     """Returns a prompt with other labels and their metric.
 
     Raises:
-      UserError: if an exemplar's label is not one of them.
+      TeacherError: if an exemplar's label is not one of them.
     """
     if labels == prompt.labels:
         return prompt
@@ -323,7 +324,7 @@ def _read(where: str, name: str, content: Any) -> Prompt:
     values = _mapping(where, content, fields, ("exemplars", "form"))
     exemplars = values["exemplars"]
     if not isinstance(exemplars, list):
-        raise UserError(f"{where}: exemplars: should be a list")
+        raise TeacherError(f"{where}: exemplars: should be a list")
     keys = [field.name for field in dataclasses.fields(Exemplar)]
     parsed = []
     for number, value in enumerate(exemplars, 1):
@@ -332,17 +333,17 @@ def _read(where: str, name: str, content: Any) -> Prompt:
         parsed.append(Exemplar(**{key: _text(f"{location}: {key}", value[key]) for key in keys}))
     metric = _text(f"{where}: metric", values.get("metric", "text"))
     if metric not in METRICS:
-        raise UserError(f"{where}: {unknown_name('metric', metric, METRICS)}")
+        raise TeacherError(f"{where}: {unknown_name('metric', metric, METRICS)}")
     choices = values.get("choices_pattern")
     choices = None if choices is None else _pattern(f"{where}: choices_pattern", choices)
     if choices is not None and choices.groups != 1:
-        raise UserError(f"{where}: choices_pattern: has {choices.groups} groups; give it one")
+        raise TeacherError(f"{where}: choices_pattern: has {choices.groups} groups; give it one")
     stop = _texts(f"{where}: stop", values.get("stop", []))
     if not all(stop):
-        raise UserError(f"{where}: stop: an empty text would end every answer at its start")
+        raise TeacherError(f"{where}: stop: an empty text would end every answer at its start")
     parameters = values.get("parameters", {})
     if not isinstance(parameters, dict):
-        raise UserError(f"{where}: parameters: should be NAME: VALUE lines")
+        raise TeacherError(f"{where}: parameters: should be NAME: VALUE lines")
     return Prompt(
         name=name,
         exemplars=tuple(parsed),
@@ -365,7 +366,7 @@ def _read_form(where: str, content: Any, groups: Sequence[str]) -> Form:
     pattern = _pattern(f"{where}: pattern", values["pattern"])
     for group in groups:
         if group not in pattern.groupindex:
-            raise UserError(f"{where}: pattern: has no group (?P<{group}>...)")
+            raise TeacherError(f"{where}: pattern: has no group (?P<{group}>...)")
     return Form(question, answer, pattern)
 
 
@@ -373,7 +374,7 @@ def _template(where: str, value: Any) -> jinja2.Template:
     try:
         return ENVIRONMENT.from_string(_text(where, value))
     except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{where}: not a Jinja template: {error}") from None
+        raise TeacherError(f"{where}: not a Jinja template: {error}") from None
 
 
 def _check_exemplars(where: str, prompt: Prompt, hinted: bool) -> None:
@@ -382,7 +383,7 @@ def _check_exemplars(where: str, prompt: Prompt, hinted: bool) -> None:
         example = Example(str(number), exemplar.input, exemplar.label)
         parsed = prompt.parse(answer, example, hinted=hinted)
         if parsed != Parsed(exemplar.rationale, exemplar.label):
-            raise UserError(
+            raise TeacherError(
                 f"{where}: exemplar {number}: its own answer {answer!r} parses as rationale "
                 f"{parsed.rationale!r} and label {parsed.label!r}; fix the pattern or the labels"
             )
@@ -392,29 +393,29 @@ def _mapping(
     where: str, value: Any, allowed: Sequence[str], required: Sequence[str]
 ) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: should have {', '.join(required)}, as NAME: VALUE lines")
+        raise TeacherError(f"{where}: should have {', '.join(required)}, as NAME: VALUE lines")
     for key in value:
         if key not in allowed:
-            raise UserError(f"{where}: {unknown_name('name', str(key), allowed)}")
+            raise TeacherError(f"{where}: {unknown_name('name', str(key), allowed)}")
     for key in required:
         if key not in value:
-            raise UserError(f"{where}: has no `{key}`")
+            raise TeacherError(f"{where}: has no `{key}`")
     return value
 
 
 def _text(where: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise UserError(f"{where}: {value!r} is a {type(value).__name__}; put text in quotes")
+        raise TeacherError(f"{where}: {value!r} is a {type(value).__name__}; put text in quotes")
     try:  # joins surrogate pairs, in which JSON escapes characters above U+FFFF
         value = value.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise UserError(f"{where}: contains an unpaired surrogate, half a character") from None
+        raise TeacherError(f"{where}: contains an unpaired surrogate, half a character") from None
     return value.strip() if where.endswith(("input", "rationale", "label")) else value
 
 
 def _texts(where: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list):
-        raise UserError(f"{where}: should be a list of texts")
+        raise TeacherError(f"{where}: should be a list of texts")
     return tuple(_text(where, item) for item in value)
 
 
@@ -422,4 +423,4 @@ def _pattern(where: str, value: Any) -> regex.Pattern[str]:
     try:
         return regex.compile(_text(where, value))
     except regex.error as error:
-        raise UserError(f"{where}: not a regular expression: {error}") from None
+        raise TeacherError(f"{where}: not a regular expression: {error}") from None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from dss.data.examples import Example
-from dss.errors import UserError
+from dss.errors import TeacherError
 from dss.teacher.prompt import SEPARATOR, Prompt
 from dss.teacher.reply import MOST_TOKENS
 
@@ -42,7 +42,7 @@ class Teacher:
 
     def __post_init__(self):
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
-        invalid_url = UserError(f"--base-url {self.base_url!r}: give one like https://host/v1")
+        invalid_url = TeacherError(f"--base-url {self.base_url!r}: give one like https://host/v1")
         try:
             parts = urlsplit(self.base_url)
             port = parts.port
@@ -52,14 +52,14 @@ class Teacher:
         if not is_url or not re.fullmatch(r"[!-~]+", self.base_url):
             raise invalid_url
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise UserError(
+            raise TeacherError(
                 "--base-url: contains a user name, a query or a fragment; give the plain URL, and "
                 "the API key in the environment"
             )
         if not self.model.isprintable() or not self.model.strip():
-            raise UserError(f"--teacher {self.model!r}: give the model's name at the endpoint")
+            raise TeacherError(f"--teacher {self.model!r}: give the model's name at the endpoint")
         if self.samples < 1:
-            raise UserError(f"--samples {self.samples}: give at least 1")
+            raise TeacherError(f"--samples {self.samples}: give at least 1")
 
     @property
     def path(self) -> str:
@@ -93,14 +93,14 @@ class Writer:
         """Makes a writer.
 
         Raises:
-          UserError: if a request parameter is invalid, or the prompt has no form for hint mode.
+          TeacherError: if a request parameter is invalid, or the prompt has no form for hint mode.
         """
         self.prompt, self.teacher = prompt, teacher
         parameters = {**prompt.parameters, "stop": list(prompt.stop) or None, **teacher.parameters}
         self._parameters = {name: value for name, value in parameters.items() if value is not None}
         _check_parameters(self._parameters, teacher.samples)
         if teacher.samples > 1 and self._parameters.get("temperature") == 0:
-            raise UserError(
+            raise TeacherError(
                 f"--samples {teacher.samples} at temperature 0 would buy the same answer "
                 f"{teacher.samples} times; give --temperature"
             )
@@ -143,7 +143,7 @@ class Writer:
         """Returns the requests about an example, one per sample.
 
         Raises:
-          UserError: if the example does not fit the prompt; see `Prompt.question`.
+          TeacherError: if the example does not fit the prompt; see `Prompt.question`.
         """
         question = self.prompt.question(example, hinted=self.teacher.hinted)
         out = []
@@ -165,19 +165,19 @@ class Writer:
 def _check_parameters(parameters: Mapping[str, Any], samples: int) -> None:
     for name in RESERVED_PARAMETERS:
         if name in parameters:
-            raise UserError(f"parameter {name!r}: is set by dss; see --teacher and --samples")
+            raise TeacherError(f"parameter {name!r}: is set by dss; see --teacher and --samples")
     if samples > 1 and "seed" in parameters:
-        raise UserError(
+        raise TeacherError(
             f"parameter 'seed': would make all {samples} samples the same; leave it out"
         )
     try:
         json.dumps(parameters, allow_nan=False, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"parameters: cannot be sent as JSON: {error}") from None
+        raise TeacherError(f"parameters: cannot be sent as JSON: {error}") from None
     for name in LIMIT_PARAMETERS:
         value = parameters.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < MOST_TOKENS:
-            raise UserError(f"parameter {name!r}: is {value!r}; give a whole number of tokens")
+            raise TeacherError(f"parameter {name!r}: is {value!r}; give a whole number of tokens")
 
 
 def file_name(model: str) -> str:

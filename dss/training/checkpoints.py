@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dss.errors import UserError, first_line
+from dss.errors import CheckpointError, DssError, first_line
 from dss.parallel.memory import trim_freed_memory
 from dss.parallel.mesh import place
 from dss.parallel.processes import all_agree, is_leader, wait_for_all
@@ -98,7 +98,7 @@ class Checkpoints:
       read_only: whether only to read; nothing is created or removed.
 
     Raises:
-      UserError: if `read_only` is true and the folder does not exist.
+      CheckpointError: if `read_only` is true and the folder does not exist.
     """
 
     def __init__(
@@ -111,7 +111,9 @@ class Checkpoints:
     ):
         self.folder = absolute(folder)
         if read_only and not self.folder.is_dir():
-            raise UserError(f"{folder}: no checkpoints; is it a run directory of `dss train`?")
+            raise CheckpointError(
+                f"{folder}: no checkpoints; is it a run directory of `dss train`?"
+            )
         self._saved: int | None = None  # last step saved; possibly not on disk yet
         self._manager = _Manager(
             self.folder,
@@ -161,13 +163,13 @@ class Checkpoints:
         """Returns the step of the checkpoint `name`: "latest", "best" or a step number.
 
         Raises:
-          UserError: if there is no such checkpoint.
+          CheckpointError: if there is no such checkpoint.
         """
         named = {"latest": self.latest, "best": self.best}
         step = named[name] if name in named else int(name) if name.isdecimal() else None
         if step is None or step not in self.steps:
             steps = ", ".join(map(str, self.steps)) or "none"
-            raise UserError(
+            raise CheckpointError(
                 f"{self.folder}: no checkpoint {name!r}; available: {steps}, latest, best"
             )
         return step
@@ -214,7 +216,8 @@ class Checkpoints:
           abstract: shapes, dtypes and shardings of the state.
 
         Raises:
-          UserError: if the student's size or the optimizer differs, or the checkpoint is corrupt.
+          CheckpointError: if the student's size or the optimizer differs, or the checkpoint is
+            corrupt.
         """
         state, saved = self._read_state(step, abstract)
         self._check(step, state, saved)
@@ -232,7 +235,7 @@ class Checkpoints:
                 step, "opt_state", ocp.PyTreeCheckpointHandler(), args
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
+            raise CheckpointError(
                 f"{self.folder / str(step)}: the optimizer state does not match; was the run "
                 f"started with another optimizer? ({first_line(error)})"
             ) from error
@@ -244,7 +247,7 @@ class Checkpoints:
         """Checks a state against its saved checksums. Every process must call it.
 
         Raises:
-          UserError: if a checksum differs.
+          CheckpointError: if a checksum differs.
         """
         for item, sums in saved.items():
             check_sums(self.folder / str(step) / item, checksums(getattr(state, item)), sums)
@@ -263,7 +266,7 @@ class Checkpoints:
           The state, and the error message of each corrupt step.
 
         Raises:
-          UserError: if no checkpoint can be read; the message has the newest one's error.
+          CheckpointError: if no checkpoint can be read; the message has the newest one's error.
           Exception: if an error has another cause than the files, such as an unreachable bucket.
         """
         corrupt: dict[int, Exception] = {}
@@ -275,11 +278,11 @@ class Checkpoints:
                     raise
                 corrupt[step] = error
             if not all_agree(step not in corrupt):
-                corrupt.setdefault(step, UserError("another process cannot read it"))
+                corrupt.setdefault(step, CheckpointError("another process cannot read it"))
                 continue
             try:
                 self._check(step, state, saved)
-            except UserError as error:  # raised in every process
+            except DssError as error:  # raised in every process
                 corrupt[step] = error
                 continue
             if is_leader():
@@ -289,10 +292,10 @@ class Checkpoints:
             self._manager.reload()
             return state, {bad: first_line(error) for bad, error in corrupt.items()}
         step, newest = next(iter(corrupt.items()))
-        if isinstance(newest, UserError):
+        if isinstance(newest, DssError):
             raise newest
         path = self.folder / str(step)
-        raise UserError(f"{path}: cannot be read: {first_line(newest)}") from newest
+        raise CheckpointError(f"{path}: cannot be read: {first_line(newest)}") from newest
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """Returns the parameters of a step.
@@ -302,17 +305,17 @@ class Checkpoints:
           abstract: tree of the parameters' shapes, dtypes and shardings.
 
         Raises:
-          UserError: if the student's size differs, or the checkpoint is corrupt.
+          CheckpointError: if the student's size differs, or the checkpoint is corrupt.
         """
         path = self.folder / str(step)
         failure = None
         try:
             with reading(path):
                 params, saved = self._read_params(step, abstract)
-        except UserError as error:
+        except DssError as error:
             failure = error
         if not all_agree(failure is None):
-            raise failure or UserError(f"{path}: another process cannot read its part")
+            raise failure or CheckpointError(f"{path}: another process cannot read its part")
         check_sums(path / "params", checksums(params), saved)
         return params
 
@@ -343,7 +346,7 @@ class Checkpoints:
         """Checks that the saved parameters of a step have the shapes of the abstract tree.
 
         Raises:
-          UserError: if a parameter is missing, unexpected or of another shape.
+          CheckpointError: if a parameter is missing, unexpected or of another shape.
         """
         path = self.folder / str(step)
         with reading(path):
@@ -354,7 +357,7 @@ class Checkpoints:
         )
         for name in sorted(saved.keys() | expected.keys()):
             if saved.get(name) != expected.get(name):
-                raise UserError(
+                raise CheckpointError(
                     f"{path}: a checkpoint of another size: {name} is "
                     f"{saved.get(name, 'missing')}, the student's is "
                     f"{expected.get(name, 'missing')}"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from dss.errors import UserError
+from dss.errors import CheckpointError
 
 __all__ = ["check_sums", "checksum", "checksums", "path_names"]
 
@@ -47,11 +47,11 @@ def check_sums(path: Any, sums: dict[str, int], saved: dict[str, int] | None) ->
       saved: checksums at the time of saving, by name; None if none were saved.
 
     Raises:
-      UserError: if a checksum differs or was not saved.
+      CheckpointError: if a checksum differs or was not saved.
     """
     for name, value in sums.items():
         if (saved or {}).get(name) != value:
-            raise UserError(
+            raise CheckpointError(
                 f"{path}: corrupt checkpoint: {name} differs from what was saved; use another "
                 "checkpoint"
             )

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.errors import JaxRuntimeError
 
-from dss.errors import UserError, first_line
+from dss.errors import CheckpointError, DssError, first_line
 from dss.paths import check_no_pipes
 from dss.training.checksums import check_sums, checksum, path_names
 
@@ -29,7 +29,7 @@ class Leaves(Mapping[tuple[str, ...], np.ndarray]):
       folder: folder of the item, such as `<run>/checkpoints/<step>/params`.
 
     Raises:
-      UserError: if the folder or, at access, an array is corrupt.
+      CheckpointError: if the folder or, at access, an array is corrupt.
     """
 
     def __init__(self, folder: epath.Path):
@@ -66,7 +66,7 @@ class Leaves(Mapping[tuple[str, ...], np.ndarray]):
 
 @contextlib.contextmanager
 def reading(folder: epath.Path) -> Iterator[None]:
-    """Turns exceptions that corrupt files make Orbax raise into UserError.
+    """Turns exceptions that corrupt files make Orbax raise into DssError.
 
     Transient errors, such as an unreachable bucket, are not changed.
 
@@ -74,14 +74,14 @@ def reading(folder: epath.Path) -> Iterator[None]:
       folder: folder that is read, for the error message.
 
     Raises:
-      UserError: if the folder cannot be read.
+      CheckpointError: if the folder cannot be read.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, UserError) or is_transient(error):
+        if isinstance(error, DssError) or is_transient(error):
             raise
-        raise UserError(f"{folder}: cannot be read: {first_line(error)}") from error
+        raise CheckpointError(f"{folder}: cannot be read: {first_line(error)}") from error
 
 
 def is_transient(error: Exception) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.processes import StopSignal
 from dss.training.checkpoints import Checkpoints
 from dss.training.config import TrainerConfig
@@ -155,7 +155,7 @@ class FiniteGuard(Hook):
         """Raises if any step since the last check had a non-finite loss or gradient norm.
 
         Raises:
-          UserError: if so, with the step and the ids of its examples.
+          DssError: if so, with the step and the ids of its examples.
         """
         for i, values in enumerate(self._pending, start=step - len(self._pending)):
             for label, name in (("loss", "loss"), ("gradient norm", "grad_norm")):
@@ -241,7 +241,7 @@ class Validation(Hook):
         """Evaluates and saves the state at every evaluation step.
 
         Raises:
-          UserError: if the validation loss is not finite.
+          DssError: if the validation loss is not finite.
         """
         if not self._config.evaluates_at(step):
             return
@@ -306,7 +306,7 @@ def train(
     return state
 
 
-def _not_finite(fault: str, checkpoints: Checkpoints, ids: str | None = None) -> UserError:
+def _not_finite(fault: str, checkpoints: Checkpoints, ids: str | None = None) -> DssError:
     """Returns the error for a non-finite number, with the last checkpoint and possible remedies.
 
     Args:
@@ -319,7 +319,7 @@ def _not_finite(fault: str, checkpoints: Checkpoints, ids: str | None = None) ->
     saved = (
         "no checkpoint was saved yet" if latest is None else f"the last checkpoint is step {latest}"
     )
-    return UserError(
+    return DssError(
         f"{fault}; {saved}; try a lower learning rate, or float32 if the student computes in "
         f"bfloat16{'' if ids is None else f'; the examples of that step: {ids}'}"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from etils import epath
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.processes import is_leader
 from dss.paths import in_bucket, write_whole
 
@@ -31,7 +31,7 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
       path: the file; no lines if it does not exist.
 
     Raises:
-      UserError: if a line is not a JSON object.
+      DssError: if a line is not a JSON object.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -40,9 +40,9 @@ def read_metrics(path: epath.PathLike) -> list[dict]:
         text = path.read_text(encoding="utf-8")
         lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise DssError(f"{path}: cannot be read: {error}") from None
     if not all(isinstance(line, dict) for line in lines):
-        raise UserError(f"{path}: a line is not a JSON object")
+        raise DssError(f"{path}: a line is not a JSON object")
     return lines
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import (
     batch_sharding,
@@ -86,7 +86,7 @@ def state_shardings(
     """Returns the shardings of the state, as a `TrainState`.
 
     Raises:
-      UserError: if a sharded dimension is not divisible by its number of shards.
+      DssError: if a sharded dimension is not divisible by its number of shards.
     """
     heads_axis = dict(reversed(mesh_config.rules)).get("heads")
     if heads_axis is not None:  # its dimension has H * K elements; shards need whole heads
@@ -202,10 +202,10 @@ def make_train_step(
       `task_tokens` [K], `grad_norm` [] (before clipping) and, if they vary by step, `rates` [K].
 
     Raises:
-      UserError: if `grad_dtype` is bfloat16 and the student computes in float32.
+      DssError: if `grad_dtype` is bfloat16 and the student computes in float32.
     """
     if grad_dtype == "bfloat16" and config.dtype != "bfloat16":
-        raise UserError(
+        raise DssError(
             "Experiment.grad_dtype is 'bfloat16', but the student computes in float32; set "
             "Experiment.dtype to 'bfloat16' too"
         )

@@ -42,7 +42,7 @@ def test_an_experiment_accepts_a_dataset_and_the_name_of_a_student(toy):
     assert experiment.student is None
     with pytest.raises(ValueError, match="two initial checkpoints"):
         dss.Experiment(student="hf:a/b", initial_checkpoint="hf:c/d")
-    with pytest.raises(dss.UserError, match="unknown student 'smal'; did you mean 'small'"):
+    with pytest.raises(dss.DssError, match="unknown student 'smal'; did you mean 'small'"):
         dss.Experiment(student="smal")
     given = dss.Experiment(student=tiny_config())
     assert given.student == given.config == tiny_config()
@@ -76,11 +76,11 @@ def test_annotate_works_inside_an_event_loop(tmp_path, monkeypatch):
     assert first.counts == again.counts == {"ok": 6}
     assert (first.teacher, first.path.name) == ("my_llm", "numbers.my-llm.jsonl")
     assert numbers.source.teachers == ("my_llm",)
-    with pytest.raises(dss.UserError, match="prompt: missing; give the name"):
+    with pytest.raises(dss.DssError, match="prompt: missing; give the name"):
         dss.annotate(numbers, model="m")
 
 
 def test_load_names_a_source_without_a_student(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}])
-    with pytest.raises(dss.UserError, match=str(tmp_path)):
+    with pytest.raises(dss.DssError, match=str(tmp_path)):
         dss.load(tmp_path)

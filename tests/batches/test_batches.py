@@ -14,7 +14,7 @@ from dss.batches.batches import (
 from dss.batches.packing import PackedShape, RowWidths
 from dss.batches.store import Ragged, TaskTokens, TokenStore, open_store, tokenize
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import named_mixture
 from dss.mixtures.tasks import TextRow
 
@@ -253,7 +253,7 @@ def test_a_store_depends_on_the_held_out_tenth_and_the_label_set(toy_folder, tmp
         )
 
     assert len(train_ids()) == 40
-    with pytest.raises(UserError, match=r"train.jsonl:1: label 'no' is not one of yes"):
+    with pytest.raises(DssError, match=r"train.jsonl:1: label 'no' is not one of yes"):
         train_ids(labels=("yes",))
     (folder / "valid.jsonl").unlink()
     assert len(train_ids()) == 36
@@ -285,7 +285,7 @@ def test_a_task_without_rows_is_an_error(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"id": "a", "input": "x"}])
     write_jsonl(tmp_path / "valid.jsonl", [{"id": "a", "input": "x"}])
     bare = Dataset.from_files(tmp_path, name="bare")
-    with pytest.raises(UserError, match="bare_label_gold: no train rows"):
+    with pytest.raises(DssError, match="bare_label_gold: no train rows"):
         open_store(
             named_mixture("bare_finetune", [bare]),
             "train",

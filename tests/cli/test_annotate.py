@@ -4,7 +4,7 @@ import pytest
 
 from dss.cli import main as cli
 from dss.data.examples import teacher_files
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.teacher.request import file_name
 from dss.testing import FakeEndpoint
 from tests.conftest import write_jsonl
@@ -214,7 +214,7 @@ def test_different_model_names_have_different_file_names(tmp_path):
     for name in ("my-model", "my_model"):
         write_jsonl(tmp_path / f"train.{name}.jsonl", [])
     with pytest.raises(
-        UserError, match=r"train.my_model.jsonl: both are outputs of teacher 'my_model'"
+        DssError, match=r"train.my_model.jsonl: both are outputs of teacher 'my_model'"
     ):
         teacher_files(tmp_path / "train.jsonl")
 

@@ -11,7 +11,7 @@ from dss.cli.checks import check_flags
 from dss.cli.decode_progress import DecodeProgress
 from dss.cli.progress import Lines
 from dss.cli.train_progress import TrainProgress
-from dss.errors import UserError
+from dss.errors import DssError
 
 
 @pytest.mark.parametrize("command", [None, *cli.COMMANDS])
@@ -129,7 +129,7 @@ REFUSED_AT_ONCE = {
 def test_a_resumed_run_needs_no_initial_checkpoint(tmp_path):
     flags = [f"MODEL_DIR={tmp_path}", "INITIAL_CHECKPOINT_PATH=t5x:none"]
     check_flags(flags)
-    with pytest.raises(UserError, match="none: no such folder"):
+    with pytest.raises(DssError, match="none: no such folder"):
         check_flags(flags, trains=True)
     (tmp_path / "config.gin").touch()
     check_flags(flags, trains=True)

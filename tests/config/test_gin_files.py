@@ -10,7 +10,7 @@ from dss.cli.main import main
 from dss.config.data import open_mixture, resolve
 from dss.config.gin_files import gin_name, load_config, parse_gin, save_config
 from dss.data.datasets import Dataset
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.paths import gin_root
 from dss.runs.data import training_batches, training_store
 from dss.runs.directory import load_run
@@ -176,7 +176,7 @@ def test_every_variant_trains_a_step(name, pair, sampled_root, tmp_path):
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first.get("train/alpha") == (0.5 if name == "alpha_schedule" else None)
     assert load_config(tmp_path / "run").rationales == experiment.rationales
-    with pytest.raises(UserError, match="the run of another experiment"):
+    with pytest.raises(DssError, match="the run of another experiment"):
         run_experiment(small(plain, tmp_path))
 
 
@@ -186,7 +186,7 @@ def test_a_student_without_embeddings_for_start_ids_is_an_error(small_root, tmp_
     experiment = small(parse_gin(files, [f"DATA_ROOT={small_root}", "VOCABULARY=bytes"]), tmp_path)
     full = dataclasses.replace(experiment, student=tiny_config(vocab_size=259))
     message = r"starts from the id 259 past the vocabulary, and the student has 259 embeddings"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DssError, match=message):
         run_experiment(full)
     # A mixture of one task needs no start id of its own.
     assert run_experiment(dataclasses.replace(full, method="finetune")).step == 1
@@ -204,7 +204,7 @@ def test_config_gin_has_the_whole_configuration(tmp_path):
     assert load_config(tmp_path, ["Experiment.alpha=0.9"]).alpha == 0.9
     assert load_config(tmp_path, ["ALPHA=0.8", "DATA_ROOT=/data"]).alpha == 0.8
     assert load_config(tmp_path, ["DATA_ROOT=/data"]).data.root == "/data"
-    with pytest.raises(UserError, match="unknown macro 'ALPHE'"):
+    with pytest.raises(DssError, match="unknown macro 'ALPHE'"):
         load_config(tmp_path, ["ALPHE=0.8"])
 
 
@@ -223,7 +223,7 @@ def test_user_gin_files_are_found_in_search_paths(tmp_path):
         ("import nosuchmodule", r"configuration: No module named 'nosuchmodule'"),
     ):
         (tmp_path / "bad.gin").write_text(f"BATCH_SIZE = 7\n{text}\n")
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(DssError, match=message):
             parse_gin(["bad.gin"], search_paths=[str(tmp_path)])
 
 
@@ -232,7 +232,7 @@ def test_a_gin_file_that_needs_seqio_names_the_extra(module, tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "seqio", None)
     monkeypatch.delitem(sys.modules, "dss.integrations.seqio_tasks", raising=False)
     (tmp_path / "mine.gin").write_text(f"import {module}\n")
-    with pytest.raises(UserError, match=r"pip install 'dss\[seqio\]' \(\S+mine.gin:1\)") as error:
+    with pytest.raises(DssError, match=r"pip install 'dss\[seqio\]' \(\S+mine.gin:1\)") as error:
         parse_gin(["mine.gin"], search_paths=[str(tmp_path)])
     assert "\n" not in str(error.value)
 
@@ -284,13 +284,13 @@ def test_gin_name_of_a_field(path, name):
     ],
 )
 def test_invalid_values_are_errors(flag, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DssError, match=message):
         parse_gin([], [flag])
 
 
 @pytest.mark.parametrize("flag", ["ALPHA_END=0.9", "DataConfig.one_encoder_pass=True"])
 def test_options_of_paired_batches_are_errors_with_sampled_ones(flag):
-    with pytest.raises(UserError, match=r"needs DataConfig.batches='paired'"):
+    with pytest.raises(DssError, match=r"needs DataConfig.batches='paired'"):
         parse_gin([], ["DataConfig.batches=sampled", flag])
 
 
@@ -316,9 +316,9 @@ def test_a_runs_configuration_with_code_is_an_error(refused, first, tmp_path):
     file.write_text(statement + values if first else values + statement)
     line = 1 if first else values.count("\n") + 1
     message = re.escape(f"config.gin:{line}: {refused} in the configuration of a run")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DssError, match=message):
         load_config(tmp_path)
-    with pytest.raises(UserError, match=message):  # as a gin file too
+    with pytest.raises(DssError, match=message):  # as a gin file too
         parse_gin([str(file)])
     assert not (tmp_path / "ran").exists()
 
@@ -341,5 +341,5 @@ def test_code_in_a_runs_configuration_is_not_executed(tmp_path):
 @pytest.mark.parametrize("text", ["Experiment.alpha = (", "\0", "=" * 99, "(" * 9999])
 def test_a_malformed_configuration_of_a_run_is_an_error(text, tmp_path):
     (tmp_path / "config.gin").write_text(text)
-    with pytest.raises(UserError, match=r"config\.gin: not a configuration: "):
+    with pytest.raises(DssError, match=r"config\.gin: not a configuration: "):
         load_config(tmp_path)

@@ -13,7 +13,7 @@ from dss.data.datasets import Dataset
 from dss.data.labels import Labels
 from dss.data.splits import hold_out, subsample
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from tests.conftest import write_jsonl
 
 
@@ -30,16 +30,16 @@ def test_one_file_is_train_with_a_tenth_held_out(tmp_path):
     train, valid = dataset.examples("train"), dataset.examples("valid")
     assert (len(train), len(valid)) == (18, 2)
     assert not {e.id for e in train} & {e.id for e in valid}
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(DssError, match="no such file"):
         dataset.examples("test")
 
 
 def test_a_missing_file_says_what_to_do(tmp_path):
     with pytest.raises(
-        UserError, match=r"cqa_train.json: no such file; .*--gin.DATA_ROOT=FOLDER .*DSS_DATA_ROOT"
+        DssError, match=r"cqa_train.json: no such file; .*--gin.DATA_ROOT=FOLDER .*DSS_DATA_ROOT"
     ):
         Dataset.released("cqa", tmp_path).examples("train")
-    with pytest.raises(UserError, match=r"train.t.jsonl: no such file; .*create it"):
+    with pytest.raises(DssError, match=r"train.t.jsonl: no such file; .*create it"):
         Dataset.from_files(
             write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}]), name="mine"
         ).outputs("train", "t")
@@ -47,10 +47,10 @@ def test_a_missing_file_says_what_to_do(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "train.jsonl")
-    with pytest.raises(UserError, match=r"train\.jsonl: a named pipe"):
+    with pytest.raises(DssError, match=r"train\.jsonl: a named pipe"):
         Dataset.from_files(tmp_path, name="piped").examples("train")
     os.mkfifo(tmp_path / "spiece.model")
-    with pytest.raises(UserError, match=r"spiece\.model: a named pipe"):
+    with pytest.raises(DssError, match=r"spiece\.model: a named pipe"):
         load_vocabulary(tmp_path / "spiece.model")
 
 
@@ -97,7 +97,7 @@ def test_a_folder_declares_its_labels_and_its_metric(declared):
 )
 def test_an_invalid_dataset_json_is_an_error(declared, text, message):
     folder = declared(text)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(DssError) as error:
         Dataset.from_files(folder, name="tickets", labels=("bug", "fee"), metric="equation")
     assert str(error.value).startswith(f"{folder / 'dataset.json'}: {message}")
 
@@ -112,7 +112,7 @@ def test_a_run_keeps_the_labels_that_its_folder_declared(declared):
     # A student predicts the labels of its training, even if the folder declares others now.
     declared('{"labels": ["bug"]}')
     assert open_dataset(experiment, must_exist=False).labels.closed == ("bug", "fee")
-    with pytest.raises(UserError, match="its labels are bug, but the configuration has bug, fee"):
+    with pytest.raises(DssError, match="its labels are bug, but the configuration has bug, fee"):
         open_dataset(experiment)
     open_set = Experiment(data=DataConfig(dataset_path=str(folder)))
     assert open_dataset(open_set, must_exist=False).labels.closed == ()
@@ -158,19 +158,19 @@ def test_subsets_are_nested_whatever_the_fractions_round_to(n):
 )
 def test_malformed_lines_name_file_and_line(tmp_path, line, message):
     (tmp_path / "train.jsonl").write_text('{"id": "one", "input": "x"}\n' + line + "\n")
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DssError, match=message):
         Dataset.from_files(tmp_path, name="bad").examples("train")
 
 
 def test_a_label_outside_the_closed_set_is_an_error(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"input": "x", "label": "maybe"}])
-    with pytest.raises(UserError, match=r"train.jsonl:1: label 'maybe' is not one of yes, no"):
+    with pytest.raises(DssError, match=r"train.jsonl:1: label 'maybe' is not one of yes, no"):
         Dataset.from_files(tmp_path, name="bad", labels=("yes", "no")).examples("train")
 
 
 def test_an_empty_split_is_an_error(tmp_path):
     (tmp_path / "test.jsonl").write_text("")
-    with pytest.raises(UserError, match="no examples for the test split"):
+    with pytest.raises(DssError, match="no examples for the test split"):
         Dataset.from_files(tmp_path, name="empty").examples("test")
 
 
@@ -181,7 +181,7 @@ def test_unknown_status_and_later_lines_of_a_journal(tmp_path):
     dataset = Dataset.from_files(tmp_path, name="mine")
     assert dataset.outputs("train", "t")["a"].status == "ok"
     write_jsonl(tmp_path / "train.t.jsonl", [{"id": "a", "status": "fine"}])
-    with pytest.raises(UserError, match=r"train.t.jsonl:1: status 'fine'"):
+    with pytest.raises(DssError, match=r"train.t.jsonl:1: status 'fine'"):
         dataset.outputs("train", "t")
 
 
@@ -202,15 +202,15 @@ def test_null_in_a_journal_is_a_missing_value(tmp_path):
 
 
 def test_bad_names_and_paths(tmp_path):
-    with pytest.raises(UserError, match="letters, digits"):
+    with pytest.raises(DssError, match="letters, digits"):
         Dataset.from_files(tmp_path, name="my data")
-    with pytest.raises(UserError, match="released dataset"):
+    with pytest.raises(DssError, match="released dataset"):
         Dataset.from_files(tmp_path, name="cqa")
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(DssError, match="no such file or folder"):
         Dataset.from_files(tmp_path / "nowhere", name="mine")
-    with pytest.raises(UserError, match=r"unknown metric 'equatoin'; did you mean 'equation'"):
+    with pytest.raises(DssError, match=r"unknown metric 'equatoin'; did you mean 'equation'"):
         Dataset.from_files(tmp_path, name="mine", metric="equatoin")
-    with pytest.raises(UserError, match=r"unknown dataset 'cqaa'; did you mean 'cqa'"):
+    with pytest.raises(DssError, match=r"unknown dataset 'cqaa'; did you mean 'cqa'"):
         Dataset.released("cqaa")
 
 
@@ -232,5 +232,5 @@ def test_missing_texts_of_a_teacher_are_not_replaced_by_anothers(small_root, tmp
     shutil.rmtree(root / "gpt-neox" / "anli1")
     dataset = Dataset.released("anli1", epath.Path(root))
     assert dataset.outputs("train", "palm")
-    with pytest.raises(UserError, match=r"gpt-neox/anli1/train\.json: no such file"):
+    with pytest.raises(DssError, match=r"gpt-neox/anli1/train\.json: no such file"):
         dataset.outputs("train", "gpt_neox")

@@ -12,7 +12,7 @@ from dss.batches.store import open_store
 from dss.cli.main import main
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary, round_trip
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import named_mixture
 from dss.teacher.prompt import load_prompt
 from tests.end_to_end.conftest import STUDENT
@@ -136,7 +136,7 @@ def inspect_and_read(vocab_path, rows, outputs, encoding, end, read, refusals):
                         named_mixture(f"any_{method}", [dataset]), vocab_path, folder, len(rows)
                     )
                 )
-            except UserError as error:
+            except DssError as error:
                 refusals.append(str(error))
 
 

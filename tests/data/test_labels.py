@@ -9,7 +9,7 @@ from dss.data.datasets import Dataset
 from dss.data.examples import stream_examples
 from dss.data.labels import Labels, describe_look_alikes
 from dss.data.vocabulary import load_vocabulary, round_trip
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.evaluation.evaluator import EvaluationExample, Scored
 from dss.mixtures.methods import named_mixture
 from tests.conftest import write_jsonl
@@ -23,7 +23,7 @@ LENGTHS = {"inputs_length": 64, "targets_length": 16}
 )
 def test_labels_with_equal_tokens_are_named_in_the_error(pair, vocab_path):
     message = f"labels {pair[0]!r} and {pair[1]!r} have the same tokens"
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(DssError, match=re.escape(message)):
         Labels(("yes", *pair)).check_distinct(load_vocabulary(vocab_path))
     Labels(("yes", *pair)).check_distinct(load_vocabulary("bytes"))
 
@@ -82,7 +82,7 @@ def test_labels_that_look_alike_are_named():
 def test_a_label_in_another_case_gets_a_suggestion(tmp_path):
     path = write_jsonl(tmp_path / "train.jsonl", [{"input": "x", "label": "Bug "}])
     with pytest.raises(
-        UserError, match=r"label 'Bug' is not one of billing, bug; did you mean 'bug'"
+        DssError, match=r"label 'Bug' is not one of billing, bug; did you mean 'bug'"
     ):
         list(stream_examples(path, "train", Labels(("billing", "bug"))))
 
@@ -106,7 +106,7 @@ def test_labels_check_the_closed_set_and_compare_predictions(vocab_path):
     assert closed.closed == ("bug", "billing")
     assert closed.admit("bug")
     assert not closed.admit("Bug")
-    with pytest.raises(UserError, match=r"row 3: label 'Bug' is not one .*did you mean 'bug'"):
+    with pytest.raises(DssError, match=r"row 3: label 'Bug' is not one .*did you mean 'bug'"):
         closed.check("row 3", "Bug")
     assert Labels().admit("anything")
     sums = Labels(metric="equation")
@@ -116,5 +116,5 @@ def test_labels_check_the_closed_set_and_compare_predictions(vocab_path):
     vocabulary = load_vocabulary(vocab_path)
     assert closed.is_right("fx", "f{x}", vocabulary)
     assert not closed.is_right("fx", "f{x}")
-    with pytest.raises(UserError, match="did you mean 'equation'"):
+    with pytest.raises(DssError, match="did you mean 'equation'"):
         Labels(metric="equations")

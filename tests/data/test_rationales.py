@@ -6,7 +6,7 @@ from dss.data.datasets import Dataset
 from dss.data.examples import read_teacher_outputs
 from dss.data.rationales import RationaleConfig
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import Method, make_mixture, named_mixture
 from tests.conftest import write_jsonl
 
@@ -114,7 +114,7 @@ def test_filters_that_need_samples_are_an_error_for_a_single_one(toy):
     for config in ({"min_agreement": 0.5}, {"several": True}):
         (name,) = config
         with pytest.raises(
-            UserError, match=f"{name} needs several samples per example, but teacher rules"
+            DssError, match=f"{name} needs several samples per example, but teacher rules"
         ):
             rationale.rows("train", rationales=RationaleConfig(**config))
 
@@ -128,7 +128,7 @@ def test_a_vote_and_samples_are_checked(tmp_path):
         ({"samples": [{"rationale": []}]}, "'rationale' is a list"),
     ):
         path = write_jsonl(tmp_path / "train.t.jsonl", [{"id": "1"} | value])
-        with pytest.raises(UserError, match=f"train.t.jsonl:1: {message}"):
+        with pytest.raises(DssError, match=f"train.t.jsonl:1: {message}"):
             read_teacher_outputs(path, "t")
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from dss.data.datasets import Dataset
 from dss.data.released import RELEASED
-from dss.errors import UserError
+from dss.errors import DssError
 from tests.conftest import write_jsonl
 
 
@@ -48,13 +48,13 @@ def test_a_number_of_texts_unlike_that_of_rows_is_an_error(small_root, tmp_path)
     root = tmp_path / "root"
     shutil.copytree(small_root, root)
     (root / "svamp" / "llm" / "train_CoT_1.json").unlink()
-    with pytest.raises(UserError, match=r"12 texts of palm, but 20 examples"):
+    with pytest.raises(DssError, match=r"12 texts of palm, but 20 examples"):
         Dataset.released("svamp", root).outputs("train", "palm")
     (root / "svamp" / "svamp_train.json").write_text('{"input": "x"}\n')
-    with pytest.raises(UserError, match=r"svamp_train.json:1: not a row of svamp"):
+    with pytest.raises(DssError, match=r"svamp_train.json:1: not a row of svamp"):
         Dataset.released("svamp", root).examples("train")
     (root / "svamp" / "llm" / "train_CoT_0.json").write_text("[1]")
-    with pytest.raises(UserError, match="not a JSON list of strings"):
+    with pytest.raises(DssError, match="not a JSON list of strings"):
         Dataset.released("svamp", root).outputs("train", "palm")
 
 
@@ -62,7 +62,7 @@ def test_an_nli_row_without_a_gold_label_is_an_error(tmp_path):
     (tmp_path / "esnli").mkdir()
     rows = tmp_path / "esnli" / "esnli_test.json"
     rows.write_text('{"premise": "p", "hypothesis": "h", "label": -1}\n')
-    with pytest.raises(UserError, match=r"esnli_test.json:1: not a row of esnli"):
+    with pytest.raises(DssError, match=r"esnli_test.json:1: not a row of esnli"):
         Dataset.released("esnli", tmp_path).examples("test")
 
 
@@ -77,7 +77,7 @@ def test_an_nli_row_without_a_gold_label_is_an_error(tmp_path):
 )
 def test_a_row_without_its_texts_is_an_error(tmp_path, name, row):
     write_jsonl(tmp_path / name / f"{name}_test.json", [row])
-    with pytest.raises(UserError, match=rf"{name}_test.json:1: not a row of {name}: .* not text"):
+    with pytest.raises(DssError, match=rf"{name}_test.json:1: not a row of {name}: .* not text"):
         Dataset.released(name, tmp_path).examples("test")
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import encode_example, load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 
 
 def test_ids_are_those_of_transformers_on_real_inputs(vocab_path, data_root, tmp_path):
@@ -33,10 +33,10 @@ def test_decoding_ends_at_eos_and_skips_special_ids(vocab_path):
 
 
 def test_a_missing_or_invalid_vocabulary_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no such vocabulary file"):
+    with pytest.raises(DssError, match="no such vocabulary file"):
         load_vocabulary(tmp_path / "none.model")
     (tmp_path / "text.model").write_text("hello")
-    with pytest.raises(UserError, match="not a SentencePiece model"):
+    with pytest.raises(DssError, match="not a SentencePiece model"):
         load_vocabulary(tmp_path / "text.model")
 
 
@@ -51,5 +51,5 @@ def test_a_sentencepiece_model_with_other_special_ids_is_the_wrong_vocabulary(tm
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    with pytest.raises(UserError, match="wrong vocabulary"):
+    with pytest.raises(DssError, match="wrong vocabulary"):
         load_vocabulary(tmp_path / "other.model")

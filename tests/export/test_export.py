@@ -21,7 +21,7 @@ from dss.data.vocabulary import (
     encode_example,
     load_vocabulary,
 )
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.export import comparison
 from dss.export.export import export
 from dss.export.model_card import model_card
@@ -252,7 +252,7 @@ def train_vocabulary(path, **options):
 def test_a_tokenizer_that_would_give_other_ids_is_refused(difference, make_run, tmp_path):
     words = train_vocabulary(tmp_path / "words.model", **OTHER_MODELS[difference])
     run = make_run(tmp_path / "run", tiny_config(), words)
-    with pytest.raises(UserError, match=rf"would give other ids: the model {difference}"):
+    with pytest.raises(DssError, match=rf"would give other ids: the model {difference}"):
         export(run, "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -271,7 +271,7 @@ def test_ids_are_compared_when_a_folder_is_written(make_run, tmp_path, monkeypat
     export(run, "hf", tmp_path / "out")
     encode = SentencePieceVocabulary.encode
     monkeypatch.setattr(SentencePieceVocabulary, "encode", lambda *args: [*encode(*args), 5])
-    with pytest.raises(UserError, match="transformers gives other ids for 'predict: The refund"):
+    with pytest.raises(DssError, match="transformers gives other ids for 'predict: The refund"):
         export(run, "hf", tmp_path / "other")
 
 
@@ -350,7 +350,7 @@ def test_the_card_has_the_training_scores_and_command(toy_folder, make_run, tmp_
     assert repeated.data == run.experiment.data
     assert dataclasses.replace(repeated, run_dir=run.experiment.run_dir) == run.experiment
     predictions.write_text('{"id": "1"}\n')
-    with pytest.raises(UserError, match=r"jsonl:1: no score; delete the file"):
+    with pytest.raises(DssError, match=r"jsonl:1: no score; delete the file"):
         model_card(run, 7)
 
 
@@ -425,7 +425,7 @@ def test_a_configuration_of_another_size_is_an_error(make_run, tmp_path, capsys)
 
 
 def test_a_student_that_transformers_cannot_represent_is_an_error():
-    with pytest.raises(UserError, match="untied embeddings and scaled logits"):
+    with pytest.raises(DssError, match="untied embeddings and scaled logits"):
         model_config(tiny_config(scaled_logits=True))
 
 
@@ -445,7 +445,7 @@ def test_an_export_with_other_logits_is_not_written(to, make_run, tmp_path, monk
 
     monkeypatch.setattr(huggingface_export, "write_model", wrong_model)
     monkeypatch.setattr(t5x_export, "train_state", wrong_state)
-    with pytest.raises(UserError, match="computes other logits from the export"):
+    with pytest.raises(DssError, match="computes other logits from the export"):
         export(run, to, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -478,7 +478,7 @@ def test_a_student_of_a_mesh_is_exported_on_one_device(make_run, tmp_path):
 def test_missing_packages_of_ctranslate2_are_named(missing, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n in missing else find(n))
-    with pytest.raises(UserError, match=rf"needs {', '.join(missing)} \(not"):
+    with pytest.raises(DssError, match=rf"needs {', '.join(missing)} \(not"):
         ctranslate2_export.check_installed()
 
 

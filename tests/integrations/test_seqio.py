@@ -9,7 +9,7 @@ import seqio
 from dss.data.datasets import Dataset
 from dss.data.metrics import rouge_l_mean
 from dss.data.vocabulary import encode_example, load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.evaluation.evaluator import Scored, evaluation_set
 from dss.integrations.seqio_tasks import register_seqio
 from dss.mixtures.methods import named_mixture
@@ -176,5 +176,5 @@ def test_a_task_has_the_splits_whose_files_exist(toy_folder, tmp_path, monkeypat
     rationales = seqio.get_mixture_or_task("part_rationale_rules")
     assert not list(rationales.get_dataset({"inputs": 8, "targets": 8}, "validation"))
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="no such file; dataset 'part' needs it for train"):
+    with pytest.raises(DssError, match="no such file; dataset 'part' needs it for train"):
         rationales.get_dataset({"inputs": 8, "targets": 8}, "train")

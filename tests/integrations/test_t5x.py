@@ -13,7 +13,7 @@ import seqio
 from dss.config.data import open_mixture
 from dss.config.experiment import DataConfig, Experiment
 from dss.data.rationales import RationaleConfig
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.interop.t5x_checkpoint import load_params
 from dss.interop.t5x_export import write_checkpoint
 from dss.parallel.config import MeshConfig
@@ -188,9 +188,9 @@ def test_students_that_t5x_does_not_support_are_errors(experiment, student):
         ({"student": dataclasses.replace(student, relative_buckets=16)}, "relative_buckets is 16"),
         ({"student": dataclasses.replace(student, tied_embeddings=True)}, "scales the logits"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(DssError, match=message):
             plugin.transformer(dataclasses.replace(experiment, **changes))
-    with pytest.raises(UserError, match="no method"):
+    with pytest.raises(DssError, match="no method"):
         plugin.mixture(dataclasses.replace(experiment, mixture=None))
 
 
@@ -207,10 +207,10 @@ def test_fields_that_t5x_would_ignore_are_errors(experiment):
         ({"trainer": dataclasses.replace(trainer, patience=2)}, "TrainerConfig.patience is 2"),
         ({"mesh": MeshConfig(model=2)}, "MeshConfig.model is 2; .*PjitPartitioner"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(DssError, match=message):
             t5x_batches(dataclasses.replace(experiment, **changes))
     beams = dataclasses.replace(experiment, decoding=DecodingConfig(num_beams=4))
-    with pytest.raises(UserError, match=r"DecodingConfig.num_beams is 4; .*decode_fn"):
+    with pytest.raises(DssError, match=r"DecodingConfig.num_beams is 4; .*decode_fn"):
         plugin.model(beams)
 
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from dss.config.experiment import Experiment
 from dss.config.gin_files import parse_gin
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.interop import huggingface, t5x_checkpoint
 from dss.runs.start import read_initial
 from tests.integrations.t5x_files import fixture_tensors, write_legacy, write_orbax
@@ -48,7 +48,7 @@ def read(folder):
 def test_parameters_that_are_not_a_t5s(tensors, tmp_path, change, message):
     changed = {n: a for n, a in tensors.items() if change.get(n, ()) is not None}
     changed |= {n: np.ones(s, np.float32) for n, s in change.items() if s is not None}
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DssError, match=message):
         read(write_legacy(tmp_path / "c", changed))
 
 
@@ -68,9 +68,9 @@ def test_non_finite_and_integer_parameters_are_errors(shared, tensors, tmp_path,
 
     bad = whole[name].copy()
     bad[3, 4] = np.nan
-    with pytest.raises(UserError, match=f"{name} holds non-finite values"):
+    with pytest.raises(DssError, match=f"{name} holds non-finite values"):
         read_with(bad, tmp_path / "nan")
-    with pytest.raises(UserError, match=f"{name} has type int8; parameters must have a floating"):
+    with pytest.raises(DssError, match=f"{name} has type int8; parameters must have a floating"):
         read_with(np.zeros_like(bad, np.int8), tmp_path / "int8")
 
 
@@ -82,7 +82,7 @@ def test_a_lost_chunk_is_an_error(tensors, tmp_path):
     )  # chunks of zeros are written too
     np.testing.assert_array_equal(params["encoder"]["layers"]["mlp"]["wo"][1], zeros)
     (folder / f"target.{WO}" / "1.0").unlink()
-    with pytest.raises(UserError, match=rf"{WO} cannot be read: .*is missing"):
+    with pytest.raises(DssError, match=rf"{WO} cannot be read: .*is missing"):
         read(folder)
 
 
@@ -90,12 +90,12 @@ def test_invalid_metadata_and_tensorflow_checkpoints_are_errors(tensors, tmp_pat
     folder = write_orbax(tmp_path / "c", tensors)
     for content in ("[", "{}", "[]", '{"tree_metadata": [3]}', '{"a": ' * 100_000):
         (folder / "state" / "_METADATA").write_text(content)
-        with pytest.raises(UserError, match="not the metadata of a checkpoint"):
+        with pytest.raises(DssError, match="not the metadata of a checkpoint"):
             read(folder)
     legacy = tmp_path / "legacy"
     legacy.mkdir()
     (legacy / "checkpoint").write_bytes(b'model_checkpoint_path: "model.ckpt-1"\n')
-    with pytest.raises(UserError, match=r"a TensorFlow checkpoint; .*convert_tf_checkpoint"):
+    with pytest.raises(DssError, match=r"a TensorFlow checkpoint; .*convert_tf_checkpoint"):
         read(legacy)
 
 
@@ -103,7 +103,7 @@ def test_invalid_metadata_and_tensorflow_checkpoints_are_errors(tensors, tmp_pat
 def test_a_file_without_a_t5s_tree_is_an_error(tmp_path, tree):
     content = {"version": 3, "optimizer": tree}
     (tmp_path / "checkpoint").write_bytes(serialization.msgpack_serialize(content))
-    with pytest.raises(UserError, match=r"not a T5X checkpoint|no tensor 'token_embedder"):
+    with pytest.raises(DssError, match=r"not a T5X checkpoint|no tensor 'token_embedder"):
         read(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(tensors, tmp_path):
     (folder / f"target.{WO}" / "1.0").unlink()
     os.mkfifo(folder / f"target.{WO}" / "1.0")
     for source in (folder, tmp_path):
-        with pytest.raises(UserError, match=r"/1\.0: a named pipe"):
+        with pytest.raises(DssError, match=r"/1\.0: a named pipe"):
             t5x_checkpoint.resolve(f"t5x:{source}")
 
 
@@ -141,5 +141,5 @@ def test_a_wrong_vocabulary_is_an_error_before_parameters_are_read(tensors, voca
     folder = write_legacy(tmp_path / "c", tensors)
     shutil.rmtree(folder / "target.decoder.decoder_norm.scale")
     experiment = Experiment(initial_checkpoint=f"t5x:{folder}", vocabulary=str(vocab_path))
-    with pytest.raises(UserError, match="wrong vocabulary: it has 32000 ids and the student 1152"):
+    with pytest.raises(DssError, match="wrong vocabulary: it has 32000 ids and the student 1152"):
         read_initial(experiment)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.interop import huggingface
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh, param_shardings
@@ -31,7 +31,7 @@ def test_shards_are_read_as_one_file_is(folder, tmp_path):
     whole, sharded = (huggingface.load_params(f, config) for f in (folder, tmp_path))
     jax.tree.map(np.testing.assert_array_equal, whole, sharded)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match="no such file, though"):
+    with pytest.raises(DssError, match="no such file, though"):
         huggingface.load_params(tmp_path, config)
 
 
@@ -49,7 +49,7 @@ def test_parameters_are_read_with_their_shardings(folder):
 def test_bin_files_are_refused_with_the_reason(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UserError, match="pickles"):
+    with pytest.raises(DssError, match="pickles"):
         huggingface.read_config(tmp_path)
 
 
@@ -68,7 +68,7 @@ def test_configurations_that_are_not_a_t5s_are_errors(folder, tmp_path, changes,
     raw = {key: value for key, value in raw.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=message or "no 'd_model'"):
+    with pytest.raises(DssError, match=message or "no 'd_model'"):
         huggingface.read_config(tmp_path)
 
 
@@ -76,25 +76,25 @@ def test_a_truncated_file_is_an_error(folder, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     content = (folder / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match="not a complete safetensors file"):
+    with pytest.raises(DssError, match="not a complete safetensors file"):
         huggingface.read_config(tmp_path)
 
 
 def test_files_that_are_not_json_objects_are_errors(folder, tmp_path):
     for content in (b"[]", b"\xff", b"{"):
         (tmp_path / "config.json").write_bytes(content)
-        with pytest.raises(UserError, match=r"config\.json: "):
+        with pytest.raises(DssError, match=r"config\.json: "):
             huggingface.read_config(tmp_path)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / huggingface.INDEX).write_text("{}")
-    with pytest.raises(UserError, match="no 'weight_map'"):
+    with pytest.raises(DssError, match="no 'weight_map'"):
         huggingface.read_config(tmp_path)
 
 
 def test_a_missing_folder_and_an_unreachable_hub_are_errors(tmp_path):
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(DssError, match="no such folder"):
         huggingface.resolve(f"hf:{tmp_path}/none")
-    with pytest.raises(UserError, match="the download from the hub failed"):
+    with pytest.raises(DssError, match="the download from the hub failed"):
         huggingface.resolve("hf:google/t5-v1_1-small")
-    with pytest.raises(UserError, match="the download from the hub failed"):
+    with pytest.raises(DssError, match="the download from the hub failed"):
         huggingface.resolve("hf:t5-small")

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dss.cli.main import main
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.interop import huggingface
 
 QUERY = "encoder.block.0.layer.0.SelfAttention.q"
@@ -67,7 +67,7 @@ TENSORS = {
 def test_tensors_that_would_be_ignored_are_refused_by_name(folder, case):
     change, message = TENSORS[case]
     change_tensors(folder, change)
-    with pytest.raises(UserError, match=message.replace(".", r"\.")):
+    with pytest.raises(DssError, match=message.replace(".", r"\.")):
         huggingface.read_config(folder)
 
 
@@ -92,7 +92,7 @@ def test_copies_of_the_embedding_and_a_bias_that_t5_never_used_are_accepted(fold
 )
 def test_other_special_ids_are_refused(folder, ids, message):
     change_json(folder, "config.json", **ids)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DssError, match=message):
         huggingface.read_config(folder)
 
 
@@ -100,7 +100,7 @@ def test_added_tokens_are_refused_but_sentinels_are_not(folder):
     change_json(folder, "added_tokens.json", **{"<extra_id_0>": 32099, "</s>": 1})
     huggingface.read_config(folder)
     change_json(folder, "added_tokens.json", **{"{": 32100, "}": 32101})
-    with pytest.raises(UserError, match=r"added tokens '\{', '\}'; only the pieces of"):
+    with pytest.raises(DssError, match=r"added tokens '\{', '\}'; only the pieces of"):
         huggingface.read_config(folder)
 
 
@@ -141,7 +141,7 @@ def test_an_adapter_float8_and_a_file_elsewhere_are_one_line_errors(folder, tmp_
 )
 def test_an_invalid_config_is_a_one_line_error(folder, text, message):
     (folder / "config.json").write_text(text)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(DssError, match=message) as caught:
         huggingface.read_config(folder)
     assert "\n" not in str(caught.value)
 
@@ -150,14 +150,14 @@ def test_an_invalid_config_is_a_one_line_error(folder, text, message):
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(UserError, match=rf"{name}: a named pipe, not a file"):
+    with pytest.raises(DssError, match=rf"{name}: a named pipe, not a file"):
         huggingface.resolve(f"hf:{folder}")
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "../model.safetensors", "..", ".", "", 3, ["a"]])
 def test_only_safetensors_files_of_the_folder_are_opened(folder, file):
     (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": {"shared.weight": file}}))
-    with pytest.raises(UserError, match="is not a safetensors file in this folder"):
+    with pytest.raises(DssError, match="is not a safetensors file in this folder"):
         huggingface.read_config(folder)
 
 
@@ -172,7 +172,7 @@ def test_only_safetensors_files_of_the_folder_are_opened(folder, file):
 )
 def test_sizes_that_no_machine_has_are_errors_at_once(folder, values, message):
     change_json(folder, "config.json", **values)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DssError, match=message):
         huggingface.read_config(folder)
 
 
@@ -180,5 +180,5 @@ def test_sizes_that_no_machine_has_are_errors_at_once(folder, values, message):
 def test_embeddings_that_are_not_matrices_are_errors(folder, shape):
     names = ("shared.weight", "lm_head.weight", "encoder.embed_tokens.weight")
     change_tensors(folder, lambda t: t | {name: np.ones(shape, np.float32) for name in names})
-    with pytest.raises(UserError, match=r"another size: .* is \("):
+    with pytest.raises(DssError, match=r"another size: .* is \("):
         huggingface.read_config(folder)

@@ -11,7 +11,7 @@ from etils import epath
 from flax import serialization
 
 from dss.config.experiment import Experiment
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.interop import t5x_checkpoint, t5x_export
 from dss.interop.assemble import assemble
 from dss.interop.t5x_checkpoint import load_params, read_config, resolve
@@ -190,7 +190,7 @@ def test_an_export_is_read_again(tmp_path):
 
 def test_user_errors_are_one_line(fixture, tmp_path):
     def error_of(source, **options):
-        with pytest.raises(UserError) as error:
+        with pytest.raises(DssError) as error:
             read_initial(Experiment(initial_checkpoint=f"t5x:{source}", **options))
         assert "\n" not in str(error.value)
         return str(error.value)

@@ -9,7 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.interop import t5x_checkpoint
 from dss.interop.t5x_export import train_state, write_checkpoint
 from dss.student.config import T5Config
@@ -132,7 +132,7 @@ def flat_to_host(params):
 
 def test_a_student_that_t5x_cannot_represent_is_an_error():
     config = tiny_config(tied_embeddings=True)
-    with pytest.raises(UserError, match="T5X's network scales the logits"):
+    with pytest.raises(DssError, match="T5X's network scales the logits"):
         train_state(config, {}, {}, 0)
 
 

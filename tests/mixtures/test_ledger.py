@@ -10,7 +10,7 @@ from dss.data.datasets import Dataset
 from dss.data.examples import hash_input, stream_examples
 from dss.data.rationales import DISPUTED, LONG, NONE, SHORT, WRONG, RationaleConfig
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.ledger import LEFT_OUT, USED
 from dss.mixtures.methods import named_mixture
 from tests.conftest import write_jsonl
@@ -181,7 +181,7 @@ def test_the_error_names_ids_without_a_row(shared, tmp_path):
     assert len(whole.rows("train")) == 5  # one of six is held out
     assert not padded.rows("train")
     with pytest.raises(
-        UserError, match=r"no train rows; of 6 rows in the file: 5 missing, .*6 outputs for no row"
+        DssError, match=r"no train rows; of 6 rows in the file: 5 missing, .*6 outputs for no row"
     ):
         open_store(
             named_mixture("numbers_step_by_step_pad", [numbers]),
@@ -209,13 +209,13 @@ def test_a_file_of_another_format_is_an_error(tmp_path, name):
         lambda p: Dataset.from_files(p, name="other"),
         lambda p: list(stream_examples(p, "train")),
     ):
-        with pytest.raises(UserError, match=r"not JSON lines; convert it to lines of"):
+        with pytest.raises(DssError, match=r"not JSON lines; convert it to lines of"):
             read(tmp_path / name)
 
 
 def test_a_json_array_is_an_error(tmp_path):
     (tmp_path / "train.jsonl").write_text('[{"input": "x"}]')
-    with pytest.raises(UserError, match=r"train\.jsonl:1: a JSON array, not JSON lines"):
+    with pytest.raises(DssError, match=r"train\.jsonl:1: a JSON array, not JSON lines"):
         list(stream_examples(tmp_path / "train.jsonl", "train"))
 
 

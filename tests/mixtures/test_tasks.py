@@ -6,7 +6,7 @@ import pytest
 from dss.config.data import open_mixture
 from dss.config.experiment import DataConfig, Experiment
 from dss.data.datasets import Dataset
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import Method, make_mixture, mixture_names, named_mixture
 from dss.mixtures.tasks import extract_label
 from tests.conftest import write_jsonl
@@ -77,9 +77,9 @@ def test_a_split_without_rationales_keeps_the_label_task(gaps):
 
 
 def test_an_unknown_mixture_suggests_the_nearest(toy):
-    with pytest.raises(UserError, match="did you mean 'toy_step_by_step_rules'"):
+    with pytest.raises(DssError, match="did you mean 'toy_step_by_step_rules'"):
         named_mixture("toy_step_by_step_rulse", [toy])
-    with pytest.raises(UserError, match="ALPHA is 2"):
+    with pytest.raises(DssError, match="ALPHA is 2"):
         named_mixture("toy_finetune", [toy], alpha=2)
 
 
@@ -89,16 +89,16 @@ def test_without_files_any_teacher_in_a_name_is_accepted(tmp_path):
     assert [task.name for task in both] == ["gone_label_my_llm", "gone_rationale_my_llm"]
     assert named_mixture("gone_single_target_t", [gone]).tasks[0].kind == "rationale_then_label"
     assert named_mixture("gone_label_gold", [gone]).tasks[0].teacher is None
-    with pytest.raises(UserError, match="unknown mixture 'gone_step_by'"):
+    with pytest.raises(DssError, match="unknown mixture 'gone_step_by'"):
         named_mixture("gone_step_by", [gone])
-    with pytest.raises(UserError, match="gone: no such file"):
+    with pytest.raises(DssError, match="gone: no such file"):
         named_mixture("gone_distill_t", [gone]).tasks[0].rows("train")
 
 
 def test_teacher_replaces_the_teacher_of_a_mixture():
     experiment = Experiment(mixture="cqa_step_by_step_palm", teacher="gpt_neox")
     assert open_mixture(experiment).name == "cqa_step_by_step_gpt_neox"
-    with pytest.raises(UserError, match="uses no teacher; leave TEACHER out"):
+    with pytest.raises(DssError, match="uses no teacher; leave TEACHER out"):
         open_mixture(dataclasses.replace(experiment, mixture="cqa_finetune"))
 
 
@@ -111,7 +111,7 @@ def test_a_name_with_two_possible_teachers_is_an_error(tmp_path):
         row = {"id": "a", "rationale": f"by {teacher}", "label": "l"}
         write_jsonl(folder / f"train.{teacher}.jsonl", [row])
     two = Dataset.from_files(folder)
-    with pytest.raises(UserError, match="TEACHER unlabeled_x or METHOD step_by_step_unlabeled"):
+    with pytest.raises(DssError, match="TEACHER unlabeled_x or METHOD step_by_step_unlabeled"):
         named_mixture("two_step_by_step_unlabeled_x", [two])
     rationales = {
         make_mixture(two, method, teacher).tasks[1].rows("train")[0].targets
@@ -128,15 +128,15 @@ def test_a_method_uses_the_only_teacher_and_needs_teacher_with_several(toy_folde
     experiment = Experiment(method="step_by_step", data=DataConfig(dataset_path=str(folder)))
     assert open_mixture(experiment).name == "toy_step_by_step_rules"
     shutil.copy(folder / "train.rules.jsonl", folder / "train.other.jsonl")
-    with pytest.raises(UserError, match=r"needs a teacher: give TEACHER; .*'toy': other, rules"):
+    with pytest.raises(DssError, match=r"needs a teacher: give TEACHER; .*'toy': other, rules"):
         open_mixture(experiment)
-    with pytest.raises(UserError, match="unknown teacher 'rule'; did you mean 'rules'"):
+    with pytest.raises(DssError, match="unknown teacher 'rule'; did you mean 'rules'"):
         open_mixture(dataclasses.replace(experiment, teacher="rule"))
-    with pytest.raises(UserError, match="unknown method 'step_by_stp'; did you mean"):
+    with pytest.raises(DssError, match="unknown method 'step_by_stp'; did you mean"):
         open_mixture(dataclasses.replace(experiment, method="step_by_stp"))
-    with pytest.raises(UserError, match="no dataset: give"):
+    with pytest.raises(DssError, match="no dataset: give"):
         open_mixture(Experiment(method="finetune"))
-    with pytest.raises(UserError, match=r"no method: give --gin_file=methods/NAME.gin"):
+    with pytest.raises(DssError, match=r"no method: give --gin_file=methods/NAME.gin"):
         open_mixture(Experiment(dataset="cqa"))
 
 

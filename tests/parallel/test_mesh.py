@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dss.config.gin_files import parse_gin
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import fetch, make_mesh, put_batch
 from dss.paths import gin_root
@@ -61,7 +61,7 @@ def test_the_model_axis_stays_in_one_tpu_slice():
     grid = make_mesh(MeshConfig(data=4, model=2), devices).devices
     slices = np.vectorize(lambda device: device.slice_index)(grid)
     np.testing.assert_array_equal(slices, [[0, 0], [0, 0], [1, 1], [1, 1]])
-    with pytest.raises(UserError, match="data must be a multiple of 2"):
+    with pytest.raises(DssError, match="data must be a multiple of 2"):
         make_mesh(MeshConfig(data=1, model=8), devices)
 
 

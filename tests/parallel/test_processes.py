@@ -5,7 +5,7 @@ import sys
 import jax
 import pytest
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel import processes
 
 
@@ -59,7 +59,7 @@ def test_environment_variables_override_the_pod(machine, monkeypatch):
 
 def test_unreachable_processes_of_a_pod_are_a_user_error(machine):
     machine(tpu=True, libtpu=True, error=RuntimeError("Failed to recognize coordinator\nmore"))
-    with pytest.raises(UserError, match="join the other processes: Failed to recognize coordinat"):
+    with pytest.raises(DssError, match="join the other processes: Failed to recognize coordinat"):
         processes.join_processes()
 
 

@@ -14,7 +14,7 @@ from dss.batches.batches import Batches, paired_order
 from dss.cli.main import main
 from dss.config.experiment import DataConfig, Experiment
 from dss.config.gin_files import parse_gin
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh
 from dss.paths import gin_root
@@ -251,15 +251,15 @@ def test_lengths_are_those_of_the_data_if_given(toy_folder, chip):
 
 
 def test_a_missing_student_mesh_or_accelerator_is_an_error():
-    with pytest.raises(UserError, match="no student"):
+    with pytest.raises(DssError, match="no student"):
         plan(Experiment(), "h100")
-    with pytest.raises(UserError, match="no mesh"):
+    with pytest.raises(DssError, match="no mesh"):
         plan(tiny(mesh=MeshConfig()), "h100")
     with pytest.raises(
-        UserError, match="unknown accelerator 'h10'; known: v4, v5p, h100, h200, cpu"
+        DssError, match="unknown accelerator 'h10'; known: v4, v5p, h100, h200, cpu"
     ):
         plan(tiny(), "h10")
-    with pytest.raises(UserError, match="JAX has already created 8"):
+    with pytest.raises(DssError, match="JAX has already created 8"):
         planned_devices(find_accelerator("h100", 9), 9)
 
 
@@ -353,7 +353,7 @@ def test_tpus_come_in_slices(chips):
 
 @needs_libtpu
 def test_a_slice_has_a_power_of_two_chips():
-    with pytest.raises(UserError, match="12 v4 chips: the number must be a power of two"):
+    with pytest.raises(DssError, match="12 v4 chips: the number must be a power of two"):
         planned_devices(find_accelerator("v4", 12), 12)
 
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.reporting.analysis import analyse
 from dss.reporting.collect import SHOWN_EXAMPLES, collect, find_runs
 from tests.conftest import write_jsonl
@@ -20,9 +20,9 @@ def test_runs_are_found_in_folders_and_counted_once(tmp_path):
 
 
 def test_folders_without_runs_raise_a_user_error(tmp_path):
-    with pytest.raises(UserError, match=r"no run found: no folder with a config\.gin"):
+    with pytest.raises(DssError, match=r"no run found: no folder with a config\.gin"):
         collect([str(tmp_path)])
-    with pytest.raises(UserError, match="nowhere: no such folder"):
+    with pytest.raises(DssError, match="nowhere: no such folder"):
         collect([str(tmp_path / "nowhere")])
 
 

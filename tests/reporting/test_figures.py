@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.reporting.analysis import analyse
 from dss.reporting.collect import collect
 from dss.reporting.figures import STYLES, Figure, draw_figures, save_figures
@@ -79,7 +79,7 @@ def test_runs_without_evaluations_have_losses_only(tmp_path):
 def test_a_missing_matplotlib_is_a_user_error(tmp_path, monkeypatch):
     write_run(tmp_path, "finetune", 60)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=re.escape("pip install 'dss[report]'")):
+    with pytest.raises(DssError, match=re.escape("pip install 'dss[report]'")):
         _draw(tmp_path)
 
 

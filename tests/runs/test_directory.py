@@ -1,6 +1,6 @@
 import pytest
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import named_mixture
 from dss.runs.student import explain
 
@@ -46,5 +46,5 @@ def test_explain_uses_the_start_id_with_one_encoder_pass(toy):
 
 
 def test_explain_without_a_rationale_task_is_an_error(toy):
-    with pytest.raises(UserError, match="toy_finetune: its students generate no rationales"):
+    with pytest.raises(DssError, match="toy_finetune: its students generate no rationales"):
         explain(FakePredictor(""), named_mixture("toy_finetune", [toy]), ["is 2 good"], 64)

@@ -9,7 +9,7 @@ import pytest
 from dss.config.data import resolve
 from dss.config.experiment import DataConfig, Experiment
 from dss.config.gin_files import load_config, save_config
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.runs.directory import load_run
 from dss.runs.train import run_experiment
 from tests.conftest import tiny_config
@@ -55,7 +55,7 @@ def test_it_resumes_by_either_name(old_run, toy_folder, tmp_path):
     for again in (experiment, named):
         assert run_experiment(again, resume="must").step == 2
     other = dataclasses.replace(named, method="finetune", teacher=None)
-    with pytest.raises(UserError, match="METHOD was 'step_by_step' and is 'finetune'"):
+    with pytest.raises(DssError, match="METHOD was 'step_by_step' and is 'finetune'"):
         run_experiment(other)
 
 

@@ -6,7 +6,7 @@ from etils import epath
 from dss.batches.store import tokenize
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import named_mixture
 from dss.runs.session import SESSIONS_FILE, Session, describe_data, describe_machine
 from dss.training.metrics import read_metrics
@@ -24,8 +24,8 @@ def test_sessions_log_their_start_and_outcome(tmp_path):
         session.outcome = "stopped by SIGTERM at step 3"
     session = Session()
     session.begin(folder, 3, {})
-    error = UserError("step 5: the loss is nan\nmore")
-    session.__exit__(UserError, error, None)
+    error = DssError("step 5: the loss is nan\nmore")
+    session.__exit__(DssError, error, None)
     with path.open("a") as file:
         file.write('{"event": "be')  # incomplete, as after a kill
     with Session() as session:
@@ -44,8 +44,8 @@ def test_sessions_log_their_start_and_outcome(tmp_path):
 
 
 def test_a_session_that_fails_before_it_begins_writes_nothing(tmp_path):
-    with pytest.raises(UserError), Session():
-        raise UserError("no mixture")
+    with pytest.raises(DssError), Session():
+        raise DssError("no mixture")
     assert list(tmp_path.iterdir()) == []
 
 

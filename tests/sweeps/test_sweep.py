@@ -12,7 +12,7 @@ from dss.cli import main as cli
 from dss.cli.main import main
 from dss.config.gin_files import gin_flags, parse_gin, save_config
 from dss.data.datasets import Dataset
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.paths import gin_root
 from dss.runs.data import training_store
 from dss.sweeps.runner import Outcome, SweepProgress, read_outcome, run_sweep
@@ -115,7 +115,7 @@ def test_methods_with_gin_files_and_a_factor_of_steps(settings, tmp_path):
     "text", ["", "*2", "a+b", "a*", "a*0", "a*nan", "a*-1", "a*inf", "a+", "+"]
 )
 def test_the_error_for_a_malformed_method_shows_the_syntax(text):
-    with pytest.raises(UserError, match=r"method '.*': give a method's name"):
+    with pytest.raises(DssError, match=r"method '.*': give a method's name"):
         SweepMethod.parse(text)
 
 
@@ -140,7 +140,7 @@ def test_a_student_can_be_a_checkpoint(settings, shared):
     train, _ = run.commands
     assert f"--gin.INITIAL_CHECKPOINT_PATH=hf:{source}" in train
     assert not any("T5Config" in word for word in train)
-    with pytest.raises(UserError, match="a checkpoint of another size than the student"):
+    with pytest.raises(DssError, match="a checkpoint of another size than the student"):
         plan(settings, *only, "STUDENTS=('one.gin',)", f"INITIAL_CHECKPOINT_PATH=hf:{source}")
 
 
@@ -312,13 +312,13 @@ def test_a_part_is_one_of_n(part, capsys):
 def test_missing_data_of_one_method_are_found_too(settings, toy_folder, tmp_path, capsys):
     copy = shutil.copytree(toy_folder, tmp_path / "toy")
     (copy / "train.rules.jsonl").unlink()
-    with pytest.raises(UserError, match=r"train.rules.jsonl: no such file"):
+    with pytest.raises(DssError, match=r"train.rules.jsonl: no such file"):
         plan(settings, f"DATASET_PATH={copy}")
     shutil.copy(toy_folder / "train.rules.jsonl", copy / "train.other.jsonl")
-    with pytest.raises(UserError, match=r"needs a teacher: give TEACHER; .* 'toy': other, rules"):
+    with pytest.raises(DssError, match=r"needs a teacher: give TEACHER; .* 'toy': other, rules"):
         plan(settings, f"DATASET_PATH={copy}", "METHODS=('distill',)")
     (copy / "test.jsonl").unlink()
-    with pytest.raises(UserError, match=r"test.jsonl: no such file"):
+    with pytest.raises(DssError, match=r"test.jsonl: no such file"):
         plan(settings, f"DATASET_PATH={copy}", "TEACHER=other")
 
 
@@ -330,7 +330,7 @@ def test_a_folder_with_runs_of_another_sweep_is_an_error(settings):
     (sweep.runs[0].folder / "checkpoints" / "10").mkdir(parents=True)
     plan(settings)
     with pytest.raises(
-        UserError, match=r"finetune-one-0.25-s0: the run of another experiment: ALPHA"
+        DssError, match=r"finetune-one-0.25-s0: the run of another experiment: ALPHA"
     ):
         plan(settings, "ALPHA=0.4")
 

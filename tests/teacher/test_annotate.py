@@ -11,7 +11,7 @@ import time
 import pytest
 
 from dss.data.examples import hash_input
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.teacher import prompt
 from dss.teacher.annotate import Progress
 from dss.teacher.job import file_job
@@ -200,7 +200,7 @@ def test_a_wrong_key_or_no_quota_stops_the_run_with_one_line(numbers, reply, mes
 
     with FakeEndpoint(answer) as endpoint:
         job = numbers.job(endpoint.url)
-        with pytest.raises(UserError, match=message) as caught:
+        with pytest.raises(DssError, match=message) as caught:
             numbers.ask(job, concurrency=8)
     assert "\n" not in str(caught.value)
     assert endpoint.count <= 5 + 8
@@ -211,10 +211,10 @@ def test_a_server_that_never_answers_ends_the_run_after_some_requests(numbers):
     numbers.count = 500
     with FakeEndpoint(lambda _: failure(404, message="no model m")) as endpoint:
         job = numbers.job(endpoint.url)
-        with pytest.raises(UserError, match=r"20 requests in a row.*no model m"):
+        with pytest.raises(DssError, match=r"20 requests in a row.*no model m"):
             numbers.ask(job)
     assert endpoint.count < 100
-    with pytest.raises(UserError, match=r"cannot connect to a server: ConnectError"):
+    with pytest.raises(DssError, match=r"cannot connect to a server: ConnectError"):
         numbers.ask(numbers.job("http://127.0.0.1:9/v1"), attempts=2)
 
 
@@ -283,10 +283,10 @@ def test_max_cost_is_never_exceeded_and_counts_earlier_runs(numbers):
 
 
 def test_max_cost_needs_a_price_and_a_limit_on_each_answer(numbers):
-    with pytest.raises(UserError, match="--max-cost needs the model's price"):
+    with pytest.raises(DssError, match="--max-cost needs the model's price"):
         numbers.ask(numbers.job(), max_cost=1.0)
     job = numbers.job(parameters={"max_tokens": None})
-    with pytest.raises(UserError, match="--max-cost needs a limit on each answer"):
+    with pytest.raises(DssError, match="--max-cost needs a limit on each answer"):
         numbers.ask(job, max_cost=1.0, price=Price(input=1.0, output=1.0))
 
 
@@ -414,9 +414,9 @@ def test_max_cost_covers_requests_in_flight_and_dense_prompts(numbers):
     ],
 )
 def test_invalid_parameters_are_refused(numbers, parameters, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DssError, match=message):
         numbers.job(parameters=parameters)
-    with pytest.raises(UserError, match="'seed': would make all 2 samples the same"):
+    with pytest.raises(DssError, match="'seed': would make all 2 samples the same"):
         numbers.job(parameters={"seed": 1, "temperature": 1}, samples=2)
 
 
@@ -424,7 +424,7 @@ def test_invalid_parameters_are_refused(numbers, parameters, message):
     "url", ["http://[::1/v1", "http://h:abc/v1", "http://h:99999/v1", "http://a b/v1", "ftp://h/v1"]
 )
 def test_a_wrong_url_is_refused(numbers, url):
-    with pytest.raises(UserError, match="--base-url"):
+    with pytest.raises(DssError, match="--base-url"):
         numbers.job(url)
 
 
@@ -467,7 +467,7 @@ def test_the_key_is_never_written_or_shown(numbers):
         assert b"sk-a-long-secret-1" not in path.read_bytes(), path
     assert lines_of(job)[0]["rationale"] == "[API key] is 0."
     echo = FakeEndpoint(lambda _: failure(401, message="sk-a-long-secret-1?"))
-    with echo, pytest.raises(UserError, match=r"\[API key\]\?"):
+    with echo, pytest.raises(DssError, match=r"\[API key\]\?"):
         numbers.ask(
             numbers.job(echo.url, samples=1, parameters={"top_p": 1}), key="sk-a-long-secret-1"
         )
@@ -535,13 +535,13 @@ def test_an_invalid_usage_file_is_written_again(numbers):
 def test_a_model_name_too_long_for_a_file_is_refused(numbers):
     job = numbers.job()
     teacher = dataclasses.replace(job.writer.teacher, model="m" * 300)
-    with pytest.raises(UserError, match="300 characters are too many for a file name"):
+    with pytest.raises(DssError, match="300 characters are too many for a file name"):
         file_job(job.source, str(job.folder / "prompt.yaml"), teacher, output=None, name=None)
 
 
 def test_an_endpoints_message_is_printed_without_control_characters(numbers):
     answer = failure(401, message="\x1b[2J\x1b]0;owned\x07 no")
-    with FakeEndpoint(lambda _: answer) as endpoint, pytest.raises(UserError) as caught:
+    with FakeEndpoint(lambda _: answer) as endpoint, pytest.raises(DssError) as caught:
         numbers.ask(numbers.job(endpoint.url))
     assert str(caught.value).isprintable()
 
@@ -559,7 +559,7 @@ def test_an_invalid_example_ends_the_run_and_keeps_the_answers(numbers):
         job = numbers.job(endpoint.url)
         with job.source.open("a") as file:
             file.write('{"id": "n3", "input": "x"}\n')
-        with pytest.raises(UserError, match="duplicate id 'n3'"):
+        with pytest.raises(DssError, match="duplicate id 'n3'"):
             numbers.ask(job)
     assert attempts(job)["answered"] == endpoint.count >= 64
 
@@ -571,13 +571,13 @@ def test_a_full_disk_ends_the_run_before_more_requests_are_sent(numbers, monkeyp
     def full(self, requests, attempts):
         written["n"] += 1
         if written["n"] > 2:
-            raise UserError(f"{self.path}: database or disk is full")
+            raise DssError(f"{self.path}: database or disk is full")
         return add(self, requests, attempts)
 
     monkeypatch.setattr(Journal, "add", full)
     numbers.count = 200
     endpoint = FakeEndpoint(right)
-    with endpoint, pytest.raises(UserError, match="disk is full"):
+    with endpoint, pytest.raises(DssError, match="disk is full"):
         numbers.ask(numbers.job(endpoint.url), concurrency=4)
     assert endpoint.count <= 3 * 4
 
@@ -590,7 +590,7 @@ def test_no_request_is_sent_if_the_journal_cannot_be_written(numbers):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**19, before[1]))  # bytes of a file
         try:
             for _ in range(2):
-                with pytest.raises(UserError, match="disk"):
+                with pytest.raises(DssError, match="disk"):
                     numbers.ask(job)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.teacher import batch
 from dss.teacher.batch import export_batch, import_batch
 from dss.teacher.journal import Journal
@@ -79,7 +79,7 @@ def test_results_with_the_same_id_are_distinguished_by_their_requests(exported):
     assert import_batch(journal, [results]) == {"new": 19, "before": 0, "unknown": 1}
     lines[1]["response"]["status_code"] = 10**30
     write_jsonl(results, lines[1:2])
-    with pytest.raises(UserError, match=r"results.jsonl:1: has neither a `response` with a status"):
+    with pytest.raises(DssError, match=r"results.jsonl:1: has neither a `response` with a status"):
         import_batch(journal, [results])
 
 
@@ -138,6 +138,6 @@ def test_an_invalid_line_is_named_and_the_lines_before_it_are_kept(exported, lin
     job, journal, requests = exported
     good = [result(request, i) for i, request in enumerate(requests[:2])]
     path = write_jsonl(job.folder / "results.jsonl", [*good, line])
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DssError, match=message):
         import_batch(journal, [path])
     assert len(journal.final_among([r["custom_id"] for r in requests])) == 2

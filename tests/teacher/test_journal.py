@@ -3,7 +3,7 @@ import sqlite3
 
 import pytest
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.teacher.journal import Attempt, Journal, Usage
 from dss.teacher.reply import Reply
 
@@ -87,7 +87,7 @@ def test_the_prompt_and_the_parameters_are_stored_with_the_requests(opened):
 def test_a_second_writer_is_refused_and_a_reader_is_not(opened):
     job, journal, requests = opened
     journal.add(requests[:1], [attempt(requests[0])])
-    with pytest.raises(UserError, match="another process is writing to this journal"):
+    with pytest.raises(DssError, match="another process is writing to this journal"):
         Journal(job.journal_path)
     reader = Journal(job.journal_path, create=False)
     assert reader.outcome(requests[0].key) is not None
@@ -106,20 +106,20 @@ def test_the_lock_is_independent_of_other_files_and_of_the_path(opened, tmp_path
     other_names[0].symlink_to(job.journal_path)
     other_names[1].hardlink_to(job.journal_path)
     for path in (job.journal_path, *other_names):
-        with pytest.raises(UserError, match="another process is writing to this journal"):
+        with pytest.raises(DssError, match="another process is writing to this journal"):
             Journal(path)
     assert kept.read_text() == "mine"
 
 
 def test_a_missing_or_invalid_journal_is_a_one_line_error(tmp_path):
-    with pytest.raises(UserError, match="no such journal"):
+    with pytest.raises(DssError, match="no such journal"):
         Journal(tmp_path / "journal.sqlite", create=False)
     (tmp_path / "journal.sqlite").write_text("this is a text and not a data base" * 100)
-    with pytest.raises(UserError, match="not a database"):
+    with pytest.raises(DssError, match="not a database"):
         Journal(tmp_path / "journal.sqlite")
     os.mkfifo(tmp_path / "pipe.sqlite")
     for create in (True, False):
-        with pytest.raises(UserError, match="not a regular file, so not a journal"):
+        with pytest.raises(DssError, match="not a regular file, so not a journal"):
             Journal(tmp_path / "pipe.sqlite", create=create)
 
 

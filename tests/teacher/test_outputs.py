@@ -7,7 +7,7 @@ import pytest
 
 from dss.data.datasets import Dataset
 from dss.data.examples import read_teacher_outputs
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import named_mixture
 from dss.teacher.job import file_job
 from dss.teacher.journal import Journal
@@ -133,7 +133,7 @@ def test_another_output_folder_is_a_complete_dataset(numbers, tmp_path):
     dataset = Dataset.from_files(folder / "numbers.jsonl", name="numbers")
     assert dataset.source.teachers == ("the_teacher",)
     assert len(dataset.outputs("train", "the_teacher")) == 20
-    with pytest.raises(UserError, match="--name 'a/b'"):
+    with pytest.raises(DssError, match="--name 'a/b'"):
         file_job(job.source, prompt, teacher, output=folder, name="a/b")
 
 

@@ -10,7 +10,7 @@ from dss.data.equations import plain_equation
 from dss.data.examples import Example
 from dss.data.metrics import is_readable
 from dss.data.released import RELEASED
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.teacher.outputs import read_sample
 from dss.teacher.prompt import Parsed, load_prompt, prompt_names, read_prompt
 from dss.teacher.reply import read_reply
@@ -133,7 +133,7 @@ def test_a_hint_shows_the_gold_label_and_another_conclusion_has_no_label():
     assert agreeing == Parsed("Add.", example.label)
     other = prompt.parse("Subtract. The answer is (2 - 2).", example, hinted=True)
     assert other == Parsed("Subtract.", None)
-    with pytest.raises(UserError, match="example '1' has no label"):
+    with pytest.raises(DssError, match="example '1' has no label"):
         prompt.question(Example("1", "2 and 2\nSum?"), hinted=True)
 
 
@@ -163,7 +163,7 @@ def test_a_hint_shows_the_gold_label_and_another_conclusion_has_no_label():
 )
 def test_an_invalid_prompt_is_a_one_line_error(old, new, message):
     assert old in TEXT
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(DssError, match=message) as caught:
         read(TEXT.replace(old, new))
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith("p.yaml") or "prompt p: exemplar" in str(caught.value)
@@ -311,18 +311,18 @@ def test_choices_have_no_surrounding_white_space():
 
 
 def test_a_missing_or_invalid_prompt_file_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="did you mean 'svamp'"):
+    with pytest.raises(DssError, match="did you mean 'svamp'"):
         load_prompt("swamp")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(DssError, match="no such file"):
         load_prompt(str(tmp_path / "mine.yaml"))
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not UTF-8"):
+    with pytest.raises(DssError, match="not UTF-8"):
         load_prompt(str(tmp_path / "bad.yaml"))
     (tmp_path / "empty.yaml").write_text("")
-    with pytest.raises(UserError, match="should have exemplars, form"):
+    with pytest.raises(DssError, match="should have exemplars, form"):
         load_prompt(str(tmp_path / "empty.yaml"))
 
 
 def test_an_input_that_does_not_fit_the_template_is_named():
-    with pytest.raises(UserError, match="example 'x7': does not fit the template"):
+    with pytest.raises(DssError, match="example 'x7': does not fit the template"):
         load_prompt("esnli").question(Example("x7", "no separator"))

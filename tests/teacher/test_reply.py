@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.teacher.client import api_key, retry_after
 from dss.teacher.reply import read_reply
 
@@ -138,12 +138,12 @@ def test_retry_after_is_read_in_seconds_and_as_a_date(headers, seconds):
 
 def test_the_key_is_read_from_the_environment(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
+    with pytest.raises(DssError, match="OPENAI_API_KEY is not set"):
         api_key("OPENAI_API_KEY", "https://api.openai.com/v1")
     assert api_key("OPENAI_API_KEY", "http://localhost:8000/v1") == "none"
     monkeypatch.setenv("MY_KEY", " k\n")
     assert api_key("MY_KEY", "https://api.openai.com/v1") == "k"
     for wrong in ("sk-a\nsk-b", "ключ"):
         monkeypatch.setenv("MY_KEY", wrong)
-        with pytest.raises(UserError, match="contains a character that no API key has"):
+        with pytest.raises(DssError, match="contains a character that no API key has"):
             api_key("MY_KEY", "https://api.openai.com/v1")

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.teacher.journal import Journal, Usage
 from dss.teacher.prices import Price, load_price
 from dss.teacher.report import make_report, write_page
@@ -111,7 +111,7 @@ def test_a_price_file_has_prices_by_model(tmp_path):
 def test_a_missing_or_invalid_price_file_is_an_error(tmp_path, text, message):
     path = tmp_path / "prices.yaml"
     path.write_text(text)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(DssError, match=message):
         load_price(path, "m")
-    with pytest.raises(UserError, match="no such file"):
+    with pytest.raises(DssError, match="no such file"):
         load_price(tmp_path / "none.yaml", "m")

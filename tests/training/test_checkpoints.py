@@ -6,7 +6,7 @@ import pytest
 import tensorstore as ts
 from orbax.checkpoint._src.serialization import replica_slices
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh
 from dss.runs.train import abstract_state
@@ -37,7 +37,7 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path, state):
     assert checkpoints.steps == [2, 4, 5]
     assert (checkpoints.latest, checkpoints.best) == (5, 2)
     assert [checkpoints.find(name) for name in ("latest", "best", "4")] == [5, 2, 4]
-    with pytest.raises(UserError, match=r"no checkpoint '3'; available: 2, 4, 5, latest, best"):
+    with pytest.raises(DssError, match=r"no checkpoint '3'; available: 2, 4, 5, latest, best"):
         checkpoints.find("3")
     checkpoints.close()
 
@@ -158,9 +158,9 @@ def test_a_changed_element_makes_a_checkpoint_corrupt(saved, state, item, name):
     checkpoints = Checkpoints(saved)
     if item == "params":
         message = "corrupt checkpoint: encoder/layers/mlp_norm differs from what was saved"
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(DssError, match=message):
             checkpoints.restore_params(2, abstract(state.params))
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(DssError, match=message):
             dict(checkpoints.leaves(2, "params"))
     found, corrupt = checkpoints.restore_newest(abstract(state))
     assert int(found.step) == 1
@@ -178,11 +178,11 @@ def test_corrupt_metadata_files_are_a_user_error(saved, state, content):
         lambda: checkpoints.check_shapes(2, abstract(state.params)),
         lambda: checkpoints.leaves(2, "params"),
     ):
-        with pytest.raises(UserError, match=r"2(/params)?: cannot be read: "):
+        with pytest.raises(DssError, match=r"2(/params)?: cannot be read: "):
             read()
     checkpoints.close()
     (saved / "2" / "_CHECKPOINT_METADATA").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="cannot be read: maximum recursion"):
+    with pytest.raises(DssError, match="cannot be read: maximum recursion"):
         Checkpoints(saved)
 
 
@@ -218,13 +218,13 @@ def test_a_checkpoint_of_another_size_is_an_error(tmp_path, state):
     shapes = abstract_params(tiny_config(d_model=32))
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = abstract_like(shapes, jax.tree.map(lambda _: one, shapes))
-    with pytest.raises(UserError, match="a checkpoint of another size: decoder/layers/"):
+    with pytest.raises(DssError, match="a checkpoint of another size: decoder/layers/"):
         checkpoints.restore_params(1, abstract)
     checkpoints.close()
 
 
 def test_a_folder_without_checkpoints_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="no checkpoints"):
+    with pytest.raises(DssError, match="no checkpoints"):
         Checkpoints(tmp_path / "none", read_only=True)
 
 

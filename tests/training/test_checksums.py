@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh
 from dss.training import checksums as module
@@ -38,7 +38,7 @@ def test_any_flipped_bit_and_swapped_elements_are_noticed():
 
 def test_the_error_names_the_array():
     check_sums("run/7", {"a/b": 3}, {"a/b": 3, "c": 4})
-    with pytest.raises(UserError, match="run/7: corrupt checkpoint: a/b differs from"):
+    with pytest.raises(DssError, match="run/7: corrupt checkpoint: a/b differs from"):
         check_sums("run/7", {"a/b": 3}, {"a/b": 4})
-    with pytest.raises(UserError, match="a/b"):
+    with pytest.raises(DssError, match="a/b"):
         check_sums("run/7", {"a/b": 3}, None)

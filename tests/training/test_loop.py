@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.training import loop
 from dss.training.checkpoints import Checkpoints
 from dss.training.config import TrainerConfig
@@ -161,7 +161,7 @@ def test_there_is_no_throughput_if_every_step_compiled(tmp_path):
 
 @pytest.mark.parametrize(("metric", "name"), [("loss", "loss"), ("grad_norm", "gradient norm")])
 def test_a_non_finite_step_is_reported_and_not_evaluated_or_saved(tmp_path, metric, name):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(DssError) as error:
         run(tmp_path, {7: metric}, eval_period=4, log_period=10)
     message = str(error.value)
     assert message.startswith(f"step 7: the {name} is nan; the last checkpoint is step 4; ")
@@ -170,6 +170,6 @@ def test_a_non_finite_step_is_reported_and_not_evaluated_or_saved(tmp_path, metr
 
 
 def test_nothing_is_saved_on_a_stop_signal_after_a_non_finite_step(tmp_path):
-    with pytest.raises(UserError, match="step 2: the loss is nan; no checkpoint was saved yet"):
+    with pytest.raises(DssError, match="step 2: the loss is nan; no checkpoint was saved yet"):
         run(tmp_path, {2: "loss"}, stop=3, eval_period=8, log_period=10)
     assert saved(tmp_path) == ""

@@ -6,7 +6,7 @@ from dss.batches.batches import Batches, paired_order
 from dss.batches.store import open_store
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
-from dss.errors import UserError
+from dss.errors import DssError
 from dss.mixtures.methods import named_mixture
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh, put_batch
@@ -173,7 +173,7 @@ def test_bfloat16_gradients_are_close_to_float32_gradients(run, options):
 
 
 def test_bfloat16_gradients_of_a_float32_student_are_an_error(run):
-    with pytest.raises(UserError, match=r"set Experiment\.dtype to 'bfloat16' too"):
+    with pytest.raises(DssError, match=r"set Experiment\.dtype to 'bfloat16' too"):
         run(data=1, grad_dtype="bfloat16")
 
 
@@ -208,16 +208,16 @@ def test_rematerialization_and_microbatches_reduce_memory(one_device):
 
 
 def test_a_mesh_that_does_not_fit_is_an_error():
-    with pytest.raises(UserError, match="does not use the 8 devices exactly"):
+    with pytest.raises(DssError, match="does not use the 8 devices exactly"):
         make_mesh(MeshConfig(data=3))
     config, mesh_config = tiny_config(num_heads=3, d_kv=3), MeshConfig(data=4, model=2)
     update = make_optimizer(OptimizerConfig(), 10)
     with pytest.raises(
-        UserError, match=r"num_heads of size 3 cannot be sharded over the 2 .* one of 1, 3$"
+        DssError, match=r"num_heads of size 3 cannot be sharded over the 2 .* one of 1, 3$"
     ):
         state_shardings(config, update, make_mesh(mesh_config), mesh_config)
     config = tiny_config(d_ff=15)
-    with pytest.raises(UserError, match=r"mlp of size 15 .* one of 1, 3, 5, 15$"):
+    with pytest.raises(DssError, match=r"mlp of size 15 .* one of 1, 3, 5, 15$"):
         state_shardings(config, update, make_mesh(mesh_config), mesh_config)
 
 
