@@ -17,7 +17,7 @@ Parameters are a nested dict of float32 arrays; those of layers have a leading a
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from dss.student.ops import (
 __all__ = [
     "T5",
     "Attention",
+    "CrossInputs",
     "Layer",
     "Mlp",
     "Stack",
@@ -168,6 +169,20 @@ class Mlp(nnx.Module):
         return finish(inner, self.wo[...].astype(x.dtype), seed)
 
 
+class CrossInputs(NamedTuple):
+    """What the cross-attention of a decoder layer reads."""
+
+    query_rows: Rows | None  # layout of the decoder's residual stream; None: one row per group
+    encoded: jax.Array  # [G, N, D], the encoder's output
+    encoded_rows: Rows | None  # layout of the encoder's output
+    mask: jax.Array  # [G, Q, 1, T, C], additive
+
+
+# The dropout seeds of a layer, in their order: inside each sublayer, and of its output.
+DECODER_SEEDS = ("attention_inner", "attention", "cross_inner", "cross", "mlp_inner", "mlp")
+ENCODER_SEEDS = ("attention_inner", "attention", "mlp_inner", "mlp")
+
+
 class Layer(nnx.Module):
     """A layer of either stack: self-attention, cross-attention (decoder only), feed-forward."""
 
@@ -185,7 +200,9 @@ class Layer(nnx.Module):
         """Returns x after the norm of a sublayer."""
         return rms_norm(x, scale[...], self.config.layer_norm_epsilon)
 
-    def __call__(self, x, rows, bias, mask, cross=None, seeds=None) -> jax.Array:
+    def __call__(
+        self, x, rows, bias, mask, cross: CrossInputs | None = None, seeds=None
+    ) -> jax.Array:
         """Returns the layer's output, [G, N, D].
 
         Args:
@@ -193,23 +210,31 @@ class Layer(nnx.Module):
           rows: layout of x in attention rows; None: one row per group.
           bias: position bias of self-attention, [H, S, S].
           mask: additive mask of self-attention, [G, R, 1, S, S].
-          cross: cross-attention's rows of x, encoder output, rows of that output, and mask; rows
-            may be None. None in the encoder.
+          cross: inputs of cross-attention; None in the encoder.
           seeds: dropout seeds [6, 2], or None.
         """
-        seed = iter([None] * 6 if seeds is None else seeds)
+        names = DECODER_SEEDS if self.is_decoder else ENCODER_SEEDS
+        seed = dict(zip(names, [None] * 6 if seeds is None else seeds, strict=False))
 
-        def residual(y: jax.Array) -> jax.Array:
-            return x + dropout(y, self.config.dropout_rate, next(seed))
+        def residual(y: jax.Array, name: str) -> jax.Array:
+            return x + dropout(y, self.config.dropout_rate, seed[name])
 
         y = self.norm(x, self.attention_norm)
-        x = residual(self.attention(y, rows, y, rows, bias, mask, next(seed)))
+        y = self.attention(y, rows, y, rows, bias, mask, seed["attention_inner"])
+        x = residual(y, "attention")
         if cross is not None:
-            query_rows, encoded, encoded_rows, cross_mask = cross
             y = self.norm(x, self.cross_norm)
-            y = self.cross(y, query_rows, encoded, encoded_rows, None, cross_mask, next(seed))
-            x = residual(y)
-        return residual(self.mlp(self.norm(x, self.mlp_norm), next(seed)))
+            y = self.cross(
+                y,
+                cross.query_rows,
+                cross.encoded,
+                cross.encoded_rows,
+                None,
+                cross.mask,
+                seed["cross_inner"],
+            )
+            x = residual(y, "cross")
+        return residual(self.mlp(self.norm(x, self.mlp_norm), seed["mlp_inner"]), "mlp")
 
 
 class Stack(nnx.Module):
@@ -248,7 +273,9 @@ class Stack(nnx.Module):
         """Returns the graph definition of one layer and the stacked parameters of all layers."""
         return nnx.split(self.layers)
 
-    def __call__(self, x, rows, mask, cross=None, dropout_seed=None) -> jax.Array:
+    def __call__(
+        self, x, rows, mask, cross: CrossInputs | None = None, dropout_seed=None
+    ) -> jax.Array:
         """Returns the stack's output [G, N, D] for x [G, N, D]; arguments as of `Layer`."""
         rate = self.config.dropout_rate
         input_seed, layers_seed, output_seed = _seeds(dropout_seed, 3)
@@ -356,7 +383,7 @@ class T5(nnx.Module):
             self.embed(inputs),
             rows,
             additive_mask(_same_segment(segments, segments) & causal),
-            (query_rows, encoded, encoded_rows, additive_mask(cross_mask)),
+            CrossInputs(query_rows, encoded, encoded_rows, additive_mask(cross_mask)),
             dropout_seed,
         )
 
