@@ -160,7 +160,7 @@ def load(
     *,
     checkpoint: str = "best",
     dataset: Dataset | str | None = None,
-    method: str = "finetune",
+    method: str | None = None,
 ) -> Student:
     """Returns a trained student.
 
@@ -168,9 +168,10 @@ def load(
       source: a run directory, a folder of `dss export`, "hf:FOLDER", "hf:NAME" on the hub, or
         "t5x:FOLDER".
       checkpoint: "best", "latest" or a step of a run directory.
-      dataset: the dataset of an imported checkpoint, whose labels it predicts; None for the
-        dataset of the run.
-      method: the training method of an imported checkpoint; see `dss.Method`.
+      dataset: the dataset to predict for: of an imported checkpoint, or of a run whose data have
+        moved; None for the dataset of the run.
+      method: the training method, see `dss.Method`; None for the run's, and "finetune" for an
+        imported checkpoint.
 
     Raises:
       DssError: if the source has no student, or no vocabulary.
@@ -184,10 +185,10 @@ def load(
         path = f"hf:{path}"  # an export in Hugging Face format, with its run's configuration
     run = open_student(path)
     if dataset is not None:
-        experiment = dataclasses.replace(
-            run.experiment, dataset=dataset, method=method, mixture=None
-        )
-        run = Run(run.folder, experiment)
+        changes: dict[str, Any] = {"dataset": dataset}
+        if method is not None or not run.experiment.has_task:
+            changes |= {"method": method or "finetune", "mixture": None}
+        run = Run(run.folder, dataclasses.replace(run.experiment, **changes))
     return Student(run, checkpoint)
 
 

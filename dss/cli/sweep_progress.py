@@ -42,5 +42,5 @@ def _describe(outcome: Outcome) -> str:
     text = f"{summary['metric'].replace('_', ' ')} {summary['value']:.2%}"
     if summary["interval"]:
         low, high = summary["interval"]
-        text += f" (95%: {low:.2%} to {high:.2%})"
+        text += f" (95% CI: {low:.2%} to {high:.2%})"
     return text

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dss.config.students import named_student
 from dss.data.datasets import Dataset, JsonlSource, name_of
-from dss.data.labels import ANY_LABEL, Labels
+from dss.data.labels import Labels
 from dss.data.rationales import RationaleConfig
 from dss.data.released import ReleasedSource
 from dss.fields import check_at_least, check_rate, check_types
@@ -136,8 +136,11 @@ class Experiment:
             paths = {"dataset_path": str(source.path)}
         elif isinstance(source, ReleasedSource) and source.root is not None:
             paths = {"root": str(source.root)}
-        labels = dataset.labels if isinstance(source, JsonlSource) else ANY_LABEL
-        data = dataclasses.replace(self.data, **paths, labels=labels.closed, metric=labels.metric)
+        if isinstance(source, JsonlSource):  # labels and metric of `data` stay where it has none
+            labels = dataset.labels
+            paths["labels"] = labels.closed or self.data.labels
+            paths["metric"] = labels.metric if labels.metric != "text" else self.data.metric
+        data = dataclasses.replace(self.data, **paths)
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "dataset", dataset.name)
 

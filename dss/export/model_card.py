@@ -137,7 +137,7 @@ def _scores(run: Run, mixture: Mixture, step: int) -> Iterator[tuple[str, str]]:
             yield f"{split} ROUGE-L", f"{mean:.2%} of {len(rows)}"
         else:
             low, high = wilson_interval(int(sum(scores)), len(scores))
-            interval = f"95%: {low:.2%} to {high:.2%}; {int(sum(scores))} of {len(scores)}"
+            interval = f"95% CI: {low:.2%} to {high:.2%}; {int(sum(scores))} of {len(scores)}"
             yield f"{split} accuracy", f"{mean:.2%} ({interval})"
 
 

@@ -84,7 +84,7 @@ def test_it_runs_on_the_quickstarts_runs(executed):
     assert "step-by-step-60-0: 0." in text
     assert len(re.findall(r"accuracy [\d.]+% \(95%", text)) == 2
     assert "teacher rules: 100.0%" in text
-    assert re.search(r"difference [+-][\d.]+% \(95%: .*\), p = ", text)
+    assert re.search(r"difference [+-][\d.]+% \(95% CI: .*\), p = ", text)
     assert "ROUGE-L" in text
     assert len(figures) == 2
 
@@ -93,12 +93,11 @@ def test_it_runs_on_exported_students(quickstart, executed):
     runs = quickstart / "quickstart" / "runs"
     for name, run in (("ours", "step-by-step-60-0"), ("other", "finetune-60-0")):
         call("export", runs / run, quickstart / name, "--to=hf")
-    flags = [f"DataConfig.dataset_path={quickstart / 'quickstart' / 'timeline'}"]
     exported, _ = execute(
         quickstart,
-        OURS=f"hf:{quickstart / 'ours'}",
+        OURS=str(quickstart / "ours"),
         OTHER=f"hf:{quickstart / 'other'}",
-        FLAGS=flags,
+        DATA=str(quickstart / "quickstart" / "timeline"),
     )
     found = re.findall(r"accuracy [\d.]+% \(95%", executed[0])
     assert re.findall(r"accuracy [\d.]+% \(95%", exported) == found

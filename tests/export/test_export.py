@@ -335,7 +335,7 @@ def test_the_card_has_the_training_scores_and_command(toy_folder, make_run, tmp_
         "steps | 7 of 10000",
         "valid accuracy, in training | 62.50%",
         "valid loss, in training | 2.5000",
-        f"test accuracy | {result.scored.value:.2%} (95%: ",
+        f"test accuracy | {result.scored.value:.2%} (95% CI: ",
         "With the prefix `explain: `",
         "--gin.DataConfig.dataset_path=$DATA",
         f"dss {dss.__version__}, jax {jax.__version__}",
