@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import hashlib
 import re
 import shutil
 import tempfile
@@ -14,11 +15,13 @@ import numpy as np
 from etils import epath
 from safetensors import safe_open
 
+from dss.batches.store import cache_dir
 from dss.data.examples import read_json_file
 from dss.data.vocabulary import BYTES
 from dss.errors import CheckpointError, first_line
 from dss.interop.assemble import assemble
-from dss.paths import check_no_pipes, in_bucket
+from dss.interop.tokenizers import sentencepiece_model
+from dss.paths import check_no_pipes, in_bucket, replacing
 from dss.student.config import T5Config
 from dss.student.network import abstract_params
 
@@ -30,6 +33,7 @@ FILES = [
     "*.safetensors",
     INDEX,
     "spiece.model",
+    "tokenizer.json",
     "tokenizer_config.json",
     "added_tokens.json",
 ]
@@ -251,12 +255,26 @@ def _tied(folder: Path) -> bool:
 
 
 def find_vocabulary(folder: Path) -> str | None:
-    """Returns the vocabulary of a checkpoint's folder: a path, "bytes" for ByT5, or None."""
+    """Returns the vocabulary of a checkpoint's folder: a path, "bytes" for ByT5, or None.
+
+    Of a folder with a `tokenizer.json` alone, the path is that of a SentencePiece model made of it.
+
+    Raises:
+      CheckpointError: if there is only a `tokenizer.json`, of another kind of tokenizer.
+    """
     if (folder / "spiece.model").is_file():
         return str(folder / "spiece.model")
     tokenizer = folder / "tokenizer_config.json"
     if tokenizer.is_file() and "ByT5" in str(_read_json(tokenizer).get("tokenizer_class")):
         return BYTES
+    if (folder / "tokenizer.json").is_file():
+        model = sentencepiece_model(folder / "tokenizer.json")
+        path = cache_dir() / "vocabularies" / f"{hashlib.sha256(model).hexdigest()[:16]}.model"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path, binary=True) as file:
+                file.write(model)
+        return str(path)
     config = folder / "config.json"
     if config.is_file() and _read_json(config).get("vocab_size") == 384:
         return BYTES

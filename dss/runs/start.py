@@ -98,8 +98,8 @@ def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], A
     if vocabulary is None:
         raise DssError(
             "no vocabulary: give --gin.VOCABULARY=FILE (for `dss import`: --vocabulary=FILE), a "
-            f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes; of a Hugging Face "
-            "folder, spiece.model is read, not tokenizer.json"
+            f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes; a Hugging Face folder "
+            "may hold a spiece.model or a tokenizer.json"
         )
     check_vocabulary(vocabulary, student)
     return experiment.resolve_student(student), vocabulary, load
@@ -125,7 +125,9 @@ def _open_checkpoint(
     if is_t5x and experiment.config is not None:
         missing = {name: getattr(experiment.config, name) for name in t5x_checkpoint.NOT_STORED}
         config = dataclasses.replace(config, **missing)
-    vocabulary = huggingface.find_vocabulary(folder) if module is huggingface else None
+    vocabulary = None
+    if module is huggingface and experiment.vocabulary is None:
+        vocabulary = huggingface.find_vocabulary(folder)
 
     def load() -> Any:
         shardings = student_shardings(config, make_mesh(mesh_config), mesh_config)
