@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from dss.config.experiment import DataConfig, Experiment
     from dss.data.datasets import Dataset
     from dss.data.rationales import RationaleConfig
+    from dss.errors import DssError
     from dss.evaluation.result import Evaluation
     from dss.mixtures.methods import Method
+    from dss.parallel.config import MeshConfig
     from dss.student.config import DecodingConfig, T5Config
     from dss.training.config import OptimizerConfig, TrainerConfig
 
@@ -27,6 +29,7 @@ __all__ = [
     "DssError",
     "Evaluation",
     "Experiment",
+    "MeshConfig",
     "Method",
     "OptimizerConfig",
     "Prediction",
@@ -47,6 +50,7 @@ _MODULES = {
     "dss.errors": ("DssError",),
     "dss.evaluation.result": ("Evaluation",),
     "dss.mixtures.methods": ("Method",),
+    "dss.parallel.config": ("MeshConfig",),
     "dss.student.config": ("DecodingConfig", "T5Config"),
     "dss.training.config": ("OptimizerConfig", "TrainerConfig"),
 }

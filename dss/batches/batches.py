@@ -1,5 +1,8 @@
 """Train and validation batches: a pure function of (seed, step), from a token store.
 
+A run's order is chosen in dss/runs/data.py. Every process computes the whole batch of a step, and
+`put_batch` (dss/parallel/mesh.py) keeps its part.
+
 A batch is a dict of int32 arrays. A sequence is an example in one task, and a segment of the batch.
 Packed sequences follow each other in G groups of N encoder and M decoder slots, and three arrays
 list the slots of each attention row (see `dss.student.ops.Rows`). For example, a group with the two

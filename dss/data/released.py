@@ -151,6 +151,7 @@ def _palm_and_gpt_neox(parse: Parser) -> dict[str, Parser]:
     return {"palm": parse, "gpt_neox": _after_whitespace(parse)}
 
 
+# A new dataset also needs gin/datasets/NAME.gin, tasks/NAME.py and teacher/prompts/NAME.yaml.
 RELEASED = {
     "cqa": Format(row=_cqa_row, parsers=_palm_and_gpt_neox(_parse_choice), candidates=cqa_choices),
     "svamp": Format(

@@ -110,6 +110,7 @@ def _ctranslate2(run: Run, checkpoints: Checkpoints, step: int, folder: Path) ->
     return note
 
 
+# A new format also needs a branch in `comparison.check` and code in `model_card.USES`.
 FORMATS: dict[str, Callable[[Run, Checkpoints, int, Path], str]] = {
     "hf": _hugging_face,
     "t5x": _t5x,

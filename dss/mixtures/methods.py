@@ -73,7 +73,9 @@ TITLES = {
     Method.SINGLE_TARGET: "single target",
     Method.RATIONALE: "rationales only",
 }
-TASKS: dict[Method, tuple[tuple[Kind, bool], ...]] = {  # kind, uses a teacher
+# The kind of each task, and whether it uses the teacher; a mixture has one teacher. A new method also
+# needs a title, gin/methods/NAME.gin and a sentence in METHODS of dss/export/model_card.py.
+TASKS: dict[Method, tuple[tuple[Kind, bool], ...]] = {
     Method.FINETUNE: (("label", False),),
     Method.DISTILL: (("label", True),),
     Method.STEP_BY_STEP: (("label", False), ("rationale", True)),

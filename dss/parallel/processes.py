@@ -122,7 +122,8 @@ class StopSignal:
     """Context manager that catches SIGTERM and SIGINT, so that the loop can save and stop.
 
     In a multi-process run, one process that receives a signal is enough: JAX's coordinator notifies
-    the others, and all stop before the same step. A second SIGINT raises KeyboardInterrupt.
+    the others, and all stop before the same step. A second SIGINT raises KeyboardInterrupt. The run
+    is saved in `dss.runs.train`; `dss train` exits with 128 + the signal's number.
 
     Attributes:
       received: the signal received; SIGTERM if another process received it; None before.

@@ -85,7 +85,7 @@ def check_same(run: Run, now: Experiment) -> None:
       now: the experiment.
 
     Raises:
-      DssError: if they differ in anything but paths and the mesh.
+      DssError: if they differ in anything but the paths of the run and of its data, and the mesh.
     """
     before = run.experiment
     if before.mixture is not None:  # an older configuration, without dataset and method
@@ -124,7 +124,8 @@ def check_same(run: Run, now: Experiment) -> None:
         )
 
 
-# Paths, which may differ between machines.
+# Paths, which may differ between the machines of a run; what a resumed run may change is less, see
+# `check_same`.
 PATHS = ("run_dir", "vocabulary", "initial_checkpoint", "data.root", "data.dataset_path")
 
 

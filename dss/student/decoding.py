@@ -3,6 +3,7 @@
 The encoder and the keys and values of cross-attention are computed once. Target positions are
 decoded in stages. Each stage is a compiled loop that stops when all sequences are finished. Caches
 are only as long as their stage needs, and finished sequences are dropped between stages.
+Labels are chosen by `Predictor` in dss/evaluation/evaluator.py.
 """
 
 import functools

@@ -5,7 +5,8 @@
 With two tasks at rates alpha and 1 - alpha this is the reference's
 `alpha * L_label + (1 - alpha) * L_rationale` (Hsieh et al., 2023, section 3.2, equation 3, in its
 weighted form). N_k counts target tokens, EOS included, over the global batch, independently of
-sharding, packing and microbatching.
+sharding, packing and microbatching. The rates are those of the mixture, see `make_mixture` in
+dss/mixtures/methods.py, or move from step to step (`ALPHA_END`).
 """
 
 import dataclasses
