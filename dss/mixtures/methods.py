@@ -73,8 +73,8 @@ TITLES = {
     Method.SINGLE_TARGET: "single target",
     Method.RATIONALE: "rationales only",
 }
-# The kind of each task, and whether it uses the teacher; a mixture has one teacher. A new method also
-# needs a title, gin/methods/NAME.gin and a sentence in METHODS of dss/export/model_card.py.
+# The kind of each task, and whether it uses the teacher; a mixture has one teacher. A new method
+# also needs a title, gin/methods/NAME.gin and a sentence in METHODS of dss/export/model_card.py.
 TASKS: dict[Method, tuple[tuple[Kind, bool], ...]] = {
     Method.FINETUNE: (("label", False),),
     Method.DISTILL: (("label", True),),
