@@ -110,9 +110,8 @@ def main() -> int:
         filled = " ".join(f"{part:.1%}" for part in row["fill"])
         rate = row["tokens_per_second"] / 1e6
         exact = "yes" if row["exact"] else "NO"
-        print(
-            f"{name:<12} {filled:>12} {len(row['shapes']):>6} {row['choosing_seconds']:>8.1f}s {rate:>10.2f} {exact:>6}"
-        )
+        shapes, seconds = len(row["shapes"]), row["choosing_seconds"]
+        print(f"{name:<12} {filled:>12} {shapes:>6} {seconds:>8.1f}s {rate:>10.2f} {exact:>6}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1))
     return 0 if all(row["exact"] for row in result["datasets"].values()) else 1
