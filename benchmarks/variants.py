@@ -121,7 +121,7 @@ def _base(args: argparse.Namespace, seed: int) -> Experiment:
     # one_encoder_pass needs an id past the vocabulary; all variants have it.
     student = dataclasses.replace(base.student, vocab_size=base.student.vocab_size + 32)
     trainer = dataclasses.replace(base.trainer, train_steps=args.steps, eval_period=args.steps)
-    teacher = TEACHER if args.task == "noisy" else None
+    teacher = TEACHER if args.task == "noisy" else base.teacher
     return dataclasses.replace(base, student=student, trainer=trainer, teacher=teacher)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dss.config.experiment import Experiment
 from dss.data.datasets import Dataset, JsonlSource
-from dss.errors import DssError
+from dss.errors import DataError, DssError
 from dss.paths import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -184,11 +184,10 @@ def load(
     if (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
         path = f"hf:{path}"  # an export in Hugging Face format, with its run's configuration
     run = open_student(path)
-    if dataset is not None:
-        changes: dict[str, Any] = {"dataset": dataset}
-        if method is not None or not run.experiment.has_task:
-            changes |= {"method": method or "finetune", "mixture": None}
-        run = Run(run.folder, dataclasses.replace(run.experiment, **changes))
+    changes: dict[str, Any] = {} if dataset is None else {"dataset": dataset}
+    if method is not None or (dataset is not None and not run.experiment.has_task):
+        changes |= {"method": method or "finetune", "mixture": None}
+    run = Run(run.folder, dataclasses.replace(run.experiment, **changes))
     return Student(run, checkpoint)
 
 
@@ -293,6 +292,7 @@ def annotate(
     """
     from dss.teacher.annotate import Limits
     from dss.teacher.ask import ask, open_journal
+    from dss.teacher.client import Client, api_key
     from dss.teacher.job import dataset_job, file_job
     from dss.teacher.prices import load_price
     from dss.teacher.prompt import with_labels
@@ -309,6 +309,10 @@ def annotate(
     if isinstance(dataset.source, JsonlSource):
         if prompt is None:
             raise DssError("prompt: missing; give the name of a prompt of dss, or a YAML file")
+        if dataset.source_split(split) != split:
+            raise DataError(
+                f"{dataset.name!r} has no file for {split!r}: it is a tenth of train; annotate that"
+            )
         (file,) = dataset.files(split)
         job = file_job(Path(file), prompt, teacher, output=folder, name=name)
         if dataset.labels.closed:
@@ -317,6 +321,8 @@ def annotate(
     else:
         job = dataset_job(dataset, split, prompt, teacher, output=folder, name=name)
     price = None if prices is None else load_price(Path(prices), model)
+    limits = Limits(concurrency=concurrency, max_requests=max_requests, max_cost=max_cost)
+    client = Client(teacher, api_key(key_env, teacher.base_url), limits.timeout)
     with open_journal(job) as journal:
 
         def export() -> Mapping[str, int] | None:
@@ -327,8 +333,8 @@ def annotate(
         state = ask(
             job,
             journal,
-            Limits(concurrency=concurrency, max_requests=max_requests, max_cost=max_cost),
-            key_env=key_env,
+            client,
+            limits,
             price=price,
             export=export,
             replace=replace,

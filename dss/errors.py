@@ -23,7 +23,7 @@ class DssError(Exception):
     """
 
 
-class ConfigError(DssError):
+class ConfigError(DssError, ValueError):
     """A configuration, a gin file or a flag is invalid."""
 
 
@@ -69,7 +69,9 @@ def first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str]) -> DssError:
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], error: type[DssError] = DssError
+) -> DssError:
     """Returns the error for an unknown name, which suggests similar known names.
 
     >>> str(unknown_name("student", "smal", ["small", "base"]))
@@ -81,4 +83,4 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> DssError:
         hint = "did you mean " + " or ".join(repr(n) for n in near) + "?"
     else:
         hint = "known: " + (", ".join(known) if known else "none")
-    return DssError(f"unknown {kind} {name!r}; {hint}")
+    return error(f"unknown {kind} {name!r}; {hint}")

@@ -6,6 +6,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from dss.errors import ConfigError
+
 __all__ = ["check_at_least", "check_rate", "check_types"]
 
 UNIONS = (typing.Union, types.UnionType)
@@ -45,36 +47,36 @@ def check_types(config: Any) -> None:
     """Checks the type of each field of a dataclass against its annotation.
 
     Raises:
-      ValueError: if a field has a value of another type.
+      ConfigError: if a field has a value of another type.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not _fits(value, hints[field.name]):
             where = f"{type(config).__name__}.{field.name}"
-            raise ValueError(f"{where} must be {_type_text(hints[field.name])}, got {value!r}")
+            raise ConfigError(f"{where} must be {_type_text(hints[field.name])}, got {value!r}")
 
 
 def check_at_least(config: Any, least: float, *names: str) -> None:
     """Checks that the named fields of a configuration are None or at least `least`.
 
     Raises:
-      ValueError: if one is less.
+      ConfigError: if one is less.
     """
     for name in names:
         value = getattr(config, name)
         if value is not None and not value >= least:
             where = f"{type(config).__name__}.{name}"
-            raise ValueError(f"{where} must be at least {least}, got {value}")
+            raise ConfigError(f"{where} must be at least {least}, got {value}")
 
 
 def check_rate(config: Any, *names: str) -> None:
     """Checks that the named fields of a configuration are in [0, 1), such as dropout rates.
 
     Raises:
-      ValueError: if one is outside.
+      ConfigError: if one is outside.
     """
     for name in names:
         value = getattr(config, name)
         if not 0 <= value < 1:
-            raise ValueError(f"{type(config).__name__}.{name} must be in [0, 1), got {value}")
+            raise ConfigError(f"{type(config).__name__}.{name} must be in [0, 1), got {value}")

@@ -266,9 +266,10 @@ class Batches:
         None if each task has its own input, and all decoders start from 0.
 
     Attributes:
-      shapes: the shapes of the batches, in order of work: at most three, and one larger spare for
-        steps outside the sample that shapes are chosen from. The train step is compiled once for
-        each shape that occurs.
+      shapes: the shapes of the batches, in order of work, at most three; the train step is compiled
+        once for each.
+      spare: a larger shape for the few steps that fit none of them; None if shapes are chosen from
+        all steps.
     """
 
     def __init__(
@@ -283,6 +284,7 @@ class Batches:
     ):
         self.store, self.order, self.num_steps, self.packed = store, order, num_steps, packed
         self.groups, self.starts = groups, starts
+        self.spare: PackedShape | None = None
         self._max_items = order.most if starts is None else -(-order.most // len(store.tasks))
         longest = store.longest if starts is None else store.longest_together
         if not packed:
@@ -303,7 +305,7 @@ class Batches:
         self.shapes = choose_shapes(needed, row_counts, widths, num_steps=num_steps)
         if len(needed) < num_steps:
             (N, M), (R, Q) = (x.max(axis=0).tolist() for x in (needed[:, :2], row_counts[:, -1]))
-            self.shapes += (PackedShape(N, M, R, Q, widths[-1]).enlarged(),)
+            self.spare = PackedShape(N, M, R, Q, widths[-1]).enlarged()
 
     def __len__(self) -> int:
         return self.num_steps
@@ -358,6 +360,19 @@ class Batches:
         rows = [row.max(axis=1) + 1 for row in _rows(grouped, widths)]
         return np.stack(rows, axis=1).reshape(-1, self.groups, 2).max(axis=1)
 
+    @property
+    def largest(self) -> PackedShape:
+        """The largest expected shape."""
+        return self.spare or self.shapes[-1]
+
+    def most_slots(self) -> tuple[int, int]:
+        """Returns the most encoder and decoder slots of any step, by looking at every step."""
+        if not self.packed:
+            return self.shapes[0].inputs, self.shapes[0].targets
+        steps = (range(step, step + 1) for step in range(self.num_steps))
+        shapes = {self._shape(self._grouped_lengths(step)[0]) for step in steps}
+        return max(s.inputs for s in shapes), max(s.targets for s in shapes)
+
     def _shape(self, grouped: np.ndarray) -> PackedShape:
         """Returns the first shape that fits the batch of a step.
 
@@ -365,7 +380,8 @@ class Batches:
           grouped: the lengths of the step's items, from `_grouped_lengths`.
         """
         needed = self._slots_needed(grouped)[0]
-        for shape in itertools.chain(self.shapes, _growing_shapes(self.shapes[-1])):
+        spare = () if self.spare is None else (self.spare,)
+        for shape in itertools.chain(self.shapes, spare, _growing_shapes(self.largest)):
             if shape.fits(needed):
                 rows = self._rows_needed(grouped, shape.widths)[0]
                 if rows[0] <= shape.input_rows and rows[1] <= shape.target_rows:

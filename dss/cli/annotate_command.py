@@ -251,13 +251,16 @@ def _run(args: argparse.Namespace, job: "Job", price: "Price | None") -> int:
     from dss.cli.annotate_progress import AnnotateProgress
     from dss.cli.progress import display_for
     from dss.teacher.ask import ask, open_journal
+    from dss.teacher.client import Client, api_key
 
+    limits, teacher = _limits(args), job.writer.teacher
+    client = Client(teacher, api_key(args.key_env, teacher.base_url), limits.timeout)
     with open_journal(job) as journal:
         state = ask(
             job,
             journal,
-            _limits(args),
-            key_env=args.key_env,
+            client,
+            limits,
             price=price,
             make_progress=lambda n: AnnotateProgress(display_for("request", n), price),
             export=lambda: _export(args, job, journal),

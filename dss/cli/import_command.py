@@ -50,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
     experiment = dataclasses.replace(
         experiment,
         mixture=None,
+        dataset=None,
+        method=None,
+        teacher=None,
         run_dir=args.run,
         initial_checkpoint=args.source,
         vocabulary=args.vocabulary or experiment.vocabulary,

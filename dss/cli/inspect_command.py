@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> int:
     experiment = parse_gin(args.gin_file, args.gin, search)
     console = make_console()
     if args.mixture is not None:
-        experiment = dataclasses.replace(experiment, mixture=args.mixture, method=None)
+        experiment = dataclasses.replace(
+            experiment, mixture=args.mixture, method=None, teacher=None
+        )
     if not experiment.has_task:
         datasets = open_datasets(experiment.data, experiment.dataset_name)
         has_path = experiment.data.dataset_path is not None
@@ -242,15 +244,12 @@ def _print_batches(
     console: "Console", mixture: "Mixture", vocabulary: "Vocabulary", experiment: "Experiment"
 ) -> None:
     """Prints the shapes of training batches, and the packing density of the first ones."""
-    import dataclasses
-
     import numpy as np
 
     from dss.batches.batches import fill
     from dss.batches.statistics import describe_labels
     from dss.runs.data import training_batches, training_store
 
-    experiment = dataclasses.replace(experiment, mixture=mixture.name, teacher=None)
     store = training_store(experiment)
     for line in describe_labels(
         mixture, vocabulary, store, fraction=experiment.data.fraction, seed=experiment.seed

@@ -61,7 +61,7 @@ def open_dataset(experiment: Experiment, *, must_exist: bool = True) -> Dataset:
     if name is None and experiment.data.dataset_path is None:
         raise ConfigError("no dataset: give DATASET, or DATASET_PATH for your own data")
     if name is not None and name not in known:
-        raise unknown_name("dataset", name, known)
+        raise unknown_name("dataset", name, known, ConfigError)
     return next(iter(known.values())) if name is None else known[name]
 
 
@@ -95,19 +95,12 @@ def open_mixture(experiment: Experiment, *, must_exist: bool = True) -> Mixture:
     mixture = named_mixture(
         experiment.mixture, datasets.values(), experiment.alpha, one_input=one_input
     )
-    if experiment.teacher is None:
-        return mixture
-    if mixture.teacher is None:
+    if mixture.teacher is not None and experiment.teacher not in (None, mixture.teacher):
         raise ConfigError(
-            f"TEACHER is {experiment.teacher!r}, but mixture {mixture.name!r} uses no teacher; "
-            "leave TEACHER out"
+            f"TEACHER is {experiment.teacher!r}, but mixture {mixture.name!r} is of another "
+            "teacher; give METHOD and TEACHER in place of the mixture"
         )
-    return named_mixture(
-        mixture.name.removesuffix(mixture.teacher) + experiment.teacher,
-        datasets.values(),
-        experiment.alpha,
-        one_input=one_input,
-    )
+    return mixture
 
 
 def _teacher(experiment: Experiment, dataset: Dataset, method: Method) -> str | None:
@@ -118,7 +111,7 @@ def _teacher(experiment: Experiment, dataset: Dataset, method: Method) -> str | 
     if experiment.teacher is None:
         return teachers[0] if len(teachers) == 1 else None
     if teachers and experiment.teacher not in teachers:
-        raise unknown_name("teacher", experiment.teacher, teachers)
+        raise unknown_name("teacher", experiment.teacher, teachers, ConfigError)
     return experiment.teacher
 
 

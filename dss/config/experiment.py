@@ -9,6 +9,7 @@ from dss.data.datasets import Dataset, JsonlSource, name_of
 from dss.data.labels import Labels
 from dss.data.rationales import RationaleConfig
 from dss.data.released import ReleasedSource
+from dss.errors import ConfigError
 from dss.fields import check_at_least, check_rate, check_types
 from dss.parallel.config import MeshConfig
 from dss.student.config import DecodingConfig, T5Config
@@ -40,15 +41,15 @@ class DataConfig:
         check_types(self)
         object.__setattr__(self, "labels", Labels(tuple(self.labels)).closed)
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"TRAIN_FRACTION must be in (0, 1], got {self.fraction}")
+            raise ConfigError(f"TRAIN_FRACTION must be in (0, 1], got {self.fraction}")
         lengths = self.feature_lengths
         if set(lengths) != {"inputs", "targets"} or min(lengths.values()) < 2:
-            raise ValueError(
+            raise ConfigError(
                 "TASK_FEATURE_LENGTHS must be {'inputs': N, 'targets': N} of at least 2 tokens, "
                 f"got {dict(lengths)}"
             )
         if self.one_encoder_pass and self.batches != "paired":
-            raise ValueError(
+            raise ConfigError(
                 "DataConfig.one_encoder_pass needs DataConfig.batches='paired': with 'sampled', "
                 "the tasks of an example are not in the same batch"
             )
@@ -105,18 +106,18 @@ class Experiment:
         self._set_student()
         check_types(self)
         if self.mixture is not None and self.method is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"MIXTURE_OR_TASK_NAME is {self.mixture!r} and METHOD is {self.method!r}; give one"
             )
         check_at_least(self, 1, "batch_size", "microbatches", "eval_examples")
         check_at_least(self, 0, "seed", "z_loss")
         check_rate(self, "dropout_rate", "label_smoothing")
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"ALPHA must be in [0, 1], got {self.alpha}")
+            raise ConfigError(f"ALPHA must be in [0, 1], got {self.alpha}")
         if self.alpha_end is not None and not 0 <= self.alpha_end <= 1:
-            raise ValueError(f"ALPHA_END must be in [0, 1], got {self.alpha_end}")
+            raise ConfigError(f"ALPHA_END must be in [0, 1], got {self.alpha_end}")
         if self.alpha_end is not None and self.data.batches != "paired":
-            raise ValueError(
+            raise ConfigError(
                 "ALPHA_END needs DataConfig.batches='paired': with 'sampled', the sampling rate is "
                 "ALPHA at all steps"
             )
@@ -130,7 +131,7 @@ class Experiment:
         source = dataset.source
         if isinstance(source, JsonlSource):
             if dataset.name != (name := name_of(source.path)):
-                raise ValueError(
+                raise ConfigError(
                     f"dataset {dataset.name!r}: a run calls it {name!r} by its files; omit the name"
                 )
             paths = {"dataset_path": str(source.path)}
@@ -150,7 +151,7 @@ class Experiment:
             return
         if ":" in self.student or "/" in self.student:
             if self.initial_checkpoint is not None:
-                raise ValueError(
+                raise ConfigError(
                     f"two initial checkpoints: student {self.student!r} and initial_checkpoint "
                     f"{self.initial_checkpoint!r}; give one"
                 )

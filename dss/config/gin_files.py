@@ -202,7 +202,7 @@ def _parse(
     for name in _names(gin.config_str()):
         if name not in read:  # a misspelled name, or a field of a student that is not configured
             if "." not in name:
-                raise unknown_name("macro", name, [n for n in read if "." not in n])
+                raise unknown_name("macro", name, [n for n in read if "." not in n], ConfigError)
             raise ConfigError(
                 f"configuration: {name} is set but not used; without a students/ file give "
                 "Experiment.dtype, Experiment.remat and DROPOUT_RATE"
@@ -378,8 +378,8 @@ def load_config(run: epath.PathLike, flags: Sequence[str] = ()) -> Experiment:
     for flag in flags:
         name, equals, value = flag.partition("=")
         bindings.append(_binding(fields.get(name, name) + equals + value))
-    # A mixture replaces the run's method, and a method replaces its mixture.
-    for given, other in (("mixture", "method"), ("method", "mixture")):
+    # A mixture replaces the run's method and teacher, and a method replaces its mixture.
+    for given, others in (("mixture", ("method", "teacher")), ("method", ("mixture",))):
         if any(binding.startswith(f"Experiment.{given} = ") for binding in bindings):
-            bindings.insert(0, f"Experiment.{other} = None")
+            bindings[:0] = [f"Experiment.{other} = None" for other in others]
     return _parse([str(path)], bindings, ())

@@ -3,7 +3,7 @@
 import ast
 import re
 
-from dss.errors import unknown_name
+from dss.errors import ConfigError, unknown_name
 from dss.paths import gin_root
 from dss.student.config import T5Config
 
@@ -21,7 +21,7 @@ def named_student(name: str) -> T5Config:
     """
     files = {path.stem: path for path in (gin_root() / "students").glob("*.gin")}
     if name not in files:
-        raise unknown_name("student", name, files)
+        raise unknown_name("student", name, files, ConfigError)
     text = files[name].read_text(encoding="utf-8")
     values = re.findall(r"^T5Config\.(\w+) = ([^#\n]+)", text, re.MULTILINE)
     return T5Config(**{field: ast.literal_eval(value.strip()) for field, value in values})

@@ -159,7 +159,7 @@ class Dataset:
           DataError: if no released dataset has this name.
         """
         if name not in RELEASED:
-            raise unknown_name("dataset", name, RELEASED)
+            raise unknown_name("dataset", name, RELEASED, DataError)
         form = RELEASED[name]
         source = ReleasedSource(None if root is None else epath.Path(root).expanduser(), name)
         return cls(name, source, form.labels, form.candidates)
@@ -216,7 +216,7 @@ class Dataset:
           DataError: if the split is unknown.
         """
         if split not in SPLITS:
-            raise unknown_name("split", split, SPLITS)
+            raise unknown_name("split", split, SPLITS, DataError)
         return "train" if split == "valid" and not self.source.has("valid") else split
 
     def has(self, split: str, teacher: str | None = None) -> bool:

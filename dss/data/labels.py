@@ -36,7 +36,7 @@ class Labels:
 
     def __post_init__(self):
         if self.metric not in METRICS:
-            raise unknown_name("metric", self.metric, METRICS)
+            raise unknown_name("metric", self.metric, METRICS, DataError)
         closed = tuple(label for text in self.closed if (label := read_label(text)))
         object.__setattr__(self, "closed", closed)
 

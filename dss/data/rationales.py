@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from dss.data.examples import Example, TeacherOutput
-from dss.errors import DataError
+from dss.errors import ConfigError, DataError
 from dss.fields import check_at_least, check_types
 
 __all__ = ["ALL_RATIONALES", "REASONS", "Choice", "RationaleConfig", "choose_rationales"]
@@ -37,7 +37,7 @@ class RationaleConfig:
         check_at_least(self, 0, "min_words")
         check_at_least(self, max(self.min_words, 1), "max_words")
         if not 0 <= self.min_agreement <= 1:
-            raise ValueError(
+            raise ConfigError(
                 f"RationaleConfig.min_agreement must be in [0, 1], got {self.min_agreement}"
             )
 

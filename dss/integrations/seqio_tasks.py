@@ -13,6 +13,7 @@ import numpy as np
 
 from dss.data.datasets import Dataset
 from dss.data.metrics import equation_accuracy, rouge_l_mean, text_accuracy
+from dss.data.released import ReleasedSource
 from dss.data.vocabulary import (
     BYTES,
     EOS,
@@ -139,6 +140,19 @@ def _add_task(task: Task, vocabulary: seqio.Vocabulary) -> None:
     )
 
 
+def _has_files_of(registered: seqio.Task, task: Task) -> bool:
+    """Returns whether a registered task reads the files of a task.
+
+    A released dataset without a root has whatever files the registered one has.
+    """
+    if not isinstance(registered.source, _Source):
+        return False
+    source, other = task.dataset.source, registered.source.task
+    if isinstance(source, ReleasedSource) and source.root is None:
+        return isinstance(other.dataset.source, ReleasedSource)
+    return other == task
+
+
 def register_seqio(
     dataset: Dataset, *, alpha: float | None = None, vocabulary: str | None = None
 ) -> list[str]:
@@ -167,18 +181,24 @@ def register_seqio(
         if task.name in seqio.TaskRegistry.names():
             registered = seqio.TaskRegistry.get(task.name)
             current = registered.output_features["inputs"].vocabulary
-            same = isinstance(registered.source, _Source) and registered.source.task == task
-            if same and (vocabulary is None or current == get_vocabulary(vocabulary)):
+            wanted = current if vocabulary is None else get_vocabulary(vocabulary)
+            if _has_files_of(registered, task) and current == wanted:
                 continue
             seqio.TaskRegistry.remove(task.name)
-        _add_task(task, get_vocabulary(vocabulary))
+        else:
+            wanted = get_vocabulary(vocabulary)
+        _add_task(task, wanted)
         added.add(task.name)
     for mixture in mixtures:
         is_new = alpha is not None or any(task.name in added for task in mixture.tasks)
+        rates = mixture.rates
         if is_new and mixture.name in seqio.MixtureRegistry.names():
+            if alpha is None:
+                registered = seqio.MixtureRegistry.get(mixture.name)
+                rates = tuple(float(registered.get_rate(task)) for task in registered.tasks)
             seqio.MixtureRegistry.remove(mixture.name)
         registered_names = {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
         if mixture.name not in registered_names:
-            rates = [(t.name, r) for t, r in zip(mixture.tasks, mixture.rates, strict=True)]
-            seqio.MixtureRegistry.add(mixture.name, rates)
+            pairs = [(t.name, r) for t, r in zip(mixture.tasks, rates, strict=True)]
+            seqio.MixtureRegistry.add(mixture.name, pairs)
     return names

@@ -194,8 +194,7 @@ class TrainIterator(dataset_iterator.DatasetIterator):
     ):
         self._batches, self._rates, self._rows, self._run_dir = batches, rates, rows, run_dir
         self._step = 0
-        largest = batches.shapes[-1]
-        self._slots = {"encoder": largest.inputs, "decoder": largest.targets}
+        self._slots = dict(zip(("encoder", "decoder"), batches.most_slots(), strict=True))
 
     def __next__(self) -> Batch:
         batch = self._batches[self._step]

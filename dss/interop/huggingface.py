@@ -21,7 +21,7 @@ from dss.data.vocabulary import BYTES
 from dss.errors import CheckpointError, first_line
 from dss.interop.assemble import assemble
 from dss.interop.tokenizers import sentencepiece_model
-from dss.paths import check_no_pipes, in_bucket, replacing
+from dss.paths import check_no_pipes, in_bucket
 from dss.student.config import T5Config
 from dss.student.network import abstract_params
 
@@ -272,8 +272,9 @@ def find_vocabulary(folder: Path) -> str | None:
         path = cache_dir() / "vocabularies" / f"{hashlib.sha256(model).hexdigest()[:16]}.model"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path, binary=True) as file:
-                file.write(model)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                file.write(model)  # several processes may write it, each its own
+            Path(file.name).replace(path)
         return str(path)
     config = folder / "config.json"
     if config.is_file() and _read_json(config).get("vocab_size") == 384:

@@ -40,7 +40,7 @@ class Method(enum.StrEnum):
           DataError: if there is no such method.
         """
         if name not in [*cls]:
-            raise unknown_name("method", name, [method.value for method in cls])
+            raise unknown_name("method", name, [method.value for method in cls], DataError)
         return cls(name)
 
     @property
@@ -247,4 +247,4 @@ def named_mixture(
             if parts is not None:
                 return make_mixture(dataset, *parts, alpha, one_input=one_input, name=name)
     known = [mixture for dataset in datasets for mixture in mixture_names(dataset)]
-    raise unknown_name("mixture", name, known)
+    raise unknown_name("mixture", name, known, DataError)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dss.errors import ConfigError
 from dss.fields import check_types
 from dss.student.config import AXES
 
@@ -22,13 +23,15 @@ class MeshConfig:
     def __post_init__(self):
         check_types(self)
         if self.model < 1 or (self.data < 1 and self.data != -1):
-            raise ValueError(f"a mesh of data={self.data}, model={self.model} has no devices")
+            raise ConfigError(f"a mesh of data={self.data}, model={self.model} has no devices")
         for axis, mesh_axis in self.rules:
             rule = f"sharding rule {axis!r} -> {mesh_axis!r}"
             if axis not in LOGICAL_AXES:
                 known = ", ".join(sorted(LOGICAL_AXES))
-                raise ValueError(f"{rule}: unknown logical axis {axis!r}; logical axes are {known}")
+                raise ConfigError(
+                    f"{rule}: unknown logical axis {axis!r}; logical axes are {known}"
+                )
             if mesh_axis not in ("data", "model"):
-                raise ValueError(
+                raise ConfigError(
                     f"{rule}: unknown mesh axis {mesh_axis!r}; mesh axes are 'data' and 'model'"
                 )

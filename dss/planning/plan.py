@@ -158,7 +158,7 @@ def device_bytes(arrays: Any) -> int:
 
 def abstract_batch(batches: Batches, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the largest batch, as abstract arrays sharded over the mesh."""
-    shape, G = batches.shapes[-1], batches.groups
+    shape, G = batches.largest, batches.groups
     shapes: dict[str, tuple[int, ...]] = {}
     if not batches.packed:
         G = shape.input_rows

@@ -15,7 +15,8 @@ __all__ = ["count_text", "method_names", "student_names"]
 
 # Configuration fields that may differ between repeats, or that group runs elsewhere in the report.
 IGNORED = {
-    "mixture", "teacher", "run_dir", "student", "initial_checkpoint", "vocabulary", "seed",
+    "mixture", "dataset", "method", "teacher", "run_dir", "student", "initial_checkpoint",
+      "vocabulary", "seed",
     "microbatches", "remat", "eval_examples", "mesh", "decoding",
     "data.root", "data.dataset_path", "data.fraction",
     "trainer.eval_period", "trainer.log_period",

@@ -89,7 +89,13 @@ def check_same(run: Run, now: Experiment) -> None:
     """
     before = run.experiment
     if before.mixture is not None:  # an older configuration, without dataset and method
-        resolved = resolve(dataclasses.replace(before, data=now.data))
+        try:
+            resolved = resolve(dataclasses.replace(before, data=now.data))
+        except DssError as error:
+            raise DssError(
+                f"{run.folder}: the run of another experiment: its mixture {before.mixture!r} is "
+                f"not of these data ({error}); use a new MODEL_DIR"
+            ) from None
         before = dataclasses.replace(
             before,
             mixture=None,

@@ -17,7 +17,7 @@ from dss.config.data import open_dataset, open_mixture, resolve
 from dss.config.experiment import Experiment
 from dss.config.gin_files import gin_flags, parse_beside, parse_gin
 from dss.data.datasets import SPLITS
-from dss.errors import DssError, unknown_name
+from dss.errors import ConfigError, DssError, unknown_name
 from dss.evaluation.evaluator import evaluation_set
 from dss.fields import check_types
 from dss.mixtures.methods import Method, mixture_names, read_name
@@ -45,17 +45,17 @@ class SweepConfig:
         for name in ("methods", "students", "fractions", "seeds"):
             values = getattr(self, name)
             if not values:
-                raise ValueError(f"{name.upper()} is empty; see runs/sweep.gin for examples")
+                raise ConfigError(f"{name.upper()} is empty; see runs/sweep.gin for examples")
             repeated = [value for i, value in enumerate(values) if value in values[:i]]
             if repeated:
-                raise ValueError(f"{name.upper()} has {repeated[0]!r} twice")
+                raise ConfigError(f"{name.upper()} has {repeated[0]!r} twice")
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
-                raise ValueError(f"FRACTIONS must be in (0, 1], got {fraction}")
+                raise ConfigError(f"FRACTIONS must be in (0, 1], got {fraction}")
         if min(self.seeds) < 0:
-            raise ValueError(f"SEEDS must be at least 0, got {min(self.seeds)}")
+            raise ConfigError(f"SEEDS must be at least 0, got {min(self.seeds)}")
         if self.split not in SPLITS:
-            raise ValueError(f"SPLIT must be one of {', '.join(SPLITS)}, got {self.split!r}")
+            raise ConfigError(f"SPLIT must be one of {', '.join(SPLITS)}, got {self.split!r}")
 
 
 gin.external_configurable(SweepConfig, "SweepConfig")
@@ -289,7 +289,7 @@ def _base(
     student_files = [student.file] if student.file else []
     ordered = [*student_files, *files, *method.files]
     parsed = parse_gin(ordered, flags, search_paths, beside=[SweepConfig])
-    if method.method is not None and parsed.dataset_name is not None:
+    if parsed.dataset_name is not None:
         ordered = [*_dataset_file(parsed.dataset_name), *ordered]
         parsed = parse_gin(ordered, flags, search_paths, beside=[SweepConfig])
     base = dataclasses.replace(

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from dss.errors import DssError
 from dss.teacher.annotate import Annotator, Limits, Progress, State
-from dss.teacher.client import Client, api_key
+from dss.teacher.client import Client
 from dss.teacher.job import Job
 from dss.teacher.journal import Journal
 from dss.teacher.prices import Price
@@ -42,9 +42,9 @@ def open_journal(job: Job, *, create: bool = True) -> Iterator[Journal]:
 def ask(
     job: Job,
     journal: Journal,
+    client: Client,
     limits: Limits,
     *,
-    key_env: str = "OPENAI_API_KEY",
     price: Price | None = None,
     make_progress: Callable[[int], Progress] = lambda requests: Progress(),
     export: Callable[[], Any],
@@ -56,8 +56,8 @@ def ask(
     Args:
       job: the examples and the teacher.
       journal: the open journal of the job.
+      client: the client of the endpoint.
       limits: the limits on requests, rate and cost.
-      key_env: the environment variable that holds the key.
       price: the price of the model; None if unknown.
       make_progress: returns the callbacks, given the number of requests.
       export: called before an error is raised, if answers came first.
@@ -68,13 +68,11 @@ def ask(
       The state at the end, with the reason of an early one.
 
     Raises:
-      TeacherError: if an argument, an example or the key is wrong, or the endpoint refuses to
-        answer.
+      TeacherError: if an argument or an example is wrong, the key is rejected, or the endpoint
+        refuses to answer.
     """
-    teacher = job.writer.teacher
-    client = Client(teacher, api_key(key_env, teacher.base_url), limits.timeout)
     total = job.check(journal, parquet=parquet, replace=replace, most_requests=limits.max_requests)
-    progress = make_progress(total * teacher.samples)
+    progress = make_progress(total * job.writer.teacher.samples)
     annotator = Annotator(journal, job.writer, client, limits, price=price, progress=progress)
     try:
         return _run(annotator.run(job.examples(), total))

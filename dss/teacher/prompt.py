@@ -269,7 +269,7 @@ def load_prompt(source: str) -> Prompt:
     elif source in prompt_names():
         where, name, path = f"prompt {source}", source, Path(str(SHIPPED / f"{source}.yaml"))
     else:
-        raise unknown_name("prompt", source, prompt_names())
+        raise unknown_name("prompt", source, prompt_names(), TeacherError)
     try:
         return read_prompt(where, name, path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+from dss.errors import ConfigError
 from dss.fields import check_at_least, check_rate, check_types
 
 __all__ = ["OptimizerConfig", "TrainerConfig"]
@@ -27,7 +28,7 @@ class OptimizerConfig:
     def __post_init__(self):
         check_types(self)
         if not self.learning_rate > 0:
-            raise ValueError(
+            raise ConfigError(
                 f"OptimizerConfig.learning_rate must be above 0, got {self.learning_rate}"
             )
         check_at_least(self, 0, "warmup_steps", "weight_decay", "clip_global_norm")

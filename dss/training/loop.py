@@ -69,14 +69,18 @@ class Clock(Hook):
         self._examples, self._num_shapes, self._progress = examples, num_shapes, progress
         self._shapes: set[tuple] = set()
         self._compiles = False
-        self._counted, self._since = 0, time.monotonic()  # since the last call of `throughput`
-        self._began = self._paused = self._wait = 0.0
+        self._counted = 0  # steps since the last call of `throughput`
+        self._since: float | None = None  # time of that call, or of the first batch
+        self._is_open = False  # whether a step that did not compile is not counted yet
+        self._began = self._paused = self._wait = self._excluded = 0.0
         self._waited = self._spent = 0.0  # seconds, over all steps that did not compile
 
     def timed(self, batches: Iterator[dict[str, jax.Array]]) -> Iterator[dict[str, jax.Array]]:
         """Yields the batches, and measures the wait for each."""
         while True:
+            self._close_step()
             self._began = time.monotonic()
+            self._since = self._began if self._since is None else self._since
             try:
                 batch = next(batches)
             except StopIteration:
@@ -92,23 +96,34 @@ class Clock(Hook):
             self._shapes.add(shape)
             jax.block_until_ready(state)  # earlier steps must not count as compilation time
             count, total = len(self._shapes), self._num_shapes
-            self._progress.say(f"step {step + 1}: compiling shape {count} of {total}")
+            of_total = f" of {total}" if count <= total else ", a rare one"
+            self._progress.say(f"step {step + 1}: compiling shape {count}{of_total}")
             self._paused = time.monotonic()
 
     def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
         """Counts the step."""
         if self._compiles:
             jax.block_until_ready(values)
-            self._since += time.monotonic() - self._paused
+            self._exclude(time.monotonic() - self._paused)
         else:
             self._counted += 1
+            self._is_open = True
+
+    def _close_step(self) -> None:
+        """Adds the last step's time, which logging is part of and evaluation is not."""
+        if self._is_open:
             self._waited += self._wait
-            self._spent += time.monotonic() - self._began
+            self._spent += time.monotonic() - self._began - self._excluded
+        self._is_open, self._excluded = False, 0.0
+
+    def _exclude(self, seconds: float) -> None:
+        self._excluded += seconds
+        self._since = seconds + (self._since or 0.0)
 
     def throughput(self) -> float | None:
         """Returns the examples per second since the last call; None if every step compiled."""
         now = time.monotonic()
-        counted, seconds = self._counted, now - self._since
+        counted, seconds = self._counted, now - (self._since or now)
         self._counted, self._since = 0, now
         return counted * self._examples / seconds if counted else None
 
@@ -117,10 +132,11 @@ class Clock(Hook):
         """Excludes the time of the block from the throughput."""
         began = time.monotonic()
         yield
-        self._since += time.monotonic() - began
+        self._exclude(time.monotonic() - began)
 
     def finish(self, step: int) -> None:
         """Reports the wait for batches."""
+        self._close_step()
         if self._spent:
             self._progress.finished(self._waited / self._spent)
 

@@ -78,6 +78,8 @@ def test_annotate_works_inside_an_event_loop(tmp_path, monkeypatch):
     assert numbers.source.teachers == ("my_llm",)
     with pytest.raises(dss.DssError, match="prompt: missing; give the name"):
         dss.annotate(numbers, model="m")
+    with pytest.raises(dss.DssError, match="no file for 'valid': it is a tenth of train"):
+        dss.annotate(numbers, model="m", prompt="classification", split="valid")
 
 
 def test_load_names_a_source_without_a_student(tmp_path):

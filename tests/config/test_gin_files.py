@@ -343,3 +343,13 @@ def test_a_malformed_configuration_of_a_run_is_an_error(text, tmp_path):
     (tmp_path / "config.gin").write_text(text)
     with pytest.raises(DssError, match=r"config\.gin: not a configuration: "):
         load_config(tmp_path)
+
+
+def test_a_mixture_given_for_a_run_replaces_its_method_and_teacher(tmp_path):
+    run = parse_gin(["datasets/cqa.gin", "methods/step_by_step.gin"])
+    save_config(run, tmp_path)
+    for mixture in ("cqa_finetune", "cqa_distill_gpt_neox"):
+        for flag in (f"Experiment.mixture={mixture}", f"MIXTURE_OR_TASK_NAME={mixture}"):
+            assert open_mixture(load_config(tmp_path, [flag])).name == mixture
+    finetuned = load_config(tmp_path, ["METHOD=finetune"])
+    assert open_mixture(finetuned).name == "cqa_finetune"

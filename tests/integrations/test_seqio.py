@@ -11,7 +11,7 @@ from dss.data.metrics import rouge_l_mean
 from dss.data.vocabulary import encode_example, load_vocabulary
 from dss.errors import DssError
 from dss.evaluation.evaluator import Scored, evaluation_set
-from dss.integrations.seqio_tasks import register_seqio
+from dss.integrations.seqio_tasks import get_vocabulary, register_seqio
 from dss.mixtures.methods import named_mixture
 from dss.mixtures.tasks import extract_label
 
@@ -178,3 +178,20 @@ def test_a_task_has_the_splits_whose_files_exist(toy_folder, tmp_path, monkeypat
     shutil.rmtree(folder)
     with pytest.raises(DssError, match="no such file; dataset 'part' needs it for train"):
         rationales.get_dataset({"inputs": 8, "targets": 8}, "train")
+
+
+def test_registering_again_without_a_root_keeps_files_rates_and_vocabulary(small_root):
+    rooted = Dataset.released("asdiv", small_root)
+    register_seqio(rooted, alpha=0.3, vocabulary="bytes")
+    register_seqio(Dataset.released("asdiv"))
+    task = seqio.TaskRegistry.get("asdiv_label_gold")
+    assert len(task.source.task.rows("train")) == 18
+    mixture = seqio.MixtureRegistry.get("asdiv_step_by_step_palm")
+    assert [float(mixture.get_rate(t)) for t in mixture.tasks] == [0.3, 0.7]
+    moved = Dataset.released("asdiv", small_root.parent)
+    register_seqio(moved)
+    task = seqio.TaskRegistry.get("asdiv_label_gold")
+    assert task.source.task.dataset == moved
+    assert task.output_features["inputs"].vocabulary == get_vocabulary("bytes")
+    mixture = seqio.MixtureRegistry.get("asdiv_step_by_step_palm")
+    assert [float(mixture.get_rate(t)) for t in mixture.tasks] == [0.3, 0.7]

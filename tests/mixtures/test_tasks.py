@@ -6,7 +6,7 @@ import pytest
 from dss.config.data import open_mixture
 from dss.config.experiment import DataConfig, Experiment
 from dss.data.datasets import Dataset
-from dss.errors import DssError
+from dss.errors import ConfigError, DataError, DssError
 from dss.mixtures.methods import Method, make_mixture, mixture_names, named_mixture
 from dss.mixtures.tasks import extract_label
 from tests.conftest import write_jsonl
@@ -95,11 +95,12 @@ def test_without_files_any_teacher_in_a_name_is_accepted(tmp_path):
         named_mixture("gone_distill_t", [gone]).tasks[0].rows("train")
 
 
-def test_teacher_replaces_the_teacher_of_a_mixture():
+def test_a_teacher_that_contradicts_the_mixture_is_refused():
     experiment = Experiment(mixture="cqa_step_by_step_palm", teacher="gpt_neox")
-    assert open_mixture(experiment).name == "cqa_step_by_step_gpt_neox"
-    with pytest.raises(DssError, match="uses no teacher; leave TEACHER out"):
-        open_mixture(dataclasses.replace(experiment, mixture="cqa_finetune"))
+    with pytest.raises(ConfigError, match=r"TEACHER is 'gpt_neox', but mixture .* another teacher"):
+        open_mixture(experiment)
+    for mixture in ("cqa_step_by_step_gpt_neox", "cqa_finetune"):
+        assert open_mixture(dataclasses.replace(experiment, mixture=mixture)).name == mixture
 
 
 def test_a_name_with_two_possible_teachers_is_an_error(tmp_path):
@@ -165,3 +166,12 @@ def test_a_blank_label_counts_as_missing(tmp_path):
     assert [
         row.id for row in named_mixture("blank_finetune", [dataset]).tasks[0].rows("train")
     ] == ["0"]
+
+
+def test_errors_of_names_are_of_their_kind(toy):
+    with pytest.raises(DataError, match="unknown method"):
+        Method.parse("stepbystep")
+    with pytest.raises(DataError, match="unknown dataset"):
+        Dataset.released("cqaa")
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        Experiment(batch_size=0)

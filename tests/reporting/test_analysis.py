@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 
@@ -227,3 +228,14 @@ def test_a_student_of_rationales_has_no_accuracy(tmp_path):
     path.with_suffix(".json").write_text('{"metric": "rouge_l"}')
     group = _group(tmp_path)
     assert (group.cells, len(group.runs)) == ((), 1)
+
+
+def test_a_run_from_before_methods_is_a_repeat_of_a_newer_one(tmp_path):
+    write_run(tmp_path, "finetune", 70, seed=0)
+    config = write_run(tmp_path, "finetune", 70, seed=1) / "config.gin"
+    text = config.read_text()
+    for field, value in (("mixture", None), ("dataset", "toy"), ("method", "finetune")):
+        text = re.sub(rf"(Experiment.{field}) = .*", rf"\1 = {value!r}", text)
+    config.write_text(text)
+    (cell,) = _group(tmp_path).cells
+    assert (cell.method, len(cell.runs)) == ("finetuning", 2)

@@ -173,3 +173,27 @@ def test_nothing_is_saved_on_a_stop_signal_after_a_non_finite_step(tmp_path):
     with pytest.raises(DssError, match="step 2: the loss is nan; no checkpoint was saved yet"):
         run(tmp_path, {2: "loss"}, stop=3, eval_period=8, log_period=10)
     assert saved(tmp_path) == ""
+
+
+def test_the_wait_for_batches_is_a_fraction_of_whole_steps_without_evaluation(
+    tmp_path, monkeypatch
+):
+    """A step of 2 seconds after a wait of 2, and a log that waits 4 for the device."""
+    clock = Clock()
+    monkeypatch.setattr("dss.training.loop.time", clock)
+    waits = []
+
+    class Slow(Recorded):
+        def update(self, step, values):
+            clock.now += 4
+
+        def finished(self, data_wait):
+            waits.append(data_wait)
+
+    def batches():
+        for _ in range(10):
+            clock.now += 2
+            yield {"tokens": np.zeros((1, 8))}
+
+    run(tmp_path, {}, progress=Slow(), batches=batches(), clock=clock, log_period=1, eval_period=2)
+    assert waits == [pytest.approx(2 / (2 + 2 + 4))]
