@@ -207,7 +207,7 @@ def test_predict_reads_standard_input_and_files(undisturbed, toy_folder, tmp_pat
     assert rows[0]["input"] == "is 3 good"
     assert [row["id"] for row in rows] == ["input-0", "x"]
     assert all(row["label"] in ("yes", "no") and "rationale" in row for row in rows)
-    assert "reading the student\ncompiling\nanswer 2" in err
+    assert "loading the student\ncompiling\nprediction 2" in err
     (tmp_path / "in.jsonl").write_text('{"input": "is 3 good"}\n')
     output = tmp_path / "out.jsonl"
     options = ("--input", tmp_path / "in.jsonl", "--output", output, "--num_beams=2", "--generate")
