@@ -211,7 +211,7 @@ def test_predict_reads_standard_input_and_files(undisturbed, toy_folder, tmp_pat
     (tmp_path / "in.jsonl").write_text('{"input": "is 3 good"}\n')
     output = tmp_path / "out.jsonl"
     options = ("--input", tmp_path / "in.jsonl", "--output", output, "--num_beams=2", "--generate")
-    assert call("predict", undisturbed, *options).endswith("answer 1/1\n")
+    assert call("predict", undisturbed, *options).endswith("prediction 1/1\n")
     assert json.loads(output.read_text())["input"] == "is 3 good"
 
 
