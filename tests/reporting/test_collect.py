@@ -121,7 +121,7 @@ def test_a_run_without_a_student_or_with_a_pipe_is_a_problem(tmp_path):
     for folder, why in zip(
         [*broken, tmp_path],
         [
-            "names no student",
+            "has no student",
             "a named pipe",
             "must have a step, and numbers only",
             "recursion",
