@@ -7,6 +7,7 @@ library functions.
 import collections
 import dataclasses
 import functools
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dss.config.experiment import Experiment
 from dss.data.datasets import Dataset, JsonlSource
-from dss.errors import DataError, DssError
+from dss.errors import ConfigError, DataError, DssError
 from dss.paths import CONFIG_FILE
 
 if TYPE_CHECKING:
@@ -46,6 +47,23 @@ class Prediction:
     probabilities: Mapping[str, float]
     rationale: str | None = None
     truncated: bool = False
+
+
+def _texts(inputs: str | Sequence[str]) -> list[str]:
+    """Returns inputs as a list.
+
+    Raises:
+      DataError: if they are not texts.
+    """
+    texts = [inputs] if isinstance(inputs, str) else inputs
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"inputs: give a text or a list of texts, not {str(inputs)[:80]!r}")
+    return list(texts)
+
+
+def _quiet() -> None:
+    """Silences what Orbax logs about its own options."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Student:
@@ -90,7 +108,7 @@ class Student:
         from dss.data.vocabulary import is_cut
         from dss.evaluation.evaluator import EvaluationExample
 
-        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        texts = _texts(inputs)
         mixture, predictor = self._mixture, self._predictor
         length = self.experiment.data.inputs_length
         examples = [EvaluationExample(str(i), text, "") for i, text in enumerate(texts)]
@@ -118,7 +136,7 @@ class Student:
         """
         from dss.runs.student import explain
 
-        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        texts = _texts(inputs)
         length = self.experiment.data.inputs_length
         return explain(self._predictor, self._mixture, texts, length)
 
@@ -179,8 +197,11 @@ def load(
     from dss.runs.directory import Run
     from dss.runs.student import open_student
 
+    _quiet()
     path = os.fspath(source)
     folder = Path(path).expanduser()
+    if folder.is_dir() and not any((folder / f).is_file() for f in (CONFIG_FILE, "config.json")):
+        raise DssError(f"{path}: no run, export or checkpoint: no {CONFIG_FILE}, no config.json")
     if (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
         path = f"hf:{path}"  # an export in Hugging Face format, with its run's configuration
     run = open_student(path)
@@ -215,6 +236,9 @@ def train(
     from dss.runs.directory import load_run, run_folder
     from dss.runs.train import run_experiment
 
+    _quiet()
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"experiment: give a dss.Experiment, not {type(experiment).__name__}")
     if run_dir is not None:
         experiment = dataclasses.replace(experiment, run_dir=os.fspath(run_dir))
     result = run_experiment(experiment, progress, resume)
@@ -298,6 +322,10 @@ def annotate(
     from dss.teacher.prompt import with_labels
     from dss.teacher.request import Teacher, Writer
 
+    if not isinstance(dataset, Dataset):
+        raise ConfigError(
+            "dataset: give dss.Dataset.from_files(PATH) or dss.Dataset.released(NAME)"
+        )
     teacher = Teacher(
         model=model,
         base_url=base_url or os.environ.get("OPENAI_BASE_URL", OPENAI_URL),

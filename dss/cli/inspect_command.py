@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     search = gin_folders(args)
     check_flags(args.gin)
 
-    from dss.config.data import open_datasets, open_mixture
+    from dss.config.data import open_dataset, open_datasets, open_mixture
     from dss.config.gin_files import parse_gin
     from dss.data.vocabulary import load_vocabulary
     from dss.mixtures.methods import mixture_names
@@ -59,9 +59,11 @@ def run(args: argparse.Namespace) -> int:
             experiment, mixture=args.mixture, method=None, teacher=None
         )
     if not experiment.has_task:
-        datasets = open_datasets(experiment.data, experiment.dataset_name)
-        has_path = experiment.data.dataset_path is not None
-        for dataset in [*datasets.values()][: 1 if has_path else None]:
+        if experiment.dataset_name or experiment.data.dataset_path:
+            datasets = [open_dataset(experiment)]
+        else:
+            datasets = [*open_datasets(experiment.data).values()]
+        for dataset in datasets:
             for name in mixture_names(dataset):
                 console.print(name)
         return 0

@@ -32,7 +32,7 @@ def open_datasets(
         raise ConfigError(f"DATA_ROOT {root}: no such folder")
     datasets, path = [], data.dataset_path
     if path is None and not must_exist and name not in RELEASED:
-        path = name  # an exported student keeps only the name and the labels of its dataset
+        path = f"/dev/null/{name}"  # an export keeps only the name and the labels of its dataset
     if path is not None:
         datasets.append(
             Dataset.from_files(
@@ -60,8 +60,12 @@ def open_dataset(experiment: Experiment, *, must_exist: bool = True) -> Dataset:
     name = experiment.dataset_name
     if name is None and experiment.data.dataset_path is None:
         raise ConfigError("no dataset: give DATASET, or DATASET_PATH for your own data")
+    path = experiment.data.dataset_path
+    if name in RELEASED and path is not None:
+        raise ConfigError(f"DATASET is {name!r} and DATASET_PATH is {path!r}; give one")
     if name is not None and name not in known:
-        raise unknown_name("dataset", name, known, ConfigError)
+        error = unknown_name("dataset", name, known)
+        raise ConfigError(f"{error}; for your own data give DATASET_PATH")
     return next(iter(known.values())) if name is None else known[name]
 
 

@@ -170,7 +170,7 @@ class Dataset:
         path: str | epath.Path,
         *,
         name: str | None = None,
-        labels: Sequence[str] = (),
+        labels: Sequence[str] | str = (),
         metric: str = "text",
         must_exist: bool = True,
     ) -> "Dataset":
@@ -180,8 +180,9 @@ class Dataset:
           path: a folder or a file, see `JsonlSource`.
           name: the name of the dataset in SeqIO's names: letters, digits and underscores; None for
             `name_of` the path, which runs use.
-          labels: the closed set of labels, among which predictions are chosen; empty for the set
-            that `dataset.json` declares, see `read_declared`.
+          labels: the closed set of labels, among which predictions are chosen, or one text with
+            commas between them; empty for the set that `dataset.json` declares, see
+            `read_declared`.
           metric: the metric of the labels, "text" or "equation".
           must_exist: False where only names and labels are needed, as for prediction: the path may
             be missing and `dataset.json` is not read.
@@ -192,6 +193,9 @@ class Dataset:
         """
         path = epath.Path(path).expanduser()
         name = name_of(path) if name is None else name
+        labels = labels.split(",") if isinstance(labels, str) else labels
+        if len({*labels}) < len(labels):
+            raise DataError(f"labels: {', '.join(labels)}: one is given twice")
         if must_exist and path.is_file():
             check_kind(path)
         if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):

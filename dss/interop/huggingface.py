@@ -18,7 +18,7 @@ from safetensors import safe_open
 from dss.batches.store import cache_dir
 from dss.data.examples import read_json_file
 from dss.data.vocabulary import BYTES
-from dss.errors import CheckpointError, first_line
+from dss.errors import CheckpointError
 from dss.interop.assemble import assemble
 from dss.interop.tokenizers import sentencepiece_model
 from dss.paths import check_no_pipes, in_bucket
@@ -79,7 +79,8 @@ def resolve(source: str) -> Path:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # the hub's client raises many types of errors
         raise CheckpointError(
-            f"{name}: no such folder, and the download from the hub failed: {first_line(error)}"
+            f"{name}: no such folder, and the hub did not send it ({type(error).__name__}); check "
+            "the path, or the id and the connection"
         ) from error
 
 

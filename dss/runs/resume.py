@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from dss.config.data import resolve
 from dss.config.experiment import Experiment
-from dss.config.gin_files import gin_name
+from dss.config.gin_files import gin_name, load_config
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import DssError
 from dss.parallel.processes import all_agree, leaders_text
@@ -24,6 +24,7 @@ __all__ = [
     "check_same",
     "describe_values",
     "open_run",
+    "with_recorded_teacher",
 ]
 
 
@@ -61,6 +62,22 @@ def open_run(experiment: Experiment, resume: Resume) -> tuple[Run, Any | None]:
     # The location of the data and the mesh may change.
     resumed = dataclasses.replace(run.experiment, data=experiment.data, mesh=experiment.mesh)
     return save_run(folder, resumed), None
+
+
+def with_recorded_teacher(experiment: Experiment) -> Experiment:
+    """Returns an experiment with the teacher of its run, where it names none.
+
+    So the same command resumes after another teacher's outputs were added.
+    """
+    if None in (experiment.run_dir, experiment.method) or experiment.teacher is not None:
+        return experiment
+    path = run_folder(experiment) / CONFIG_FILE
+    if not path.is_file():
+        return experiment
+    recorded = load_config(path.parent)
+    if recorded.method != experiment.method:
+        return experiment
+    return dataclasses.replace(experiment, teacher=recorded.teacher)
 
 
 def _differences(prefix: str, before: Any, now: Any, may_change: tuple[str, ...]) -> list[str]:

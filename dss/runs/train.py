@@ -36,7 +36,14 @@ from dss.parallel.mesh import make_mesh, put_batch
 from dss.parallel.processes import StopSignal, is_leader, leaders_text
 from dss.runs.data import split_store, start_ids, training_batches
 from dss.runs.directory import CHECKPOINTS, Run
-from dss.runs.resume import Resume, changed_since, check_processes_agree, describe_values, open_run
+from dss.runs.resume import (
+    Resume,
+    changed_since,
+    check_processes_agree,
+    describe_values,
+    open_run,
+    with_recorded_teacher,
+)
 from dss.runs.session import (
     Session,
     describe_data,
@@ -129,7 +136,7 @@ def run_experiment(
     """
     progress = progress or Progress()
     with Session() as session:
-        experiment = resolve(experiment)
+        experiment = resolve(with_recorded_teacher(experiment))
         mixture = open_mixture(experiment)
         progress.say(f"reading {mixture.name}")
         files = hash_files({"train": mixture, "valid": mixture.available("valid")})

@@ -86,3 +86,19 @@ def test_load_names_a_source_without_a_student(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"input": "x"}])
     with pytest.raises(dss.DssError, match=str(tmp_path)):
         dss.load(tmp_path)
+
+
+def test_wrong_arguments_are_one_line(toy, tmp_path):
+    for call, message in (
+        (lambda: dss.train(None, tmp_path), "experiment: give a dss.Experiment, not NoneType"),
+        (lambda: dss.annotate("tickets", model="m"), "dataset: give dss.Dataset.from_files"),
+        (lambda: dss.load(tmp_path), "no run, export or checkpoint"),
+        (lambda: dss.load("runs/nowhere"), "no such folder, and the hub did not send it"),
+    ):
+        with pytest.raises(dss.DssError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+    student = dss.Student(None)
+    for inputs in ({"input": "x"}, [{"input": "x"}], 3, b"x"):
+        with pytest.raises(dss.DssError, match="give a text or a list of texts"):
+            student.predict(inputs)

@@ -175,3 +175,26 @@ def test_errors_of_names_are_of_their_kind(toy):
         Dataset.released("cqaa")
     with pytest.raises(ConfigError, match="must be at least 1"):
         Experiment(batch_size=0)
+
+
+def test_a_released_dataset_and_a_path_are_not_given_both(toy_folder):
+    data = DataConfig(dataset_path=str(toy_folder))
+    with pytest.raises(
+        ConfigError, match=r"DATASET is 'cqa' and DATASET_PATH is '.*toy'; give one"
+    ):
+        open_mixture(Experiment(dataset="cqa", method="finetune", data=data))
+    with pytest.raises(ConfigError, match=r"unknown dataset 'tickets'.*give DATASET_PATH"):
+        open_mixture(Experiment(dataset="tickets", method="finetune"))
+
+
+def test_an_export_reads_no_data_of_the_working_folder(toy_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(toy_folder.parent)  # where a folder of the same name is
+    experiment = Experiment(dataset="toy", method="step_by_step", teacher="my_llm")
+    mixture = open_mixture(experiment, must_exist=False)
+    assert mixture.name == "toy_step_by_step_my_llm"
+
+
+def test_labels_are_a_list_or_one_text_with_commas(toy_folder):
+    assert Dataset.from_files(toy_folder, labels="yes,no").labels.closed == ("yes", "no")
+    with pytest.raises(DataError, match="one is given twice"):
+        Dataset.from_files(toy_folder, labels=("yes", "yes"))
