@@ -25,7 +25,8 @@ import jax
 import numpy as np
 import optax
 
-from dss.batches.batches import Batches, Order, iterate, views
+from dss.batches.batches import Batches, iterate
+from dss.batches.order import Order, views
 from dss.batches.store import TokenStore, tokenize
 from dss.cli.options import quiet_tpu
 from dss.data.datasets import Dataset

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dss.batches.batches import Batch, Batches, fill, paired_order
+from dss.batches.batches import Batch, Batches, fill
+from dss.batches.order import paired_order
 from dss.batches.store import TokenStore, open_store
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary

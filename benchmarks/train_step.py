@@ -29,7 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from dss.batches.batches import Batches, fill, paired_order
+from dss.batches.batches import Batches, fill
+from dss.batches.order import paired_order
 from dss.batches.store import Ragged, TokenStore, open_store
 from dss.cli.options import quiet_tpu
 from dss.config.gin_files import parse_gin

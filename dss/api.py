@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dss.config.experiment import Experiment
-from dss.data.datasets import Dataset, JsonlSource
+from dss.data.datasets import Dataset
 from dss.errors import ConfigError, DataError, DssError
 from dss.paths import CONFIG_FILE
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from dss.training.loop import Progress
 
 __all__ = ["Annotation", "Prediction", "Student", "annotate", "load", "train"]
-
-OPENAI_URL = "https://api.openai.com/v1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,11 +314,10 @@ def annotate(
     """
     from dss.teacher.annotate import Limits
     from dss.teacher.ask import ask, open_journal
-    from dss.teacher.client import Client, api_key
-    from dss.teacher.job import dataset_job, file_job
+    from dss.teacher.client import Client, api_key, default_url
+    from dss.teacher.job import dataset_job
     from dss.teacher.prices import load_price
-    from dss.teacher.prompt import with_labels
-    from dss.teacher.request import Teacher, Writer
+    from dss.teacher.request import Teacher
 
     if not isinstance(dataset, Dataset):
         raise ConfigError(
@@ -328,26 +325,13 @@ def annotate(
         )
     teacher = Teacher(
         model=model,
-        base_url=base_url or os.environ.get("OPENAI_BASE_URL", OPENAI_URL),
+        base_url=default_url() if base_url is None else base_url,
         api=api,
         parameters=dict(parameters or {}),
         samples=samples,
     )
     folder = None if output is None else Path(output)
-    if isinstance(dataset.source, JsonlSource):
-        if prompt is None:
-            raise DssError("prompt: missing; give the name of a prompt of dss, or a YAML file")
-        if dataset.source_split(split) != split:
-            raise DataError(
-                f"{dataset.name!r} has no file for {split!r}: it is a tenth of train; annotate that"
-            )
-        (file,) = dataset.files(split)
-        job = file_job(Path(file), prompt, teacher, output=folder, name=name)
-        if dataset.labels.closed:
-            labelled = with_labels(job.writer.prompt, dataset.labels)
-            job = dataclasses.replace(job, writer=Writer(labelled, teacher))
-    else:
-        job = dataset_job(dataset, split, prompt, teacher, output=folder, name=name)
+    job = dataset_job(dataset, split, prompt, teacher, output=folder, name=name)
     price = None if prices is None else load_price(Path(prices), model)
     limits = Limits(concurrency=concurrency, max_requests=max_requests, max_cost=max_cost)
     client = Client(teacher, api_key(key_env, teacher.base_url), limits.timeout)

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-OPENAI_URL = "https://api.openai.com/v1"
 SHOWN_PROMPTS = 2  # by --dry-run
 INTERRUPTED = 130
 
@@ -46,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     teacher.add_argument("--teacher", metavar="MODEL", help="name of the model at the endpoint")
     teacher.add_argument(
         "--base-url",
-        default=os.environ.get("OPENAI_BASE_URL", OPENAI_URL),
         metavar="URL",
         help="OpenAI-compatible endpoint with its version, such as http://localhost:8000/v1 "
         "(default: OPENAI_BASE_URL, else OpenAI)",
@@ -166,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _job(args: argparse.Namespace) -> "Job":
     from dss.data.datasets import Dataset
+    from dss.teacher.client import default_url
     from dss.teacher.job import dataset_job, file_job
     from dss.teacher.request import Teacher
 
@@ -178,7 +176,7 @@ def _job(args: argparse.Namespace) -> "Job":
         parameters["temperature"] = args.temperature
     teacher = Teacher(
         model=args.teacher,
-        base_url=args.base_url,
+        base_url=default_url() if args.base_url is None else args.base_url,
         api=args.api,
         parameters=parameters,
         samples=args.samples,

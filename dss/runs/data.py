@@ -1,11 +1,7 @@
 """The data of a run: token stores, the order of sequences, and batches."""
 
-from dss.batches.batches import (
-    Batches,
-    Order,
-    paired_order,
-    sampled_order,
-)
+from dss.batches.batches import Batches
+from dss.batches.order import Order, paired_order, sampled_order
 from dss.batches.store import TokenStore, open_store
 from dss.config.data import open_mixture
 from dss.config.experiment import Experiment

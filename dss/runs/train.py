@@ -14,11 +14,8 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from dss.batches.batches import (
-    Batches,
-    iterate,
-    sequential_order,
-)
+from dss.batches.batches import Batches, iterate
+from dss.batches.order import sequential_order
 from dss.batches.statistics import describe_labels
 from dss.batches.store import TokenStore
 from dss.config.data import open_mixture, resolve

@@ -18,7 +18,7 @@ from dss.errors import TeacherError
 from dss.teacher.reply import Reply, read_reply
 from dss.teacher.request import Teacher
 
-__all__ = ["Client", "api_key", "retry_after"]
+__all__ = ["Client", "api_key", "default_url", "retry_after"]
 
 HIDDEN = "[API key]"  # replaces the key in replies
 NO_KEY = "none"  # sent to servers that need no key
@@ -27,6 +27,11 @@ LONGEST_WAIT = 1e9  # seconds
 MOST_BYTES = 2**24  # per reply
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPENAI_HOST = "api.openai.com"
+
+
+def default_url() -> str:
+    """Returns the base URL in OPENAI_BASE_URL; OpenAI's if it is not set."""
+    return os.environ.get("OPENAI_BASE_URL", f"https://{OPENAI_HOST}/v1")
 
 
 def api_key(variable: str, base_url: str) -> str:

@@ -15,6 +15,8 @@ from etils import epath
 from dss import __version__
 from dss.data.datasets import DATASET_FILE, SPLITS, Dataset, read_declared
 from dss.data.examples import Example, read_json_lines, stream_examples
+from dss.data.labels import ANY_LABEL, Labels
+from dss.data.released import RELEASED
 from dss.errors import TeacherError
 from dss.paths import check_no_pipes, in_bucket, write_whole
 from dss.teacher.journal import Journal
@@ -280,7 +282,13 @@ def _short_hash(text: str) -> str:
 
 
 def file_job(
-    path: Path, prompt: str, teacher: Teacher, *, output: Path | None, name: str | None
+    path: Path,
+    prompt: str,
+    teacher: Teacher,
+    *,
+    output: Path | None,
+    name: str | None,
+    labels: Labels = ANY_LABEL,
 ) -> Job:
     """Returns the job for a file of JSON lines.
 
@@ -292,6 +300,7 @@ def file_job(
       teacher: model to query.
       output: output folder; None for the file's folder.
       name: name of the teacher in file names and mixtures; None for the model's name.
+      labels: labels in place of the prompt's and the declared ones; an open set for these.
 
     Raises:
       TeacherError: if the file, the prompt, the labels or the name is missing or invalid.
@@ -303,7 +312,8 @@ def file_job(
     if not path.is_file():
         raise TeacherError(f"{path}: no such file")
     loaded = load_prompt(prompt)
-    labels = read_declared(path, loaded.labels, where=f"prompt {loaded.name}")
+    if not labels.closed:
+        labels = read_declared(path, loaded.labels, where=f"prompt {loaded.name}")
     return Job(
         source=path,
         stem=path.stem,
@@ -322,7 +332,7 @@ def dataset_job(
     output: Path | None,
     name: str | None,
 ) -> Job:
-    """Returns the job for a split of a released dataset; the default prompt is the dataset's.
+    """Returns the job for a split of a dataset; the default prompt is that of a released dataset.
 
     Raises:
       TeacherError: if the split's file, the prompt or the name is missing or invalid.
@@ -336,6 +346,10 @@ def dataset_job(
     if in_bucket(file):
         raise TeacherError(f"{file}: in a bucket; annotate a local copy")
     source = Path(file)
+    if dataset.name not in RELEASED:
+        if prompt is None:
+            raise TeacherError("no prompt: give the name of a shipped one, or a YAML file")
+        return file_job(source, prompt, teacher, output=output, name=name, labels=dataset.labels)
     return Job(
         source=source,
         stem=source.stem if output is None else split,

@@ -117,13 +117,15 @@ class Clock(Hook):
         self._is_open, self._excluded = False, 0.0
 
     def _exclude(self, seconds: float) -> None:
+        assert self._since is not None  # a batch came first
         self._excluded += seconds
-        self._since = seconds + (self._since or 0.0)
+        self._since += seconds
 
     def throughput(self) -> float | None:
         """Returns the examples per second since the last call; None if every step compiled."""
         now = time.monotonic()
-        counted, seconds = self._counted, now - (self._since or now)
+        assert self._since is not None
+        counted, seconds = self._counted, now - self._since
         self._counted, self._since = 0, now
         return counted * self._examples / seconds if counted else None
 

@@ -76,9 +76,9 @@ def test_annotate_works_inside_an_event_loop(tmp_path, monkeypatch):
     assert first.counts == again.counts == {"ok": 6}
     assert (first.teacher, first.path.name) == ("my_llm", "numbers.my-llm.jsonl")
     assert numbers.source.teachers == ("my_llm",)
-    with pytest.raises(dss.DssError, match="prompt: missing; give the name"):
+    with pytest.raises(dss.DssError, match="no prompt: give the name"):
         dss.annotate(numbers, model="m")
-    with pytest.raises(dss.DssError, match="no file for 'valid': it is a tenth of train"):
+    with pytest.raises(dss.DssError, match="no file for valid: it is a tenth of train"):
         dss.annotate(numbers, model="m", prompt="classification", split="valid")
 
 

@@ -1,16 +1,8 @@
 import numpy as np
 import pytest
 
-from dss.batches.batches import (
-    Batches,
-    Order,
-    Sequences,
-    fill,
-    iterate,
-    paired_order,
-    sampled_order,
-    sequential_order,
-)
+from dss.batches.batches import Batches, fill, iterate
+from dss.batches.order import Order, Sequences, paired_order, sampled_order, sequential_order
 from dss.batches.packing import PackedShape, RowWidths
 from dss.batches.store import Ragged, TaskTokens, TokenStore, open_store, tokenize
 from dss.data.vocabulary import load_vocabulary

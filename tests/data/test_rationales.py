@@ -1,6 +1,6 @@
 import pytest
 
-from dss.batches.batches import paired_order, sampled_order
+from dss.batches.order import paired_order, sampled_order
 from dss.batches.store import open_store
 from dss.data.datasets import Dataset
 from dss.data.examples import read_teacher_outputs

@@ -16,7 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from dss.batches.batches import Batches, paired_order
+from dss.batches.batches import Batches
+from dss.batches.order import paired_order
 from dss.batches.store import TokenStore, open_store
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary

@@ -168,7 +168,7 @@ def test_a_blank_label_counts_as_missing(tmp_path):
     ] == ["0"]
 
 
-def test_errors_of_names_are_of_their_kind(toy):
+def test_errors_of_names_are_of_their_kind():
     with pytest.raises(DataError, match="unknown method"):
         Method.parse("stepbystep")
     with pytest.raises(DataError, match="unknown dataset"):

@@ -10,7 +10,8 @@ import jax
 import pytest
 from jax.errors import JaxRuntimeError
 
-from dss.batches.batches import Batches, paired_order
+from dss.batches.batches import Batches
+from dss.batches.order import paired_order
 from dss.cli.main import main
 from dss.config.experiment import DataConfig, Experiment
 from dss.config.gin_files import parse_gin

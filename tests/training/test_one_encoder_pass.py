@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from dss.batches.batches import Batches, fill, paired_order, sequential_order
+from dss.batches.batches import Batches, fill
+from dss.batches.order import paired_order, sequential_order
 from dss.batches.store import open_store
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary

@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from dss.batches.batches import Batches, paired_order
+from dss.batches.batches import Batches
+from dss.batches.order import paired_order
 from dss.batches.store import open_store
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
