@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dss.batches.batches import Batch, Batches, fill
+from dss.batches.batch import Batch
+from dss.batches.batches import Batches
 from dss.batches.order import paired_order
 from dss.batches.store import TokenStore, open_store
 from dss.data.datasets import Dataset
@@ -32,10 +33,12 @@ SPLITS = {"cqa": "train", "svamp": "train", "esnli": "valid", "anli1": "valid"}
 def sequences(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Returns the inputs and targets of every segment, sorted."""
     out = []
-    sides = ("encoder_input_tokens", "encoder_segment_ids")
-    sides += ("decoder_target_tokens", "decoder_segment_ids")
     for inputs, input_segments, targets, target_segments in zip(
-        *(batch[name] for name in sides), strict=True
+        batch.encoder_input_tokens,
+        batch.encoder_segment_ids,
+        batch.decoder_target_tokens,
+        batch.decoder_segment_ids,
+        strict=True,
     ):
         for segment in range(1, input_segments.max() + 1):
             pair = inputs[input_segments == segment], targets[target_segments == segment]
@@ -63,9 +66,12 @@ def measure(store: TokenStore, args: argparse.Namespace) -> dict:
     steps = np.linspace(0, args.steps - 1, min(args.steps, args.packed), dtype=int).tolist()
     made = [batches[step] for step in steps]
     packed = time.perf_counter()
-    sides = ("encoder_segment_ids", "decoder_segment_ids")
-    tokens = sum(int(np.count_nonzero(batch[side])) for batch in made for side in sides)
-    encoder, decoder = np.mean([fill(batch) for batch in made], axis=0)
+    tokens = sum(
+        int(np.count_nonzero(ids))
+        for batch in made
+        for ids in (batch.encoder_segment_ids, batch.decoder_segment_ids)
+    )
+    encoder, decoder = np.mean([batch.fill for batch in made], axis=0)
     exact = all(
         sequences(batch) == wanted(store, batches, step)
         for step, batch in zip(steps, made, strict=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 from dss.cli.options import quiet_tpu
 
 DEPTHS = {"small": 8, "xxl": 24}  # layers of each stack
-GROUPS, SLOTS, ROWS = 1, (2304, 672), ((20, 136), (10, 80, 296))  # as of e-SNLI with 36 examples
+SLOTS, ROWS, WIDTHS = (2304, 672), (20, 10), (136, 80, 296)  # as of e-SNLI with 36 examples
 RUN = (
     "--gin_file=students/tiny.gin",
     "--gin.MIXTURE_OR_TASK_NAME=timeline_step_by_step_rules",
@@ -74,8 +74,9 @@ def compile_steps(repeats: int) -> dict[str, list[float]]:
     import dataclasses
 
     import jax
-    import jax.numpy as jnp
 
+    from dss.batches.batch import Batch
+    from dss.batches.packing import PackedShape, RowWidths
     from dss.config.gin_files import parse_gin
     from dss.parallel.config import MeshConfig
     from dss.parallel.mesh import make_mesh
@@ -88,19 +89,10 @@ def compile_steps(repeats: int) -> dict[str, list[float]]:
     experiment = parse_gin(["students/small.gin"], [])
     assert experiment.student is not None
     small = experiment.resolve_student(experiment.student)
-    mesh_config, (N, M), (encoder, decoder) = MeshConfig(), SLOTS, ROWS
+    mesh_config = MeshConfig()
     mesh = make_mesh(mesh_config, jax.devices()[:1])
     optimizer = make_optimizer(OptimizerConfig(), 1000)
-    shapes = {
-        "encoder_input_tokens": (N,),
-        "encoder_segment_ids": (N,),
-        **{f"decoder_{n}": (M,) for n in ("target_tokens", "input_tokens", "segment_ids")},
-        "decoder_task_ids": (M,),
-        "encoder_rows": encoder,
-        "decoder_rows": decoder[:2],
-        "cross_rows": (decoder[0], decoder[2]),
-    }
-    batch = {n: jax.ShapeDtypeStruct((GROUPS, *s), jnp.int32) for n, s in shapes.items()}
+    batch = Batch.abstract(PackedShape(*SLOTS, *ROWS, RowWidths(*WIDTHS)), 1)
     seconds: dict[str, list[float]] = {name: [] for name in DEPTHS}
     for _ in range(repeats):
         for name, depth in DEPTHS.items():

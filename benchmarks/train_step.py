@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from dss.batches.batches import Batches, fill
+from dss.batches.batches import Batches
 from dss.batches.order import paired_order
 from dss.batches.store import Ragged, TokenStore, open_store
 from dss.cli.options import quiet_tpu
@@ -110,7 +110,7 @@ class DssSide:
 
     def step(self, number: int) -> float:
         batch = self.put(self.mesh, self.batches[number])
-        shape = tuple(array.shape for array in batch.values())
+        shape = batch.shapes
         if shape not in self.programs:
             began = time.perf_counter()
             self.programs[shape] = self.step_function.lower(self.state, batch).compile()
@@ -125,7 +125,7 @@ class DssSide:
         return round(stats["peak_bytes_in_use"] / 1e9, 2) if stats else process_peak_gb()
 
     def facts(self) -> dict:
-        fills = [fill(self.batches[number]) for number in range(self.steps)]
+        fills = [self.batches[number].fill for number in range(self.steps)]
         encoder, decoder = np.mean(fills, axis=0)
         return {
             "compile_seconds": round(self.compile_seconds, 1),

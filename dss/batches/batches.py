@@ -2,38 +2,15 @@
 
 Every process computes the whole batch of a step, and `put_batch` (dss/parallel/mesh.py) keeps its
 part.
-
-A batch is a dict of int32 arrays. A sequence is an example in one task, and a segment of the batch.
-Packed sequences follow each other in G groups of N encoder and M decoder slots, and three arrays
-list the slots of each attention row (see `dss.student.ops.Rows`). For example, a group with the two
-segments `predict: a` -> `x` and `explain: b` -> `y z` (1 is EOS, 0 padding):
-
-    encoder_input_tokens   [G, N]   predict : a 1 explain : b 1 0 0
-    encoder_segment_ids    [G, N]         1 1 1 1       2 2 2 2 0 0
-    decoder_target_tokens  [G, M]   x 1 y z 1 0
-    decoder_input_tokens   [G, M]   0 x 0 y z 0     targets, shifted right in each segment
-    decoder_segment_ids    [G, M]   1 1 2 2 2 0
-    decoder_task_ids       [G, M]   1 1 2 2 2 0     1 + the target's task in the mixture
-    encoder_rows           [G, R, S]   slots of each row of encoder self-attention:
-                                       (0 1 2 3), (4 5 6 7); N for none
-    decoder_rows           [G, Q, T]   the same for the decoder: (0 1 2 3 4); M for none
-    cross_rows             [G, Q, C]   encoder slots that each row of decoder_rows attends to:
-                                       (0 1 2 3 4 5 6 7); N for none
-
-Unpacked, every group is one sequence, and there are no row arrays.
-
-With one encoder pass, the tasks of an example share an input, which is encoded once; an example is
-then packed as a unit. Each of its targets is a segment, starts from the start id of its task, and
-attends to the segment of the input:
-
-    decoder_reads          [G, M]   the encoder segment that each target slot attends to
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
+from dss.batches.batch import Batch
 from dss.batches.order import BLOCK_STEPS, Order
 from dss.batches.packing import (
     PackedShape,
@@ -46,14 +23,7 @@ from dss.batches.packing import (
 )
 from dss.batches.store import TokenStore
 
-__all__ = [
-    "Batch",
-    "Batches",
-    "fill",
-    "iterate",
-]
-
-Batch = dict[str, np.ndarray]
+__all__ = ["Batches", "iterate"]
 
 SHAPE_BLOCKS = 8  # blocks of steps, spread over the run, that shapes are chosen from; fewer, but
 SHAPE_GROUPS = 2**14  # at least 2, where their groups are more: more groups vary less by step
@@ -255,7 +225,7 @@ class Batches:
         starts = np.empty((n, 2), np.int64)
         starts[items[exists]] = before[exists]
         batch = self._tokens(step, shape, self.groups, group, segment + 1, starts)
-
+        rows: dict[str, np.ndarray] = {}
         widths = shape.widths
         layouts = (
             ("encoder_rows", encoder, 0, shape.input_rows, widths.inputs),
@@ -272,8 +242,8 @@ class Batches:
             row_start = first[is_first][np.cumsum(is_first) - 1]
             positions = _slots(key * width + first - row_start, size)
             table.reshape(-1)[positions] = _slots(first, size)
-            batch[name] = table
-        return batch
+            rows[name] = table
+        return dataclasses.replace(batch, **rows)
 
     def _tokens(
         self,
@@ -296,17 +266,17 @@ class Batches:
         """
         N, M, K = shape.inputs, shape.targets, len(self.store.tasks)
         names = ("target_tokens", "input_tokens", "segment_ids", "task_ids")
-        batch = {f"encoder_{name}": np.zeros((groups, N), np.int32) for name in names[1:3]}
-        batch |= {f"decoder_{name}": np.zeros((groups, M), np.int32) for name in names}
+        arrays = {f"encoder_{name}": np.zeros((groups, N), np.int32) for name in names[1:3]}
+        arrays |= {f"decoder_{name}": np.zeros((groups, M), np.int32) for name in names}
         tasks, rows, lengths, items = self._sequences(step)
         is_first = np.diff(items, prepend=-1) != 0  # the sequence that has its item's input
         target_segment = segment[items]
         if self.starts is not None:
-            batch["decoder_reads"] = np.zeros((groups, M), np.int32)
+            arrays["decoder_reads"] = np.zeros((groups, M), np.int32)
             target_segment = (target_segment - 1) * K + tasks + 1
         before = np.cumsum(lengths[:, 1]) - lengths[:, 1]
         before -= before[is_first][np.cumsum(is_first) - 1]  # earlier target tokens of the item
-        flat = {name: array.reshape(-1) for name, array in batch.items()}
+        flat = {name: array.reshape(-1) for name, array in arrays.items()}
         for k, task in enumerate(self.store.tasks):
             chosen = (tasks == k) & is_first
             sizes, item = lengths[chosen, 0], items[chosen]
@@ -327,17 +297,7 @@ class Batches:
             flat["decoder_task_ids"][slots] = k + 1
             if self.starts is not None:
                 flat["decoder_reads"][slots] = np.repeat(segment[item], sizes)
-        return batch
-
-
-def fill(batch: Batch) -> tuple[float, float]:
-    """Returns the packing density of a batch: the fraction of encoder slots and of decoder slots
-    with a token.
-    """
-    return (
-        float((batch["encoder_segment_ids"] > 0).mean()),
-        float((batch["decoder_segment_ids"] > 0).mean()),
-    )
+        return Batch(**arrays)
 
 
 def iterate(batches: Batches, start: int = 0, buffer: int = 4) -> Iterator[Batch]:

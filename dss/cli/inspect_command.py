@@ -248,7 +248,6 @@ def _print_batches(
     """Prints the shapes of training batches, and the packing density of the first ones."""
     import numpy as np
 
-    from dss.batches.batches import fill
     from dss.batches.statistics import describe_labels
     from dss.runs.data import training_batches, training_store
 
@@ -276,7 +275,7 @@ def _print_batches(
         table.add_row("", "decoder", str(groups * shape.targets), decoder)
     console.print(table)
     steps = min(FILL_STEPS, len(batches))
-    encoder, decoder = np.mean([fill(batches[step]) for step in range(steps)], axis=0)
+    encoder, decoder = np.mean([batches[step].fill for step in range(steps)], axis=0)
     console.print(
         f"  packing density over {steps} steps: encoder {encoder:.1%}, decoder {decoder:.1%}\n"
     )

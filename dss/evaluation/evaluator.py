@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dss.batches.batch import Batch
 from dss.data.metrics import rouge_l
 from dss.data.vocabulary import EOS, Vocabulary, encode_example
 from dss.errors import DssError
@@ -196,7 +197,7 @@ class Predictor:
             decoded, _ = generate(
                 self.config,
                 self.params,
-                self._put(tokens),
+                put_batch(self.mesh, tokens),
                 max_length=max_length,
                 num_beams=self.decoding.num_beams,
                 start=start,
@@ -231,8 +232,10 @@ class Predictor:
             self.progress.began((tokens.shape, table.shape[1:], slots))
             padded_batch = np.resize(batch, len(tokens))
             padded_batch[len(batch) :] = batch[-1]
-            labels = self._put(table[padded_batch])
-            scores = score_candidates(self.config, self.params, self._put(tokens), labels, slots)
+            labels = put_batch(self.mesh, table[padded_batch])
+            scores = score_candidates(
+                self.config, self.params, put_batch(self.mesh, tokens), labels, slots
+            )
             for i, padded_scores in zip(batch, fetch(scores), strict=False):
                 log_likelihoods = padded_scores[: len(candidates[i])].astype(np.float64)
                 softmax = np.exp(log_likelihoods - log_likelihoods.max())
@@ -281,9 +284,6 @@ class Predictor:
         single = task.kind == "rationale_then_label"
         return [Answer(extract_label(text) if single else text) for text in texts]
 
-    def _put(self, array: np.ndarray) -> jax.Array:
-        return put_batch(self.mesh, {"array": array})["array"]
-
     def _batches(self, inputs: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields batches of inputs of similar length: (indices [n], token ids [B, S]), n <= B.
 
@@ -302,9 +302,9 @@ class Predictor:
 
 
 def token_metrics(
-    eval_step: Callable[[Any, dict], dict[str, jax.Array]],
+    eval_step: Callable[[Any, Batch], dict[str, jax.Array]],
     params: Any,
-    batches: Iterable[dict[str, jax.Array]],
+    batches: Iterable[Batch],
     task_names: Sequence[str],
     rates: Sequence[float],
     prefix: str,

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from etils import epath
 
-from dss.batches.batches import Batch, Batches
+from dss.batches.batches import Batches
 from dss.config.data import open_mixture, resolve
 from dss.config.experiment import Experiment
 from dss.config.gin_files import gin_name
@@ -196,8 +196,8 @@ class TrainIterator(dataset_iterator.DatasetIterator):
         self._step = 0
         self._slots = dict(zip(("encoder", "decoder"), batches.most_slots(), strict=True))
 
-    def __next__(self) -> Batch:
-        batch = self._batches[self._step]
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = self._batches[self._step].as_dict()
         self._step += 1
         names = [name for name in batch if not name.endswith("_rows")]
         out = {name: self._padded(name, batch[name]) for name in names}

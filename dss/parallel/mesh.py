@@ -189,21 +189,21 @@ def place(array: Any, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Returns a batch on the mesh.
 
     Arrays are sharded over `data`, or replicated if their first axis is not divisible by its size.
 
     Args:
       mesh: the mesh.
-      batch: host arrays; the whole batch, in every process.
+      batch: tree of host arrays; the whole batch, in every process.
     """
 
     def put(array: np.ndarray) -> jax.Array:
         divisible = len(array) % mesh.shape["data"] == 0
         return place(array, batch_sharding(mesh) if divisible else replicated(mesh))
 
-    return {name: put(array) for name, array in batch.items()}
+    return jax.tree.map(put, batch)
 
 
 def fetch(array: jax.Array) -> np.ndarray:

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.errors import JaxRuntimeError
 
+from dss.batches.batch import Batch
 from dss.batches.batches import Batches
 from dss.batches.store import TokenStore
 from dss.config.data import open_mixture
@@ -156,28 +156,12 @@ def device_bytes(arrays: Any) -> int:
     )
 
 
-def abstract_batch(batches: Batches, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(batches: Batches, mesh: jax.sharding.Mesh) -> Batch:
     """Returns the largest batch, as abstract arrays sharded over the mesh."""
-    shape, G = batches.largest, batches.groups
-    shapes: dict[str, tuple[int, ...]] = {}
-    if not batches.packed:
-        G = shape.input_rows
-    else:
-        widths = shape.widths
-        shapes["encoder_rows"] = (G, shape.input_rows, widths.inputs)
-        shapes["decoder_rows"] = (G, shape.target_rows, widths.targets)
-        shapes["cross_rows"] = (G, shape.target_rows, widths.cross)
-    for name in ("input_tokens", "segment_ids"):
-        shapes[f"encoder_{name}"] = (G, shape.inputs)
-    if batches.starts is not None:
-        shapes["decoder_reads"] = (G, shape.targets)
-    for name in ("input_tokens", "segment_ids", "target_tokens", "task_ids"):
-        shapes[f"decoder_{name}"] = (G, shape.targets)
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
-        for name, shape in shapes.items()
-    }
+    shape, packed = batches.largest, batches.packed
+    groups = batches.groups if packed else shape.input_rows
+    batch = Batch.abstract(shape, groups, packed=packed, reads=batches.starts is not None)
+    return jax.tree.map(lambda x: x.update(sharding=batch_sharding(mesh)), batch)
 
 
 class Planner:
@@ -228,7 +212,7 @@ class Planner:
             starts=self.starts,
         )
 
-    def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
+    def lower(self, batch: Batch) -> Any:
         """Returns the lowered train step for an abstract batch."""
         tasks = len(self.store.tasks)
         step: Any = make_train_step(
@@ -293,7 +277,7 @@ class Planner:
             flops = useful_flops(self.config, inputs, targets, reads)
             per_step.append((inputs.sum(), targets.sum(), flops))
         mean = np.mean(per_step, axis=0)
-        is_filled = batches[0]["encoder_segment_ids"].reshape(self.unit, -1).any(axis=1)
+        is_filled = batches[0].encoder_segment_ids.reshape(self.unit, -1).any(axis=1)
         shape = batches.shapes[-1]
         groups, R, Q = batches.groups, shape.input_rows, shape.target_rows
         if not batches.packed:  # each row is a group

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
+from dss.batches.batch import Batch
 from dss.errors import DssError
 from dss.parallel.processes import StopSignal
 from dss.training.checkpoints import Checkpoints
 from dss.training.config import TrainerConfig
 from dss.training.metrics import MetricsWriter
-from dss.training.step import TrainState
+from dss.training.step import Metrics, TrainState
 
 __all__ = ["Clock", "FiniteGuard", "Hook", "Log", "Progress", "Validation", "train"]
 
@@ -46,7 +47,7 @@ class Hook:
 
     is_over: bool = False  # whether to end training before its last step
 
-    def before_step(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
+    def before_step(self, step: int, state: TrainState, batch: Batch) -> None:
         """Called before each step with its batch."""
 
     def after_step(self, step: int, state: TrainState, values: dict[str, jax.Array]) -> None:
@@ -75,7 +76,7 @@ class Clock(Hook):
         self._began = self._paused = self._wait = self._excluded = 0.0
         self._waited = self._spent = 0.0  # seconds, over all steps that did not compile
 
-    def timed(self, batches: Iterator[dict[str, jax.Array]]) -> Iterator[dict[str, jax.Array]]:
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Yields the batches, and measures the wait for each."""
         while True:
             self._close_step()
@@ -88,9 +89,9 @@ class Clock(Hook):
             self._wait = time.monotonic() - self._began
             yield batch
 
-    def before_step(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> None:
+    def before_step(self, step: int, state: TrainState, batch: Batch) -> None:
         """Reports the compilation of a new shape."""
-        shape = tuple(array.shape for array in batch.values())
+        shape = batch.shapes
         self._compiles = shape not in self._shapes
         if self._compiles:
             self._shapes.add(shape)
@@ -290,8 +291,8 @@ def _numbers(metrics: dict[str, jax.Array], task_names: tuple[str, ...]) -> dict
 
 def train(
     state: TrainState,
-    train_step: Callable[[TrainState, dict], tuple[TrainState, dict]],
-    batches: Iterator[dict[str, jax.Array]],
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    batches: Iterator[Batch],
     *,
     num_steps: int,
     hooks: Sequence[Hook],

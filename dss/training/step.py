@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from dss.batches.batch import Batch
 from dss.errors import DssError
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import (
@@ -47,7 +48,6 @@ __all__ = [
 Params = Any
 Metrics = dict[str, jax.Array]
 GradDtype = Literal["float32", "bfloat16"]
-DeviceBatch = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -106,23 +106,23 @@ def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
 
 
 def _head_inputs(
-    config: T5Config, params: Params, batch: DeviceBatch, seed: jax.Array | None
+    config: T5Config, params: Params, batch: Batch, seed: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the input of the LM head [G, M, D] and the LM head [D, V]."""
     network = bind(config, params)
     hidden = network.hidden(
-        batch["encoder_input_tokens"],
-        batch["decoder_input_tokens"],
-        batch["encoder_segment_ids"],
-        batch["decoder_segment_ids"],
+        batch.encoder_input_tokens,
+        batch.decoder_input_tokens,
+        batch.encoder_segment_ids,
+        batch.decoder_segment_ids,
         seed,
-        tuple(batch.get(name) for name in ("encoder_rows", "decoder_rows", "cross_rows")),
-        batch.get("decoder_reads"),
+        (batch.encoder_rows, batch.decoder_rows, batch.cross_rows),
+        batch.decoder_reads,
     )
     return network.head_inputs(hidden)
 
 
-def _split(batch: DeviceBatch, microbatches: int) -> DeviceBatch:
+def _split(batch: Batch, microbatches: int) -> Batch:
     """Returns the batch as [microbatches, G / microbatches, ...].
 
     Adjacent groups go to different microbatches, so that each device keeps its groups.
@@ -140,7 +140,7 @@ def _gradients(
     mesh: Mesh,
     microbatches: int,
     params: Params,
-    batch: DeviceBatch,
+    batch: Batch,
     rates: jax.Array | None,
     seed: jax.Array | None,
 ) -> tuple[Params, jax.Array]:
@@ -149,13 +149,13 @@ def _gradients(
     Token weights are computed from the token counts of the whole batch, so the gradients of the
     microbatches add up to that of the batch. They are summed in float32.
     """
-    weights = token_weights(token_counts(batch["decoder_task_ids"], loss.num_tasks), rates)
+    weights = token_weights(token_counts(batch.decoder_task_ids, loss.num_tasks), rates)
 
     def weighted_loss(
-        params: Params, batch: DeviceBatch, seed: jax.Array | None
+        params: Params, batch: Batch, seed: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         hidden, kernel = _head_inputs(config, params, batch, seed)
-        targets, ids = batch["decoder_target_tokens"], batch["decoder_task_ids"]
+        targets, ids = batch.decoder_target_tokens, batch.decoder_task_ids
         return head_loss(loss, mesh, hidden, kernel, weights, targets, ids)
 
     gradient = jax.grad(weighted_loss, has_aux=True)
@@ -181,7 +181,7 @@ def make_train_step(
     microbatches: int = 1,
     grad_dtype: GradDtype = "float32",
     seed: int = 0,
-) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the jitted train step. `state` is donated.
 
     Args:
@@ -212,14 +212,14 @@ def make_train_step(
 
     root = np.random.SeedSequence(seed).generate_state(2)  # [2] uint32
 
-    def train_step(state: TrainState, batch: DeviceBatch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         step_seed = root + jnp.uint32([0, state.step]) if config.dropout_rate > 0 else None
         params = optax.tree.cast(state.params, grad_dtype)
         rates = loss.rates_at(state.step)
         grads, sums = _gradients(config, loss, mesh, microbatches, params, batch, rates, step_seed)
         grads = optax.tree.cast(grads, jnp.float32)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        counts = token_counts(batch["decoder_task_ids"], loss.num_tasks)
+        counts = token_counts(batch.decoder_task_ids, loss.num_tasks)
         metrics = {
             "loss": mixture_loss(sums, counts, rates),
             "task_loss": sums / jnp.maximum(counts, 1),
@@ -242,7 +242,7 @@ def make_train_step(
 
 def make_eval_step(
     config: T5Config, loss: LossConfig, *, mesh: Mesh, shardings: TrainState
-) -> Callable[[Params, DeviceBatch], dict[str, jax.Array]]:
+) -> Callable[[Params, Batch], dict[str, jax.Array]]:
     """Returns the jitted validation step, without dropout.
 
     Args:
@@ -263,9 +263,9 @@ def make_eval_step(
         out_shardings=replicated(mesh),
         compiler_options=_compiler_options(mesh),
     )
-    def eval_step(params: Params, batch: DeviceBatch) -> dict[str, jax.Array]:
+    def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
         hidden, kernel = _head_inputs(config, params, batch, None)
-        targets, ids = batch["decoder_target_tokens"], batch["decoder_task_ids"]
+        targets, ids = batch.decoder_target_tokens, batch.decoder_task_ids
         sums, correct = head_scores(loss, mesh, hidden, kernel, targets, ids)
         return {"sums": sums, "counts": token_counts(ids, loss.num_tasks), "correct": correct}
 

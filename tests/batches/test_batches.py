@@ -1,7 +1,8 @@
+import jax
 import numpy as np
 import pytest
 
-from dss.batches.batches import Batches, fill, iterate
+from dss.batches.batches import Batches, iterate
 from dss.batches.order import Order, Sequences, paired_order, sampled_order, sequential_order
 from dss.batches.packing import PackedShape, RowWidths
 from dss.batches.store import Ragged, TaskTokens, TokenStore, open_store, tokenize
@@ -32,7 +33,7 @@ def store() -> TokenStore:
 def test_packed_batch(store):
     batches = Batches(store, sequential_order(store, 2), num_steps=1)
     batches.shapes = (PackedShape(11, 8, input_rows=2, target_rows=2, widths=RowWidths(6, 5, 9)),)
-    batch = {name: array[0].tolist() for name, array in batches[0].items()}
+    batch = {name: array[0].tolist() for name, array in batches[0].as_dict().items()}
     assert batch == {
         "encoder_input_tokens": [18, 3, 1, 7, 3, 1, 18, 4, 1, 0, 0],
         "encoder_segment_ids": [1] * 3 + [2] * 3 + [3] * 3 + [0] * 2,
@@ -44,7 +45,7 @@ def test_packed_batch(store):
         "decoder_rows": [[0, 1, 2, 3, 4], [5, 6, 8, 8, 8]],
         "cross_rows": [[0, 1, 2, 3, 4, 5, 11, 11, 11], [6, 7, 8] + [11] * 6],
     }
-    assert fill(batches[0]) == (9 / 11, 7 / 8)
+    assert batches[0].fill == (9 / 11, 7 / 8)
 
 
 def test_packed_batch_with_one_encoder_pass():
@@ -53,7 +54,7 @@ def test_packed_batch_with_one_encoder_pass():
     store = tokenize([labels, rationales], Letters(), inputs_length=8, targets_length=8)
     batches = Batches(store, sequential_order(store, 3), num_steps=1, starts=(0, 29))
     batches.shapes = (PackedShape(10, 13, input_rows=2, target_rows=2, widths=RowWidths(6, 7, 9)),)
-    batch = {name: array[0].tolist() for name, array in batches[0].items()}
+    batch = {name: array[0].tolist() for name, array in batches[0].as_dict().items()}
     assert batch == {
         "encoder_input_tokens": [18, 3, 1, 18, 4, 1, 18, 5, 1, 0],
         "encoder_segment_ids": [1] * 3 + [2] * 3 + [3] * 3 + [0],
@@ -66,7 +67,7 @@ def test_packed_batch_with_one_encoder_pass():
         "decoder_rows": [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 13, 13, 13]],
         "cross_rows": [[0, 1, 2, 3, 4, 5, 10, 10, 10], [6, 7, 8] + [10] * 6],
     }
-    assert fill(batches[0]) == (9 / 10, 11 / 13)
+    assert batches[0].fill == (9 / 10, 11 / 13)
     inputs, targets, reads = (array.tolist() for array in batches.lengths(0))
     assert (inputs, targets, reads) == ([3, 3, 3], [2, 3, 2, 2, 2], [0, 0, 1, 2, 2])
 
@@ -74,15 +75,15 @@ def test_packed_batch_with_one_encoder_pass():
 def test_a_step_without_a_sequence_is_an_empty_batch(store):
     nothing = np.zeros((3, 0), np.int64)
     batches = Batches(store, Order(lambda step: Sequences(*nothing), most=2), num_steps=1, groups=2)
-    assert fill(batches[0]) == (0, 0)
-    assert batches[0]["encoder_rows"].min() == batches.shapes[0].inputs  # no slot is read
+    assert batches[0].fill == (0, 0)
+    assert batches[0].encoder_rows.min() == batches.shapes[0].inputs  # no slot is read
 
 
 def test_unpacked_rows_hold_one_sequence(store):
     batch = Batches(store, sequential_order(store, 2), num_steps=1, packed=False)[0]
-    assert batch["encoder_input_tokens"][:3].tolist() == [[18, 3, 1], [7, 3, 1], [18, 4, 1]]
-    assert batch["encoder_segment_ids"].max() == 1
-    assert batch["decoder_task_ids"][3:].sum() == 0
+    assert batch.encoder_input_tokens[:3].tolist() == [[18, 3, 1], [7, 3, 1], [18, 4, 1]]
+    assert batch.encoder_segment_ids.max() == 1
+    assert batch.decoder_task_ids[3:].sum() == 0
 
 
 @pytest.fixture
@@ -96,9 +97,7 @@ def toy_store(toy):
 def _texts(batch) -> set[tuple[int, ...]]:
     """Returns the input sequences of a batch, in no order."""
     out = set()
-    for tokens, segments in zip(
-        batch["encoder_input_tokens"], batch["encoder_segment_ids"], strict=True
-    ):
+    for tokens, segments in zip(batch.encoder_input_tokens, batch.encoder_segment_ids, strict=True):
         for segment in range(1, segments.max() + 1):
             out.add(tuple(tokens[segments == segment]))
     return out
@@ -121,10 +120,11 @@ def test_an_epoch_has_every_sequence_once_and_packing_changes_none(toy_store):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_rows_read_every_slot_once_and_cross_rows_its_inputs(toy_store, groups):
     batches = Batches(toy_store, paired_order(toy_store, 8, seed=1), num_steps=5, groups=groups)
-    for batch in map(batches.__getitem__, range(5)):
+    for step in range(5):
+        arrays = batches[step].as_dict()
         for g in range(groups):
             found = {
-                side: (batch[f"{side}_rows"][g], np.append(batch[f"{over}_segment_ids"][g], 0))
+                side: (arrays[f"{side}_rows"][g], np.append(arrays[f"{over}_segment_ids"][g], 0))
                 for side, over in zip(ROWS, ("encoder", "decoder", "encoder"), strict=True)
             }
             for side in ("encoder", "decoder"):
@@ -142,11 +142,10 @@ def test_a_batch_is_a_function_of_seed_and_step(toy_store):
     batches = Batches(toy_store, order, num_steps=12, groups=4)
     resumed = list(iterate(batches, start=9))
     assert len(resumed) == 3
-    for name, array in resumed[0].items():
-        np.testing.assert_array_equal(array, batches[9][name])
+    jax.tree.map(np.testing.assert_array_equal, resumed[0], batches[9])
     other = Batches(toy_store, paired_order(toy_store, 8, seed=2), num_steps=12)
     assert _texts(other[0]) != _texts(batches[0])
-    assert {len(array) for array in resumed[0].values()} == {4}
+    assert {shape[0] for shape in resumed[0].shapes} == {4}
     assert len(batches.shapes) <= 3
     with pytest.raises(IndexError):
         batches[12]
@@ -267,7 +266,7 @@ def test_a_validation_split_may_lack_rationales(toy_folder, tmp_path):
     valid = open_store(mixture, "valid", load_vocabulary("bytes"), **lengths)
     assert (valid.rows[:, 1] == -1).all()
     batch = Batches(valid, sequential_order(valid, 4), num_steps=2)[1]
-    assert set(np.unique(batch["decoder_task_ids"])) == {0, 1}
+    assert set(np.unique(batch.decoder_task_ids)) == {0, 1}
 
 
 def test_a_task_without_rows_is_an_error(tmp_path):
@@ -311,7 +310,7 @@ def test_steps_outside_the_sample_of_shapes_fit_too():
     )  # too small for many steps: larger ones are made for them
     for step in (step for step in range(300, 340) if step not in sample):
         batch = batches[step]
-        tokens = (batch["encoder_segment_ids"] > 0).sum()
+        tokens = (batch.encoder_segment_ids > 0).sum()
         assert tokens == store.lengths(*order(step)[:2])[:, 0].sum()
-        read = batch["encoder_rows"] < batch["encoder_input_tokens"].shape[1]
+        read = batch.encoder_rows < batch.encoder_input_tokens.shape[1]
         assert read.sum() == tokens

@@ -82,7 +82,7 @@ def assert_makes_batches(experiment):
     mixture = open_mixture(experiment)
     batches = training_batches(experiment, mixture, training_store(experiment), groups=1)
     assert set(batches.order(0)[0].tolist()) == set(range(len(mixture.tasks)))
-    assert batches[0]["decoder_target_tokens"].any()
+    assert batches[0].decoder_target_tokens.any()
 
 
 def files_of(pair):

@@ -75,6 +75,6 @@ def test_batches_that_are_not_divisible_by_the_mesh_are_replicated():
     mesh = make_mesh(MeshConfig(data=4, model=2))
     for rows, num_shards in ((8, 4), (6, 1)):
         array = np.arange(rows * 3).reshape(rows, 3)
-        placed = put_batch(mesh, {"x": array})["x"]
+        placed = put_batch(mesh, array)
         assert len({str(s.index) for s in placed.addressable_shards}) == num_shards
         np.testing.assert_array_equal(fetch(placed), array)

@@ -216,7 +216,7 @@ def test_stages_and_dropped_sequences_change_no_output(tiny, monkeypatch, num_be
     params = params | {"head": params["head"].at[:, EOS].multiply(8)}  # outputs differ in length
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     inputs = np.random.default_rng(0).integers(3, 300, (16, 6)).astype(np.int32)
-    inputs = put_batch(mesh, {"inputs": inputs})["inputs"]
+    inputs = put_batch(mesh, inputs)
     options = {"max_length": 30, "num_beams": num_beams}
     monkeypatch.setattr(decoding, "STAGE", 30)
     wanted, scores = generate(config, params, inputs, **options)

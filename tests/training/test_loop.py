@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dss.batches.batch import Batch
+from dss.batches.packing import PackedShape, RowWidths
 from dss.errors import DssError
 from dss.training import loop
 from dss.training.checkpoints import Checkpoints
@@ -47,6 +49,10 @@ class StopAt:
         return step >= self.step
 
 
+def batch_of(slots: int) -> Batch:
+    return Batch.abstract(PackedShape(slots, slots, 1, 1, RowWidths(slots, slots, slots)), 1)
+
+
 def run(
     folder,
     bad: dict[int, str],
@@ -54,7 +60,7 @@ def run(
     start: int = 0,
     scores=None,
     progress=None,
-    batches=({},) * 10,
+    batches=None,
     clock=None,
     **periods: int,
 ) -> None:
@@ -65,9 +71,8 @@ def run(
     def train_step(state: TrainState, batch):
         step = int(state.step) + 1
         if clock is not None:
-            shape = tuple(array.shape for array in batch.values())
-            clock.now += 2 if shape in shapes else 100
-            shapes.add(shape)
+            clock.now += 2 if batch.shapes in shapes else 100
+            shapes.add(batch.shapes)
         values = {"loss": jnp.ones(()), "grad_norm": jnp.ones(()), "task_loss": jnp.ones(1)}
         if step in bad:
             values[bad[step]] = jnp.asarray(np.nan)
@@ -103,7 +108,7 @@ def run(
         state = loop.train(
             TrainState(jnp.asarray(start), {"w": jnp.ones(3)}, {}),
             train_step,
-            timer.timed(iter(batches)),
+            timer.timed(iter(batches or [batch_of(8)] * 10)),
             num_steps=10,
             hooks=hooks,
             stop=StopAt(stop),
@@ -141,7 +146,7 @@ def test_a_run_without_improvement_stops_early(tmp_path):
 def test_the_throughput_excludes_compilation_and_evaluation(tmp_path, monkeypatch):
     clock, progress = Clock(), Recorded()
     monkeypatch.setattr("dss.training.loop.time", clock)
-    narrow, wide = ({"tokens": np.zeros((1, width))} for width in (8, 16))
+    narrow, wide = batch_of(8), batch_of(16)
     batches = [narrow] * 6 + [wide] * 4
     periods = {"log_period": 2, "eval_period": 3}
     run(tmp_path, {}, progress=progress, batches=batches, clock=clock, **periods)
@@ -193,7 +198,7 @@ def test_the_wait_for_batches_is_a_fraction_of_whole_steps_without_evaluation(
     def batches():
         for _ in range(10):
             clock.now += 2
-            yield {"tokens": np.zeros((1, 8))}
+            yield batch_of(8)
 
     run(tmp_path, {}, progress=Slow(), batches=batches(), clock=clock, log_period=1, eval_period=2)
     assert waits == [pytest.approx(2 / (2 + 2 + 4))]

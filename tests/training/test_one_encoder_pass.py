@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dss.batches.batches import Batches, fill
+from dss.batches.batches import Batches
 from dss.batches.order import paired_order, sequential_order
 from dss.batches.store import open_store
 from dss.data.datasets import Dataset
@@ -146,7 +146,7 @@ def test_the_encoder_has_half_the_slots_at_a_high_fill_rate(store, starts):
     slots = [batches.shapes[-1].inputs for batches in (apart, together)]
     assert slots[1] < 0.55 * slots[0]
     for step in range(STEPS):
-        assert min(fill(together[step])) > 0.8
+        assert min(together[step].fill) > 0.8
         inputs, targets, reads = together.lengths(step)
         both, same, _ = apart.lengths(step)
         # Both prefixes have nine bytes.

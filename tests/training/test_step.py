@@ -2,8 +2,10 @@ import jax
 import numpy as np
 import pytest
 
+from dss.batches.batch import Batch
 from dss.batches.batches import Batches
 from dss.batches.order import paired_order
+from dss.batches.packing import PackedShape, RowWidths
 from dss.batches.store import open_store
 from dss.data.datasets import Dataset
 from dss.data.vocabulary import load_vocabulary
@@ -184,12 +186,7 @@ def temporary_bytes(mesh, microbatches=1, **student):
     update = make_optimizer(OptimizerConfig(), 10)
     shardings = state_shardings(config, update, mesh, MeshConfig())
     state = jax.eval_shape(lambda p: init_state(p, update), abstract_params(config))
-    sides = {"encoder": ("input_tokens",), "decoder": ("input_tokens", "target_tokens", "task_ids")}
-    batch = {
-        f"{side}_{name}": jax.ShapeDtypeStruct((64, 32 if side == "encoder" else 16), np.int32)
-        for side, names in sides.items()
-        for name in (*names, "segment_ids")
-    }
+    batch = Batch.abstract(PackedShape(32, 16, 1, 1, RowWidths(32, 16, 32)), 64, packed=False)
     step = make_train_step(
         config,
         update,
