@@ -16,7 +16,7 @@ from flax import nnx
 
 from dss.student.config import T5Config
 from dss.student.network import T5, Attention, Layer, bind
-from dss.student.ops import additive_mask, attend
+from dss.student.ops import additive_mask
 
 __all__ = [
     "Beams",
@@ -127,7 +127,7 @@ def _step(
 
     def attend_to(attention: Attention, y: jax.Array, cache: Cache, bias, mask) -> jax.Array:
         query = _project_heads(attention, y, attention.query)
-        heads = attend(query, cache.keys, cache.values, bias, mask)
+        heads = model.ops.attend(query, cache.keys, cache.values, bias, mask)
         return attention.combine(heads.swapaxes(1, 2))
 
     x, new_caches = model.embed(tokens), []
@@ -340,16 +340,6 @@ def _select(tree: Any, indices: jax.Array | None, growth: int = 0) -> Any:
     return jax.tree.map(select, tree)
 
 
-def _argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the maximum of x [..., V] over the last axis and its first index.
-
-    XLA:CPU vectorizes these two reductions, but not `argmax`.
-    """
-    best = x.max(axis=-1)
-    indices = jax.lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    return best, jnp.where(x == best[..., None], indices, x.shape[-1] - 1).min(axis=-1)
-
-
 def _greedy_step(
     model: T5,
     layers: list[Layer],
@@ -361,7 +351,7 @@ def _greedy_step(
     last = jnp.where(s.t > 0, s.tokens[:, :, jnp.maximum(s.t - 1, 0)], start)
     logits, caches = _step(model, layers, source, last, s.t, s.caches, jnp.zeros_like(s.tokens))
     logits = logits[:, 0]
-    log_prob, token = _argmax(logits)
+    log_prob, token = model.ops.argmax(logits)
     log_prob -= jax.nn.logsumexp(logits, axis=-1)
     token, log_prob = jnp.where(s.active, token, 0), jnp.where(s.active, log_prob, 0.0)
     return s._replace(

@@ -25,16 +25,15 @@ import numpy as np
 from flax import nnx
 
 from dss.student.config import AXES, T5Config
+from dss.student.cpu import ops_for
 from dss.student.ops import (
     PRODUCT,
+    Ops,
     Rows,
     additive_mask,
-    attend,
     dropout,
     dropout_seeds,
     from_rows,
-    linear,
-    rms_norm,
     to_rows,
 )
 
@@ -105,8 +104,8 @@ def relative_buckets(
 class Attention(nnx.Module):
     """Multi-head attention without bias terms or scaling of the scores."""
 
-    def __init__(self, config: T5Config, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: T5Config, ops: Ops, rngs: nnx.Rngs):
+        self.config, self.ops = config, ops
         D, HK = config.d_model, config.num_heads * config.d_kv
         self.query = _normal(rngs, (D, HK), (D * config.d_kv) ** -0.5)
         self.key = _normal(rngs, (D, HK), D**-0.5)
@@ -116,12 +115,12 @@ class Attention(nnx.Module):
     def project(self, x: jax.Array, kernel: nnx.Param) -> jax.Array:
         """Returns the projection of x [G, N, D] by a kernel, split into heads, [G, N, H, K]."""
         H, K = self.config.num_heads, self.config.d_kv
-        return linear(x, kernel[...].astype(x.dtype).reshape(-1, H, K))
+        return self.ops.linear(x, kernel[...].astype(x.dtype).reshape(-1, H, K))
 
     def combine(self, y: jax.Array) -> jax.Array:
         """Returns the output projection of the heads' outputs y [G, N, H, K], [G, N, D]."""
         H, K = self.config.num_heads, self.config.d_kv
-        return linear(y, self.out[...].astype(y.dtype).reshape(H, K, -1), 2)
+        return self.ops.linear(y, self.out[...].astype(y.dtype).reshape(H, K, -1), 2)
 
     def __call__(self, x, rows, encoded, encoded_rows, bias, mask, seed=None) -> jax.Array:
         """Returns the attention output, [G, M, D].
@@ -138,15 +137,15 @@ class Attention(nnx.Module):
         query = to_rows(self.project(x, self.query), rows)
         key = to_rows(self.project(encoded, self.key), encoded_rows)
         value = to_rows(self.project(encoded, self.value), encoded_rows)
-        y = attend(query, key, value, bias, mask, self.config.dropout_rate, seed)
+        y = self.ops.attend(query, key, value, bias, mask, self.config.dropout_rate, seed)
         return self.combine(from_rows(y, rows))
 
 
 class Mlp(nnx.Module):
     """The feed-forward layer, with or without a gate (Shazeer, 2020)."""
 
-    def __init__(self, config: T5Config, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: T5Config, ops: Ops, rngs: nnx.Rngs):
+        self.config, self.ops = config, ops
         D, F = config.d_model, config.d_ff
         self.wi_0 = _normal(rngs, (D, F), D**-0.5)
         if config.gated:
@@ -156,7 +155,7 @@ class Mlp(nnx.Module):
     def __call__(self, x: jax.Array, seed: jax.Array | None = None) -> jax.Array:
         """Returns the output [..., D] for x [..., D]."""
         kernels = [self.wi_0, self.wi_1] if self.config.gated else [self.wi_0]
-        inner = [linear(x, kernel[...].astype(x.dtype)) for kernel in kernels]
+        inner = [self.ops.linear(x, kernel[...].astype(x.dtype)) for kernel in kernels]
 
         # The hidden activations [..., F] are rematerialized; only `inner` is saved.
         @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -164,7 +163,7 @@ class Mlp(nnx.Module):
             hidden = ACTIVATIONS[self.config.activation](inner[0])
             for gate in inner[1:]:
                 hidden *= gate
-            return linear(dropout(hidden, self.config.dropout_rate, seed), wo)
+            return self.ops.linear(dropout(hidden, self.config.dropout_rate, seed), wo)
 
         return finish(inner, self.wo[...].astype(x.dtype), seed)
 
@@ -186,19 +185,19 @@ ENCODER_SEEDS = ("attention_inner", "attention", "mlp_inner", "mlp")
 class Layer(nnx.Module):
     """A layer of either stack: self-attention, cross-attention (decoder only), feed-forward."""
 
-    def __init__(self, config: T5Config, rngs: nnx.Rngs, *, decoder: bool):
-        self.config, self.is_decoder = config, decoder
+    def __init__(self, config: T5Config, ops: Ops, rngs: nnx.Rngs, *, decoder: bool):
+        self.config, self.ops, self.is_decoder = config, ops, decoder
         self.attention_norm = nnx.Param(jnp.ones(config.d_model))
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, ops, rngs)
         if decoder:
             self.cross_norm = nnx.Param(jnp.ones(config.d_model))
-            self.cross = Attention(config, rngs)
+            self.cross = Attention(config, ops, rngs)
         self.mlp_norm = nnx.Param(jnp.ones(config.d_model))
-        self.mlp = Mlp(config, rngs)
+        self.mlp = Mlp(config, ops, rngs)
 
     def norm(self, x: jax.Array, scale: nnx.Param) -> jax.Array:
         """Returns x after the norm of a sublayer."""
-        return rms_norm(x, scale[...], self.config.layer_norm_epsilon)
+        return self.ops.rms_norm(x, scale[...], self.config.layer_norm_epsilon)
 
     def __call__(
         self, x, rows, bias, mask, cross: CrossInputs | None = None, seeds=None
@@ -240,14 +239,14 @@ class Layer(nnx.Module):
 class Stack(nnx.Module):
     """The encoder or the decoder: scanned layers, a shared position bias and a final norm."""
 
-    def __init__(self, config: T5Config, rngs: nnx.Rngs, *, decoder: bool):
-        self.config, self.is_decoder = config, decoder
+    def __init__(self, config: T5Config, ops: Ops, rngs: nnx.Rngs, *, decoder: bool):
+        self.config, self.ops, self.is_decoder = config, ops, decoder
         depth = config.num_decoder_layers if decoder else config.num_encoder_layers
 
         @nnx.split_rngs(splits=depth)
         @nnx.vmap
         def create(rngs: nnx.Rngs) -> Layer:
-            return Layer(config, rngs, decoder=decoder)
+            return Layer(config, ops, rngs, decoder=decoder)
 
         self.layers = create(rngs)
         self.relative_bias = _normal(
@@ -267,7 +266,7 @@ class Stack(nnx.Module):
 
     def final_norm(self, x: jax.Array) -> jax.Array:
         """Returns x [..., D] after the stack's final norm."""
-        return rms_norm(x, self.norm[...], self.config.layer_norm_epsilon)
+        return self.ops.rms_norm(x, self.norm[...], self.config.layer_norm_epsilon)
 
     def split_layers(self) -> tuple[nnx.GraphDef, nnx.State]:
         """Returns the graph definition of one layer and the stacked parameters of all layers."""
@@ -312,14 +311,15 @@ class T5(nnx.Module):
 
     Args:
       config: sizes and variant.
+      ops: the platform's operations, see `ops_for`.
       rngs: random streams; parameters are drawn from `params`.
     """
 
-    def __init__(self, config: T5Config, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: T5Config, ops: Ops, rngs: nnx.Rngs):
+        self.config, self.ops = config, ops
         self.embedding = _normal(rngs, (config.vocab_size, config.d_model), 1.0)
-        self.encoder = Stack(config, rngs, decoder=False)
-        self.decoder = Stack(config, rngs, decoder=True)
+        self.encoder = Stack(config, ops, rngs, decoder=False)
+        self.decoder = Stack(config, ops, rngs, decoder=True)
         if not config.tied_embeddings:
             self.head = _normal(rngs, (config.d_model, config.vocab_size), config.d_model**-0.5)
 
@@ -400,7 +400,7 @@ class T5(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Returns the logits [..., V] float32 of hidden states [..., D]."""
         x, kernel = self.head_inputs(hidden)
-        return linear(x, kernel.astype(x.dtype)).astype(jnp.float32)
+        return self.ops.linear(x, kernel.astype(x.dtype)).astype(jnp.float32)
 
     def hidden(
         self,
@@ -458,8 +458,8 @@ def _same_segment(queries: jax.Array, keys: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract(config: T5Config) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: T5(config, nnx.Rngs(0))))
+def _abstract(config: T5Config, ops: Ops) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: T5(config, ops, nnx.Rngs(0))))
 
 
 def init_params(config: T5Config, seed: int, shardings: Any = None) -> Params:
@@ -469,17 +469,23 @@ def init_params(config: T5Config, seed: int, shardings: Any = None) -> Params:
 
 
 def _draw_params(config: T5Config, key: jax.Array) -> Params:
-    return nnx.to_pure_dict(nnx.state(T5(config, nnx.Rngs(key))))
+    return nnx.to_pure_dict(nnx.state(T5(config, Ops(), nnx.Rngs(key))))
 
 
 def abstract_params(config: T5Config) -> Params:
     """Returns the parameters' shapes and dtypes, a tree of `jax.ShapeDtypeStruct`."""
-    return nnx.to_pure_dict(_abstract(config)[1])
+    return nnx.to_pure_dict(_abstract(config, Ops())[1])
 
 
-def bind(config: T5Config, params: Params) -> T5:
-    """Returns the network with the given parameters; cheap, also while tracing."""
-    definition, state = _abstract(config)
+def bind(config: T5Config, params: Params, ops: Ops | None = None) -> T5:
+    """Returns the network with the given parameters; cheap, also while tracing.
+
+    Args:
+      config: the student's configuration.
+      params: the parameters.
+      ops: the operations; None: those for the default devices, see `ops_for`.
+    """
+    definition, state = _abstract(config, ops_for() if ops is None else ops)
     state = jax.tree.map(lambda x: x, state)
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(definition, state)

@@ -1,29 +1,34 @@
-"""Custom ops that are faster or smaller than Flax's or autodiff's.
+"""The operations of the network: plain, for XLA to fuse and autodiff to differentiate.
 
-Shapes are those of `dss.student.network`: G groups, N slots, R rows of S positions, K last axis.
+A CPU computes some of them in its own way, see dss/student/cpu.py; `Ops` has those that the network
+calls. Shapes are those of `dss.student.network`: G groups, N slots, R rows of S positions, K last
+axis.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.xla_metadata import set_xla_metadata
 
 __all__ = [
     "PRODUCT",
+    "Ops",
     "Rows",
     "additive_mask",
+    "argmax",
     "attend",
     "dropout",
     "dropout_seeds",
     "from_rows",
     "linear",
+    "product_of_transpose",
     "rms_norm",
     "to_rows",
-    "transposed",
 ]
 
 MASKED = -1e10  # added to masked attention scores; T5X's value
@@ -73,15 +78,10 @@ def dropout_seeds(seed: jax.Array | None, *shape: int) -> jax.Array | None:
 
 @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)  # saves only its inputs
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Returns RMS norm of x [..., D], layer norm without mean and bias; float32 statistics.
-
-    x is reshaped to [tokens, D], because XLA:CPU reduces arrays with a leading axis of 1, such as
-    a single group, many times slower.
-    """
-    tokens = x.reshape(-1, x.shape[-1])
-    wide = tokens.astype(jnp.float32)
+    """Returns RMS norm of x [..., D], layer norm without mean and bias; float32 statistics."""
+    wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return ((wide * inverse).astype(x.dtype) * scale.astype(x.dtype)).reshape(x.shape)
+    return (wide * inverse).astype(x.dtype) * scale.astype(x.dtype)
 
 
 def additive_mask(visible: jax.Array) -> jax.Array:
@@ -112,107 +112,45 @@ def attend(
       rate: dropout rate of the weights.
       seed: dropout seed [2]; None for no dropout.
     """
-    shape = query.shape
-    # The leading axes are merged into one, as in `rms_norm`.
-    query, key, value, mask = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value, mask))
-    bias = None if bias is None else bias.astype(jnp.float32)
-    return _attend(query, key, value, bias, mask, rate, seed).reshape(shape)
+    return _attend(query, key, value, bias, mask, rate, seed)
 
 
-def _scores(query, key, bias, mask) -> jax.Array:
-    scores = jnp.einsum("bhtk,bhsk->bhts", query, key).astype(jnp.float32) + mask
-    return scores if bias is None else scores + bias
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=5)
 def _attend(query, key, value, bias, mask, rate, seed) -> jax.Array:
-    # The output is divided by the sum, not the weights: fewer divisions, and XLA:CPU fuses the
-    # softmax into one loop.
-    scores = _scores(query, key, bias, mask)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = dropout(weights, rate, seed).astype(value.dtype)
-    output = jnp.einsum("bhts,bhsk->bhtk", weights, value, preferred_element_type=jnp.float32)
-    return (output / total).astype(value.dtype)
-
-
-def _attend_forward(query, key, value, bias, mask, rate, seed):
-    saved = query, key, value, bias, mask, seed
-    return _attend(query, key, value, bias, mask, rate, seed), saved
-
-
-def _attend_backward(rate, saved, g):
-    query, key, value, bias, mask, seed = saved
-    weights = jax.nn.softmax(_scores(query, key, bias, mask), axis=-1)
-    dropped = dropout(weights, rate, seed).astype(g.dtype)
-    dvalue = transposed(dropped, 1, batch=2) @ g
-    dweights = jnp.einsum("bhtk,bhsk->bhts", g, value).astype(jnp.float32)
-    dweights = dropout(dweights, rate, seed)
-    wide = weights * (dweights - (dweights * weights).sum(axis=-1, keepdims=True))
-    dscores = wide.astype(g.dtype)
-    dquery = jnp.einsum("bhts,bhsk->bhtk", dscores, key)
-    dkey = transposed(dscores, 1, batch=2) @ query
-    if bias is None:
-        return dquery, dkey, dvalue, None, None, None
-    # The sum over B is a product with ones, which is much faster on a CPU. HIGHEST keeps float32
-    # precision on accelerators, whose default products round their inputs.
-    ones = jnp.ones(len(wide), wide.dtype)
-    dbias = jnp.tensordot(ones, wide, 1, precision=jax.lax.Precision.HIGHEST)
-    return dquery, dkey, dvalue, dbias, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def transposed(x: jax.Array, dims: int, batch: int = 0) -> jax.Array:
-    """Returns x [*B, *N, *I] transposed to [*B, *I, *N], as the left operand of a product.
-
-    On a CPU the transpose is materialized by a call that XLA does not inline, because XLA:CPU's
-    fast matrix products need it in memory. Otherwise XLA picks a slower product, lets the product
-    copy its other operand, or fuses the transpose with the computation of x, which is several
-    times slower.
-
-    Args:
-      x: array of any rank.
-      dims: number of dimensions I.
-      batch: number of dimensions B.
-    """
-
-    def swap(x: jax.Array) -> jax.Array:
-        axes = list(range(x.ndim))
-        return x.transpose(axes[:batch] + axes[x.ndim - dims :] + axes[batch : x.ndim - dims])
-
-    def materialize(x: jax.Array) -> jax.Array:
-        with set_xla_metadata(inlineable="false"):
-            return jax.jit(swap)(x)
-
-    return jax.lax.platform_dependent(x, cpu=materialize, default=swap)
+    scores = jnp.einsum("...htk,...hsk->...hts", query, key).astype(jnp.float32) + mask
+    if bias is not None:
+        scores += bias.astype(jnp.float32)
+    weights = dropout(jax.nn.softmax(scores, axis=-1), rate, seed).astype(value.dtype)
+    return jnp.einsum("...hts,...hsk->...htk", weights, value)
 
 
 def linear(x: jax.Array, kernel: jax.Array, dims: int = 1) -> jax.Array:
     """Returns the product of x [..., *I] and kernel [*I, *O], [..., *O]; I are `dims` dimensions.
 
-    The kernel's gradient is custom, to use `transposed`. `jax.checkpoint` policies cannot see
-    products inside a custom gradient, so the result is named `PRODUCT` for them.
+    The result is named `PRODUCT` for `jax.checkpoint` policies.
     """
-    return checkpoint_name(_linear(x, kernel, dims), PRODUCT)
+    return checkpoint_name(jnp.tensordot(x, kernel, dims), PRODUCT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x: jax.Array, kernel: jax.Array, dims: int) -> jax.Array:
-    inputs = tuple(range(x.ndim - dims, x.ndim))
-    return jax.lax.dot_general(x, kernel, ((inputs, tuple(range(dims))), ((), ())))
+def product_of_transpose(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns x^T y [I, O], float32, of x [N, I] and y [N, O]: the gradient of a kernel [I, O]."""
+    return jnp.tensordot(x, y, (0, 0), preferred_element_type=jnp.float32)
 
 
-def _linear_backward(dims, saved, g):
-    x, kernel = saved
-    outputs = kernel.ndim - dims
-    g_axes, kernel_axes = tuple(range(g.ndim - outputs, g.ndim)), tuple(range(dims, kernel.ndim))
-    dx = jax.lax.dot_general(g, kernel, ((g_axes, kernel_axes), ((), ())))
-    return dx, jnp.tensordot(transposed(x, dims), g, x.ndim - dims)
+def argmax(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the maximum of x [..., V] over the last axis and its first index."""
+    return x.max(axis=-1), jnp.argmax(x, axis=-1)
 
 
-_linear.defvjp(lambda x, kernel, dims: (_linear(x, kernel, dims), (x, kernel)), _linear_backward)
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """The operations that a platform may compute in its own way; by default the plain ones."""
+
+    rms_norm: Callable[..., jax.Array] = rms_norm
+    attend: Callable[..., jax.Array] = attend
+    linear: Callable[..., jax.Array] = linear
+    product_of_transpose: Callable[..., jax.Array] = product_of_transpose
+    argmax: Callable[..., tuple[jax.Array, jax.Array]] = argmax
 
 
 class Rows(NamedTuple):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from dss.student.ops import transposed
+from dss.student.cpu import ops_for
 
 __all__ = [
     "LossConfig",
@@ -248,7 +248,7 @@ def head_loss(
 
 
 def _head_forward(config, mesh, hidden, kernel, weights, targets, task_ids):
-    dtype, kernel_dtype = hidden.dtype, kernel.dtype
+    dtype, kernel_dtype, ops = hidden.dtype, kernel.dtype, ops_for(mesh)
 
     def shard(kernel, weights, hidden, targets, task_ids):
         def add(total, chunk):
@@ -259,7 +259,7 @@ def _head_forward(config, mesh, hidden, kernel, weights, targets, task_ids):
             (d_logits,) = vjp(jnp.concatenate([jnp.zeros(1), weights])[task_ids])
             d_logits = d_logits.astype(dtype)
             d_hidden = jnp.dot(d_logits, kernel.T)
-            d_kernel = jnp.dot(transposed(hidden, 1), d_logits, preferred_element_type=jnp.float32)
+            d_kernel = ops.product_of_transpose(hidden, d_logits)
             return jax.tree.map(jnp.add, total, (sums, d_kernel)), d_hidden
 
         zeros = jnp.zeros(config.num_tasks), jnp.zeros(kernel.shape, jnp.float32)

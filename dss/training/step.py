@@ -23,6 +23,7 @@ from dss.parallel.mesh import (
     replicated,
 )
 from dss.student.config import T5Config
+from dss.student.cpu import COMPILER_OPTIONS, CPU, ops_for
 from dss.student.network import abstract_params, bind, logical_axes
 from dss.student.ops import dropout_seeds
 from dss.training.loss import (
@@ -99,17 +100,11 @@ def state_shardings(
     )
 
 
-def _compiler_options(mesh: Mesh) -> dict[str, Any] | None:
-    """Returns XLA options: on a CPU, level 3 compiles for longer and its code is no faster."""
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
-    return {"xla_backend_optimization_level": 2} if is_cpu else None
-
-
 def _head_inputs(
-    config: T5Config, params: Params, batch: Batch, seed: jax.Array | None
+    config: T5Config, mesh: Mesh, params: Params, batch: Batch, seed: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the input of the LM head [G, M, D] and the LM head [D, V]."""
-    network = bind(config, params)
+    network = bind(config, params, ops_for(mesh))
     hidden = network.hidden(
         batch.encoder_input_tokens,
         batch.decoder_input_tokens,
@@ -154,7 +149,7 @@ def _gradients(
     def weighted_loss(
         params: Params, batch: Batch, seed: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        hidden, kernel = _head_inputs(config, params, batch, seed)
+        hidden, kernel = _head_inputs(config, mesh, params, batch, seed)
         targets, ids = batch.decoder_target_tokens, batch.decoder_task_ids
         return head_loss(loss, mesh, hidden, kernel, weights, targets, ids)
 
@@ -236,7 +231,7 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
-        compiler_options=_compiler_options(mesh),
+        compiler_options=COMPILER_OPTIONS if ops_for(mesh) is CPU else None,
     )
 
 
@@ -261,10 +256,10 @@ def make_eval_step(
         jax.jit,
         in_shardings=(shardings.params, batch_sharding(mesh)),
         out_shardings=replicated(mesh),
-        compiler_options=_compiler_options(mesh),
+        compiler_options=COMPILER_OPTIONS if ops_for(mesh) is CPU else None,
     )
     def eval_step(params: Params, batch: Batch) -> dict[str, jax.Array]:
-        hidden, kernel = _head_inputs(config, params, batch, None)
+        hidden, kernel = _head_inputs(config, mesh, params, batch, None)
         targets, ids = batch.decoder_target_tokens, batch.decoder_task_ids
         sums, correct = head_scores(loss, mesh, hidden, kernel, targets, ids)
         return {"sums": sums, "counts": token_counts(ids, loss.num_tasks), "correct": correct}

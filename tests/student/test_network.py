@@ -1,3 +1,5 @@
+import dataclasses
+import functools
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh, put_batch
 from dss.student import decoding
 from dss.student.config import T5Config
+from dss.student.cpu import CPU
 from dss.student.decoding import (
     best_continuations,
     candidate_slots,
@@ -19,6 +22,7 @@ from dss.student.decoding import (
     score_candidates,
 )
 from dss.student.network import bind, init_params, logical_axes, num_parameters
+from dss.student.ops import Ops
 from tests.conftest import tiny_config
 
 TOLERANCE = 1e-4  # relative to the largest logit
@@ -151,6 +155,34 @@ def test_remat_and_bfloat16_change_no_more_than_rounding(tiny):
         got = logits_of(tiny_config(**changes), params, inputs, targets)
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, wanted, atol=tolerance)
+
+
+def test_the_networks_of_a_cpu_and_of_an_accelerator_are_equal(tiny, monkeypatch):
+    """Logits and gradients of packed rows with dropout, and the tokens of both decoders."""
+    config, params = dataclasses.replace(tiny[0], dropout_rate=0.1), tiny[1]
+    tokens, segments = np.array([[5, 6, 1, 9, 1, 0]]), np.array([[1, 1, 1, 2, 2, 0]])
+    rows = np.array([[[0, 1, 2, 6], [3, 4, 6, 6]]])
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(params, ops):
+        args = (tokens, tokens, segments, segments, np.uint32([1, 2]), (rows,) * 3)
+        logits, back = jax.vjp(lambda p: bind(config, p, ops)(*args)[:, :5], params)
+        return logits, back(logits)[0]
+
+    (logits, grads), (plain_logits, plain_grads) = run(params, CPU), run(params, Ops())
+    np.testing.assert_allclose(logits, plain_logits, atol=1e-6 * np.abs(plain_logits).max())
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(plain_grads))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * largest), grads, plain_grads
+    )
+
+    inputs = np.random.default_rng(0).integers(3, 300, (4, 6)).astype(np.int32)
+    decoded = [generate(*tiny, inputs, max_length=8, num_beams=n) for n in (1, 2)]
+    monkeypatch.setattr("dss.student.network.ops_for", Ops)
+    plain = [generate(config, params, inputs, max_length=8, num_beams=n) for n in (1, 2)]
+    for (found, scores), (wanted, plain_scores) in zip(decoded, plain, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_allclose(scores, plain_scores, rtol=1e-5)
 
 
 def test_dropout_is_a_function_of_its_seed():

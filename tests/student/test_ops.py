@@ -1,21 +1,22 @@
-"""Custom gradients equal autodiff's, and gathers give the right slots."""
+"""Each platform's operations equal their definitions, and gathers give the right slots."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dss.student.cpu import CPU
 from dss.student.ops import (
+    Ops,
     Rows,
     additive_mask,
-    attend,
     dropout,
     dropout_seeds,
     from_rows,
-    linear,
-    rms_norm,
     to_rows,
 )
+
+PLATFORMS = pytest.mark.parametrize("ops", [CPU, Ops()], ids=["cpu", "plain"])
 
 
 def normal(seed, *shape):
@@ -34,20 +35,22 @@ def heads(y, kernel):
     return jnp.einsum("gnhk,hkd->gnd", y, kernel)
 
 
+@PLATFORMS
 @pytest.mark.parametrize(
-    ("ours", "plain", "args"),
+    ("name", "options", "plain", "args"),
     [
-        (lambda x, s: rms_norm(x, s, 1e-6), plain_norm, [(2, 5, 8), (8,)]),
-        (linear, dense, [(2, 5, 8), (8, 3)]),
-        (linear, dense, [(2, 5, 3), (3, 8)]),
-        (lambda x, k: linear(x, k, 2), heads, [(2, 5, 3, 4), (3, 4, 6)]),
-        (lambda x, k: linear(x, k, 2), heads, [(2, 5, 3, 4), (3, 4, 20)]),
+        ("rms_norm", (1e-6,), plain_norm, [(2, 5, 8), (8,)]),
+        ("linear", (), dense, [(2, 5, 8), (8, 3)]),
+        ("linear", (), dense, [(2, 5, 3), (3, 8)]),
+        ("linear", (2,), heads, [(2, 5, 3, 4), (3, 4, 6)]),
+        ("linear", (2,), heads, [(2, 5, 3, 4), (3, 4, 20)]),
+        ("product_of_transpose", (), lambda x, y: x.T @ y, [(7, 3), (7, 4)]),
     ],
-    ids=["norm", "narrowing", "widening", "of heads", "of heads, wider"],
+    ids=["norm", "narrowing", "widening", "of heads", "of heads, wider", "of transpose"],
 )
-def test_values_and_gradients_are_those_of_the_plain_form(ours, plain, args):
+def test_values_and_gradients_are_those_of_the_definition(ops, name, options, plain, args):
     arrays = [normal(i, *shape) for i, shape in enumerate(args)]
-    found, back = jax.vjp(ours, *arrays)
+    found, back = jax.vjp(lambda *xs: getattr(ops, name)(*xs, *options), *arrays)
     wanted, plain_back = jax.vjp(plain, *arrays)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     g = normal(9, *wanted.shape)
@@ -61,9 +64,10 @@ def plain_attend(query, key, value, bias, visible, rate, seed):
     return jnp.einsum("grhts,grhsk->grhtk", dropout(weights, rate, seed), value)
 
 
+@PLATFORMS
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("biased", [True, False])
-def test_attention_and_its_gradients_are_those_of_the_plain_form(biased, rate):
+def test_attention_and_its_gradients_are_those_of_the_definition(biased, rate, ops):
     seed = jnp.uint32([7, 8])
     visible = normal(6, 2, 3, 1, 5, 6) > 0
     visible = visible.at[0, 0, 0, 0].set(False)  # a row of padding attends to nothing
@@ -71,7 +75,7 @@ def test_attention_and_its_gradients_are_those_of_the_plain_form(biased, rate):
     bias = normal(4, 4, 5, 6) if biased else None
     g = normal(5, *query.shape).at[0, 0, :, 0].set(0)
     arrays = (query, key, value, bias)
-    found, back = jax.vjp(lambda *xs: attend(*xs, additive_mask(visible), rate, seed), *arrays)
+    found, back = jax.vjp(lambda *xs: ops.attend(*xs, additive_mask(visible), rate, seed), *arrays)
     wanted, plain_back = jax.vjp(lambda *xs: plain_attend(*xs, visible, rate, seed), *arrays)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     for ours, plain in zip(back(g), plain_back(g), strict=True):
@@ -80,13 +84,14 @@ def test_attention_and_its_gradients_are_those_of_the_plain_form(biased, rate):
             np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_attention_and_dropout_save_no_scores_masks_or_constants_for_the_backward_pass():
+@PLATFORMS
+def test_attention_and_dropout_save_no_scores_masks_or_constants_for_the_backward_pass(ops):
     S, seeds = 31, dropout_seeds(jnp.uint32([0, 0]), 2)
     visible = jnp.ones((1, 1, S, S), bool)
 
     def loss(x, seeds):
         def layer(x, seed):
-            x = attend(x, x, x, None, additive_mask(visible), 0.1, seed)
+            x = ops.attend(x, x, x, None, additive_mask(visible), 0.1, seed)
             return dropout(x, 0.1, seed), None
 
         return jax.lax.scan(layer, x, seeds)[0].sum()
@@ -98,14 +103,22 @@ def test_attention_and_dropout_save_no_scores_masks_or_constants_for_the_backwar
     assert not [a for a in outside if a.shape[-2:] == (S, 8) and a.dtype == jnp.uint32]
 
 
-def test_norm_keeps_the_dtype_and_computes_statistics_in_float32():
+@PLATFORMS
+def test_norm_keeps_the_dtype_and_computes_statistics_in_float32(ops):
     x = 1e3 * normal(0, 4, 64).astype(jnp.bfloat16)
-    y = rms_norm(x, jnp.ones(64), 1e-6)
+    y = ops.rms_norm(x, jnp.ones(64), 1e-6)
     assert y.dtype == jnp.bfloat16
     wide = plain_norm(x.astype(jnp.float32), jnp.ones(64))
     np.testing.assert_allclose(y.astype(jnp.float32), wide, rtol=1e-2)
-    dx, ds = jax.grad(lambda x, s: rms_norm(x, s, 1e-6).sum(), (0, 1))(x, jnp.ones(64))
+    dx, ds = jax.grad(lambda x, s: ops.rms_norm(x, s, 1e-6).sum(), (0, 1))(x, jnp.ones(64))
     assert (dx.dtype, ds.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@PLATFORMS
+def test_argmax_is_the_first_of_equal_maxima(ops):
+    x = jnp.array([[[1.0, 3.0, 3.0, 2.0], [-jnp.inf, -2.0, -5.0, -2.0]]])
+    best, index = ops.argmax(x)
+    assert (best.tolist(), index.tolist()) == ([[3, -2]], [[1, 1]])
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -184,7 +197,7 @@ def test_without_rows_a_group_is_a_row():
 
 def test_a_cpu_transposes_the_inputs_of_a_kernel_outside_of_the_fusion_that_computes_them():
     def loss(kernel, x, seed):
-        return linear(dropout(x, 0.1, seed), kernel).sum()
+        return CPU.linear(dropout(x, 0.1, seed), kernel).sum()
 
     args = (normal(0, 32, 48), normal(1, 64, 32), jnp.zeros(2, jnp.uint32))
     program = jax.jit(jax.grad(loss)).lower(*args).compile().as_text()

@@ -14,6 +14,7 @@ from dss.mixtures.methods import named_mixture
 from dss.parallel.config import MeshConfig
 from dss.parallel.mesh import make_mesh, put_batch
 from dss.student.network import abstract_params, init_params
+from dss.student.ops import Ops
 from dss.training.config import OptimizerConfig
 from dss.training.loss import LossConfig
 from dss.training.optimizer import make_optimizer
@@ -151,6 +152,16 @@ def test_adafactor_on_a_mesh_equals_adafactor_on_one_device(run, rules):
     assert_same(got, wanted)
     jax.tree.map(compare_movement, got[1], wanted[1], initial)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-4), got[2], wanted[2])
+
+
+def test_steps_on_a_cpu_and_on_an_accelerator_are_equal(run, monkeypatch):
+    options = {"data": 2, "microbatches": 2, "dropout": 0.1}
+    found = run(**options)
+    for module in ("training.step", "training.loss"):
+        monkeypatch.setattr(f"dss.{module}.ops_for", lambda mesh: Ops())
+    wanted = run(**options)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-6)
+    assert_same(found, wanted)
 
 
 def test_dropout_is_deterministic(run):
