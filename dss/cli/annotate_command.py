@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dss.cli.messages import in_flags
 from dss.errors import DssError, missing_package
 
 if TYPE_CHECKING:
@@ -266,13 +267,13 @@ def _run(args: argparse.Namespace, job: "Job", price: "Price | None") -> int:
             replace=args.replace,
         )
         if state.stopped is not None:
-            print(f"{state.stopped}; run the same command again to resume")
+            print(f"{in_flags(state.stopped, args.options)}; run the same command again to resume")
         try:
             _export(args, job, journal)
         except DssError as error:
             if state.stopped != "interrupted":
                 raise
-            print(error)
+            print(in_flags(str(error), args.options))
     status = _report_unanswered(state.unanswered)
     return INTERRUPTED if state.stopped == "interrupted" else status
 

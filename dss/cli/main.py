@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from dss import __version__
+from dss.cli.messages import in_flags, options_of
 from dss.errors import DssError, missing_package
 
 __all__ = ["main"]
@@ -46,18 +47,21 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return out
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
+def _parser(command: str | None) -> tuple[argparse.ArgumentParser, dict[str, str]]:
+    """Returns the parser of the command line, and the options of a command, see `options_of`."""
     parser = _Parser(
         prog="dss",
         description="Distilling step-by-step: small T5 students from large language models.",
     )
     parser.add_argument("--version", action="version", version=f"dss {__version__}")
+    options: dict[str, str] = {}
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, help_text in COMMANDS.items():
         subparser = commands.add_parser(name, help=help_text, description=help_text)
         if name == command:
             _module(name).add_arguments(subparser)
-    return parser
+            options = options_of(subparser)
+    return parser, options
 
 
 def _module(command: str):
@@ -66,7 +70,7 @@ def _module(command: str):
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     command = next((a for a in argv if not a.startswith("-")), None)
-    parser = _parser(command)
+    parser, options = _parser(command)
     # argparse counts an unknown option with a space in it as a positional argument.
     gin = [a for a in argv if a.startswith("--gin.")]
     args, unknown = parser.parse_known_args([a for a in argv if a not in gin])
@@ -74,6 +78,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         unknown += gin
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.options = options
     args.gin = [a.removeprefix("--gin.") for a in gin]
     return args
 
@@ -142,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error = _without_gcsfs(chain) or error
         prefix = f"dss {args.command}" if process is None else f"dss {args.command}: {process}"
         if isinstance(error, DssError):  # raised in every process
-            print(f"{prefix}: {error}", file=sys.stderr)
+            print(f"{prefix}: {in_flags(str(error), args.options)}", file=sys.stderr)
             return 2
         if any(FULL_DISK in str(e) for e in chain):
             path = next((e.filename for e in chain if isinstance(e, OSError) and e.filename), None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dss.cli.checks import check_output
+from dss.cli.messages import in_flags
 from dss.cli.options import add_gin_options, gin_folders, quiet_tpu
 from dss.errors import DssError
 from dss.paths import write_whole
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         largest=not args.quick,
         report=lambda line: print(f"{line} ...", file=sys.stderr, flush=True),
     )
-    _print(result, experiment)
+    _print(result, experiment, args.options)
     if args.json:
         _write(result, args.json)
     return 0 if result.fits else 1
@@ -125,7 +126,7 @@ def _mean_lengths(text: str) -> tuple[float, float]:
     return inputs, targets
 
 
-def _print(result: "Plan", experiment) -> None:
+def _print(result: "Plan", experiment, options: dict[str, str]) -> None:
     """Prints a plan as lines and a table."""
     config, chip, memory, work = result.student, result.accelerator, result.memory, result.work
     devices = result.data * result.model
@@ -171,7 +172,7 @@ def _print(result: "Plan", experiment) -> None:
             f"{result.largest_bytes / GIB:.2f} GiB (compiled)"
         )
     for line in result.advice:
-        print(f"  {line}")
+        print(f"  {in_flags(line, options)}")
     peak = chip.flops[config.dtype]
     print(
         f"step: {work.useful / 1e12:.3g} useful TFLOP, {work.computed / work.useful:.2f} times as "

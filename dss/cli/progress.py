@@ -4,6 +4,8 @@ import sys
 import time
 from typing import TextIO
 
+from dss.cli.messages import in_flags
+
 __all__ = ["Bar", "Lines", "display_for", "time_left"]
 
 
@@ -55,7 +57,7 @@ class Lines:
 
     def say(self, line: str) -> None:
         """Prints a line."""
-        print(line, file=self.file, flush=True)
+        print(in_flags(line, {}), file=self.file, flush=True)
 
     def close(self) -> None:
         """Ends the display."""
@@ -84,7 +86,7 @@ class Bar(Lines):
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        self._bar.console.print(line, highlight=False)
+        self._bar.console.print(in_flags(line, {}), highlight=False)
 
     def close(self) -> None:
         """See `Lines.close`."""

@@ -59,13 +59,15 @@ def open_dataset(experiment: Experiment, *, must_exist: bool = True) -> Dataset:
     known = open_datasets(experiment.data, experiment.dataset_name, must_exist=must_exist)
     name = experiment.dataset_name
     if name is None and experiment.data.dataset_path is None:
-        raise ConfigError("no dataset: give DATASET, or DATASET_PATH for your own data")
+        raise ConfigError("no dataset: give `Experiment.dataset`, or `DataConfig.dataset_path`")
     path = experiment.data.dataset_path
     if name in RELEASED and path is not None:
-        raise ConfigError(f"DATASET is {name!r} and DATASET_PATH is {path!r}; give one")
+        raise ConfigError(
+            f"Experiment.dataset is {name!r} and DataConfig.dataset_path is {path!r}; give one"
+        )
     if name is not None and name not in known:
         error = unknown_name("dataset", name, known)
-        raise ConfigError(f"{error}; for your own data give DATASET_PATH")
+        raise ConfigError(f"{error}; for your own data give `DataConfig.dataset_path`")
     return next(iter(known.values())) if name is None else known[name]
 
 
@@ -83,8 +85,8 @@ def open_mixture(experiment: Experiment, *, must_exist: bool = True) -> Mixture:
     if experiment.mixture is None:
         if experiment.method is None:
             raise ConfigError(
-                "no method: give --gin_file=methods/NAME.gin with --gin_file=datasets/NAME.gin, "
-                "METHOD with DATASET or DATASET_PATH, or MIXTURE_OR_TASK_NAME"
+                "no method: give `Experiment.method` with `Experiment.dataset` or "
+                "`DataConfig.dataset_path`, or `Experiment.mixture`"
             )
         dataset = open_dataset(experiment, must_exist=must_exist)
         method = Method.parse(experiment.method)

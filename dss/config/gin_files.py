@@ -311,9 +311,14 @@ def gin_name(path: str) -> str:
     """
     nested, _, field = path.rpartition(".")
     kind = NESTED[nested] if nested else Experiment
-    name = f"{kind.__name__}.{field}"
-    macros = {field: macro for macro, field in _macro_fields().items()}
-    return macros.get(name, name)
+    return macro_of(f"{kind.__name__}.{field}")
+
+
+def macro_of(field: str) -> str:
+    """Returns the macro that sets a field with its class, such as `TRAIN_STEPS` for
+    `TrainerConfig.train_steps`; without one, the field.
+    """
+    return {field: macro for macro, field in _macro_fields().items()}.get(field, field)
 
 
 def gin_flags(experiment: Experiment, base: Experiment) -> list[str]:
@@ -323,7 +328,6 @@ def gin_flags(experiment: Experiment, base: Experiment) -> list[str]:
       experiment: the experiment with the flags; it has a student if `base` has one.
       base: the experiment without the flags, such as that of a student's gin file.
     """
-    macros = {field: macro for macro, field in _macro_fields().items()}
     before, flags = _values(base), []
     if base.student is None and experiment.student is not None:
         flags.append(f"--gin.Experiment.student=@{T5Config.__name__}()")
@@ -331,7 +335,7 @@ def gin_flags(experiment: Experiment, base: Experiment) -> list[str]:
         if name in before and before[name] == value:
             continue
         text = value if isinstance(value, str) and _is_plain(value) else repr(value)
-        flags.append(f"--gin.{macros.get(name, name)}={text}")
+        flags.append(f"--gin.{macro_of(name)}={text}")
     return flags
 
 

@@ -78,8 +78,8 @@ def choose_rationales(
         if needed and existing and not available:
             raise DataError(
                 f"RationaleConfig.{name} needs several samples per example, but teacher "
-                f"{existing[0].teacher} was sampled once; to sample again: "
-                "`dss annotate --samples N --temperature T`"
+                f"{existing[0].teacher} was sampled once; annotate with several samples "
+                "at a temperature above 0"
             )
     gold = {e.id: e.label for e in examples}
     return {o.id: _choose(config, o, gold[o.id], is_right) for o in existing}

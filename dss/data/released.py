@@ -188,8 +188,8 @@ class ReleasedSource:
     root: epath.Path | None
     name: str
     remedy: ClassVar[str] = (
-        "give the folder of the released data with --gin.DATA_ROOT=FOLDER or the environment "
-        "variable DSS_DATA_ROOT"
+        "give the folder of the released data with `DataConfig.root` or the environment variable "
+        "DSS_DATA_ROOT"
     )
 
     @property

@@ -164,7 +164,7 @@ def export(run: Run, to: str, folder: epath.PathLike, which: str = "best") -> Ex
         export's logits differ.
     """
     if to not in FORMATS:
-        raise unknown_name("--to", to, FORMATS)
+        raise unknown_name("format", to, FORMATS)
     target = _new_folder(folder)
     if jax.process_count() > 1:
         raise DssError("an export needs a single process; start it without the others")

@@ -372,7 +372,7 @@ def transformer(experiment: Experiment) -> network.Transformer:
     """
     student = experiment.config
     if student is None:
-        raise DssError("no student: give --gin_file=students/SIZE.gin")
+        raise DssError("no student: give `Experiment.student`, as by students/SIZE.gin")
     for name, value in FIXED.items():
         if getattr(student, name) != value:
             raise DssError(

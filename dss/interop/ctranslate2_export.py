@@ -21,7 +21,7 @@ def check_installed() -> None:
     """
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise missing_package("--to ctranslate2", ", ".join(missing), "export")
+        raise missing_package("an export to CTranslate2", ", ".join(missing), "export")
 
 
 def convert(source: Path, folder: Path, config: T5Config) -> None:

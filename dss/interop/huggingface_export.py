@@ -166,7 +166,7 @@ def check_tokenizer(folder: Path, vocabulary: Vocabulary) -> str:
         if differences:
             raise CheckpointError(
                 f"{vocabulary.path}: T5's tokenizer in transformers would give other ids: the "
-                f"model {' and '.join(differences)}, unlike T5's; export with --to t5x"
+                f"model {' and '.join(differences)}, unlike T5's; export to T5X instead"
             )
     note = "transformers gives other ids for words outside the vocabulary" if words else ""
     if importlib.util.find_spec("transformers") is None:
@@ -184,7 +184,7 @@ def check_tokenizer(folder: Path, vocabulary: Vocabulary) -> str:
         if actual != expected:
             raise CheckpointError(
                 f"transformers gives other ids for {text!r}: {actual} where dss has {expected}; "
-                "export with --to t5x"
+                "export to T5X instead"
             )
     return note
 

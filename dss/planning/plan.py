@@ -376,16 +376,16 @@ def _advice(experiment: Experiment, config: T5Config, planner: Planner, usable: 
     advice = []
     if "embed" not in rules and mesh.shape["data"] > 1:
         layout = "fsdp" if mesh.shape["model"] == 1 else "two_d"
-        advice.append(f"shard parameters over data too: --gin_file=layouts/{layout}.gin")
+        advice.append(f"shard parameters over data too: `layouts/{layout}.gin`")
     if config.remat != "full":
-        advice.append("rematerialize layers: --gin.Experiment.remat=full")
+        advice.append("rematerialize layers: `Experiment.remat=full`")
     if config.dtype != "bfloat16":
-        advice.append("compute in bfloat16: --gin.Experiment.dtype=bfloat16")
+        advice.append("compute in bfloat16: `Experiment.dtype=bfloat16`")
     if experiment.optimizer.name != "adafactor":
-        advice.append("use an optimizer with a smaller state: --gin_file=runs/adafactor.gin")
+        advice.append("use an optimizer with a smaller state: `runs/adafactor.gin`")
     if experiment.batch_size > planner.unit:
         microbatches = 2 * experiment.microbatches
-        advice.append(f"use more microbatches: --gin.Experiment.microbatches={microbatches}")
+        advice.append(f"use more microbatches: `Experiment.microbatches={microbatches}`")
     devices = int(np.ceil(state_bytes / usable))
     if devices > mesh.size:
         advice.append(
@@ -421,10 +421,10 @@ def plan(
         or the accelerator.
     """
     if experiment.config is None:
-        raise DssError("no student: give --student=SIZE or --gin_file=students/SIZE.gin")
+        raise DssError("no student: give `Experiment.student`")
     mesh = experiment.mesh
     if mesh.data < 1:
-        raise DssError("no mesh: give the mesh of the run, --mesh=data=N,model=N")
+        raise DssError("no mesh: give `MeshConfig.data` and `MeshConfig.model`")
     config = experiment.resolve_student(experiment.config)
     chip = find_accelerator(accelerator, mesh.data * mesh.model)
     devices, compiler = planned_devices(chip, mesh.data * mesh.model)

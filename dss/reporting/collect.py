@@ -216,7 +216,7 @@ def find_runs(folders: Sequence[str]) -> list[epath.Path]:
     if not runs:
         raise DssError(
             f"{', '.join(folders)}: no run found: no folder with a {CONFIG_FILE}; "
-            "give the value of --gin.MODEL_DIR of a run, or a folder above it"
+            "give run directories, or folders above them"
         )
     return list(runs.values())
 

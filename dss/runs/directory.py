@@ -89,8 +89,7 @@ class Run:
         """
         if not self.experiment.has_task:
             raise DssError(
-                f"{self.folder}: no mixture; give --mixture=NAME for the task that the student "
-                "predicts"
+                f"{self.folder}: no mixture; give `mixture`, the task that the student predicts"
             )
         return open_mixture(self.experiment, must_exist=must_exist)
 
@@ -178,7 +177,7 @@ def run_folder(experiment: Experiment) -> epath.Path:
       DssError: if the experiment has none.
     """
     if experiment.run_dir is None:
-        raise DssError("no run directory: give --gin.MODEL_DIR=FOLDER")
+        raise DssError("no run directory: give `Experiment.run_dir`")
     return epath.Path(experiment.run_dir).expanduser()
 
 

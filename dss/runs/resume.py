@@ -53,11 +53,13 @@ def open_run(experiment: Experiment, resume: Resume) -> tuple[Run, Any | None]:
         return create_run(experiment)
     if resume == "never":
         raise DssError(
-            f"{folder}: has a run with checkpoints; use a new MODEL_DIR, or resume this run with "
-            "--resume=auto"
+            f"{folder}: has a run with checkpoints; use another `Experiment.run_dir`, or resume "
+            "this run with `resume=auto`"
         )
     if not run.experiment.has_task:
-        raise DssError(f"{folder}: has an imported checkpoint; train in another MODEL_DIR")
+        raise DssError(
+            f"{folder}: has an imported checkpoint; train in another `Experiment.run_dir`"
+        )
     check_same(run, experiment)
     # The location of the data and the mesh may change.
     resumed = dataclasses.replace(run.experiment, data=experiment.data, mesh=experiment.mesh)
@@ -111,7 +113,7 @@ def check_same(run: Run, now: Experiment) -> None:
         except DssError as error:
             raise DssError(
                 f"{run.folder}: the run of another experiment: its mixture {before.mixture!r} is "
-                f"not of these data ({error}); use a new MODEL_DIR"
+                f"not of these data ({error}); use another `Experiment.run_dir`"
             ) from None
         before = dataclasses.replace(
             before,
@@ -143,7 +145,7 @@ def check_same(run: Run, now: Experiment) -> None:
     if differs:
         raise DssError(
             f"{run.folder}: the run of another experiment: {'; '.join(differs)}; "
-            "use a new MODEL_DIR"
+            "use another `Experiment.run_dir`"
         )
 
 
@@ -199,6 +201,7 @@ def changed_since(run: Run, files: dict[str, str], *, accept: bool) -> list[str]
     if changed and not accept:
         raise DssError(
             f"{run.folder}: data files have changed since the last session: {', '.join(changed)}; "
-            "use a new MODEL_DIR, or resume with the changed files by --changed-data=accept"
+            "use another `Experiment.run_dir`, or resume with the changed files by "
+            "`accept_changed_data`"
         )
     return changed

@@ -91,15 +91,15 @@ def _open_initial(experiment: Experiment) -> tuple[T5Config, str, Callable[[], A
         student = dataclasses.replace(config, dtype=dtype, remat=remat)
     if student is None:
         raise DssError(
-            "no student: give --gin_file=students/SIZE.gin to train from scratch, or "
-            "--gin.INITIAL_CHECKPOINT_PATH=hf:FOLDER (or t5x:FOLDER)"
+            "no student: give `Experiment.student` to train from scratch, or "
+            "`Experiment.initial_checkpoint=hf:FOLDER` (or t5x:FOLDER)"
         )
     vocabulary = experiment.vocabulary or own_vocabulary
     if vocabulary is None:
         raise DssError(
-            "no vocabulary: give --gin.VOCABULARY=FILE (for `dss import`: --vocabulary=FILE), a "
-            f"SentencePiece model such as T5's, {T5_VOCABULARY}, or bytes; a Hugging Face folder "
-            "may hold a spiece.model or a tokenizer.json"
+            "no vocabulary: give `Experiment.vocabulary`, a SentencePiece model such as T5's, "
+            f"{T5_VOCABULARY}, or bytes; a Hugging Face folder may hold a spiece.model or a "
+            "tokenizer.json"
         )
     check_vocabulary(vocabulary, student)
     return experiment.resolve_student(student), vocabulary, load

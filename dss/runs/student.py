@@ -98,7 +98,7 @@ def evaluate(
         _rationale_task(mixture)
         if metric_name(mixture) != "accuracy":
             raise DssError(
-                f"{mixture.name}: its predictions are rationales; leave --rationales out"
+                f"{mixture.name}: its predictions are rationales; leave `rationales` out"
             )
     examples = evaluation_set(
         mixture, split, fraction=experiment.data.fraction, seed=experiment.seed

@@ -137,7 +137,7 @@ def run_experiment(
         mixture = open_mixture(experiment)
         progress.say(f"reading {mixture.name}")
         files = hash_files({"train": mixture, "valid": mixture.available("valid")})
-        accepted = {"--changed-data=accept": repr(accept_changed_data)}
+        accepted = {"accept_changed_data": repr(accept_changed_data)}
         check_processes_agree(describe_values("", experiment) | files | accepted)
         run, initial = open_run(experiment, resume)
         changed = changed_since(run, files, accept=accept_changed_data)
@@ -201,8 +201,8 @@ def _describe_length(experiment: Experiment, store: TokenStore) -> str:
     if epochs > MANY_EPOCHS and experiment.trainer.patience is None:
         fewer = max(1, round(MANY_EPOCHS * count / size))
         line += (
-            f"; this is many: --gin.TRAIN_STEPS={fewer} gives {MANY_EPOCHS}, and "
-            "--gin.TrainerConfig.patience=8 ends a run that no longer improves"
+            f"; this is many: `TrainerConfig.train_steps={fewer}` gives {MANY_EPOCHS}, and "
+            "`TrainerConfig.patience=8` ends a run that no longer improves"
         )
     return line
 

@@ -260,8 +260,8 @@ def plan_sweep(
                 twin = names.setdefault(_identity(run.experiment), run.name)
                 if twin != run.name:
                     raise DssError(
-                        f"{twin} and {run.name} are the same run: a --gin_file or --gin flag of "
-                        "the sweep overrides their difference"
+                        f"{twin} and {run.name} are the same run: a gin file or flag of the "
+                        "sweep overrides their difference"
                     )
     for run in runs.values():
         before = load_run(run.folder) if (run.folder / CONFIG_FILE).is_file() else None

@@ -61,9 +61,8 @@ class Limits:
             value = getattr(self, field.name)
             minimum = 1 if field.name in ("concurrency", "attempts", "max_requests") else 0
             if value is not None and not (value >= minimum and 0 < value < math.inf):
-                flag = "--" + field.name.replace("_", "-")
                 bound = "at least 1" if minimum else "more than 0"
-                raise TeacherError(f"{flag} {value}: give {bound}")
+                raise TeacherError(f"`{field.name}={value}`: give {bound}")
 
 
 @dataclasses.dataclass
@@ -165,7 +164,7 @@ class Annotator:
         self.state.initial_cost = self.state.cost or 0.0
         if limits.max_cost is not None and self.state.cost is None:
             missing = "the model's price" if price is None else "its batch_input and batch_output"
-            raise TeacherError(f"--max-cost needs {missing}; give a file that has it with --prices")
+            raise TeacherError(f"`max_cost` needs {missing}; give a file that has it with `prices`")
         self._pending: list[tuple[Request, Attempt, asyncio.Future[None]]] = []
         self._flushing: asyncio.Task[None] | None = None
         # A commit waits for the disk; attempts that arrive meanwhile share the next commit.
@@ -321,7 +320,7 @@ class Annotator:
         """
         max_requests = self.limits.max_requests
         if max_requests is not None and self.state.sent >= max_requests:
-            self.stop(f"--max-requests {max_requests} reached")
+            self.stop(f"`max_requests={max_requests}` reached")
             return False
         if not self.state.sent:
             self.journal.make_room()
@@ -346,7 +345,7 @@ class Annotator:
             if not self._reserved:
                 spent = self.price.text(self.state.cost)
                 problem = f"{spent} spent, and the next request may exceed it"
-                self.stop(f"--max-cost {budget:g} reached: {problem}")
+                self.stop(f"`max_cost={budget:g}` reached: {problem}")
             else:
                 await self.pacer.wait_for_change()
         return None
@@ -360,8 +359,8 @@ class Annotator:
             return 0.0
         if self.writer.most_tokens is None:
             raise TeacherError(
-                "--max-cost needs a limit on each answer: give max_tokens in the prompt's "
-                "parameters or with --param max_tokens=N"
+                "`max_cost` needs a limit on each answer: give max_tokens in the prompt's "
+                "parameters or in `parameters`"
             )
         prompt = math.ceil(request.characters * self._density)
         tokens = Usage(prompt=prompt, completion=self.writer.most_tokens)

@@ -230,7 +230,7 @@ def run_pipeline(
     try:
         pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
     except (ValueError, SystemExit) as error:
-        raise TeacherError(f"--pipeline-options: {' '.join(str(error).split())}") from None
+        raise TeacherError(f"`pipeline_options`: {' '.join(str(error).split())}") from None
 
     def read(name: str) -> beam.PCollection:
         source = beam.io.ReadFromText(str((folder / name).absolute()))

@@ -48,8 +48,8 @@ def api_key(variable: str, base_url: str) -> str:
         )
     if not key and OPENAI_HOST in base_url:
         raise TeacherError(
-            f"{variable} is not set; set it to your API key, name another variable with --key-env, "
-            "or give the --base-url of a server that needs no key"
+            f"{variable} is not set; set it to your API key, name another variable with `key_env`, "
+            "or give the `base_url` of a server that needs no key"
         )
     return key or NO_KEY
 
@@ -139,7 +139,7 @@ class Client:
         text = response.content.decode(encoding, errors="replace")
         if 300 <= response.status_code < 400:
             target = response.headers.get("location", "nowhere")
-            text = f"the endpoint redirects to {target}; give that as --base-url if you trust it"
+            text = f"the endpoint redirects to {target}; give that as `base_url` if you trust it"
         wait = retry_after(response.headers, time.time())
         return read_reply(response.status_code, self._hide_key(text)), wait
 

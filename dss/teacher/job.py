@@ -228,8 +228,8 @@ class Job:
         return (
             f"{self.file('jsonl')}: not overwritten: {count} of its ok lines have no answer to the "
             "current requests (the prompt, the parameters, the model or the examples have "
-            "changed); send all requests, give the teacher another --name, or overwrite the file "
-            "with --replace"
+            "changed); send all requests, give the teacher another `name`, or overwrite the file "
+            "with `replace`"
         )
 
     def _check_ownership(self, journal: Journal, *, parquet: bool, replace: bool) -> None:
@@ -257,8 +257,8 @@ class Job:
                 problem = "exists, from another file of examples or another model"
             else:
                 continue
-            remedy = "give another folder with --output" if path == copy else "use another --name"
-            raise TeacherError(f"{path}: {problem}; {remedy}, or overwrite it with --replace")
+            remedy = "give another folder with `output`" if path == copy else "use another `name`"
+            raise TeacherError(f"{path}: {problem}; {remedy}, or overwrite it with `replace`")
 
     @property
     def _owner(self) -> tuple[str, str]:
@@ -339,8 +339,8 @@ def dataset_job(
     """
     if dataset.source_split(split) != split:
         raise TeacherError(
-            f"{dataset.name} has no file for {split}: it is a tenth of train; annotate --split "
-            "train"
+            f"{dataset.name} has no file for {split}: it is a tenth of train; annotate "
+            "`split=train`"
         )
     (file,) = dataset.files(split)
     if in_bucket(file):
@@ -362,11 +362,11 @@ def dataset_job(
 
 def _teacher_name(name: str | None, teacher: Teacher) -> str:
     if name is not None and file_name(name) != name:
-        raise TeacherError(f"--name {name!r}: use letters, digits, '_', '-' and '.'")
+        raise TeacherError(f"`name={name}`: use letters, digits, '_', '-' and '.'")
     name = file_name(teacher.model) if name is None else name
     if len(name) > LONGEST_NAME:
         raise TeacherError(
             f"{name[:20]}...: {len(name)} characters are too many for a file name; give a shorter "
-            "one with --name"
+            "one with `name`"
         )
     return name

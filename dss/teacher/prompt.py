@@ -154,7 +154,7 @@ class Prompt:
         values: dict[str, Any] = self._values(example.input)
         if hinted:
             if example.label is None:
-                raise TeacherError(f"example {example.id!r} has no label, which --hint needs")
+                raise TeacherError(f"example {example.id!r} has no label, which `hinted` needs")
             values["label"] = example.label
         return _render(f"example {example.id!r}", self._form(hinted).question, values)
 
@@ -237,7 +237,7 @@ class Prompt:
         if not hinted:
             return self.form
         if self.hint is None:
-            raise TeacherError(f"prompt {self.name}: has no `hint`, which --hint needs")
+            raise TeacherError(f"prompt {self.name}: has no form 'hint', which `hinted` needs")
         return self.hint
 
     def _values(self, text: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Teacher:
 
     def __post_init__(self):
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
-        invalid_url = TeacherError(f"--base-url {self.base_url!r}: give one like https://host/v1")
+        invalid_url = TeacherError(f"`base_url={self.base_url}`: give one like https://host/v1")
         try:
             parts = urlsplit(self.base_url)
             port = parts.port
@@ -53,13 +53,13 @@ class Teacher:
             raise invalid_url
         if parts.username or parts.password or parts.query or parts.fragment:
             raise TeacherError(
-                "--base-url: contains a user name, a query or a fragment; give the plain URL, and "
+                "`base_url`: contains a user name, a query or a fragment; give the plain URL, and "
                 "the API key in the environment"
             )
         if not self.model.isprintable() or not self.model.strip():
-            raise TeacherError(f"--teacher {self.model!r}: give the model's name at the endpoint")
+            raise TeacherError(f"`model` {self.model!r}: give the model's name at the endpoint")
         if self.samples < 1:
-            raise TeacherError(f"--samples {self.samples}: give at least 1")
+            raise TeacherError(f"`samples={self.samples}`: give at least 1")
 
     @property
     def path(self) -> str:
@@ -101,8 +101,8 @@ class Writer:
         _check_parameters(self._parameters, teacher.samples)
         if teacher.samples > 1 and self._parameters.get("temperature") == 0:
             raise TeacherError(
-                f"--samples {teacher.samples} at temperature 0 would buy the same answer "
-                f"{teacher.samples} times; give --temperature"
+                f"`samples={teacher.samples}` at temperature 0 would buy the same answer "
+                f"{teacher.samples} times; give a `temperature`"
             )
         turns = prompt.turns(hinted=teacher.hinted)
         self._messages: list[dict[str, str]] = []
@@ -165,7 +165,7 @@ class Writer:
 def _check_parameters(parameters: Mapping[str, Any], samples: int) -> None:
     for name in RESERVED_PARAMETERS:
         if name in parameters:
-            raise TeacherError(f"parameter {name!r}: is set by dss; see --teacher and --samples")
+            raise TeacherError(f"parameter {name!r}: is set by dss; see `model` and `samples`")
     if samples > 1 and "seed" in parameters:
         raise TeacherError(
             f"parameter 'seed': would make all {samples} samples the same; leave it out"

@@ -32,13 +32,13 @@ def given(tmp_path, monkeypatch):
         (["--base-url=http://u:p@h/v1"], "contains a user name, a query or a fragment"),
         (["--base-url=localhost:8000"], "give one like https://host/v1"),
         ([], "OPENAI_API_KEY is not set"),
-        (["--samples=0"], "--samples 0: give at least 1"),
+        (["--samples=0"], "--samples=0: give at least 1"),
         (["--samples=3"], "temperature 0 would buy the same answer 3 times"),
         (
             ["--max-cost=1", "--base-url=http://127.0.0.1:9/v1"],
             "--max-cost needs the model's price",
         ),
-        (["--concurrency=0", "--base-url=http://127.0.0.1:9/v1"], "--concurrency 0: give at least"),
+        (["--concurrency=0", "--base-url=http://127.0.0.1:9/v1"], "--concurrency=0: give at least"),
         (["--param=x", "--base-url=http://127.0.0.1:9/v1"], "--param x: give it as NAME=VALUE"),
         (["--dataset=cqa"], "give what to annotate"),
         (["--prompt=cqq"], "unknown prompt 'cqq'; did you mean 'cqa'"),
@@ -47,8 +47,8 @@ def given(tmp_path, monkeypatch):
         (["--input=."], "a folder; give one of its files"),
         (["--reparse"], "no such journal; nothing was annotated there yet"),
         (["--report"], "no such journal; nothing was annotated there yet"),
-        (["--name=a b", "--dry-run"], "--name 'a b'"),
-        (["--max-cost=nan", "--base-url=http://127.0.0.1:9/v1"], "--max-cost nan: give more"),
+        (["--name=a b", "--dry-run"], "--name=a b: use letters"),
+        (["--max-cost=nan", "--base-url=http://127.0.0.1:9/v1"], "--max-cost=nan: give more"),
         (["--batch-export=."], "--batch-export .: give another folder"),
         (["--pipeline-options='", "--base-url=http://127.0.0.1:9/v1"], "--pipeline-options: No"),
         (["--output=other", "--base-url=http://127.0.0.1:9/v1"], "other/numbers.jsonl: exists"),
@@ -259,7 +259,7 @@ def test_a_run_reports_its_progress_and_stops_at_the_limit(given, tmp_path, caps
         url = f"--base-url={endpoint.url}"
         assert cli.main([*given, url, "--max-requests=7", "--prices=prices.yaml"]) == 0
         out = capsys.readouterr().out
-        assert "--max-requests 7 reached; run the same command again to resume" in out
+        assert "--max-requests=7 reached; run the same command again to resume" in out
         assert "numbers.m.jsonl: 7 lines: 7 ok" in out
         assert cli.main([*given, url, "--prices=prices.yaml", "--parquet"]) == 0
         out = capsys.readouterr().out

@@ -45,7 +45,7 @@ def test_help_does_not_import_jax(command, capsys):
         (("import", "hf:/nowhere", "x"), "no such folder"),
         (("export", "/nowhere", "--to=hf", "x"), "no run directory"),
         (("train", "--gin.DATA_ROOT=/dev/null"), "DATA_ROOT /dev/null: no such folder"),
-        (("plan",), "no student: give --student=SIZE"),
+        (("plan",), "no student: give --student"),
         (("plan", "--student=smal"), "did you mean 'students/small.gin'"),
         (
             ("plan", "--student=small", "--accelerator=v6"),

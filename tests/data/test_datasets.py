@@ -36,7 +36,7 @@ def test_one_file_is_train_with_a_tenth_held_out(tmp_path):
 
 def test_a_missing_file_says_what_to_do(tmp_path):
     with pytest.raises(
-        DssError, match=r"cqa_train.json: no such file; .*--gin.DATA_ROOT=FOLDER .*DSS_DATA_ROOT"
+        DssError, match=r"cqa_train.json: no such file; .*`DataConfig.root` .*DSS_DATA_ROOT"
     ):
         Dataset.released("cqa", tmp_path).examples("train")
     with pytest.raises(DssError, match=r"train.t.jsonl: no such file; .*create it"):

@@ -137,7 +137,7 @@ def test_a_method_uses_the_only_teacher_and_needs_teacher_with_several(toy_folde
         open_mixture(dataclasses.replace(experiment, method="step_by_stp"))
     with pytest.raises(DssError, match="no dataset: give"):
         open_mixture(Experiment(method="finetune"))
-    with pytest.raises(DssError, match=r"no method: give --gin_file=methods/NAME.gin"):
+    with pytest.raises(DssError, match=r"no method: give `Experiment.method`"):
         open_mixture(Experiment(dataset="cqa"))
 
 
@@ -180,10 +180,12 @@ def test_errors_of_names_are_of_their_kind():
 def test_a_released_dataset_and_a_path_are_not_given_both(toy_folder):
     data = DataConfig(dataset_path=str(toy_folder))
     with pytest.raises(
-        ConfigError, match=r"DATASET is 'cqa' and DATASET_PATH is '.*toy'; give one"
+        ConfigError, match=r"dataset is 'cqa' and DataConfig.dataset_path is '.*toy'; give one"
     ):
         open_mixture(Experiment(dataset="cqa", method="finetune", data=data))
-    with pytest.raises(ConfigError, match=r"unknown dataset 'tickets'.*give DATASET_PATH"):
+    with pytest.raises(
+        ConfigError, match=r"unknown dataset 'tickets'.*give `DataConfig.dataset_path`"
+    ):
         open_mixture(Experiment(dataset="tickets", method="finetune"))
 
 

@@ -280,7 +280,10 @@ def test_gin_flags_has_only_the_changes_of_a_shipped_student():
         ("TEACHER=palm", "unknown teacher 'palm'; known: rules"),
         ("DATASET=cqq", "unknown dataset 'cqq'; did you mean 'cqa'?"),
         ("DATASET_PATH=/nowhere", "/nowhere: no such file or folder"),
-        ("DATASET_PATH=None", "no dataset: give DATASET, or DATASET_PATH"),
+        (
+            "DATASET_PATH=None",
+            "no dataset: give --gin_file=datasets/NAME.gin, or --gin.DATASET_PATH",
+        ),
         ("VOCABULARY=None", "no vocabulary: give"),
         ("VOCABULARY=/nowhere", "/nowhere"),
         ("T5Config.vocab_size=100", "bytes: wrong vocabulary"),

@@ -254,7 +254,7 @@ def test_max_requests_stops_a_run_and_the_next_one_resumes_it(numbers):
     with FakeEndpoint(right) as endpoint:
         job = numbers.job(endpoint.url)
         state = numbers.ask(job, max_requests=7)
-        assert (endpoint.count, state.stopped) == (7, "--max-requests 7 reached")
+        assert (endpoint.count, state.stopped) == (7, "`max_requests=7` reached")
         assert len(lines_of(job)) == 7
         state = numbers.ask(job)
     assert (endpoint.count, state.stopped) == (20, None)
@@ -271,7 +271,7 @@ def test_max_cost_is_never_exceeded_and_counts_earlier_runs(numbers):
     with FakeEndpoint(answer) as endpoint:
         job = numbers.job(endpoint.url)
         state = numbers.ask(job, max_cost=1.0, price=price)
-        assert "--max-cost 1 reached" in state.stopped
+        assert "`max_cost=1` reached" in state.stopped
         assert 0.8 < state.cost <= 1.0
         before = endpoint.count
         state = numbers.ask(job, max_cost=1.0, price=price)
@@ -283,10 +283,10 @@ def test_max_cost_is_never_exceeded_and_counts_earlier_runs(numbers):
 
 
 def test_max_cost_needs_a_price_and_a_limit_on_each_answer(numbers):
-    with pytest.raises(DssError, match="--max-cost needs the model's price"):
+    with pytest.raises(DssError, match="`max_cost` needs the model's price"):
         numbers.ask(numbers.job(), max_cost=1.0)
     job = numbers.job(parameters={"max_tokens": None})
-    with pytest.raises(DssError, match="--max-cost needs a limit on each answer"):
+    with pytest.raises(DssError, match="`max_cost` needs a limit on each answer"):
         numbers.ask(job, max_cost=1.0, price=Price(input=1.0, output=1.0))
 
 
@@ -318,7 +318,7 @@ def test_max_cost_is_kept_without_valid_token_counts(numbers, usage):
     with FakeEndpoint(answer) as endpoint:
         state = numbers.ask(numbers.job(endpoint.url), max_cost=1.0, price=price)
         most = numbers.job().writer.most_tokens * 1000.0 / 1e6  # an answer's cost alone
-    assert "--max-cost 1 reached" in state.stopped
+    assert "`max_cost=1` reached" in state.stopped
     assert 0 < endpoint.count * most <= state.cost <= 1.0
 
 
@@ -424,7 +424,7 @@ def test_invalid_parameters_are_refused(numbers, parameters, message):
     "url", ["http://[::1/v1", "http://h:abc/v1", "http://h:99999/v1", "http://a b/v1", "ftp://h/v1"]
 )
 def test_a_wrong_url_is_refused(numbers, url):
-    with pytest.raises(DssError, match="--base-url"):
+    with pytest.raises(DssError, match="`base_url"):
         numbers.job(url)
 
 

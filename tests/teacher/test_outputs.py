@@ -133,7 +133,7 @@ def test_another_output_folder_is_a_complete_dataset(numbers, tmp_path):
     dataset = Dataset.from_files(folder / "numbers.jsonl", name="numbers")
     assert dataset.source.teachers == ("the_teacher",)
     assert len(dataset.outputs("train", "the_teacher")) == 20
-    with pytest.raises(DssError, match="--name 'a/b'"):
+    with pytest.raises(DssError, match="`name=a/b`"):
         file_job(job.source, prompt, teacher, output=folder, name="a/b")
 
 
