@@ -154,7 +154,7 @@ class Student:
         return evaluate(self.run, split=split, checkpoint=self.checkpoint, rationales=rationales)
 
     def export(
-        self, folder: str | os.PathLike, to: Literal["hf", "t5x", "ctranslate2"] = "hf"
+        self, folder: str | os.PathLike[str], to: Literal["hf", "t5x", "ctranslate2"] = "hf"
     ) -> Path:
         """Exports the student to the format of another library, and returns the folder.
 
@@ -172,7 +172,7 @@ class Student:
 
 
 def load(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     *,
     checkpoint: str = "best",
     dataset: Dataset | str | None = None,
@@ -212,7 +212,7 @@ def load(
 
 def train(
     experiment: Experiment,
-    run_dir: str | os.PathLike | None = None,
+    run_dir: str | os.PathLike[str] | None = None,
     *,
     progress: "Progress | None" = None,
     resume: Literal["never", "auto", "must"] = "auto",
@@ -276,8 +276,8 @@ def annotate(
     parameters: Mapping[str, Any] | None = None,
     samples: int = 1,
     name: str | None = None,
-    output: str | os.PathLike | None = None,
-    prices: str | os.PathLike | None = None,
+    output: str | os.PathLike[str] | None = None,
+    prices: str | os.PathLike[str] | None = None,
     max_cost: float | None = None,
     max_requests: int | None = None,
     concurrency: int = 64,

@@ -35,7 +35,7 @@ class DataConfig:
     packed: bool = True  # whether sequences are packed; else each is padded in a row of its own
     one_encoder_pass: bool = False  # whether tasks share an input, selected by a decoder start id
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.labels, str):  # as on a command line: billing,bug
             object.__setattr__(self, "labels", tuple(self.labels.split(",")))
         check_types(self)
@@ -101,7 +101,7 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     decoding: DecodingConfig = DecodingConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._set_dataset()
         self._set_student()
         check_types(self)

@@ -43,7 +43,7 @@ def name_of(path: epath.PathLike) -> str:
     >>> name_of("data/my-tickets.jsonl")
     'my_tickets'
     """
-    return absolute(path).stem.replace("-", "_")
+    return str(absolute(path).stem).replace("-", "_")
 
 
 class Source(Protocol):
@@ -97,7 +97,7 @@ class JsonlSource:
 
     def has(self, split: str, teacher: str | None = None) -> bool:
         """See `Source.has`."""
-        return self.files(split, teacher)[-1].is_file()
+        return bool(self.files(split, teacher)[-1].is_file())
 
     def files(self, split: str, teacher: str | None = None) -> list[epath.Path]:
         """See `Source.files`."""

@@ -34,7 +34,7 @@ class Labels:
     closed: tuple[str, ...] = ()
     metric: str = "text"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise unknown_name("metric", self.metric, METRICS, DataError)
         closed = tuple(label for text in self.closed if (label := read_label(text)))

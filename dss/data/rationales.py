@@ -32,7 +32,7 @@ class RationaleConfig:
     min_agreement: float = 0.0  # least fraction of samples with the voted label, [0, 1]
     several: bool = False  # train on another sample in each epoch, not on the voted one alone
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         check_at_least(self, 0, "min_words")
         check_at_least(self, max(self.min_words, 1), "max_words")

@@ -20,7 +20,7 @@ class MeshConfig:
     model: int = 1  # shards of each layer
     rules: tuple[tuple[str, str], ...] = DEFAULT_RULES  # (logical axis, mesh axis) pairs
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         if self.model < 1 or (self.data < 1 and self.data != -1):
             raise ConfigError(f"a mesh of data={self.data}, model={self.model} has no devices")

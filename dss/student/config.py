@@ -52,7 +52,7 @@ class T5Config:
     # Rematerialized parts of a layer; "dots": all but products with parameters.
     remat: Literal["none", "full", "dots"] = "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
         check_at_least(self, 1, *sizes)
@@ -70,7 +70,7 @@ class DecodingConfig:
     batch_size: int = 64  # inputs per batch
     length_multiple: int = 16  # input lengths are padded to a multiple of this; fewer compilations
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         numbers = [field.name for field in dataclasses.fields(self) if field.type is int]
         check_at_least(self, 1, *numbers)

@@ -40,7 +40,7 @@ class SweepConfig:
     seeds: tuple[int, ...] = (0,)  # seeds of parameters, order, subsample and dropout
     split: str = "test"  # the evaluation split of every run
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         for name in ("methods", "students", "fractions", "seeds"):
             values = getattr(self, name)

@@ -56,7 +56,7 @@ class Limits:
     max_requests: int | None = None
     max_cost: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             minimum = 1 if field.name in ("concurrency", "attempts", "max_requests") else 0

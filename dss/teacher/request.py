@@ -40,7 +40,7 @@ class Teacher:
     samples: int = 1
     hinted: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
         invalid_url = TeacherError(f"`base_url={self.base_url}`: give one like https://host/v1")
         try:

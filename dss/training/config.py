@@ -25,7 +25,7 @@ class OptimizerConfig:
     decay_rate: float = 0.8  # Adafactor, exponent of the second-moment decay
     clip_global_norm: float | None = 1.0  # None: no clipping
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         if not self.learning_rate > 0:
             raise ConfigError(
@@ -44,7 +44,7 @@ class TrainerConfig:
     log_period: int = 10  # steps between logged metrics
     patience: int | None = None  # evaluations without improvement before early stopping; None: off
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_types(self)
         check_at_least(self, 1, "train_steps", "eval_period", "log_period", "patience")
 
