@@ -25,6 +25,7 @@ __all__ = [
     "gin_flags",
     "gin_name",
     "load_config",
+    "macro_of",
     "parse_beside",
     "parse_gin",
     "save_config",
