@@ -66,6 +66,13 @@ setup(
         "tensorboardX>=2.6.4",  # not clu, whose metric writers import TensorFlow
     ],
     extras_require={
+        "tables": [
+            "pandas>=3.0",
+            "pyarrow>=25.0",
+            "openpyxl>=3.1",
+            "datasets>=5.2",
+            "datasketch>=2.0",  # near-duplicates
+        ],
         "teacher": [
             "openai>=3.57",
             "httpx2>=2.16",

@@ -18,6 +18,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "quickstart": "demonstrate the method on synthetic data, in minutes, without a download",
+    "data": "make a dataset from the columns of a table: CSV, Excel, Parquet, JSON",
     "annotate": "collect a label and a rationale for every example from a teacher",
     "inspect": "show the contents of a mixture: sources, counts, lengths, examples",
     "plan": "estimate the requirements of a run, without training",

@@ -1,9 +1,11 @@
 """Datasets: the released ones under the data root, and the user's own files."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from etils import epath
 
@@ -18,8 +20,10 @@ from dss.data.examples import (
 )
 from dss.data.labels import ANY_LABEL, Labels
 from dss.data.metrics import METRICS
+from dss.data.prepare import DATASET_FILE, SPLITS, Columns, prepare
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
+from dss.data.tables import is_table
 from dss.errors import DataError, unknown_name
 from dss.paths import absolute, check_no_pipes
 
@@ -29,12 +33,10 @@ __all__ = [
     "Dataset",
     "JsonlSource",
     "Source",
+    "folder_of",
     "name_of",
     "read_declared",
 ]
-
-SPLITS = ("train", "valid", "test")
-DATASET_FILE = "dataset.json"
 
 
 def name_of(path: epath.PathLike) -> str:
@@ -167,17 +169,24 @@ class Dataset:
     @classmethod
     def from_files(
         cls,
-        path: str | epath.Path,
+        path: Any,
         *,
         name: str | None = None,
         labels: Sequence[str] | str = (),
         metric: str = "text",
         must_exist: bool = True,
+        input: str | Sequence[str] = (),
+        label: str | None = None,
+        id: str | None = None,
+        template: str | None = None,
+        folder: str | os.PathLike[str] | None = None,
+        **options: Any,
     ) -> "Dataset":
-        """Returns a dataset of a user's own JSON-lines files.
+        """Returns a dataset of a user's own files.
 
         Args:
-          path: a folder or a file, see `JsonlSource`.
+          path: a folder or a file of JSON lines, see `JsonlSource`; or a table with the columns
+            `input` and `label`, see `read_tables`, from which the folder is written.
           name: the name of the dataset in SeqIO's names: letters, digits and underscores; None for
             `name_of` the path, which runs use.
           labels: the closed set of labels, among which predictions are chosen, or one text with
@@ -186,11 +195,34 @@ class Dataset:
           metric: the metric of the labels, "text" or "equation".
           must_exist: False where only names and labels are needed, as for prediction: the path may
             be missing and `dataset.json` is not read.
+          input: the columns of a table's inputs.
+          label: the column of a table's labels; None for unlabelled data.
+          id: the column of a table's ids; None: the numbers of its rows.
+          template: an input's text with columns in braces, see `Columns`.
+          folder: the folder to write for a table; None: that of the file's name beside it.
+          options: other arguments of `prepare`, such as `valid`, `seed` or `merge_labels`.
 
         Raises:
           DataError: if the name is invalid or that of a released dataset, the path does not exist,
-            the metric is unknown, or `dataset.json` contradicts the arguments.
+            the metric is unknown, `dataset.json` contradicts the arguments, or a table lacks a
+            column.
         """
+        if input or template is not None:
+            columns = Columns(
+                input=(input,) if isinstance(input, str) else tuple(input),
+                label=label,
+                id=id,
+                template=template,
+            )
+            path = _write_table(path, columns, folder, labels, options)
+        elif label is not None or id is not None or folder is not None or options:
+            raise DataError(f"{path}: columns and options of a table need `input`")
+        elif must_exist and is_table(path):
+            source = path if isinstance(path, str | os.PathLike) else "a DataFrame"
+            raise DataError(
+                f"{source}: a table; give `input`, its columns of the inputs, or make a dataset of "
+                "it with `dss data`"
+            )
         path = epath.Path(path).expanduser()
         name = name_of(path) if name is None else name
         labels = labels.split(",") if isinstance(labels, str) else labels
@@ -293,6 +325,34 @@ class Dataset:
                 if example.id in outputs:
                     outputs[example.id] = outputs[example.id].for_input(example.input)
         return outputs
+
+
+def _write_table(
+    source: Any,
+    columns: Columns,
+    folder: str | os.PathLike[str] | None,
+    labels: Sequence[str] | str,
+    options: dict[str, Any],
+) -> epath.Path:
+    """Writes the folder of a dataset from a table, and returns it."""
+    if folder is None:
+        if not isinstance(source, str | os.PathLike) or not Path(source).is_file():
+            raise DataError("`folder`: give the folder of the dataset to write")
+        folder = folder_of(source)
+    declared = labels.split(",") if isinstance(labels, str) else list(labels)
+    replace = options.pop("replace", False)
+    prepare(source, columns, labels=declared or None, **options).write(folder, replace=replace)
+    return epath.Path(folder)
+
+
+def folder_of(file: str | os.PathLike[str]) -> Path:
+    """Returns the default folder of a table's dataset: the file's name without extensions.
+
+    >>> folder_of("data/tickets.csv.gz").name
+    'tickets'
+    """
+    path = Path(file).expanduser()
+    return path.with_name(path.name.split(".")[0])
 
 
 def read_declared(path: str | epath.Path, given: Labels = ANY_LABEL, *, where: str) -> Labels:

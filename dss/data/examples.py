@@ -161,9 +161,8 @@ def check_kind(path: epath.Path) -> None:
     kind = OTHER_KINDS.get(path.suffix.lower())
     if kind is not None:
         raise DataError(
-            f"{path}: {kind}, not JSON lines; convert it to lines of "
-            '{"id": ..., "input": ..., "label": ...}, for example with pandas: '
-            "table.rename(columns={...}).to_json('train.jsonl', orient='records', lines=True)"
+            f"{path}: {kind}, not JSON lines; make a dataset of its columns with `dss data`, or in "
+            "Python with `dss.Dataset.from_files`"
         )
 
 

@@ -97,6 +97,8 @@ def test_a_bucket_without_gcsfs_is_one_line_and_status_2(capsys, monkeypatch):
 REFUSED_AT_ONCE = {
     "quickstart --seeds=0": "give at least 1",
     "quickstart --output=file": "--output file: a file",
+    "data none.csv --input=x": "none.csv: no such file",
+    "data file --json=none/report.json": "--json=none/report.json: cannot be written",
     "annotate --teacher=m --prompt=cqa --input=none.jsonl": "none.jsonl: no such file",
     "inspect svamp_finetune --gin.DATASET_PATH='none'": "DATASET_PATH none: no such file or folder",
     "plan --student=smal": "did you mean 'students/small.gin'",
