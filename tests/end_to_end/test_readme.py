@@ -53,6 +53,15 @@ def tickets(tmp_path_factory) -> tuple[Path, str]:
     return folder, shell(train, folder)
 
 
+def test_the_report_of_a_spreadsheet_is_the_pages(tmp_path):
+    (block,) = blocks("docs/data.md", "From a spreadsheet")
+    section = (ROOT / "docs/data.md").read_text().split("## JSON lines")[0]
+    wanted = re.search(r"prints\n\n((?: {4}.*\n)+)", section)[1]
+    out = shell(block, tmp_path)
+    assert out.startswith(re.sub(r"^ {4}", "", wanted, flags=re.MULTILINE))
+    assert (tmp_path / "tickets/train.jsonl").read_text().count("\n") == 5
+
+
 def test_the_example_on_your_own_data(tickets):
     folder, out = tickets
     assert "step 60 done" in out
