@@ -1,5 +1,6 @@
 """Prediction with a student, and scoring of the predictions."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from dss.student.decoding import candidate_slots, generate, score_candidates
 __all__ = [
     "Answer",
     "DecodingProgress",
+    "Engine",
     "EvaluationExample",
     "Predictor",
     "Scored",
@@ -60,6 +62,19 @@ class Answer:
 
     text: str
     probabilities: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, labels: Sequence[str], scores: np.ndarray) -> "Answer":
+        """Returns the most likely label, with a softmax over the labels.
+
+        Args:
+          labels: the C possible labels.
+          scores: their log-likelihoods, [C].
+        """
+        scores = scores.astype(np.float64)
+        softmax = np.exp(scores - scores.max())
+        softmax /= softmax.sum()
+        return cls(labels[int(scores.argmax())], dict(zip(labels, softmax.tolist(), strict=True)))
 
 
 def metric_name(mixture: Mixture) -> str:
@@ -161,26 +176,21 @@ class DecodingProgress:
         """Called after a batch, with its number of answers."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Predictor:
-    """Batched inference with a student on a device mesh.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine(abc.ABC):
+    """Answers a mixture's examples; subclasses run a student.
 
     Attributes:
-      config: the student's architecture.
-      params: the student's parameters, placed on the mesh.
       vocabulary: the student's vocabulary.
-      mesh: the device mesh; batches are sharded over its `data` axis if their size is divisible.
       decoding: decoding options: lengths, batch size, beams, choice among labels.
       progress: callbacks for progress.
     """
 
-    config: T5Config
-    params: Any
     vocabulary: Vocabulary
-    mesh: Mesh
     decoding: DecodingConfig = DecodingConfig()
     progress: DecodingProgress = DecodingProgress()
 
+    @abc.abstractmethod
     def generate(
         self, inputs: Sequence[Sequence[int]], *, max_length: int, start: int = 0
     ) -> list[str]:
@@ -191,22 +201,8 @@ class Predictor:
           max_length: maximum output length in tokens, including EOS.
           start: token id that decoding starts from; see `Task.start_id`.
         """
-        out = [""] * len(inputs)
-        for batch, tokens in self._batches(inputs):
-            self.progress.began((tokens.shape, max_length, start))
-            decoded, _ = generate(
-                self.config,
-                self.params,
-                put_batch(self.mesh, tokens),
-                max_length=max_length,
-                num_beams=self.decoding.num_beams,
-                start=start,
-            )
-            for i, ids in zip(batch, fetch(decoded), strict=False):
-                out[i] = self.vocabulary.decode(ids.tolist())
-            self.progress.ended(len(batch))
-        return out
 
+    @abc.abstractmethod
     def choose(
         self, inputs: Sequence[Sequence[int]], candidates: Sequence[Sequence[str]]
     ) -> list[Answer]:
@@ -219,31 +215,6 @@ class Predictor:
           inputs: token ids, including EOS.
           candidates: candidate labels of each input: at least one, without duplicates.
         """
-        encoded = [[[*self.vocabulary.encode(c), EOS] for c in cs] for cs in candidates]
-        most = max((len(cs) for cs in encoded), default=1)
-        longest = max((len(c) for cs in encoded for c in cs), default=1)
-        slots = candidate_slots(encoded)
-        table = np.zeros((len(inputs), most, longest), np.int32)
-        for i, cs in enumerate(encoded):
-            for j, c in enumerate(cs):
-                table[i, j, : len(c)] = c
-        out = [Answer("")] * len(inputs)
-        for batch, tokens in self._batches(inputs):
-            self.progress.began((tokens.shape, table.shape[1:], slots))
-            padded_batch = np.resize(batch, len(tokens))
-            padded_batch[len(batch) :] = batch[-1]
-            labels = put_batch(self.mesh, table[padded_batch])
-            scores = score_candidates(
-                self.config, self.params, put_batch(self.mesh, tokens), labels, slots
-            )
-            for i, padded_scores in zip(batch, fetch(scores), strict=False):
-                log_likelihoods = padded_scores[: len(candidates[i])].astype(np.float64)
-                softmax = np.exp(log_likelihoods - log_likelihoods.max())
-                softmax /= softmax.sum()
-                probabilities = dict(zip(candidates[i], softmax.tolist(), strict=True))
-                out[i] = Answer(candidates[i][log_likelihoods.argmax()], probabilities)
-            self.progress.ended(len(batch))
-        return out
 
     def predict(
         self, mixture: Mixture, examples: Sequence[EvaluationExample], inputs_length: int
@@ -283,6 +254,67 @@ class Predictor:
         texts = self.generate(inputs, max_length=self.decoding.rationale_length)
         single = task.kind == "rationale_then_label"
         return [Answer(extract_label(text) if single else text) for text in texts]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Predictor(Engine):
+    """Batched inference with a student on a device mesh.
+
+    Attributes:
+      config: the student's architecture.
+      params: the student's parameters, placed on the mesh.
+      mesh: the device mesh; batches are sharded over its `data` axis if their size is divisible.
+    """
+
+    config: T5Config
+    params: Any
+    mesh: Mesh
+
+    def generate(
+        self, inputs: Sequence[Sequence[int]], *, max_length: int, start: int = 0
+    ) -> list[str]:
+        """See `Engine.generate`."""
+        out = [""] * len(inputs)
+        for batch, tokens in self._batches(inputs):
+            self.progress.began((tokens.shape, max_length, start))
+            decoded, _ = generate(
+                self.config,
+                self.params,
+                put_batch(self.mesh, tokens),
+                max_length=max_length,
+                num_beams=self.decoding.num_beams,
+                start=start,
+            )
+            for i, ids in zip(batch, fetch(decoded), strict=False):
+                out[i] = self.vocabulary.decode(ids.tolist())
+            self.progress.ended(len(batch))
+        return out
+
+    def choose(
+        self, inputs: Sequence[Sequence[int]], candidates: Sequence[Sequence[str]]
+    ) -> list[Answer]:
+        """See `Engine.choose`."""
+        encoded = [[[*self.vocabulary.encode(c), EOS] for c in cs] for cs in candidates]
+        most = max((len(cs) for cs in encoded), default=1)
+        longest = max((len(c) for cs in encoded for c in cs), default=1)
+        slots = candidate_slots(encoded)
+        table = np.zeros((len(inputs), most, longest), np.int32)
+        for i, cs in enumerate(encoded):
+            for j, c in enumerate(cs):
+                table[i, j, : len(c)] = c
+        out = [Answer("")] * len(inputs)
+        for batch, tokens in self._batches(inputs):
+            self.progress.began((tokens.shape, table.shape[1:], slots))
+            padded_batch = np.resize(batch, len(tokens))
+            padded_batch[len(batch) :] = batch[-1]
+            labels = put_batch(self.mesh, table[padded_batch])
+            scores = score_candidates(
+                self.config, self.params, put_batch(self.mesh, tokens), labels, slots
+            )
+            for i, padded_scores in zip(batch, fetch(scores), strict=False):
+                out[i] = Answer.of(candidates[i], padded_scores[: len(candidates[i])])
+            self.progress.ended(len(batch))
+        return out
 
     def _batches(self, inputs: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields batches of inputs of similar length: (indices [n], token ids [B, S]), n <= B.

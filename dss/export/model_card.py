@@ -3,7 +3,7 @@
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,13 +193,16 @@ def _command(run: Run) -> str:
     return f"In this folder, with the data in `$DATA`:\n\n```bash\n{command}\n```\n"
 
 
-def model_card(run: Run, step: int, form: str = "hf") -> str:
+def model_card(
+    run: Run, step: int, form: str = "hf", verified: Sequence[tuple[str, str]] = ()
+) -> str:
     """Returns a model card in Markdown, with the hub's front matter.
 
     Args:
       run: the run with the student.
       step: the step of the exported checkpoint.
       form: the format, a key of `USES`.
+      verified: (name, value) rows of a quantized export's agreement with the student.
     """
     experiment = run.experiment
     parts = [_front_matter(run, form), f"# {run.folder.name}\n", f"{_shape(run)}.\n"]
@@ -213,6 +216,8 @@ def model_card(run: Run, step: int, form: str = "hf") -> str:
         scores = list(_scores(run, mixture, step))
         if scores:
             parts += ["## Scores\n", _table(scores), CHOSEN if experiment.decoding.closed else ""]
+        if verified:
+            parts += ["## Quantization\n", _table(verified)]
         parts += ["## Reproduction\n", _command(run)]
     versions = {"dss": __version__, "jax": jax.__version__}
     parts.append("Exported by " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".\n")

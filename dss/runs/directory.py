@@ -118,7 +118,15 @@ class Run:
         checkpoints.close()
         vocabulary = load_vocabulary(self.vocabulary_source)
         decoding, progress = self.experiment.decoding, progress or DecodingProgress()
-        return Predictor(self.config, params, vocabulary, mesh, decoding, progress), step
+        predictor = Predictor(
+            config=self.config,
+            params=params,
+            mesh=mesh,
+            vocabulary=vocabulary,
+            decoding=decoding,
+            progress=progress,
+        )
+        return predictor, step
 
 
 def student_shardings(config: T5Config, mesh: Mesh, mesh_config: MeshConfig) -> Any:

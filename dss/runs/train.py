@@ -312,7 +312,11 @@ def make_validation(
             "valid",
         )
         predictor = Predictor(
-            run.config, state.params, data.vocabulary, steps.mesh, experiment.decoding
+            config=run.config,
+            params=state.params,
+            mesh=steps.mesh,
+            vocabulary=data.vocabulary,
+            decoding=experiment.decoding,
         )
         predictions = predictor.predict(mixture, examples, experiment.data.inputs_length)
         scored = Scored.of(mixture, examples, predictions, data.vocabulary)

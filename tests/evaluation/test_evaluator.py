@@ -12,9 +12,14 @@ from dss.student.network import init_params
 from tests.conftest import tiny_config
 
 
+def predictor(config, vocabulary, mesh, **options) -> Predictor:
+    params = init_params(config, 0)
+    return Predictor(config=config, params=params, mesh=mesh, vocabulary=vocabulary, **options)
+
+
 def test_inputs_without_possible_labels_are_generated_and_others_chosen(one_device):
     config = tiny_config()
-    student = Predictor(config, init_params(config, 0), load_vocabulary("bytes"), one_device)
+    student = predictor(config, load_vocabulary("bytes"), one_device)
     closed = "Where?\nAnswer Choices:\n(a) here\n(b) there"
     mixture = named_mixture("cqa_finetune")
 
@@ -29,7 +34,7 @@ def test_inputs_without_possible_labels_are_generated_and_others_chosen(one_devi
 def test_probabilities_are_a_softmax_over_candidates(one_device):
     config = tiny_config()
     vocabulary = load_vocabulary("bytes")
-    student = Predictor(config, init_params(config, 0), vocabulary, one_device)
+    student = predictor(config, vocabulary, one_device)
     inputs = [encode_example(vocabulary, text, 32) for text in ("a", "bc", "def")]
     candidates = [("yes", "no"), ("x",), ("one", "two", "three")]
     answers = student.choose(inputs, candidates)
@@ -66,7 +71,7 @@ def test_progress_counts_predictions_and_distinguishes_shapes(one_device, monkey
     config, progress = tiny_config(), Recorded()
     decoding = DecodingConfig(max_length=2, batch_size=2, length_multiple=8)
     vocabulary = load_vocabulary("bytes")
-    student = Predictor(config, {}, vocabulary, one_device, decoding, progress)
+    student = predictor(config, vocabulary, one_device, decoding=decoding, progress=progress)
     examples = [EvaluationExample(text, text, "") for text in ("a", "b", "c" * 10, "d" * 11, "e")]
     student.predict(named_mixture("svamp_finetune"), examples, 64)
     assert progress.counts == [2, 2, 1]
@@ -78,7 +83,7 @@ def test_progress_counts_predictions_and_distinguishes_shapes(one_device, monkey
 
 def test_a_label_that_an_input_lists_twice_is_one_candidate(one_device):
     config = tiny_config()
-    student = Predictor(config, init_params(config, 0), load_vocabulary("bytes"), one_device)
+    student = predictor(config, load_vocabulary("bytes"), one_device)
     text = "Where?\nAnswer Choices:\n(a) here\n(b) there\n(c) here"
     examples = [EvaluationExample("1", text, "here"), EvaluationExample("2", "no choices", "")]
     closed, written = student.answer(named_mixture("cqa_finetune"), examples, 64)

@@ -22,8 +22,11 @@ from dss.data.vocabulary import (
     load_vocabulary,
 )
 from dss.errors import DssError
+from dss.evaluation.evaluator import evaluation_set
 from dss.export import comparison
-from dss.export.export import export
+from dss.export.agreement import measure
+from dss.export.ctranslate2_engine import CTranslate2Engine, load_engine
+from dss.export.export import Quantization, export
 from dss.export.model_card import model_card
 from dss.interop import (
     ctranslate2_export,
@@ -510,3 +513,82 @@ def test_a_full_disk_leaves_no_files_and_the_next_export_succeeds(
         assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "run"]
         assert not (tmp_path / "out" / "old").exists()
         assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def int8(**values) -> Quantization:
+    return Quantization(form="int8", **values)
+
+
+def test_an_int8_export_is_verified_on_validation_labels(make_run, tmp_path):
+    config = tiny_config(d_model=64, d_kv=16, d_ff=128, vocab_size=384)
+    decoding = DecodingConfig(batch_size=8)  # among the labels
+    run = make_run(tmp_path / "run", config)
+    run = dataclasses.replace(
+        run, experiment=dataclasses.replace(run.experiment, decoding=decoding)
+    )
+    written = export(run, "ctranslate2", tmp_path / "out", quantization=int8(min_agreement=0))
+    card = (written.path / "README.md").read_text()
+    assert "## Quantization" in card
+    assert "equal labels: " in written.note
+    assert "| equal labels | " in card
+    assert "of float32) |" in card
+    found = measure(run, written.path, 7, 400)
+    assert found.examples > 0
+    assert found.size == (written.path / "model.bin").stat().st_size < 0.5 * found.float_size
+    engine = load_engine(written.path, load_vocabulary(BYTES), decoding)
+    predictor, _ = run.predictor()
+    mixture, examples = run.mixture(), evaluation_set(run.mixture(), "valid")
+    theirs, ours = (e.answer(mixture, examples, 64) for e in (engine, predictor))
+    for a, b in zip(theirs, ours, strict=True):
+        assert sum(a.probabilities.values()) == pytest.approx(1)
+        assert a.probabilities == pytest.approx(b.probabilities, abs=0.1)
+
+
+def test_a_float_engine_has_the_students_probabilities_and_texts(make_run, tmp_path):
+    run = make_run(tmp_path / "run", tiny_config())
+    folder = export(run, "ctranslate2", tmp_path / "out").path
+    vocabulary = load_vocabulary(BYTES)
+    engine = load_engine(folder, vocabulary, run.experiment.decoding)
+    predictor, _ = run.predictor()
+    inputs = [encode_example(vocabulary, text, 64) for text in TEXTS[:5]]
+    options = [("yes", "no"), ("x",), ("one", "two", "three"), ("yes", "no"), ("a", "b")]
+    for a, b in zip(engine.choose(inputs, options), predictor.choose(inputs, options), strict=True):
+        assert a.text == b.text
+        assert a.probabilities == pytest.approx(b.probabilities, abs=1e-4)
+    texts = [e.generate(inputs, max_length=12) for e in (engine, predictor)]
+    assert texts[0] == texts[1]
+    with pytest.raises(DssError, match="decodes from the start id 0"):
+        engine.generate(inputs, max_length=2, start=5)
+    with pytest.raises(DssError, match="no CTranslate2 model"):
+        load_engine(tmp_path, vocabulary, run.experiment.decoding)
+
+
+def test_an_export_below_the_agreement_fails_with_the_figures_and_leaves_nothing(
+    make_run, tmp_path, monkeypatch
+):
+    run = make_run(tmp_path / "run", tiny_config())
+    answer = CTranslate2Engine.predict
+    monkeypatch.setattr(CTranslate2Engine, "predict", lambda *args: ["?", *answer(*args)[1:]])
+    with pytest.raises(DssError, match=r"int8: equal labels: .* size of the weights.*nothing was"):
+        export(run, "ctranslate2", tmp_path / "out", quantization=int8(min_agreement=1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--to=hf", "--quantization=int8"), "--quantization is for CTranslate2"),
+        (("--to=ctranslate2", "--quantization=int7"), "unknown quantization 'int7'; did you mean"),
+        (("--to=ctranslate2", "--min-agreement=0.5"), "are for --quantization"),
+        (
+            ("--to=ctranslate2", "--quantization=int8", "--min-agreement=2"),
+            "--min-agreement=2: give a share",
+        ),
+        (("--to=ctranslate2", "--quantization=int8", "--examples=0"), "--examples=0: give at"),
+    ],
+)
+def test_quantizations_that_cannot_be_are_refused(make_run, tmp_path, options, message, capsys):
+    make_run(tmp_path / "run", tiny_config())
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
