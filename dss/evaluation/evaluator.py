@@ -61,6 +61,13 @@ class Answer:
     text: str
     probabilities: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
+    def is_below(self, threshold: float) -> bool:
+        """Returns whether the highest probability is below a threshold.
+
+        Generated text has no probability and is below any threshold.
+        """
+        return max(self.probabilities.values(), default=0.0) < threshold
+
 
 def metric_name(mixture: Mixture) -> str:
     """Returns the metric of a mixture: "rouge_l" if it has rationales only, else "accuracy"."""
@@ -172,6 +179,7 @@ class Predictor:
       mesh: the device mesh; batches are sharded over its `data` axis if their size is divisible.
       decoding: decoding options: lengths, batch size, beams, choice among labels.
       progress: callbacks for progress.
+      temperature: temperature of the label probabilities; see `TemperatureScaling`.
     """
 
     config: T5Config
@@ -180,6 +188,7 @@ class Predictor:
     mesh: Mesh
     decoding: DecodingConfig = DecodingConfig()
     progress: DecodingProgress = DecodingProgress()
+    temperature: float = 1.0
 
     def generate(
         self, inputs: Sequence[Sequence[int]], *, max_length: int, start: int = 0
@@ -213,7 +222,7 @@ class Predictor:
         """Returns each input's most likely candidate label, with the candidates' probabilities.
 
         The score of a candidate is its log-likelihood, including EOS; the probabilities are a
-        softmax over the candidates of the input.
+        softmax of the scores, divided by the temperature, over the candidates of the input.
 
         Args:
           inputs: token ids, including EOS.
@@ -238,7 +247,7 @@ class Predictor:
             )
             for i, padded_scores in zip(batch, fetch(scores), strict=False):
                 log_likelihoods = padded_scores[: len(candidates[i])].astype(np.float64)
-                softmax = np.exp(log_likelihoods - log_likelihoods.max())
+                softmax = np.exp((log_likelihoods - log_likelihoods.max()) / self.temperature)
                 softmax /= softmax.sum()
                 probabilities = dict(zip(candidates[i], softmax.tolist(), strict=True))
                 out[i] = Answer(candidates[i][log_likelihoods.argmax()], probabilities)
