@@ -146,7 +146,8 @@ def test_invalid_paths_are_refused_before_jax_is_imported(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "open").mkdir()
     (tmp_path / "open" / "config.gin").write_text(
-        "Experiment.method = 'finetune'\nDataConfig.dataset_path = 'tickets'\n"
+        "Experiment.method = 'finetune'\nExperiment.data = @DataConfig()\n"
+        "DataConfig.dataset_path = 'tickets'\n"
     )
     code = (
         "import contextlib, io, json, sys\n"
