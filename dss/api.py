@@ -39,12 +39,14 @@ class Prediction:
         no closed label set.
       rationale: the rationale; None if none was requested.
       truncated: whether the input was longer than the student's maximum input length.
+      abstained: whether the highest probability is below the threshold; False without a threshold.
     """
 
     label: str
     probabilities: Mapping[str, float]
     rationale: str | None = None
     truncated: bool = False
+    abstained: bool = False
 
 
 def _texts(inputs: str | Sequence[str]) -> list[str]:
@@ -92,35 +94,47 @@ class Student:
     def _predictor(self) -> "Predictor":
         return self.run.predictor(self.checkpoint)[0]
 
-    def predict(self, inputs: str | Sequence[str], *, rationales: bool = False) -> list[Prediction]:
+    def predict(
+        self,
+        inputs: str | Sequence[str],
+        *,
+        rationales: bool = False,
+        threshold: float | None = None,
+    ) -> list[Prediction]:
         """Returns a prediction for each input.
 
         Args:
           inputs: the texts, without the prefix `predict: `; a single text counts as a list of one.
           rationales: whether to generate a rationale for each input.
+          threshold: the probability below which a prediction is marked `abstained`; None for none.
 
         Raises:
-          DssError: if the student was not trained on a task, or rationales are requested and it
-            was not trained to generate them.
+          DssError: if the student was not trained on a task, rationales are requested and it was
+            not trained to generate them, or a threshold is given and its labels have no
+            probabilities.
         """
         from dss.data.vocabulary import is_cut
-        from dss.evaluation.evaluator import EvaluationExample
+        from dss.evaluation.calibration import check_probabilities, check_threshold
+        from dss.runs.student import answer
 
         texts = _texts(inputs)
+        if threshold is not None:
+            check_threshold(threshold)
+            check_probabilities(self._mixture, self.experiment.decoding)
         mixture, predictor = self._mixture, self._predictor
         length = self.experiment.data.inputs_length
-        examples = [EvaluationExample(str(i), text, "") for i, text in enumerate(texts)]
-        answers = predictor.answer(mixture, examples, length)
+        answers = answer(predictor, mixture, texts, length)
         explanations = self.explain(texts) if rationales else [None] * len(texts)
         prefix = mixture.tasks[0].prefix
         return [
             Prediction(
-                answer.text,
-                answer.probabilities,
-                rationale,
-                is_cut(predictor.vocabulary, prefix + text, length),
+                label=given.text,
+                probabilities=given.probabilities,
+                rationale=rationale,
+                truncated=is_cut(predictor.vocabulary, prefix + text, length),
+                abstained=threshold is not None and given.is_below(threshold),
             )
-            for answer, rationale, text in zip(answers, explanations, texts, strict=True)
+            for given, rationale, text in zip(answers, explanations, texts, strict=True)
         ]
 
     def explain(self, inputs: str | Sequence[str]) -> list[str]:

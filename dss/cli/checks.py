@@ -3,13 +3,15 @@
 Paths in a bucket, and values that only the library can check, are left to the command itself.
 """
 
+import argparse
 import ast
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dss.cli.options import run_flags
 from dss.errors import DssError
-from dss.paths import CONFIG_FILE, in_bucket, is_stream
+from dss.paths import CONFIG_FILE, check_no_pipes, in_bucket, is_stream
 
 __all__ = [
     "check_flags",
@@ -18,6 +20,7 @@ __all__ = [
     "check_new_folder",
     "check_output",
     "check_run",
+    "check_run_probabilities",
     "check_source",
     "check_vocabulary",
 ]
@@ -27,6 +30,24 @@ def check_run(run: str) -> None:
     """Raises DssError if a folder is not a run directory."""
     if not in_bucket(run) and not (_local(run) / CONFIG_FILE).is_file():
         raise DssError(f"{run}: no run directory: it has no {CONFIG_FILE}")
+
+
+def check_run_probabilities(args: argparse.Namespace) -> None:
+    """Raises DssError if the student that the options select generates labels as text.
+
+    Args:
+      args: the options of `add_run_options`.
+    """
+    from dss.config.data import open_mixture
+    from dss.config.gin_files import load_config
+    from dss.evaluation.calibration import check_probabilities
+
+    if args.generate:
+        raise DssError("--generate: generated labels have no probabilities; leave it out")
+    check_no_pipes(os.path.expanduser(args.run), below=False)
+    experiment = load_config(args.run, run_flags(args))
+    if experiment.has_task:
+        check_probabilities(open_mixture(experiment, must_exist=False), experiment.decoding)
 
 
 def check_folders(folders: Sequence[str]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from etils import epath
 
-from dss.cli.checks import check_flags, check_output, check_run
+from dss.cli.checks import check_flags, check_output, check_run, check_run_probabilities
 from dss.cli.options import add_run_options, open_run, prepare_jax
 from dss.cli.tables import make_console, make_table
 from dss.paths import PREDICTIONS, write_whole
@@ -15,7 +15,7 @@ from dss.paths import PREDICTIONS, write_whole
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dss.evaluation.calibration import Calibration
+    from dss.evaluation.calibration import Calibration, TemperatureScaling
     from dss.evaluation.confusion import Confusion
     from dss.evaluation.evaluator import Scored
     from dss.evaluation.rationales import RationaleQuality
@@ -34,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also generate and score rationales",
     )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="first fit the temperature of label probabilities to valid, and save it with the run",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the metrics to FILE")
 
 
@@ -45,20 +50,26 @@ def run(args: argparse.Namespace) -> int:
         check_output("--json", args.json)
     data = {"DATA_ROOT": args.data_root, "DATASET_PATH": args.dataset_path}
     check_flags([f"{name}={path}" for name, path in data.items() if path is not None])
+    if args.calibrate:
+        check_run_probabilities(args)
 
     from dss.cli.decode_progress import DecodeProgress
     from dss.evaluation.evaluator import DecodingProgress
     from dss.parallel.processes import is_leader
-    from dss.runs.student import evaluate
+    from dss.runs.student import calibrate, evaluate
 
     prepare_jax()
     student_run = open_run(args)
+    progress = DecodeProgress if is_leader() else DecodingProgress
+    scaling = None
+    if args.calibrate:
+        scaling = calibrate(student_run, checkpoint=args.checkpoint, progress=progress())
     result = evaluate(
         student_run,
         split=args.split,
         checkpoint=args.checkpoint,
         rationales=args.rationales,
-        progress=DecodeProgress() if is_leader() else DecodingProgress(),
+        progress=progress(),
     )
     if not is_leader():
         return 0
@@ -71,8 +82,10 @@ def run(args: argparse.Namespace) -> int:
         console.print(line, markup=False)
     if result.confusion:
         _print_confusion(console, result.confusion)
+    if scaling:
+        _print_scaling(console, scaling)
     if result.calibration:
-        _print_calibration(console, result.calibration)
+        _print_calibration(console, result.calibration, result.temperature)
     if result.quality:
         _print_rationales(console, result.quality)
     console.print(f"predictions: {path}", markup=False)
@@ -115,11 +128,23 @@ def _print_confusion(console: "Console", confusion: "Confusion") -> None:
     console.print(table)
 
 
-def _print_calibration(console: "Console", calibration: "Calibration") -> None:
+def _print_scaling(console: "Console", scaling: "TemperatureScaling") -> None:
+    console.print(
+        f"calibrated on {scaling.examples} examples of {scaling.split}: temperature "
+        f"{scaling.temperature:.3f}, negative log-likelihood {scaling.nll_before:.3f} -> "
+        f"{scaling.nll_after:.3f}, expected calibration error {scaling.expected_error_before:.1%} "
+        f"-> {scaling.expected_error_after:.1%}",
+        markup=False,
+    )
+
+
+def _print_calibration(console: "Console", calibration: "Calibration", temperature: float) -> None:
     title = (
         f"expected calibration error {calibration.expected_error:.1%}, "
         f"Brier score {calibration.brier:.3f} (0 to 2)"
     )
+    if temperature != 1:
+        title += f", temperature {temperature:.3f}"
     table = make_table(title, "mean confidence", "accuracy", "examples", texts=0)
     for bin_ in calibration.bins:
         table.add_row(f"{bin_.confidence:.1%}", f"{bin_.accuracy:.1%}", str(bin_.examples))

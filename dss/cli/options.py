@@ -12,6 +12,7 @@ __all__ = [
     "open_run",
     "prepare_jax",
     "quiet_tpu",
+    "run_flags",
 ]
 
 
@@ -75,10 +76,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_run(args: argparse.Namespace):
-    """Opens the run that the options select."""
-    from dss.runs.directory import load_run
-
+def run_flags(args: argparse.Namespace) -> list[str]:
+    """Returns the `NAME=VALUE` of gin values that the options of `add_run_options` override."""
     flags = list(args.gin)
     for name, value in (
         ("Experiment.mixture", args.mixture),
@@ -89,7 +88,14 @@ def open_run(args: argparse.Namespace):
     ):
         if value is not None:
             flags.append(f"{name}={value!r}")
-    return load_run(args.run, flags)
+    return flags
+
+
+def open_run(args: argparse.Namespace):
+    """Opens the run that the options select."""
+    from dss.runs.directory import load_run
+
+    return load_run(args.run, run_flags(args))
 
 
 def prepare_jax(*, steps: bool = True) -> None:

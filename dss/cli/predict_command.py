@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from dss.cli.checks import check_input, check_output, check_run
+from dss.cli.checks import check_input, check_output, check_run, check_run_probabilities
 from dss.cli.options import add_run_options, open_run, prepare_jax
 from dss.errors import DssError
 from dss.paths import create, is_stream
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
-PREDICTED = ("label", "rationale", "truncated")  # fields that predictions set
+# Fields that predictions set, whatever an input row has in them.
+PREDICTED = ("label", "probabilities", "abstained", "rationale", "truncated")
+DIGITS = 6  # decimal places of probabilities
 CHUNK = 1024  # inputs that are read and predicted together
 
 
@@ -42,6 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replace", action="store_true", help="replace the output even if it has more lines"
     )
     parser.add_argument("--rationale", action="store_true", help="predict rationales too")
+    parser.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="write the probability of each label of a closed set",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="mark rows whose highest probability is below P as abstained",
+    )
 
 
 def _read(source: str) -> Iterator[tuple["Example", dict[str, Any]]]:
@@ -167,7 +180,7 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes a JSON line per input: its id, the other fields of its row, label and rationale."""
+    """Writes a JSON line per input: its id, the other fields of its row, and the prediction."""
     check_run(args.run)
     if args.input != "-":
         args.input = os.path.expanduser(args.input)
@@ -175,12 +188,18 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         args.output = args.output.expanduser()
         _check_output(args)
+    if args.threshold is not None:
+        from dss.evaluation.calibration import check_threshold
+
+        check_threshold(args.threshold)
+    if args.probabilities or args.threshold is not None:
+        check_run_probabilities(args)
 
     from dss.cli.decode_progress import DecodeProgress
     from dss.data.vocabulary import is_cut
     from dss.evaluation.evaluator import DecodingProgress
     from dss.parallel.processes import is_leader
-    from dss.runs.student import explain, label
+    from dss.runs.student import answer, explain
 
     prepare_jax()
     opened = open_run(args)
@@ -193,20 +212,26 @@ def run(args: argparse.Namespace) -> int:
     predictor, _ = opened.predictor(args.checkpoint, progress)
     length = experiment.data.inputs_length
     examples = _read(args.input)
-    count = truncated = 0
+    count = truncated = abstained = 0
 
     def predictions() -> Iterator[dict[str, Any]]:
-        nonlocal count, truncated
+        nonlocal count, truncated, abstained
         while chunk := list(itertools.islice(examples, CHUNK)):
             texts = [example.input for example, _ in chunk]
-            labels = label(predictor, mixture, texts, length)
+            answers = answer(predictor, mixture, texts, length)
             rationales = explain(predictor, mixture, texts, length) if args.rationale else None
             for i, (example, row) in enumerate(chunk):
                 line: dict[str, Any] = {"id": example.id, "input": example.input}
                 line |= {name: row[name] for name in row if name not in (*line, *PREDICTED)}
                 if "label" in row:
                     line.setdefault("gold", row["label"])
-                line["label"] = labels[i]
+                line["label"] = answers[i].text
+                if args.probabilities:
+                    probabilities = answers[i].probabilities
+                    line["probabilities"] = {k: round(p, DIGITS) for k, p in probabilities.items()}
+                if args.threshold is not None:
+                    line["abstained"] = answers[i].is_below(args.threshold)
+                    abstained += line["abstained"]
                 if rationales is not None:
                     line["rationale"] = rationales[i]
                 count += 1
@@ -225,6 +250,12 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{truncated:,} of {count:,} inputs ({truncated / count:.1%}) are longer than {length} "
             "tokens and were truncated; their rows have the field truncated",
+            file=sys.stderr,
+        )
+    if args.threshold is not None and is_leader():
+        print(
+            f"abstained on {abstained:,} of {count:,} inputs ({abstained / max(count, 1):.1%}): "
+            f"their highest probability is below {args.threshold}",
             file=sys.stderr,
         )
     return 0

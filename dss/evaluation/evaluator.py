@@ -64,17 +64,25 @@ class Answer:
     probabilities: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, labels: Sequence[str], scores: np.ndarray) -> "Answer":
+    def of(cls, labels: Sequence[str], scores: np.ndarray, temperature: float = 1.0) -> "Answer":
         """Returns the most likely label, with a softmax over the labels.
 
         Args:
           labels: the C possible labels.
           scores: their log-likelihoods, [C].
+          temperature: divisor of the scores in the softmax.
         """
         scores = scores.astype(np.float64)
-        softmax = np.exp(scores - scores.max())
+        softmax = np.exp((scores - scores.max()) / temperature)
         softmax /= softmax.sum()
         return cls(labels[int(scores.argmax())], dict(zip(labels, softmax.tolist(), strict=True)))
+
+    def is_below(self, threshold: float) -> bool:
+        """Returns whether the highest probability is below a threshold.
+
+        Generated text has no probability and is below any threshold.
+        """
+        return max(self.probabilities.values(), default=0.0) < threshold
 
 
 def metric_name(mixture: Mixture) -> str:
@@ -184,11 +192,13 @@ class Engine(abc.ABC):
       vocabulary: the student's vocabulary.
       decoding: decoding options: lengths, batch size, beams, choice among labels.
       progress: callbacks for progress.
+      temperature: temperature of the label probabilities; see `TemperatureScaling`.
     """
 
     vocabulary: Vocabulary
     decoding: DecodingConfig = DecodingConfig()
     progress: DecodingProgress = DecodingProgress()
+    temperature: float = 1.0
 
     @abc.abstractmethod
     def generate(
@@ -209,7 +219,7 @@ class Engine(abc.ABC):
         """Returns each input's most likely candidate label, with the candidates' probabilities.
 
         The score of a candidate is its log-likelihood, including EOS; the probabilities are a
-        softmax over the candidates of the input.
+        softmax of the scores, divided by the temperature, over the candidates of the input.
 
         Args:
           inputs: token ids, including EOS.
@@ -312,7 +322,8 @@ class Predictor(Engine):
                 self.config, self.params, put_batch(self.mesh, tokens), labels, slots
             )
             for i, padded_scores in zip(batch, fetch(scores), strict=False):
-                out[i] = Answer.of(candidates[i], padded_scores[: len(candidates[i])])
+                of_input = padded_scores[: len(candidates[i])]
+                out[i] = Answer.of(candidates[i], of_input, self.temperature)
             self.progress.ended(len(batch))
         return out
 

@@ -16,7 +16,7 @@ from dss.evaluation.teachers import TeacherOutputs, TeacherScore, score_teacher
 from dss.mixtures.methods import Mixture
 from dss.paths import write_whole
 
-__all__ = ["Evaluation"]
+__all__ = ["Evaluation", "candidate_probabilities"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Evaluation:
       rationales: the student's N rationales; None if not requested.
       quality: quality of the rationales; None if not requested.
       outputs: outputs of the teachers for the split, by teacher.
+      temperature: temperature of the label probabilities; 1 if the run is not calibrated.
     """
 
     mixture: str
@@ -50,6 +51,7 @@ class Evaluation:
     rationales: tuple[str, ...] | None = None
     quality: RationaleQuality | None = None
     outputs: Mapping[str, TeacherOutputs] = dataclasses.field(default_factory=dict)
+    temperature: float = 1.0
 
     @property
     def predictions(self) -> tuple[str, ...]:
@@ -67,6 +69,7 @@ class Evaluation:
         teachers: Mapping[str, TeacherOutputs],
         rationales: Sequence[str] | None = None,
         vocabulary: Vocabulary | None = None,
+        temperature: float = 1.0,
     ) -> "Evaluation":
         """Returns the evaluation of a student's predictions.
 
@@ -79,6 +82,7 @@ class Evaluation:
           teachers: outputs of the teachers for the split, by teacher.
           rationales: the student's N rationales, for examples whose targets are labels.
           vocabulary: the student's vocabulary; see `Scored.of`.
+          temperature: temperature of the label probabilities.
         """
         dataset, texts = mixture.dataset, [answer.text for answer in answers]
         scored = Scored.of(mixture, examples, texts, vocabulary)
@@ -104,6 +108,7 @@ class Evaluation:
             rationales=None if rationales is None else tuple(rationales),
             quality=quality,
             outputs=teachers,
+            temperature=temperature,
         )
 
     def save(self, folder: epath.Path) -> epath.Path:
@@ -153,6 +158,7 @@ class Evaluation:
             },
             "confusion": fields(self.confusion),
             "calibration": fields(self.calibration),
+            "temperature": self.temperature,
             "rationales": fields(self.quality),
         }
 
@@ -166,14 +172,28 @@ def _summary(scored: Scored) -> dict[str, Any]:
     }
 
 
-def _calibrate(
+def candidate_probabilities(
     mixture: Mixture, examples: Sequence[EvaluationExample], answers: Sequence[Answer]
-) -> Calibration | None:
+) -> tuple[list[list[float]], list[list[bool]]]:
+    """Returns each example's probability of each candidate, and whether the candidate is correct.
+
+    Examples whose text was generated are left out.
+
+    Args:
+      mixture: the student's mixture.
+      examples: the N examples with their targets.
+      answers: the N predictions.
+    """
     chosen = [(e, a) for e, a in zip(examples, answers, strict=True) if a.probabilities]
-    if not chosen:
-        return None
     is_right = mixture.dataset.labels.is_right
-    return Calibration.of(
+    return (
         [list(answer.probabilities.values()) for _, answer in chosen],
         [[is_right(c, example.target) for c in answer.probabilities] for example, answer in chosen],
     )
+
+
+def _calibrate(
+    mixture: Mixture, examples: Sequence[EvaluationExample], answers: Sequence[Answer]
+) -> Calibration | None:
+    probabilities, correct = candidate_probabilities(mixture, examples, answers)
+    return Calibration.of(probabilities, correct) if probabilities else None

@@ -74,7 +74,7 @@ class CTranslate2Engine(Engine):
             scores = iter([sum(result.log_probs) for result in results])
             for i in batch:
                 of_input = np.array([next(scores) for _ in candidates[i]])
-                out[i] = Answer.of(candidates[i], of_input)
+                out[i] = Answer.of(candidates[i], of_input, self.temperature)
             self.progress.ended(len(batch))
         return out
 

@@ -10,6 +10,7 @@ speed.jsonl           throughput
 sessions.jsonl        the start and the end of each session
 tensorboard/          metrics and throughput for TensorBoard
 predictions/          predictions of `dss eval`
+calibration.json      the temperature of label probabilities, of `dss eval --calibrate`
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from dss.config.experiment import Experiment
 from dss.config.gin_files import load_config, save_config
 from dss.data.vocabulary import BYTES, load_vocabulary
 from dss.errors import DssError
+from dss.evaluation.calibration import TemperatureScaling
 from dss.evaluation.evaluator import (
     DecodingProgress,
     Predictor,
@@ -39,6 +41,7 @@ from dss.student.network import abstract_params, logical_axes
 from dss.training.checkpoints import Checkpoints, abstract_like
 
 __all__ = [
+    "CALIBRATION_FILE",
     "CHECKPOINTS",
     "VOCABULARY_FILE",
     "Run",
@@ -51,6 +54,7 @@ __all__ = [
 
 VOCABULARY_FILE = "vocabulary.model"
 CHECKPOINTS = "checkpoints"
+CALIBRATION_FILE = "calibration.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +106,8 @@ class Run:
     ) -> tuple[Predictor, int]:
         """Returns a predictor with the parameters of a checkpoint, and the checkpoint's step.
 
+        Its probabilities have the temperature of `calibration.json`; see `temperature`.
+
         Args:
           checkpoint: "best", "latest" or a step.
           progress: the callbacks for decoded batches; None for none.
@@ -125,8 +131,27 @@ class Run:
             vocabulary=vocabulary,
             decoding=decoding,
             progress=progress,
+            temperature=self.temperature(step),
         )
         return predictor, step
+
+    def temperature(self, step: int) -> float:
+        """Returns the temperature of label probabilities: 1 unless the run is calibrated.
+
+        A calibration of another checkpoint, or for another dataset, is not applied.
+
+        Args:
+          step: step of the checkpoint.
+
+        Raises:
+          DataError: if `calibration.json` is malformed.
+        """
+        path = self.folder / CALIBRATION_FILE
+        if not self.experiment.has_task or not path.is_file():
+            return 1.0
+        scaling = TemperatureScaling.read(path)
+        dataset = self.mixture(must_exist=False).dataset.name
+        return scaling.temperature if (scaling.step, scaling.dataset) == (step, dataset) else 1.0
 
 
 def student_shardings(config: T5Config, mesh: Mesh, mesh_config: MeshConfig) -> Any:

@@ -12,27 +12,33 @@ from dss.config.experiment import Experiment
 from dss.config.gin_files import load_config
 from dss.data.vocabulary import encode_example
 from dss.errors import DssError
+from dss.evaluation.calibration import TemperatureScaling, check_probabilities
 from dss.evaluation.evaluator import (
+    Answer,
     DecodingProgress,
     EvaluationExample,
     Predictor,
     evaluation_set,
     metric_name,
 )
-from dss.evaluation.result import Evaluation
+from dss.evaluation.result import Evaluation, candidate_probabilities
 from dss.evaluation.teachers import read_teachers
 from dss.mixtures.methods import Mixture
 from dss.mixtures.tasks import Task, extract_rationale
+from dss.parallel.processes import is_leader, wait_for_all
 from dss.paths import CONFIG_FILE
-from dss.runs.directory import Run, is_run, load_run
+from dss.runs.directory import CALIBRATION_FILE, Run, is_run, load_run
 from dss.runs.start import import_checkpoint
 
 __all__ = [
+    "answer",
+    "calibrate",
     "evaluate",
     "explain",
-    "label",
     "open_student",
 ]
+
+MIN_EXAMPLES = 20  # examples that a temperature is fitted to, at least
 
 
 def open_student(source: str, flags: Sequence[str] = ()) -> Run:
@@ -114,8 +120,63 @@ def evaluate(
         explanations = explain(predictor, mixture, [e.text for e in examples], inputs_length)
     vocabulary = predictor.vocabulary
     return Evaluation.of(
-        mixture, split, step, examples, answers, teachers, explanations, vocabulary=vocabulary
+        mixture,
+        split,
+        step,
+        examples,
+        answers,
+        teachers,
+        explanations,
+        vocabulary=vocabulary,
+        temperature=predictor.temperature,
     )
+
+
+def calibrate(
+    run: Run, *, checkpoint: str = "best", progress: DecodingProgress | None = None
+) -> TemperatureScaling:
+    """Fits the temperature of a run's label probabilities to the validation split, and saves it.
+
+    Predictors of the run apply it to the same checkpoint and dataset. Examples whose label is not
+    among their possible labels are left out.
+
+    Args:
+      run: the run.
+      checkpoint: "best", "latest" or a step.
+      progress: the callbacks for decoded answers; None for none.
+
+    Raises:
+      DssError: if the student does not choose among labels, there are too few examples, or the run
+        has no such checkpoint.
+    """
+    experiment, mixture = run.experiment, run.mixture()
+    check_probabilities(mixture, experiment.decoding)
+    dataset, split = mixture.dataset, "valid"
+    examples = [
+        e
+        for e in evaluation_set(
+            mixture, split, fraction=experiment.data.fraction, seed=experiment.seed
+        )
+        if any(dataset.labels.is_right(label, e.target) for label in dataset.choices(e.text))
+    ]
+    if len(examples) < MIN_EXAMPLES:
+        raise DssError(
+            f"{mixture.name}: {split} has {len(examples)} labeled examples, and calibration needs "
+            f"at least {MIN_EXAMPLES}; add some"
+        )
+    progress = progress or DecodingProgress()
+    progress.expect(len(examples))
+    predictor, step = run.predictor(checkpoint, progress)
+    predictor = dataclasses.replace(predictor, temperature=1.0)
+    answers = predictor.answer(mixture, examples, experiment.data.inputs_length)
+    probabilities, correct = candidate_probabilities(mixture, examples, answers)
+    scaling = TemperatureScaling.fit(
+        probabilities, correct, dataset=dataset.name, split=split, step=step
+    )
+    if is_leader():
+        scaling.save(run.folder / CALIBRATION_FILE)
+    wait_for_all(CALIBRATION_FILE)
+    return scaling
 
 
 def explain(
@@ -143,9 +204,9 @@ def _rationale_task(mixture: Mixture) -> Task:
     return task
 
 
-def label(
+def answer(
     predictor: Predictor, mixture: Mixture, texts: Sequence[str], inputs_length: int
-) -> list[str]:
-    """Returns the label that a student predicts for each input."""
+) -> list[Answer]:
+    """Returns a student's prediction for each input; see `Predictor.answer`."""
     examples = [EvaluationExample(str(i), text, "") for i, text in enumerate(texts)]
-    return predictor.predict(mixture, examples, inputs_length)
+    return predictor.answer(mixture, examples, inputs_length)

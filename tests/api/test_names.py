@@ -102,3 +102,5 @@ def test_wrong_arguments_are_one_line(toy, tmp_path):
     for inputs in ({"input": "x"}, [{"input": "x"}], 3, b"x"):
         with pytest.raises(dss.DssError, match="give a text or a list of texts"):
             student.predict(inputs)
+    with pytest.raises(dss.DssError, match="`threshold=80`: give a probability"):
+        student.predict("x", threshold=80)

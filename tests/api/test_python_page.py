@@ -49,6 +49,13 @@ def test_a_student_predicts_a_label_with_probabilities(names):
     assert sum(prediction.probabilities.values()) == pytest.approx(1)
     assert prediction.label == max(prediction.probabilities, key=prediction.probabilities.get)
     assert not prediction.truncated
+    assert not prediction.abstained
+    highest = max(prediction.probabilities.values())
+    for threshold, abstained in ((highest + 1e-3, True), (highest - 1e-3, False)):
+        (again,) = names["student"].predict(
+            "I was charged 40 times for one month.", threshold=threshold
+        )
+        assert (again.label, again.abstained) == (prediction.label, abstained)
 
 
 def test_an_evaluation_scores_every_example(names):

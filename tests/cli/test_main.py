@@ -117,6 +117,10 @@ REFUSED_AT_ONCE = {
     "predict run --input=full": "full: a folder; give a file",
     "predict run --output=full": "--output=full: cannot be written",
     "predict run --input=file --output=./file": "file: input and output are the same file",
+    "predict run --threshold=1.5": "--threshold=1.5: give a probability greater than 0 and less",
+    "predict open --threshold=0.8": "declare the labels with --gin.DATASET_LABELS",
+    "predict open --probabilities --generate": "--generate: generated labels have no probabilities",
+    "eval open --calibrate": "an open set of labels has no probabilities",
     "report run none": "none: no such folder",
     "report run -o full": "full: a folder",
     "report run --teacher-size=x": "give a teacher and its parameters",
@@ -142,6 +146,11 @@ def test_invalid_paths_are_refused_before_jax_is_imported(tmp_path):
     for name in ("run/config.gin", "full/file", "file"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "config.gin").write_text(
+        "Experiment.method = 'finetune'\nExperiment.data = @DataConfig()\n"
+        "DataConfig.dataset_path = 'tickets'\n"
+    )
     code = (
         "import contextlib, io, json, sys\n"
         "from dss.cli.main import main\n"

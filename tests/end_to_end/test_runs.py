@@ -251,6 +251,54 @@ def test_predict_keeps_a_rows_fields_and_marks_what_was_cut(undisturbed, tmp_pat
     assert not (tmp_path / "out.jsonl.partial").exists()
 
 
+def test_predict_writes_calibrated_probabilities_and_abstains(undisturbed, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    folder = tmp_path / "toy"
+    labels = ["yes" if i % 3 else "no" for i in range(24)]
+    rows = [{"input": f"is {i} good", "label": label} for i, label in enumerate(labels)]
+    source = write_jsonl(folder / "valid.jsonl", rows)
+    data = f"--dataset_path={folder}"
+
+    def predict(*options) -> tuple[list, str]:
+        out, err = call_apart("predict", run, f"--input={source}", "--probabilities", *options)
+        return [json.loads(line) for line in out.splitlines()], err
+
+    raw, err = predict()
+    assert "abstained" not in err
+    for row in raw:
+        assert list(row) == ["id", "input", "gold", "label", "probabilities"]
+        assert list(row["probabilities"]) == ["yes", "no"]
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=2e-6)
+        assert row["probabilities"][row["label"]] == max(row["probabilities"].values())
+    said = call("eval", run, "--calibrate", "--split=valid", data)
+    assert "calibrated on 24 examples of valid: temperature " in said
+    fitted = json.loads((run / "calibration.json").read_text())
+    assert fitted["nll_after"] <= fitted["nll_before"]
+    (summary,) = (run / "predictions").glob("*.json")
+    evaluated = json.loads(summary.read_text())
+    assert evaluated["temperature"] == fitted["temperature"]
+    error = evaluated["calibration"]["expected_error"]
+    assert error == pytest.approx(fitted["expected_error_after"])
+    again = call("eval", run, "--calibrate", "--split=valid", data)
+    assert json.loads((run / "calibration.json").read_text()) == fitted
+    assert again.split("calibrated on")[1] == said.split("calibrated on")[1]
+
+    highest = sorted(max(row["probabilities"].values()) for row in predict()[0])
+    threshold = (highest[11] + highest[12]) / 2
+    rows, err = predict(f"--threshold={threshold}")
+    assert [row["label"] for row in rows] == [row["label"] for row in raw]
+    expected = [max(row["probabilities"].values()) < threshold for row in rows]
+    assert [row["abstained"] for row in rows] == expected
+    said = f"abstained on {sum(expected)} of 24 inputs ({sum(expected) / 24:.1%})"
+    assert err.splitlines()[-1].startswith(said)
+    power = 1 / fitted["temperature"]
+    for before, after in zip(raw, rows, strict=True):
+        scaled = {label: p**power for label, p in before["probabilities"].items()}
+        expected = {label: p / sum(scaled.values()) for label, p in scaled.items()}
+        assert after["probabilities"] == pytest.approx(expected, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,6 +49,12 @@ def test_probabilities_are_a_softmax_over_candidates(one_device):
         assert tuple(answer.probabilities) == offered
         np.testing.assert_allclose(list(answer.probabilities.values()), wanted, rtol=1e-4)
         assert answer.text == offered[np.argmax(scores)]
+    scaled = dataclasses.replace(student, temperature=2.0).choose(inputs, candidates)
+    assert [answer.text for answer in scaled] == [answer.text for answer in answers]
+    for at_one, at_two in zip(answers, scaled, strict=True):
+        wanted = np.sqrt(list(at_one.probabilities.values()))
+        found = list(at_two.probabilities.values())
+        np.testing.assert_allclose(found, wanted / wanted.sum(), rtol=1e-6)
 
 
 def test_progress_counts_predictions_and_distinguishes_shapes(one_device, monkeypatch):

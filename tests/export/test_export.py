@@ -41,7 +41,7 @@ from dss.parallel.config import MeshConfig
 from dss.paths import PREDICTIONS
 from dss.runs.directory import load_run
 from dss.runs.start import create_run, import_checkpoint
-from dss.runs.student import evaluate, label
+from dss.runs.student import answer, evaluate
 from dss.student.config import DecodingConfig
 from dss.student.decoding import generate
 from dss.student.network import bind, init_params
@@ -284,7 +284,7 @@ def test_an_exported_folder_predicts_as_dss_does(make_run, toy, tmp_path, num_be
     run = load_run(run.folder, [f"DecodingConfig.num_beams={num_beams}"])
     folder = export(run, "hf", tmp_path / "out").path
     mixture = named_mixture("toy_finetune", [toy])
-    ours = label(run.predictor()[0], mixture, TEXTS, 1024)
+    ours = [a.text for a in answer(run.predictor()[0], mixture, TEXTS, 1024)]
     assert len(set(ours)) > 1
     assert outputs(*load(folder), ["predict: " + t for t in TEXTS]) == ours
 
@@ -296,7 +296,8 @@ def test_ctranslate2_predicts_as_dss_does(words, kind, make_run, toy, vocab_path
     run = make_run(tmp_path / "run", config, BYTES if words == "bytes" else vocab_path)
     folder = export(run, "ctranslate2", tmp_path / "out").path
     assert capsys.readouterr().err == ""
-    ours = label(run.predictor()[0], named_mixture("toy_finetune", [toy]), TEXTS, 1024)
+    mixture = named_mixture("toy_finetune", [toy])
+    ours = [a.text for a in answer(run.predictor()[0], mixture, TEXTS, 1024)]
     assert run_card(folder, TEXTS) == ours
 
 
@@ -387,7 +388,7 @@ def test_the_card_names_a_base_model_on_the_hub(make_run, tmp_path):
 @pytest.mark.parametrize(
     ("to", "where", "checkpoint", "message"),
     [
-        ("hff", "new", "best", "unknown --to 'hff'; did you mean 'hf'?"),
+        ("hff", "new", "best", "unknown format 'hff'; did you mean 'hf'?"),
         ("hf", "full", "best", "full: not empty; export into a new folder"),
         ("hf", "full/file", "best", "full/file: not empty"),
         ("t5x", "gs://bucket/new", "best", "gs://bucket/new: cannot export into a bucket"),
