@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -35,10 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         default="-",
         metavar="FILE",
-        help="JSON lines with an 'input', or - (default) for standard input: JSON or plain lines",
+        help="JSON lines with an 'input', a table (CSV, TSV, XLSX, Parquet), or - (default) for "
+        "standard input: JSON or plain lines",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="the output file (default: standard output)"
+        "--columns", metavar="NAME[,NAME]", help="columns of a table's input, as in dss data"
+    )
+    parser.add_argument(
+        "--template", metavar="TEXT", help="input's text of a table, such as '{subject}: {body}'"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="the output file, JSON lines or by its extension a table (default: standard output)",
     )
     parser.add_argument(
         "--replace", action="store_true", help="replace the output even if it has more lines"
@@ -57,11 +67,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _read(source: str) -> Iterator[tuple["Example", dict[str, Any]]]:
+Rows = list[tuple[str, dict[str, Any]]]
+
+
+def _table(args: argparse.Namespace) -> tuple[tuple[str, ...], Rows] | None:
+    """Returns the columns of a table, and its rows with their places; None for another input."""
+    from dss.data.tables import is_table
+
+    if args.input == "-" or not (args.columns or args.template or is_table(args.input)):
+        if args.columns or args.template:
+            raise DssError("--columns and --template are for a table; give it with --input")
+        return None
+    from dss.data.prepare import Columns, read_inputs
+
+    args.options["input"] = "--columns"  # in messages about columns
+    names = tuple(name.strip() for name in args.columns.split(",")) if args.columns else ()
+    return read_inputs(args.input, Columns(input=names, template=args.template))
+
+
+def _read(source: str, table: Rows | None) -> Iterator[tuple["Example", dict[str, Any]]]:
     """Yields each input and the fields of its row; standard input is streamed."""
     from dss.data.examples import read_example, read_json_lines
 
-    rows = _standard_input() if source == "-" else read_json_lines(Path(source))
+    rows: Iterator[tuple[str, dict[str, Any]]]
+    if table is not None:
+        rows = iter(table)
+    else:
+        rows = _standard_input() if source == "-" else read_json_lines(Path(source))
     seen = set()
     for number, (location, row) in enumerate(rows):
         example = read_example(location, row, f"input-{number}")
@@ -71,18 +103,19 @@ def _read(source: str) -> Iterator[tuple["Example", dict[str, Any]]]:
         yield example, row
 
 
-def _count(source: str, *, passes: int) -> int | None:
+def _count(source: str, table: Rows | None, *, passes: int) -> int | None:
     """Returns the number of texts to decode for a file; None for a source that is read only once.
 
     Args:
       source: the file, or "-" for standard input.
+      table: the rows of a table; None for another input.
       passes: the number of texts to decode for each input.
 
     Raises:
       DssError: if a row of the file is malformed.
     """
     is_file = source != "-" and Path(source).is_file()
-    return passes * sum(1 for _ in _read(source)) if is_file else None
+    return passes * sum(1 for _ in _read(source, table)) if is_file else None
 
 
 OTHER_FORMATS = {  # the first bytes of other file formats
@@ -172,6 +205,45 @@ def _opened(path: Path | None, *, replace: bool, count: Callable[[], int]) -> It
     partial.replace(path)
 
 
+def _is_table_file(path: Path | None) -> bool:
+    from dss.data.tables import TABLES, extension_of
+
+    return path is not None and extension_of(path) in TABLES
+
+
+def _write_table(
+    path: Path, lines: list[dict[str, Any]], columns: Sequence[str] | None, *, replace: bool
+) -> None:
+    """Writes predictions as a table, with one column for the probability of each label.
+
+    Args:
+      path: the file.
+      lines: the lines of JSON output.
+      columns: the columns of the input, if it was a table: `id` and `input` are left out where
+        they were made, not read.
+      replace: whether to replace a file with more rows.
+
+    Raises:
+      DssError: if the existing file has more rows and `replace` is False.
+    """
+    from dss.data.tables import read_tables, write_table
+
+    if not replace and path.exists():
+        (existing,) = read_tables(path).values()
+        if len(existing) > len(lines):
+            raise DssError(
+                f"{path}: not replaced: it has {len(existing):,} rows, and there are "
+                f"{len(lines):,} predictions; give another --output, or --replace"
+            )
+    made = set() if columns is None else {"id", "input"} - {*columns}
+    rows = []
+    for line in lines:
+        row = {name: value for name, value in line.items() if name not in made}
+        probabilities = row.pop("probabilities", {})
+        rows.append(row | {f"probability {label}": p for label, p in probabilities.items()})
+    write_table(path, rows)
+
+
 def _check_output(args: argparse.Namespace) -> None:
     """Raises DssError if the output cannot be written, or is the input."""
     check_output("--output", str(args.output))
@@ -195,6 +267,8 @@ def run(args: argparse.Namespace) -> int:
     if args.probabilities or args.threshold is not None:
         check_run_probabilities(args)
 
+    columns, table = _table(args) or (None, None)
+
     from dss.cli.decode_progress import DecodeProgress
     from dss.data.vocabulary import is_cut
     from dss.evaluation.evaluator import DecodingProgress
@@ -208,10 +282,10 @@ def run(args: argparse.Namespace) -> int:
     progress = DecodingProgress()
     if is_leader():
         progress = DecodeProgress()
-        progress.expect(_count(args.input, passes=1 + args.rationale))
+        progress.expect(_count(args.input, table, passes=1 + args.rationale))
     predictor, _ = opened.predictor(args.checkpoint, progress)
     length = experiment.data.inputs_length
-    examples = _read(args.input)
+    examples = _read(args.input, table)
     count = truncated = abstained = 0
 
     def predictions() -> Iterator[dict[str, Any]]:
@@ -243,9 +317,14 @@ def run(args: argparse.Namespace) -> int:
     lines = predictions()
     first = list(itertools.islice(lines, 1))  # errors come before the output is opened
     path = args.output if is_leader() else Path(os.devnull)  # all processes predict, one writes
-    with _opened(path, replace=args.replace, count=lambda: count) as output:
-        for line in itertools.chain(first, lines):
-            print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
+    if _is_table_file(args.output):
+        rows = list(itertools.chain(first, lines))
+        if is_leader():
+            _write_table(args.output, rows, columns, replace=args.replace)
+    else:
+        with _opened(path, replace=args.replace, count=lambda: count) as output:
+            for line in itertools.chain(first, lines):
+                print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
     if truncated and is_leader():
         print(
             f"{truncated:,} of {count:,} inputs ({truncated / count:.1%}) are longer than {length} "

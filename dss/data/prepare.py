@@ -25,7 +25,7 @@ from dss.paths import write_whole
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Columns", "Preparation", "Row", "prepare"]
+__all__ = ["Columns", "Preparation", "Row", "prepare", "read_inputs"]
 
 SPLITS = ("train", "valid", "test")
 DATASET_FILE = "dataset.json"
@@ -267,6 +267,40 @@ def prepare(
         limit=limit if vocabulary else None,
         unwritable=_unwritable(inputs, vocabulary),
     )
+
+
+def read_inputs(
+    source: Any, columns: Columns
+) -> tuple[tuple[str, ...], list[tuple[str, dict[str, Any]]]]:
+    """Returns the columns of a table, and the place and the fields of each row, with the text of
+    its `input`.
+
+    Args:
+      source: the table, see `read_tables`.
+      columns: the columns of the input; without any, the column `input`.
+
+    Raises:
+      DataError: if a column does not exist, or the table cannot be read.
+    """
+    tables = read_tables(source)
+    if len(tables) > 1:
+        raise DataError(f"{source}: has several splits; give one file")
+    (table,) = tables.values()
+    if not columns.input and columns.template is None and "input" in table.columns:
+        columns = dataclasses.replace(columns, input=("input",))
+    rows = _rows(table, columns)
+    names = tuple(str(name) for name in table.columns)
+    out = []
+    for cells, (number, _, text, *_) in zip(table.itertuples(index=False), rows, strict=True):
+        fields = {n: _json_value(cell) for n, cell in zip(names, cells, strict=True)}
+        out.append((f"{source}: row {number}", fields | {"input": text}))
+    return names, out
+
+
+def _json_value(cell: Any) -> Any:
+    """Returns a cell as a JSON value: numbers and booleans as they are, other cells as text."""
+    is_number = isinstance(cell, int | float) and cell == cell
+    return cell if is_number else cell_text(cell) or None
 
 
 def _length(text: str, vocabulary: Vocabulary | None) -> int:

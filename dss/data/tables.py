@@ -5,7 +5,7 @@ import io
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,16 @@ from dss.paths import BYTE_ORDER_MARK, check_no_pipes
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["EXTENSIONS", "HUB", "cell_text", "extension_of", "is_table", "read_tables"]
+__all__ = [
+    "EXTENSIONS",
+    "HUB",
+    "TABLES",
+    "cell_text",
+    "extension_of",
+    "is_table",
+    "read_tables",
+    "write_table",
+]
 
 HUB = "hf:"  # prefix of a dataset's id on the Hugging Face hub
 SEPARATORS = ",;\t|"  # those that the header of a .csv may have
@@ -215,6 +224,33 @@ def _frame(part: Any) -> "pandas.DataFrame":
             names = feature.names
             table[name] = [None if i is None or i < 0 else names[int(i)] for i in table[name]]
     return table
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows as a CSV, TSV, Excel or Parquet file, by its extension, atomically.
+
+    Args:
+      path: the file; an existing one is replaced.
+      rows: the value of each column; a missing one leaves the cell empty.
+
+    Raises:
+      MissingPackageError: if the package that writes it is not installed.
+    """
+    kind, partial = extension_of(path), path.with_name(f"{path.name}.partial")
+    try:
+        import pandas
+
+        table = pandas.DataFrame(rows)
+        with (gzip.open if path.name.lower().endswith(PACKED) else open)(partial, "wb") as file:
+            if kind == ".xlsx":
+                table.to_excel(file, index=False, engine="openpyxl")
+            elif kind == ".parquet":
+                table.to_parquet(file, index=False)
+            else:
+                table.to_csv(file, index=False, sep="\t" if kind == ".tsv" else ",")
+    except ImportError as error:
+        raise missing_package(str(path), error.name, "tables") from None
+    partial.replace(path)
 
 
 def cell_text(value: Any) -> str:

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 
+import pandas
 import pytest
 from etils import epath
 
@@ -249,6 +250,41 @@ def test_predict_keeps_a_rows_fields_and_marks_what_was_cut(undisturbed, tmp_pat
     call(*shorter, "--replace", stdin=b"is 3 good")
     assert len(output.read_text().splitlines()) == 1
     assert not (tmp_path / "out.jsonl.partial").exists()
+
+
+def test_predict_reads_and_writes_tables(undisturbed, tmp_path):
+    source, output = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text('\ufeffnumber,first,second,label\n007,is 3,good,yes\n008,"is\n4",good,\n')
+    options = ("predict", undisturbed, f"--input={source}", "--template={first} {second}")
+    call(*options, f"--output={output}", "--probabilities")
+    table = pandas.read_csv(output, dtype=str, keep_default_na=False)
+    assert [*table] == [
+        *("number", "first", "second", "gold", "label", "probability yes", "probability no")
+    ]
+    assert table.number.tolist() == ["007", "008"]
+    assert table["first"].tolist() == ["is 3", "is\n4"]
+    assert table.gold.tolist() == ["yes", ""]
+    lines = write_jsonl(tmp_path / "in.jsonl", [{"input": "is 3 good"}, {"input": "is\n4 good"}])
+    out, _ = call_apart("predict", undisturbed, f"--input={lines}", "--probabilities")
+    wanted = [json.loads(line) for line in out.splitlines()]
+    assert table.label.tolist() == [row["label"] for row in wanted]
+    assert table["probability yes"].astype(float).tolist() == [
+        row["probabilities"]["yes"] for row in wanted
+    ]
+    # The whole input column is kept, and JSON lines become a table too.
+    call("predict", undisturbed, f"--input={lines}", f"--output={tmp_path / 'out.xlsx'}")
+    assert pandas.read_excel(tmp_path / "out.xlsx").input.tolist() == ["is 3 good", "is\n4 good"]
+    (tmp_path / "short.csv").write_text("input\nis 5 good\n")
+    short = ("predict", undisturbed, f"--input={tmp_path / 'short.csv'}", f"--output={output}")
+    assert "not replaced: it has 2 rows, and there are 1 predictions" in call(*short, status=2)
+    call(*short, "--replace")
+    assert [*pandas.read_csv(output)] == ["input", "label"]
+    for given, message in (
+        ((f"--input={source}",), "no columns: give --columns"),
+        ((f"--input={source}", "--columns=third"), "unknown column 'third'"),
+        (("--columns=first",), "--columns and --template are for a table"),
+    ):
+        assert message in call("predict", undisturbed, *given, stdin=b"x", status=2)
 
 
 def test_predict_writes_calibrated_probabilities_and_abstains(undisturbed, tmp_path):
