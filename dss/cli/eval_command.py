@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from dss.evaluation.calibration import Calibration, TemperatureScaling
+    from dss.evaluation.classes import ClassMetrics
     from dss.evaluation.confusion import Confusion
     from dss.evaluation.evaluator import Scored
     from dss.evaluation.rationales import RationaleQuality
 
 __all__ = ["add_arguments", "run"]
 
+TABLE_CLASSES = 20  # classes of which a table is printed, at most
 MATRIX_LABELS = 10  # labels of a closed set whose confusion matrix is printed, at most
 
 
@@ -80,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     for name, teacher in result.teachers.items():
         line = f"teacher {name}: {_describe(teacher.scored)}, p = {teacher.p_value:.3g} (McNemar)"
         console.print(line, markup=False)
-    if result.confusion:
-        _print_confusion(console, result.confusion)
+    if result.classes:
+        _print_classes(console, result.classes, result.confusion)
     if scaling:
         _print_scaling(console, scaling)
     if result.calibration:
@@ -104,27 +106,40 @@ def _describe(scored: "Scored") -> str:
     return text
 
 
-def _print_confusion(console: "Console", confusion: "Confusion") -> None:
+def _print_classes(
+    console: "Console", classes: "ClassMetrics", confusion: "Confusion | None"
+) -> None:
     from rich.markup import escape
 
     from dss.evaluation.significance import wilson_interval
 
-    matrix = len(confusion.labels) <= MATRIX_LABELS
-    # Only generated text can be outside the set, so the column "other" is often empty and omitted.
-    has_other = any(row[-1] for row in confusion.counts)
-    predicted = [*confusion.labels, *(["other"] if has_other else [])]
-    headings = [escape(f"-> {label}") for label in predicted] if matrix else []
-    columns = ("target label", "examples", "accuracy", "95% CI", *headings)
-    title = "by target label (-> predicted label)" if matrix else "by target label"
-    table = make_table(title, *columns, texts=1)
-    rows = zip(confusion.labels, confusion.counts, confusion.examples, confusion.right, strict=True)
-    for label, counts, examples, right in rows:
+    line = (
+        f"macro F1 {classes.macro_f1:.2%}, weighted F1 {classes.weighted_f1:.2%}, balanced "
+        f"accuracy {classes.balanced_accuracy:.2%}; most frequent label "
+        f"{classes.majority.label!r}: {classes.majority_accuracy:.2%}"
+    )
+    console.print(line, markup=False)
+    if len(classes.by_class) > TABLE_CLASSES:
+        return
+    headings: list[str] = []
+    matrix: dict[str, tuple[int, ...]] = {}
+    if confusion is not None and len(confusion.labels) <= MATRIX_LABELS:
+        matrix = dict(zip(confusion.labels, confusion.counts, strict=True))
+        # Only generated text can be outside the set, so the column "other" is often empty.
+        has_other = any(row[-1] for row in confusion.counts)
+        headings = [f"-> {n}" for n in [*confusion.labels, *(["other"] if has_other else [])]]
+    title = "by label (-> predicted label)" if headings else "by label"
+    columns = ("label", "examples", "recall", "95% CI", "precision", "F1")
+    table = make_table(title, *columns, *map(escape, headings), texts=1)
+    for one in classes.by_class:
         cells = ["", ""]
-        if examples:
-            low, high = wilson_interval(right, examples)
-            cells = [f"{right / examples:.1%}", f"{low:.1%} to {high:.1%}"]
-        cells += [str(counts[j]) for j in range(len(headings))]
-        table.add_row(escape(label), str(examples), *cells)
+        if one.support:
+            low, high = wilson_interval(one.correct, one.support)
+            cells = [f"{one.recall:.1%}", f"{low:.1%} to {high:.1%}"]
+        cells.append(f"{one.precision:.1%}" if one.predicted else "")
+        cells.append(f"{one.f1:.1%}" if one.support or one.predicted else "")
+        cells += [str(count) for count in matrix.get(one.label, ())[: len(headings)]]
+        table.add_row(escape(one.label), str(one.support), *cells)
     console.print(table)
 
 

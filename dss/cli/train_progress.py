@@ -5,6 +5,8 @@ from dss.training.loop import Progress
 
 __all__ = ["TrainProgress"]
 
+SCORES = ("accuracy", "rouge_l", "macro_f1", "balanced_accuracy")  # shown where measured
+
 
 class TrainProgress(Progress):
     """Shows the loss, the accuracy, the throughput and the time left."""
@@ -29,8 +31,8 @@ class TrainProgress(Progress):
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """See `Progress.evaluated`."""
         shown = {name.removeprefix("valid/"): value for name, value in values.items()}
-        score = next(name for name in ("accuracy", "rouge_l") if name in shown)
-        self.accuracy = f"valid {score} {shown[score]:.1%}"
+        scores = [f"{name} {shown[name]:.1%}" for name in SCORES if name in shown]
+        self.accuracy = f"valid {'  '.join(scores)}"
         losses = "  ".join(f"{n} {v:.4f}" for n, v in shown.items() if n.endswith("loss"))
         self.display.say(f"step {step}/{self.display.total}  {self.accuracy}  valid {losses}")
 

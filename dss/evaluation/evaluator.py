@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from dss.batches.batch import Batch
 from dss.data.metrics import rouge_l
-from dss.data.vocabulary import EOS, Vocabulary, encode_example
+from dss.data.vocabulary import EOS, Vocabulary, encode_example, round_trip
 from dss.errors import DssError
 from dss.evaluation.significance import wilson_interval
 from dss.mixtures.methods import Mixture
@@ -28,7 +28,9 @@ __all__ = [
     "Predictor",
     "Scored",
     "evaluation_set",
+    "has_classes",
     "metric_name",
+    "predicted_labels",
     "token_metrics",
 ]
 
@@ -88,6 +90,15 @@ class Answer:
 def metric_name(mixture: Mixture) -> str:
     """Returns the metric of a mixture: "rouge_l" if it has rationales only, else "accuracy"."""
     return "rouge_l" if mixture.tasks[0].kind == "rationale" else "accuracy"
+
+
+def has_classes(mixture: Mixture) -> bool:
+    """Returns whether predictions of a mixture can be scored by class.
+
+    They can if the student predicts labels that are compared as text, or are of a closed set.
+    """
+    labels = mixture.dataset.labels
+    return metric_name(mixture) == "accuracy" and (labels.metric == "text" or bool(labels.closed))
 
 
 def evaluation_set(
@@ -169,6 +180,32 @@ class Scored:
             return cls(metric, tuple(rouge_l(p, target) for p, target in pairs))
         is_right = mixture.dataset.labels.is_right
         return cls(metric, tuple(float(is_right(p, target, vocabulary)) for p, target in pairs))
+
+
+def predicted_labels(
+    mixture: Mixture,
+    examples: Sequence[EvaluationExample],
+    predictions: Sequence[str],
+    scored: Scored,
+    vocabulary: Vocabulary | None = None,
+) -> list[str]:
+    """Returns the label that each prediction is counted as, in scores by class.
+
+    That is the target if the prediction is correct, else the label that it equals, as written or as
+    the vocabulary decodes it. A prediction that equals no label is returned unchanged.
+
+    Args:
+      mixture: the student's mixture, see `has_classes`.
+      examples: the N examples with their targets.
+      predictions: the N predictions.
+      scored: the scores of the predictions.
+      vocabulary: the student's vocabulary; see `Scored.of`.
+    """
+    labels = mixture.dataset.labels.closed or dict.fromkeys(e.target for e in examples)
+    written = {} if vocabulary is None else {round_trip(vocabulary, n).strip(): n for n in labels}
+    written |= {label: label for label in labels}
+    rows = zip(examples, predictions, scored.verdicts, strict=True)
+    return [e.target if right else written.get(text.strip(), text) for e, text, right in rows]
 
 
 class DecodingProgress:

@@ -9,8 +9,15 @@ from etils import epath
 
 from dss.data.vocabulary import Vocabulary
 from dss.evaluation.calibration import Calibration
+from dss.evaluation.classes import ClassMetrics
 from dss.evaluation.confusion import Confusion
-from dss.evaluation.evaluator import Answer, EvaluationExample, Scored
+from dss.evaluation.evaluator import (
+    Answer,
+    EvaluationExample,
+    Scored,
+    has_classes,
+    predicted_labels,
+)
 from dss.evaluation.rationales import RationaleQuality
 from dss.evaluation.teachers import TeacherOutputs, TeacherScore, score_teacher
 from dss.mixtures.methods import Mixture
@@ -31,6 +38,8 @@ class Evaluation:
       examples: the N examples.
       answers: the student's N predictions.
       teachers: scores of the teachers on the same examples, by teacher.
+      classes: scores by class, such as macro F1; None unless labels are compared as text or of a
+        closed set.
       confusion: confusion matrix; None unless the dataset has a closed set of labels.
       calibration: calibration of the label probabilities; None if all text was generated.
       rationales: the student's N rationales; None if not requested.
@@ -46,6 +55,7 @@ class Evaluation:
     examples: tuple[EvaluationExample, ...]
     answers: tuple[Answer, ...]
     teachers: Mapping[str, TeacherScore]
+    classes: ClassMetrics | None
     confusion: Confusion | None
     calibration: Calibration | None
     rationales: tuple[str, ...] | None = None
@@ -87,9 +97,12 @@ class Evaluation:
         dataset, texts = mixture.dataset, [answer.text for answer in answers]
         scored = Scored.of(mixture, examples, texts, vocabulary)
         scores = {t: score_teacher(mixture, examples, scored, o) for t, o in teachers.items()}
-        confusion = quality = None
-        if dataset.labels.closed and scored.metric == "accuracy":
-            confusion = Confusion.of(dataset.labels.closed, [e.target for e in examples], texts)
+        classes = confusion = quality = None
+        if has_classes(mixture):
+            closed, targets = dataset.labels.closed, [e.target for e in examples]
+            predicted = predicted_labels(mixture, examples, texts, scored, vocabulary)
+            classes = ClassMetrics.of(closed, targets, predicted)
+            confusion = Confusion.of(closed, targets, predicted) if closed else None
         if rationales is not None:
             teacher = next(task.teacher for task in mixture.tasks if task.kind != "label")
             outputs = teachers.get(teacher or "", {})
@@ -103,6 +116,7 @@ class Evaluation:
             examples=tuple(examples),
             answers=tuple(answers),
             teachers={t: score for t, score in scores.items() if score is not None},
+            classes=classes,
             confusion=confusion,
             calibration=_calibrate(mixture, examples, answers),
             rationales=None if rationales is None else tuple(rationales),
@@ -156,6 +170,7 @@ class Evaluation:
                 name: {**_summary(teacher.scored), "p_value": teacher.p_value}
                 for name, teacher in self.teachers.items()
             },
+            "classes": None if self.classes is None else self.classes.summary(),
             "confusion": fields(self.confusion),
             "calibration": fields(self.calibration),
             "temperature": self.temperature,

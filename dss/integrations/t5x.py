@@ -80,6 +80,7 @@ NOT_IN_TRAINING = {
     ),
     "eval_examples": "T5X evaluates all examples",
     "trainer.patience": "T5X trains all its steps",
+    "trainer.select_by": "T5X keeps the latest checkpoints, not the best",
     "trainer.log_period": "in T5X set train.stats_period",
     "mesh.data": "in T5X set partitioning.PjitPartitioner; leave layouts/ out",
     "mesh.model": "in T5X set partitioning.PjitPartitioner; leave layouts/ out",

@@ -172,12 +172,14 @@ class RunRecord:
 
     @property
     def best_step(self) -> int | None:
-        """Step with the best validation score; None without validation."""
-        for name in ("valid/accuracy", "valid/rouge_l"):
-            lines = [line for line in self.metrics if name in line]
-            if lines:
-                return int(max(lines, key=lambda line: (line[name], line["step"]))["step"])
-        return None
+        """Step with the best validation score, the earlier on a tie; None without validation."""
+        trainer = self.experiment.trainer
+        scores = {
+            int(line["step"]): score
+            for line in self.metrics
+            if (score := trainer.score_of(line)) is not None
+        }
+        return max(scores, key=lambda step: (scores[step], -step), default=None)
 
     @property
     def best_valid(self) -> float | None:

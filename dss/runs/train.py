@@ -21,11 +21,14 @@ from dss.batches.store import TokenStore
 from dss.config.data import open_mixture, resolve
 from dss.config.experiment import Experiment
 from dss.data.vocabulary import Vocabulary, load_vocabulary
+from dss.errors import ConfigError
+from dss.evaluation.classes import ClassMetrics
 from dss.evaluation.evaluator import (
     Predictor,
     Scored,
     evaluation_set,
-    metric_name,
+    has_classes,
+    predicted_labels,
     token_metrics,
 )
 from dss.mixtures.methods import Mixture
@@ -77,6 +80,7 @@ __all__ = [
 ]
 
 MANY_EPOCHS = 50
+BY_CLASS = ("macro_f1", "balanced_accuracy")  # values of `TrainerConfig.select_by`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +139,7 @@ def run_experiment(
     with Session() as session:
         experiment = resolve(with_recorded_teacher(experiment))
         mixture = open_mixture(experiment)
+        _check_selection(experiment, mixture)
         progress.say(f"reading {mixture.name}")
         files = hash_files({"train": mixture, "valid": mixture.available("valid")})
         accepted = {"accept_changed_data": repr(accept_changed_data)}
@@ -157,6 +162,22 @@ def run_experiment(
         if result.stopped_by is not None:
             session.outcome = f"stopped by {result.stopped_by.name} at step {result.step}"
     return result
+
+
+def _check_selection(experiment: Experiment, mixture: Mixture) -> None:
+    """Checks that validation measures the metric that selects the best checkpoint.
+
+    Raises:
+      ConfigError: if it is a metric by class, and the mixture's predictions have no classes.
+    """
+    select_by = experiment.trainer.select_by
+    if select_by in BY_CLASS and not has_classes(mixture):
+        kind = mixture.tasks[0].kind
+        scored = "rationales" if kind == "rationale" else "equations"
+        raise ConfigError(
+            f"`TrainerConfig.select_by={select_by!r}` needs labels that are classes, but students "
+            f"of {mixture.name} predict {scored}; give 'accuracy' or 'loss'"
+        )
 
 
 def load_data(run: Run, mixture: Mixture, progress: Progress) -> RunData:
@@ -320,19 +341,31 @@ def make_validation(
         )
         predictions = predictor.predict(mixture, examples, experiment.data.inputs_length)
         scored = Scored.of(mixture, examples, predictions, data.vocabulary)
-        return values | {f"valid/{scored.metric}": scored.value}
+        values[f"valid/{scored.metric}"] = scored.value
+        select_by = experiment.trainer.select_by
+        if select_by in BY_CLASS:  # without these, metrics.jsonl has accuracy alone
+            predicted = predicted_labels(mixture, examples, predictions, scored, data.vocabulary)
+            targets = [example.target for example in examples]
+            classes = ClassMetrics.of(mixture.dataset.labels.closed, targets, predicted)
+            values[f"valid/{select_by}"] = getattr(classes, select_by)
+        return values
 
     return evaluate
 
 
-def _earlier_scores(run: Run, score: str, start: int) -> dict[int, float]:
+def _earlier_scores(run: Run, start: int) -> dict[int, float]:
     """Returns the scores of a run's evaluations up to a step, by step, as read by process 0; an
     empty dictionary if the run has no `patience`.
     """
-    if run.experiment.trainer.patience is None:
+    config = run.experiment.trainer
+    if config.patience is None:
         return {}
     lines = read_metrics(run.folder / "metrics.jsonl") if is_leader() else []
-    scores = [(x["step"], x[score]) for x in lines if score in x and x["step"] <= start]
+    scores = [
+        (line["step"], score)
+        for line in lines
+        if line["step"] <= start and (score := config.score_of(line)) is not None
+    ]
     return dict(json.loads(leaders_text(json.dumps(scores))))
 
 
@@ -353,7 +386,6 @@ def _fit(
         tasks, rows, _ = batches.order(step)
         return data.store.ids_of(tasks, rows)
 
-    score = f"valid/{metric_name(data.mixture)}"
     metrics = MetricsWriter(run.folder, start)
     clock = Clock(experiment.batch_size, len(batches.shapes), progress)
     hooks = (
@@ -363,8 +395,7 @@ def _fit(
         Validation(
             config,
             make_validation(run, data, steps),
-            score,
-            _earlier_scores(run, score, start),
+            _earlier_scores(run, start),
             checkpoints=checkpoints,
             metrics=metrics,
             clock=clock,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from dss.errors import ConfigError
 from dss.fields import check_at_least, check_rate, check_types
@@ -43,6 +43,9 @@ class TrainerConfig:
     eval_period: int = 250  # steps between evaluations; each is followed by a checkpoint
     log_period: int = 10  # steps between logged metrics
     patience: int | None = None  # evaluations without improvement before early stopping; None: off
+    select_by: Literal["accuracy", "macro_f1", "balanced_accuracy", "loss"] = (
+        "accuracy"  # validation metric of the best checkpoint and of patience
+    )
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -55,6 +58,22 @@ class TrainerConfig:
     def evaluates_at(self, step: int) -> bool:
         """Returns whether an evaluation follows a step, counted from 1."""
         return step % self.eval_period == 0 or step == self.train_steps
+
+    def score_of(self, values: Mapping[str, Any]) -> float | None:
+        """Returns the score of an evaluation by `select_by`; higher is better.
+
+        "accuracy" is ROUGE-L if the student has rationales only. The loss is negated.
+
+        Args:
+          values: metrics by name, such as "valid/accuracy".
+
+        Returns:
+          The score; None if the metrics lack it.
+        """
+        if self.select_by == "loss":
+            return -values["valid/loss"] if "valid/loss" in values else None
+        names = ("accuracy", "rouge_l") if self.select_by == "accuracy" else (self.select_by,)
+        return next((values[f"valid/{n}"] for n in names if f"valid/{n}" in values), None)
 
     def has_lost_patience(self, scores: Mapping[int, float]) -> bool:
         """Returns whether training stops early, given the scores of all evaluations by step."""

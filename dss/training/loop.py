@@ -223,10 +223,10 @@ class Validation(Hook):
     """Evaluates, saves a checkpoint with its score, and stops training early without improvement.
 
     Args:
-      config: the period of evaluation, and the patience.
+      config: the period of evaluation, the patience, and the metric that selects the best
+        checkpoint.
       evaluate: a function from a state to its validation metrics.
-      score: the name of the metric that selects the best checkpoint; higher is better.
-      earlier_scores: the scores of earlier evaluations, by step.
+      earlier_scores: the scores of earlier evaluations by step, see `TrainerConfig.score_of`.
       checkpoints: the checkpoints of the run.
       metrics: the writer of the metrics files.
       clock: the clock, paused during evaluations.
@@ -237,7 +237,6 @@ class Validation(Hook):
         self,
         config: TrainerConfig,
         evaluate: Callable[[TrainState], dict[str, float]],
-        score: str,
         earlier_scores: Mapping[int, float],
         *,
         checkpoints: Checkpoints,
@@ -245,7 +244,7 @@ class Validation(Hook):
         clock: Clock,
         progress: Progress,
     ):
-        self._config, self._evaluate, self._score = config, evaluate, score
+        self._config, self._evaluate = config, evaluate
         self._checkpoints, self._metrics = checkpoints, metrics
         self._clock, self._progress = clock, progress
         self._scores = dict(earlier_scores)
@@ -274,8 +273,10 @@ class Validation(Hook):
             self._metrics.write(step, numbers)
             self._progress.evaluated(step, numbers)
             self._metrics.sync()
-            self._scores[step] = numbers[self._score]
-            self._checkpoints.save(state, numbers[self._score])
+            score = self._config.score_of(numbers)
+            assert score is not None, f"no {self._config.select_by} in the validation metrics"
+            self._scores[step] = score
+            self._checkpoints.save(state, score)
 
 
 def _numbers(metrics: dict[str, jax.Array], task_names: tuple[str, ...]) -> dict[str, float]:

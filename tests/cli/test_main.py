@@ -31,6 +31,7 @@ def test_help_does_not_import_jax(command, capsys):
     [
         (("train", "--gin_file=students/tny.gin"), "did you mean 'students/tiny.gin'"),
         (("train", "--gin.TRAIN_STEPS=0"), "train_steps must be at least 1, got 0"),
+        (("train", "--gin.TrainerConfig.select_by=f1"), "one of 'accuracy', 'macro_f1', "),
         (("train", "--gin.NoSuch.field=1"), "No configurable matching 'NoSuch'"),
         (("train", "--gin.BATCH_SIZE"), "give it as --gin.NAME=VALUE"),
         (("train", "--gin.MODEL_DIR=x"), "no method: give"),
@@ -223,6 +224,8 @@ def test_progress_lines_have_loss_accuracy_throughput_and_time_left(capsys):
     line = "step 60/100  loss 1.5000  valid accuracy 25.0%  20.0 examples/s  20 s left"
     assert line in out
     assert "waiting for batches: 1.2% of step time" in out
+    progress.evaluated(70, {"valid/loss": 2.0, "valid/accuracy": 0.25, "valid/macro_f1": 0.125})
+    assert "valid accuracy 25.0%  macro_f1 12.5%  valid loss 2.0000" in capsys.readouterr().out
 
 
 def test_decoding_shows_its_rate_without_compiling_on_standard_error(capsys, monkeypatch):

@@ -166,7 +166,9 @@ def test_a_run_directory_is_whole(undisturbed, tmp_path):
     assert "toy_step_by_step_rules valid" in out
     assert "teacher rules: accuracy 100.00% (95% CI: " in out
     for wanted in (
-        "target label",
+        "macro F1 ",
+        "by label",
+        "precision",
         "-> yes",
         "expected calibration error",
         "rationales: 8, ROUGE-L",
@@ -175,6 +177,7 @@ def test_a_run_directory_is_whole(undisturbed, tmp_path):
     summary = json.loads((tmp_path / "eval.json").read_text())
     best = max(line["valid/accuracy"] for line in valid)
     assert summary["value"] == pytest.approx(best)
+    assert summary["classes"]["majority"] == {"label": "yes", "accuracy": 5 / 8}
     (predictions,) = (moved / "predictions").glob("*.jsonl")
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert {row["prediction"] for row in rows} <= {"yes", "no"}

@@ -5,6 +5,7 @@ from etils import epath
 
 from dss.batches.statistics import measure_split
 from dss.data.datasets import Dataset
+from dss.data.vocabulary import load_vocabulary, round_trip
 from dss.evaluation.evaluator import Answer, evaluation_set
 from dss.evaluation.result import Evaluation
 from dss.evaluation.significance import mcnemar
@@ -50,6 +51,10 @@ def test_a_teacher_is_scored_on_the_examples_that_it_answered(tmp_path):
     assert found.teachers["t"].scored.verdicts == (1, 0, 0)
     assert found.teachers["t"].p_value == mcnemar([1, 0, 1], [1, 0, 0])
     assert found.confusion is None, "the labels are an open set"
+    assert [(c.label, c.support, c.predicted, c.correct) for c in found.classes.by_class] == [
+        ("a", 3, 4, 2),
+        ("b", 3, 2, 1),
+    ]
     assert found.calibration is None, "nothing was chosen"
 
 
@@ -88,8 +93,39 @@ def test_predictions_and_metrics_are_saved(toy, tmp_path):
     assert summary == json.loads(json.dumps(found.summary()))
     assert summary["value"] == 5 / 8
     assert summary["teachers"]["rules"]["value"] == 1
+    assert summary["classes"] == json.loads(json.dumps(found.classes.summary()))
+    assert summary["classes"]["macro_f1"] == pytest.approx((10 / 13 + 0) / 2)
+    assert summary["classes"]["balanced_accuracy"] == 0.5
     assert summary["confusion"] == {"labels": ["yes", "no"], "counts": [[5, 0, 0], [3, 0, 0]]}
     assert sum(b["examples"] for b in summary["calibration"]["bins"]) == 8
     quality = summary["rationales"]
     assert quality["rouge_l"] == pytest.approx(5 * 2 / (7 + 5))
     assert (quality["concluding"], quality["predicted"], quality["right"]) == (8, 8, 5)
+
+
+def test_equations_and_rationales_have_no_classes(data_root, toy):
+    svamp = named_mixture("svamp_finetune")
+    targets = [Answer(e.target) for e in evaluation_set(svamp, "test")]
+    for found in (
+        _evaluate(svamp, "test", targets),
+        _evaluate(named_mixture("toy_rationale_rules", [toy]), "test", [Answer("r")] * 8),
+    ):
+        assert found.classes is None
+        assert found.summary()["classes"] is None
+
+
+def test_a_label_as_the_vocabulary_decodes_it_is_its_class(tmp_path, vocab_path):
+    vocabulary, labels = load_vocabulary(str(vocab_path)), ("m²", "litre")
+    assert round_trip(vocabulary, "m²") == "m2"
+    rows = [{"id": str(i), "input": f"q{i}", "label": labels[i % 2]} for i in range(4)]
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    mine = Dataset.from_files(tmp_path, name="mine", labels=labels)
+    mixture = named_mixture("mine_finetune", [mine])
+    examples, answers = (
+        evaluation_set(mixture, "test"),
+        [Answer(a) for a in ("m2", "m2", "", " m²")],
+    )
+    found = Evaluation.of(mixture, "test", 7, examples, answers, {}, vocabulary=vocabulary)
+    assert found.confusion.counts == ((1, 0, 1), (2, 0, 0))
+    assert [(c.predicted, c.correct) for c in found.classes.by_class] == [(3, 1), (0, 0)]

@@ -205,6 +205,10 @@ def test_fields_that_t5x_would_ignore_are_errors(experiment):
         ({"alpha_end": 0.9}, r"ALPHA_END is 0.9; .*variants/alpha_schedule.gin out"),
         ({"microbatches": 2}, "Experiment.microbatches is 2; .*num_microbatches"),
         ({"trainer": dataclasses.replace(trainer, patience=2)}, "TrainerConfig.patience is 2"),
+        (
+            {"trainer": dataclasses.replace(trainer, select_by="loss")},
+            "TrainerConfig.select_by is loss",
+        ),
         ({"mesh": MeshConfig(model=2)}, "MeshConfig.model is 2; .*PjitPartitioner"),
     ):
         with pytest.raises(DssError, match=message):

@@ -6,6 +6,7 @@ import pytest
 from dss.errors import DssError
 from dss.reporting.analysis import analyse
 from dss.reporting.collect import SHOWN_EXAMPLES, collect, find_runs
+from dss.training.config import TrainerConfig
 from tests.conftest import write_jsonl
 from tests.reporting.fabricate import STEPS, write_predictions, write_run
 
@@ -59,6 +60,21 @@ def test_the_evaluation_of_the_best_validation_step_is_reported(tmp_path):
     (found,) = collect([str(tmp_path)]).runs
     assert found.evaluation("test").value == 0.6
     assert found.evaluation("valid") is None
+
+
+def test_the_best_step_is_that_of_the_selected_metric_and_of_equal_ones_the_first(tmp_path):
+    lines = [
+        {"step": 10, "valid/accuracy": 0.5, "valid/macro_f1": 0.1, "valid/loss": 3.0},
+        {"step": 20, "valid/accuracy": 0.5, "valid/macro_f1": 0.3, "valid/loss": 2.0},
+        {"step": 25, "train/loss": 1.0},
+        {"step": 30, "valid/accuracy": 0.4, "valid/macro_f1": 0.2, "valid/loss": 1.0},
+    ]
+    for select_by, best in (("accuracy", 10), ("macro_f1", 20), ("loss", 30)):
+        trainer = TrainerConfig(train_steps=STEPS, select_by=select_by)
+        run = write_run(tmp_path / select_by, "finetune", None, trainer=trainer)
+        write_jsonl(run / "metrics.jsonl", lines)
+        (found,) = collect([str(tmp_path / select_by)]).runs
+        assert found.best_step == best
 
 
 def test_runs_of_a_sweep_without_a_directory_are_problems(tmp_path):

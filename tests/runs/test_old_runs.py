@@ -29,6 +29,7 @@ def test_its_configuration_is_read(old_run):
     experiment = load_config(old_run)
     assert experiment.mixture == experiment.mixture_name == "toy_step_by_step_rules"
     assert experiment.config.d_model == 128
+    assert experiment.trainer.select_by == "accuracy"
     resolved = resolve(experiment)
     assert (resolved.dataset, resolved.method, resolved.teacher) == ("toy", "step_by_step", "rules")
     assert resolved.mixture_name == experiment.mixture

@@ -1,12 +1,14 @@
 """Non-finite metrics, early stopping and the reported throughput; see also tests/end_to_end."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dss.batches.batch import Batch
 from dss.batches.packing import PackedShape, RowWidths
-from dss.errors import DssError
+from dss.errors import ConfigError, DssError
 from dss.training import loop
 from dss.training.checkpoints import Checkpoints
 from dss.training.config import TrainerConfig
@@ -62,9 +64,12 @@ def run(
     progress=None,
     batches=None,
     clock=None,
-    **periods: int,
+    **options: Any,
 ) -> None:
-    """Trains 10 steps, with NaN metrics at the `bad` ones; writes the steps of all checkpoints."""
+    """Trains 10 steps, with NaN metrics at the `bad` ones; writes the steps of all checkpoints.
+
+    Evaluations have the `scores`, by step, as the metric of `TrainerConfig.select_by`.
+    """
 
     shapes = set()
 
@@ -81,11 +86,12 @@ def run(
     def evaluate(state: TrainState) -> dict[str, float]:
         if clock is not None:
             clock.now += 50
-        accuracy = scores[int(state.step)] if scores else 0.5
-        return {"valid/loss": 1.0, "valid/accuracy": accuracy}
+        score = scores[int(state.step)] if scores else 0.5
+        return {"valid/loss": 1.0, "valid/accuracy": 0.5, f"valid/{config.select_by}": score}
 
-    progress, config = progress or Progress(), TrainerConfig(train_steps=10, **periods)
+    progress, config = progress or Progress(), TrainerConfig(train_steps=10, **options)
     checkpoints, metrics = Checkpoints(folder / "checkpoints"), MetricsWriter(folder, start)
+    sign = -1 if config.select_by == "loss" else 1
     try:
         timer = loop.Clock(2, 2, progress)
         hooks = (
@@ -97,8 +103,7 @@ def run(
             loop.Validation(
                 config,
                 evaluate,
-                "valid/accuracy",
-                {k: v for k, v in (scores or {}).items() if k <= start},
+                {k: sign * v for k, v in (scores or {}).items() if k <= start},
                 checkpoints=checkpoints,
                 metrics=metrics,
                 clock=timer,
@@ -117,6 +122,7 @@ def run(
     finally:
         checkpoints.wait()
         (folder / "steps").write_text(" ".join(map(str, checkpoints.steps)))
+        (folder / "best").write_text(str(checkpoints.best))
         checkpoints.close()
 
 
@@ -141,6 +147,42 @@ def test_a_run_without_improvement_stops_early(tmp_path):
     better = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.4, 10: 0.5}  # always improving
     run(tmp_path / "better", {}, **options | {"patience": 1, "scores": better})
     assert saved(tmp_path / "better").endswith(" 10")
+
+
+@pytest.mark.parametrize(
+    ("select_by", "scores"),
+    [
+        ("macro_f1", {2: 0.7, 4: 0.9, 6: 0.8, 8: 0.6, 10: 1.0}),
+        ("loss", {2: 0.7, 4: 0.5, 6: 0.6, 8: 0.9, 10: 0.1}),
+    ],
+)
+def test_the_selected_metric_decides_the_best_checkpoint_and_early_stopping(
+    tmp_path, select_by, scores
+):
+    options = {"eval_period": 2, "log_period": 10, "patience": 2, "select_by": select_by}
+    for start in (0, 8):  # resuming changes nothing
+        run(tmp_path, {}, start=start, scores=scores, **options)
+        assert (saved(tmp_path), (tmp_path / "best").read_text()) == ("4 6 8", "4")
+
+
+def test_the_score_of_an_evaluation_is_higher_for_better_ones():
+    values = {"step": 2, "valid/loss": 1.5, "valid/accuracy": 0.5, "valid/macro_f1": 0.25}
+    assert TrainerConfig().score_of(values) == 0.5
+    assert TrainerConfig(select_by="macro_f1").score_of(values) == 0.25
+    assert TrainerConfig(select_by="loss").score_of(values) == -1.5
+    assert TrainerConfig(select_by="balanced_accuracy").score_of(values) is None
+    assert TrainerConfig().score_of({"valid/rouge_l": 0.75, "valid/loss": 1.0}) == 0.75
+    training = {"step": 2, "train/loss": 1.0}
+    assert {TrainerConfig(select_by=s).score_of(training) for s in ("accuracy", "loss")} == {None}
+
+
+def test_an_unknown_selection_is_one_line():
+    with pytest.raises(ConfigError) as error:
+        TrainerConfig(select_by="f1")
+    assert str(error.value) == (
+        "TrainerConfig.select_by must be one of 'accuracy', 'macro_f1', 'balanced_accuracy', "
+        "'loss', got 'f1'"
+    )
 
 
 def test_the_throughput_excludes_compilation_and_evaluation(tmp_path, monkeypatch):
