@@ -43,6 +43,7 @@ setup(
         "dss.configs": ["**/*.gin"],
         "dss.teacher": ["prompts/*.yaml", "report.html"],
         "dss.reporting": ["report.html"],
+        "dss.serving": ["page.html"],
     },
     entry_points={"console_scripts": ["dss = dss.cli.main:main"]},
     install_requires=[
@@ -84,6 +85,7 @@ setup(
         "beam": BEAM,
         "report": ["matplotlib>=3.11", "jinja2>=3.1.6"],
         "export": EXPORT,
+        "serve": ["fastapi>=0.165", "uvicorn>=0.54", "prometheus-client>=0.26", "pydantic>=2.14"],
         "seqio": SEQIO,
         "tfds": TFDS,
         "gcs": GCS,  # gs:// paths, where TensorFlow, which can read them, is not installed

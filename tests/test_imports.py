@@ -19,6 +19,7 @@ FLOORS = (
     {"runs"},
     {"export", "integrations", "planning", "sweeps", "quickstart"},
     {"reporting", "api"},
+    {"serving"},
     {"cli"},
     {"__main__"},
 )

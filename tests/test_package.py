@@ -38,6 +38,8 @@ EXTRAS = {
     "interop": {"export"},
     "quickstart.py": {"report"},
     "reporting": {"report"},
+    "cli/serve_command.py": {"serve"},
+    "serving": {"serve"},
     "teacher": {"teacher", "beam"},
 }
 NOT_ON_THE_INDEX = {"t5x"}  # docs/t5x.md has how to install it

@@ -26,6 +26,7 @@ COMMANDS = {
     "eval": "evaluate a student on a split",
     "sweep": "train and evaluate methods x students x fractions of the data x seeds",
     "predict": "predict labels, and rationales, for new inputs",
+    "serve": "answer requests with a student, over HTTP",
     "report": "write a page of results: accuracy by data and size, comparisons, answers",
     "import": "create a run from a T5 checkpoint of T5X or Hugging Face",
     "export": "convert a student to the format of Hugging Face, T5X or CTranslate2",

@@ -38,7 +38,7 @@ class Agreement:
 
     @property
     def share(self) -> float:
-        """The share of examples with the same predicted label, in [0, 1]."""
+        """The fraction of examples with the same predicted label, in [0, 1]."""
         return self.equal / self.examples
 
     def rows(self) -> list[tuple[str, str]]:

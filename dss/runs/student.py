@@ -16,8 +16,8 @@ from dss.evaluation.calibration import TemperatureScaling, check_probabilities
 from dss.evaluation.evaluator import (
     Answer,
     DecodingProgress,
+    Engine,
     EvaluationExample,
-    Predictor,
     evaluation_set,
     metric_name,
 )
@@ -180,7 +180,7 @@ def calibrate(
 
 
 def explain(
-    predictor: Predictor, mixture: Mixture, texts: Sequence[str], inputs_length: int
+    predictor: Engine, mixture: Mixture, texts: Sequence[str], inputs_length: int
 ) -> list[str]:
     """Returns the rationale that a student generates for each input.
 
@@ -205,8 +205,8 @@ def _rationale_task(mixture: Mixture) -> Task:
 
 
 def answer(
-    predictor: Predictor, mixture: Mixture, texts: Sequence[str], inputs_length: int
+    predictor: Engine, mixture: Mixture, texts: Sequence[str], inputs_length: int
 ) -> list[Answer]:
-    """Returns a student's prediction for each input; see `Predictor.answer`."""
+    """Returns a student's prediction for each input; see `Engine.answer`."""
     examples = [EvaluationExample(str(i), text, "") for i, text in enumerate(texts)]
     return predictor.answer(mixture, examples, inputs_length)
