@@ -196,7 +196,7 @@ def test_user_errors_are_one_line(fixture, tmp_path):
         return str(error.value)
 
     orbax = fixture / "orbax"
-    assert "VOCABULARY" in error_of(orbax)
+    assert "`Experiment.vocabulary`" in error_of(orbax)
     assert "gs://t5-data/vocabs" in error_of(orbax)
     assert "no T5X checkpoint" in error_of(tmp_path, vocabulary="bytes")
     assert "no T5X checkpoint" in error_of(tmp_path / "nowhere", vocabulary="bytes")
