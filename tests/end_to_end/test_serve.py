@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from dss.cli.main import main
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -118,6 +119,20 @@ def test_the_service_has_the_labels_of_predict(folder, serve, source):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode in (0, -signal.SIGTERM)
+
+
+@pytest.mark.exhaustive
+def test_the_service_is_timed_against_a_naive_handler(folder):
+    """That all sides answer every request alike; the figures are for a quiet machine."""
+    command = (sys.executable, ROOT / "benchmarks/serve.py", "run", "tickets/train.jsonl")
+    options = ("--requests=60", "--clients=8", "--repeats=1", "--json=figures.json")
+    done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((folder / "figures.json").read_text())
+    assert [*figures["sides"]] == ["run", "int8", "naive"]
+    assert all(row["equal_labels"] >= 0.95 for row in figures["sides"].values())
+    assert all(row["p95_ms"] >= row["p50_ms"] > 0 for row in figures["sides"].values())
+    assert figures["predict"] > 0
 
 
 def test_what_cannot_be_served_is_a_line(folder, capsys, monkeypatch):
