@@ -53,6 +53,7 @@ def test_killed_three_times_a_run_ends_as_one_that_was_not(train, undisturbed, t
     assert_same_run(run, undisturbed)
 
 
+@pytest.mark.exhaustive
 def test_a_killed_run_with_what_moves_from_step_to_step_ends_the_same(train, toy_folder, tmp_path):
     """Several rationales in turn, an alpha that moves, and views that share an input."""
     folder = tmp_path / "toy"

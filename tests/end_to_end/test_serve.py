@@ -99,7 +99,7 @@ def test_the_dataset_of_the_spreadsheet_has_every_row(folder, shared):
     assert sorted(declared["labels"]) == ["account access", "billing", "bug", "how-to"]
 
 
-@pytest.mark.parametrize("source", ["run", "int8"])
+@pytest.mark.parametrize("source", ["int8", pytest.param("run", marks=pytest.mark.exhaustive)])
 def test_the_service_has_the_labels_of_predict(folder, serve, source):
     with (folder / "labels.csv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["body"]][:250]
