@@ -85,7 +85,13 @@ setup(
         "beam": BEAM,
         "report": ["matplotlib>=3.11", "jinja2>=3.1.6"],
         "export": EXPORT,
-        "serve": ["fastapi>=0.165", "uvicorn>=0.54", "prometheus-client>=0.26", "pydantic>=2.14"],
+        "serve": [
+            "fastapi>=0.165",
+            "starlette>=1.10",
+            "uvicorn>=0.54",
+            "prometheus-client>=0.26",
+            "pydantic>=2.14",
+        ],
         "seqio": SEQIO,
         "tfds": TFDS,
         "gcs": GCS,  # gs:// paths, where TensorFlow, which can read them, is not installed

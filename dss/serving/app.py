@@ -6,14 +6,17 @@ import hmac
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import fastapi
 import prometheus_client
-from fastapi import responses
+from fastapi import HTTPException, responses
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as StarletteMessage
 
 from dss import __version__
 from dss.errors import DssError
@@ -26,7 +29,6 @@ __all__ = ["EXPLAINED", "Limits", "make_app"]
 
 EXPLAINED = "+rationale"  # suffix of the model's name for answers with the rationale
 PAGE = Path(__file__).with_name("page.html")
-JSON = "application/json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,11 +109,6 @@ class CompletionRequest(BaseModel):
     n: int = 1
 
 
-class _Problem(Exception):  # noqa: N818
-    def __init__(self, status: int, message: str):
-        self.status, self.message = status, message
-
-
 class _Metrics:
     """The metrics of a service, for Prometheus."""
 
@@ -179,27 +176,12 @@ def make_app(
 
     app = fastapi.FastAPI(title=model.name, version=__version__, lifespan=lifespan)
 
-    @app.middleware("http")
-    async def observe(
-        request: fastapi.Request,
-        call_next: Callable[[fastapi.Request], Awaitable[fastapi.Response]],
-    ) -> fastapi.Response:
-        began = time.perf_counter()
-        try:
-            await _check_size(request, limits.body)
-            response = await call_next(request)
-        except _Problem as problem:
-            response = _error(problem.status, problem.message)
-        route = request.scope.get("route")
-        path = getattr(route, "path", "other")
-        metrics.requests.labels(path, response.status_code).inc()
-        metrics.seconds.labels(path).observe(time.perf_counter() - began)
-        return response
+    app.add_middleware(_Guard, limit=limits.body, metrics=metrics)
 
-    @app.exception_handler(_Problem)
+    @app.exception_handler(StarletteHTTPException)
     async def problem(_: fastapi.Request, error: Exception) -> fastapi.Response:
-        assert isinstance(error, _Problem)
-        return _error(error.status, error.message)
+        assert isinstance(error, StarletteHTTPException)
+        return _error(error.status_code, str(error.detail))
 
     @app.exception_handler(DssError)
     async def invalid(_: fastapi.Request, error: Exception) -> fastapi.Response:
@@ -208,20 +190,20 @@ def make_app(
     def check(request: fastapi.Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
-            raise _Problem(401, "wrong API key; send it as 'Authorization: Bearer KEY'")
+            raise HTTPException(401, "wrong API key; send it as 'Authorization: Bearer KEY'")
         if not ready.is_set():
-            raise _Problem(503, "not ready: the student's programs are being compiled")
+            raise HTTPException(503, "not ready: the student's programs are being compiled")
 
     async def answers(texts: list[str], *, explain: bool) -> tuple[list[Answer], list[str] | None]:
         if not texts or len(texts) > limits.inputs:
-            raise _Problem(400, f"{len(texts)} inputs; give 1 to {limits.inputs}")
+            raise HTTPException(400, f"{len(texts)} inputs; give 1 to {limits.inputs}")
         if explain and not model.explains:
-            raise _Problem(400, f"{model.name} was not trained to generate rationales")
+            raise HTTPException(400, f"{model.name} was not trained to generate rationales")
         try:
             found = await labels.submit(texts)
             return found, await rationales.submit(texts) if explain else None
         except BusyError:
-            raise _Problem(429, "too many inputs are waiting; try again later") from None
+            raise HTTPException(429, "too many inputs are waiting; try again later") from None
 
     @app.get("/", include_in_schema=False)
     def page() -> fastapi.Response:
@@ -269,9 +251,11 @@ def make_app(
         request: ChatRequest | CompletionRequest, texts: list[str]
     ) -> tuple[list[str], dict[str, int]]:
         if request.model not in names:
-            raise _Problem(404, f"no model {request.model!r}; known: {', '.join(names)}")
+            raise HTTPException(404, f"no model {request.model!r}; known: {', '.join(names)}")
         if request.stream or request.n != 1:
-            raise _Problem(400, "answers are not streamed, and there is one: stream=false, n=1")
+            raise HTTPException(
+                400, "answers are not streamed, and there is one: stream=false, n=1"
+            )
         found, explanations = await answers(texts, explain=request.model != model.name)
         written = [answer.text for answer in found]
         if explanations is not None:
@@ -287,7 +271,7 @@ def make_app(
     async def chat(request: ChatRequest) -> dict[str, Any]:
         contents = [m.content for m in request.messages if m.role == "user"]
         if not contents:
-            raise _Problem(400, "no message of the user")
+            raise HTTPException(400, "no message of the user")
         (text,), usage = await complete(request, [_content(contents[-1])])
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
@@ -312,7 +296,7 @@ def _content(content: str | list[dict[str, Any]] | None) -> str:
     parts = [part.get("text") for part in content or () if part.get("type") == "text"]
     texts = [part for part in parts if isinstance(part, str)]
     if not texts:
-        raise _Problem(400, "the last message of the user has no text")
+        raise HTTPException(400, "the last message of the user has no text")
     return "\n".join(texts)
 
 
@@ -334,17 +318,37 @@ def _error(status: int, message: str) -> fastapi.Response:
     return responses.JSONResponse({"error": error}, status)
 
 
-async def _check_size(request: fastapi.Request, limit: int) -> None:
-    """Raises an error for a body above the limit, at the latest when that many bytes were read."""
-    length = request.headers.get("content-length", "0")
-    size = int(length) if length.isdigit() else limit + 1
-    if size <= limit and "transfer-encoding" in request.headers:
-        size, body = 0, b""
-        async for part in request.stream():
-            body += part
-            size = len(body)
-            if size > limit:
-                break
-        request._body = body  # which the handlers read
-    if size > limit:
-        raise _Problem(413, f"the request is larger than {limit:,} bytes")
+class _Guard:
+    """Middleware that refuses bodies above a limit, and counts and times requests."""
+
+    def __init__(self, app: ASGIApp, *, limit: int, metrics: _Metrics):
+        self._app, self._limit, self._metrics = app, limit, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, size, status = time.perf_counter(), 0, 500
+        too_large = f"the request is larger than {self._limit:,} bytes"
+
+        async def limited() -> StarletteMessage:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._limit:
+                raise HTTPException(413, too_large)
+            return message
+
+        async def observed(message: StarletteMessage) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > self._limit:
+            await _error(413, too_large)(scope, receive, observed)
+        else:
+            await self._app(scope, limited, observed)
+        path = getattr(scope.get("route"), "path", "other")
+        self._metrics.requests.labels(path, status).inc()
+        self._metrics.seconds.labels(path).observe(time.perf_counter() - began)
