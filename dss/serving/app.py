@@ -25,7 +25,17 @@ from dss.mixtures.tasks import CONCLUSION
 from dss.serving.batcher import Batcher, BusyError
 from dss.serving.model import SIZES, ServedModel
 
-__all__ = ["EXPLAINED", "Limits", "make_app"]
+__all__ = [
+    "EXPLAINED",
+    "ChatRequest",
+    "CompletionRequest",
+    "Limits",
+    "Message",
+    "PredictRequest",
+    "PredictResponse",
+    "PredictedLabel",
+    "make_app",
+]
 
 EXPLAINED = "+rationale"  # suffix of the model's name for answers with the rationale
 PAGE = Path(__file__).with_name("page.html")

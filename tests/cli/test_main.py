@@ -122,6 +122,8 @@ REFUSED_AT_ONCE = {
     "predict open --threshold=0.8": "declare the labels with --gin.DATASET_LABELS",
     "predict open --probabilities --generate": "--generate: generated labels have no probabilities",
     "eval open --calibrate": "an open set of labels has no probabilities",
+    "serve none": "none: no run and no export",
+    "serve run --port=70000": "--port 70000: give one from 0 to 65535",
     "report run none": "none: no such folder",
     "report run -o full": "full: a folder",
     "report run --teacher-size=x": "give a teacher and its parameters",
