@@ -71,6 +71,7 @@ setup(
             "pandas>=3.0",
             "pyarrow>=25.0",
             "openpyxl>=3.1",
+            "xlsxwriter>=3.2",
             "datasets>=5.2",
             "datasketch>=2.0",  # near-duplicates
         ],

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dss.cli.checks import check_output
+from dss.cli.messages import in_flags
 from dss.errors import DssError
 from dss.paths import write_whole
 
@@ -54,6 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--valid", type=float, default=0.1, metavar="F", help="fraction for validation (0.1)"
     )
     splits.add_argument("--test", type=float, default=0.1, metavar="F", help="for the test (0.1)")
+    splits.add_argument(
+        "--similar",
+        type=float,
+        default=0.85,
+        metavar="F",
+        help="similarity from which inputs stay in one split; 1: only equal ones (0.85)",
+    )
     splits.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the splits (0)")
     parser.add_argument(
         "--vocabulary",
@@ -75,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from rich.console import Console
 
-    from dss.data.datasets import folder_of
+    from dss.data.datasets import check_name, folder_of, name_of
     from dss.data.prepare import Columns, prepare
     from dss.data.vocabulary import load_vocabulary
 
@@ -89,6 +97,9 @@ def run(args: argparse.Namespace) -> int:
         if Path(args.source).expanduser().exists() or args.source.startswith("hf:"):
             raise DssError("--output: give the folder of the dataset to write")
         raise DssError(f"{args.source}: no such file or folder")
+    folder = args.output or folder_of(args.source)
+    if not args.dry_run:
+        check_name(name_of(folder), "--output")
     declared = [label.strip() for label in args.labels.split(",")] if args.labels else None
     found = prepare(
         args.source,
@@ -105,13 +116,13 @@ def run(args: argparse.Namespace) -> int:
         labels=() if args.open else declared,
         merge_labels=args.merge_labels,
         sheet=args.sheet,
+        similar=args.similar,
         vocabulary=None if args.vocabulary is None else load_vocabulary(args.vocabulary),
         limit=args.inputs_length,
     )
     console = Console(highlight=False, soft_wrap=True)
     _print(console, found, has_labels=args.label is not None)
     if not args.dry_run:
-        folder = args.output or folder_of(args.source)
         found.write(folder, replace=args.replace)
         console.print(f"{folder}: written", markup=False)
     if args.json is not None:
@@ -139,6 +150,7 @@ def _print(console: "Console", found: "Preparation", *, has_labels: bool) -> Non
         lines.append(f"empty cells: {cells}")
     if found.near_duplicates:
         lines.append(f"{found.near_duplicates:,} similar to another row: in its split")
+    lines += [in_flags(line, {"similar": "--similar"}) for line in found.uneven]
     lines += found.look_alikes
     if found.look_alikes:
         lines.append("  to give each one spelling: --merge-labels")

@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the checkpoint to export: best (default), latest or a step",
     )
     parser.add_argument(
+        "--dataset_path", metavar="PATH", help="your data, if they have moved (for --quantization)"
+    )
+    parser.add_argument(
+        "--data_root", metavar="DIR", help="folder of the released datasets, if it has moved"
+    )
+    parser.add_argument(
         "--quantization",
         metavar="FORM",
         help="of a ctranslate2 export: int8, int8_bfloat16, float16, ... (default: float32)",
@@ -57,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     quantization = args.quantization and Quantization(form=args.quantization, **checks)
 
     prepare_jax(steps=False)
-    written = export(load_run(args.run), args.to, args.folder, args.checkpoint, quantization)
+    moved = {"DataConfig.dataset_path": args.dataset_path, "DataConfig.root": args.data_root}
+    flags = [f"{name}={value!r}" for name, value in moved.items() if value is not None]
+    written = export(load_run(args.run, flags), args.to, args.folder, args.checkpoint, quantization)
     print(f"{written.path}: step {written.step}{written.note and f', {written.note}'}")
     return 0

@@ -8,14 +8,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from dss.cli.checks import check_input, check_output, check_run, check_run_probabilities
 from dss.cli.options import add_run_options, open_run, prepare_jax
-from dss.errors import DssError
-from dss.paths import create, is_stream
+from dss.errors import DssError, first_line
+from dss.paths import create, is_stream, write_whole
 
 if TYPE_CHECKING:
     from dss.data.examples import Example
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 # Fields that predictions set, whatever an input row has in them.
-PREDICTED = ("label", "probabilities", "abstained", "rationale", "truncated")
+PREDICTED = ("label", "probabilities", "abstained", "rationale", "truncated", "empty")
 DIGITS = 6  # decimal places of probabilities
 CHUNK = 1024  # inputs that are read and predicted together
 
@@ -67,13 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-Rows = list[tuple[str, dict[str, Any]]]
+Table = list[tuple[str, dict[str, Any]]]  # the text to predict, and the cells, of each row
 
 
-def _table(args: argparse.Namespace) -> tuple[tuple[str, ...], Rows] | None:
-    """Returns the columns of a table, and its rows with their places; None for another input."""
+def _table(args: argparse.Namespace) -> Table | None:
+    """Returns the rows of a table; None for another input."""
     from dss.data.tables import is_table
 
+    if args.columns and args.template:
+        raise DssError("--columns and --template exclude each other; give one")
     if args.input == "-" or not (args.columns or args.template or is_table(args.input)):
         if args.columns or args.template:
             raise DssError("--columns and --template are for a table; give it with --input")
@@ -85,15 +87,15 @@ def _table(args: argparse.Namespace) -> tuple[tuple[str, ...], Rows] | None:
     return read_inputs(args.input, Columns(input=names, template=args.template))
 
 
-def _read(source: str, table: Rows | None) -> Iterator[tuple["Example", dict[str, Any]]]:
+def _read(source: str, table: Table | None) -> Iterator[tuple["Example", dict[str, Any]]]:
     """Yields each input and the fields of its row; standard input is streamed."""
-    from dss.data.examples import read_example, read_json_lines
+    from dss.data.examples import Example, read_example, read_json_lines
 
-    rows: Iterator[tuple[str, dict[str, Any]]]
     if table is not None:
-        rows = iter(table)
-    else:
-        rows = _standard_input() if source == "-" else read_json_lines(Path(source))
+        for number, (text, cells) in enumerate(table, 1):
+            yield Example(f"row-{number}", text), cells
+        return
+    rows = _standard_input() if source == "-" else read_json_lines(Path(source))
     seen = set()
     for number, (location, row) in enumerate(rows):
         example = read_example(location, row, f"input-{number}")
@@ -103,7 +105,7 @@ def _read(source: str, table: Rows | None) -> Iterator[tuple["Example", dict[str
         yield example, row
 
 
-def _count(source: str, table: Rows | None, *, passes: int) -> int | None:
+def _count(source: str, table: Table | None, *, passes: int) -> int | None:
     """Returns the number of texts to decode for a file; None for a source that is read only once.
 
     Args:
@@ -211,41 +213,72 @@ def _is_table_file(path: Path | None) -> bool:
     return path is not None and extension_of(path) in TABLES
 
 
-def _write_table(
-    path: Path, lines: list[dict[str, Any]], columns: Sequence[str] | None, *, replace: bool
-) -> None:
+def _existing_rows(path: Path) -> int:
+    """Returns the number of rows of a table that exists.
+
+    Raises:
+      DssError: if the file is not such a table.
+    """
+    from dss.data.tables import read_tables
+
+    try:
+        (table,) = read_tables(path, may_be_empty=True).values()
+    except DssError as error:
+        raise DssError(f"{error}; give another --output, or --replace") from None
+    return len(table)
+
+
+def _write_table(path: Path, lines: list[dict[str, Any]], existing: int) -> None:
     """Writes predictions as a table, with one column for the probability of each label.
 
     Args:
       path: the file.
       lines: the lines of JSON output.
-      columns: the columns of the input, if it was a table: `id` and `input` are left out where
-        they were made, not read.
-      replace: whether to replace a file with more rows.
+      existing: number of rows of the file that may not be lost.
 
     Raises:
-      DssError: if the existing file has more rows and `replace` is False.
+      DssError: if the file has more rows, or cannot hold the predictions; they are in another file
+        then.
     """
-    from dss.data.tables import read_tables, write_table
+    from dss.data.tables import write_table
 
-    if not replace and path.exists():
-        (existing,) = read_tables(path).values()
-        if len(existing) > len(lines):
-            raise DssError(
-                f"{path}: not replaced: it has {len(existing):,} rows, and there are "
-                f"{len(lines):,} predictions; give another --output, or --replace"
-            )
-    made = set() if columns is None else {"id", "input"} - {*columns}
     rows = []
     for line in lines:
-        row = {name: value for name, value in line.items() if name not in made}
-        probabilities = row.pop("probabilities", {})
-        rows.append(row | {f"probability {label}": p for label, p in probabilities.items()})
-    write_table(path, rows)
+        row = {name: value for name, value in line.items() if name != "probabilities"}
+        for label, probability in (line.get("probabilities") or {}).items():
+            row[_free(f"probability {label}", row)] = probability
+        rows.append(row)
+    beside, problem = path.with_name(f"{path.name}.jsonl"), None
+    if existing > len(lines):
+        problem = (
+            f"not replaced: it has {existing:,} rows, and there are {len(lines):,} predictions"
+        )
+    else:
+        try:
+            write_table(path, rows)
+        except Exception as error:  # of many kinds, by format; the predictions must not be lost
+            problem = f"cannot be written: {first_line(error)}"
+    if problem is not None:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_whole(beside, text)
+        raise DssError(f"{path}: {problem}; the predictions are in {beside}")
+
+
+def _free(name: str, taken: Mapping[str, Any]) -> str:
+    """Returns the name of a column of predictions that no column of the input has.
+
+    >>> _free("label", {"label": "bug"})
+    'predicted_label'
+    """
+    while name in taken:
+        name = f"predicted_{name}"
+    return name
 
 
 def _check_output(args: argparse.Namespace) -> None:
     """Raises DssError if the output cannot be written, or is the input."""
+    if args.output.suffix.lower() == ".xls":
+        raise DssError(f"{args.output}: the format of old Excel files; give a .xlsx file")
     check_output("--output", str(args.output))
     if args.output.exists() and args.input != "-" and args.output.samefile(args.input):
         raise DssError(f"{args.output}: input and output are the same file")
@@ -267,7 +300,10 @@ def run(args: argparse.Namespace) -> int:
     if args.probabilities or args.threshold is not None:
         check_run_probabilities(args)
 
-    columns, table = _table(args) or (None, None)
+    table = _table(args)
+    existing = 0
+    if _is_table_file(args.output) and args.output.exists() and not args.replace:
+        existing = _existing_rows(args.output)
 
     from dss.cli.decode_progress import DecodeProgress
     from dss.data.vocabulary import is_cut
@@ -286,33 +322,39 @@ def run(args: argparse.Namespace) -> int:
     predictor, _ = opened.predictor(args.checkpoint, progress)
     length = experiment.data.inputs_length
     examples = _read(args.input, table)
-    count = truncated = abstained = 0
+    count = truncated = abstained = empty = 0
 
     def predictions() -> Iterator[dict[str, Any]]:
-        nonlocal count, truncated, abstained
+        nonlocal count, truncated, abstained, empty
         while chunk := list(itertools.islice(examples, CHUNK)):
             texts = [example.input for example, _ in chunk]
             answers = answer(predictor, mixture, texts, length)
             rationales = explain(predictor, mixture, texts, length) if args.rationale else None
             for i, (example, row) in enumerate(chunk):
+                found: dict[str, Any] = {"label": answers[i].text}
+                if args.probabilities:
+                    probabilities = answers[i].probabilities
+                    found["probabilities"] = {k: round(p, DIGITS) for k, p in probabilities.items()}
+                if args.threshold is not None:
+                    found["abstained"] = answers[i].is_below(args.threshold)
+                    abstained += found["abstained"]
+                if rationales is not None:
+                    found["rationale"] = rationales[i]
+                count += 1
+                if is_cut(predictor.vocabulary, mixture.tasks[0].prefix + example.input, length):
+                    found["truncated"] = True
+                    truncated += 1
+                if not example.input.strip():
+                    found["empty"] = True
+                    empty += 1
+                if table is not None:  # the cells are kept as they are
+                    yield row | {_free(name, row): value for name, value in found.items()}
+                    continue
                 line: dict[str, Any] = {"id": example.id, "input": example.input}
                 line |= {name: row[name] for name in row if name not in (*line, *PREDICTED)}
                 if "label" in row:
                     line.setdefault("gold", row["label"])
-                line["label"] = answers[i].text
-                if args.probabilities:
-                    probabilities = answers[i].probabilities
-                    line["probabilities"] = {k: round(p, DIGITS) for k, p in probabilities.items()}
-                if args.threshold is not None:
-                    line["abstained"] = answers[i].is_below(args.threshold)
-                    abstained += line["abstained"]
-                if rationales is not None:
-                    line["rationale"] = rationales[i]
-                count += 1
-                if is_cut(predictor.vocabulary, mixture.tasks[0].prefix + example.input, length):
-                    line["truncated"] = True
-                    truncated += 1
-                yield line
+                yield line | found
 
     lines = predictions()
     first = list(itertools.islice(lines, 1))  # errors come before the output is opened
@@ -320,11 +362,17 @@ def run(args: argparse.Namespace) -> int:
     if _is_table_file(args.output):
         rows = list(itertools.chain(first, lines))
         if is_leader():
-            _write_table(args.output, rows, columns, replace=args.replace)
+            _write_table(args.output, rows, existing)
     else:
         with _opened(path, replace=args.replace, count=lambda: count) as output:
             for line in itertools.chain(first, lines):
                 print(json.dumps(line, ensure_ascii=False), file=output, flush=True)
+    if empty and is_leader():
+        print(
+            f"{empty:,} of {count:,} inputs are empty: their labels mean nothing; their rows have "
+            "the field empty",
+            file=sys.stderr,
+        )
     if truncated and is_leader():
         print(
             f"{truncated:,} of {count:,} inputs ({truncated / count:.1%}) are longer than {length} "

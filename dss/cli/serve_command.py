@@ -29,7 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--key-env",
-        default=KEY,
         metavar="VAR",
         help=f"environment variable with the API key that requests need, if it is set ({KEY})",
     )
@@ -51,6 +50,10 @@ def run(args: argparse.Namespace) -> int:
         raise DssError(f"{args.source}: no run and no export: it has no {CONFIG_FILE}")
     if not 0 <= args.port < 2**16:
         raise DssError(f"--port {args.port}: give one from 0 to {2**16 - 1}")
+    variable = args.key_env or KEY
+    key = os.environ.get(variable, "").strip() or None
+    if key is None and (args.key_env or variable in os.environ):
+        raise DssError(f"{variable} has no API key; set it, or unset it to serve without a key")
     try:
         import uvicorn
 
@@ -63,7 +66,6 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in names}
     limits = Limits(**{name: value for name, value in given.items() if value is not None})
     prepare_jax(steps=False)
-    key = os.environ.get(args.key_env, "").strip() or None
     with _listening(args.host, args.port) as listener:
         model = open_model(args.source, args.checkpoint, args.name)
         port = listener.getsockname()[1]

@@ -1,6 +1,7 @@
 """Datasets: the released ones under the data root, and the user's own files."""
 
 import dataclasses
+import inspect
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from dss.data.metrics import METRICS
 from dss.data.prepare import DATASET_FILE, SPLITS, Columns, prepare
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
-from dss.data.tables import is_table
+from dss.data.tables import HUB, is_table
 from dss.errors import DataError, unknown_name
 from dss.paths import absolute, check_no_pipes
 
@@ -33,6 +34,7 @@ __all__ = [
     "Dataset",
     "JsonlSource",
     "Source",
+    "check_name",
     "folder_of",
     "name_of",
     "read_declared",
@@ -209,7 +211,7 @@ class Dataset:
         """
         if input or template is not None:
             columns = Columns(
-                input=(input,) if isinstance(input, str) else tuple(input),
+                input=tuple(map(str, input if isinstance(input, list | tuple) else [input])),
                 label=label,
                 id=id,
                 template=template,
@@ -230,10 +232,7 @@ class Dataset:
             raise DataError(f"labels: {', '.join(labels)}: one is given twice")
         if must_exist and path.is_file():
             check_kind(path)
-        if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
-            raise DataError(f"dataset name {name!r}: use letters, digits and underscores")
-        if name in RELEASED:
-            raise DataError(f"dataset name {name!r} is that of a released dataset; choose another")
+        check_name(name)
         if must_exist and not path.exists():
             raise DataError(f"{path}: no such file or folder; dataset {name!r} needs it")
         allowed = Labels(tuple(labels), metric)
@@ -336,13 +335,41 @@ def _write_table(
 ) -> epath.Path:
     """Writes the folder of a dataset from a table, and returns it."""
     if folder is None:
-        if not isinstance(source, str | os.PathLike) or not Path(source).is_file():
+        is_path = isinstance(source, str | os.PathLike)
+        is_hub = str(source).startswith(HUB)
+        if is_path and not is_hub and not Path(source).expanduser().exists():
+            raise DataError(f"{source}: no such file or folder")
+        if not is_path or not Path(source).expanduser().is_file():
             raise DataError("`folder`: give the folder of the dataset to write")
         folder = folder_of(source)
+    check_name(name_of(folder), "`folder`")
+    unknown = {*options} - {*inspect.signature(prepare).parameters, "replace"}
+    if unknown:
+        raise DataError(f"from_files: unknown argument {min(unknown)!r}")
     declared = labels.split(",") if isinstance(labels, str) else list(labels)
     replace = options.pop("replace", False)
     prepare(source, columns, labels=declared or None, **options).write(folder, replace=replace)
     return epath.Path(folder)
+
+
+def check_name(name: str, remedy: str = "") -> None:
+    """Checks the name of a dataset of a user's own.
+
+    Args:
+      name: the name.
+      remedy: what gives another name, for the message; empty for the folder's.
+
+    Raises:
+      DataError: if it is that of a released dataset, or has other characters than letters, digits
+        and underscores.
+    """
+    hint = f"; give another with {remedy}" if remedy else ""
+    if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
+        raise DataError(f"dataset name {name!r}: use letters, digits and underscores{hint}")
+    if name in RELEASED:
+        raise DataError(
+            f"dataset name {name!r} is that of a released dataset{hint or '; choose another'}"
+        )
 
 
 def folder_of(file: str | os.PathLike[str]) -> Path:

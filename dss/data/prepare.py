@@ -30,6 +30,8 @@ __all__ = ["Columns", "Preparation", "Row", "prepare", "read_inputs"]
 SPLITS = ("train", "valid", "test")
 DATASET_FILE = "dataset.json"
 SIMILAR = 0.85  # Jaccard similarity of shingles from which two inputs are near-duplicates
+MOST_SIMILAR = 0.95  # threshold of the index; above, candidates are compared exactly
+UNEVEN = 0.5  # size of a split, over what was asked, below which it is reported
 SHINGLE = 5  # characters
 PERMUTATIONS = 64  # of MinHash (Broder, 1997)
 MOST_LABELS = 100  # of a closed set that is declared unasked
@@ -80,6 +82,8 @@ class Preparation:
       duplicates: ids of rows whose input an earlier row has.
       conflicts: ids of rows whose input occurs with several labels.
       near_duplicates: number of rows whose input is similar, but not equal, to another's.
+      uneven: a line for each split that is much smaller than asked, because equal and similar
+        inputs stay together.
       look_alikes: a line for each group of labels that differ only by case or whitespace.
       tokens: number of tokens of each input, [rows]; words without a vocabulary.
       limit: the longest input in tokens; None without a vocabulary.
@@ -94,6 +98,7 @@ class Preparation:
     duplicates: tuple[str, ...]
     conflicts: tuple[str, ...]
     near_duplicates: int
+    uneven: tuple[str, ...]
     look_alikes: tuple[str, ...]
     tokens: tuple[int, ...]
     limit: int | None
@@ -134,6 +139,7 @@ class Preparation:
             "duplicates": list(self.duplicates),
             "conflicts": list(self.conflicts),
             "near_duplicates": self.near_duplicates,
+            "uneven": list(self.uneven),
             "look_alikes": list(self.look_alikes),
             "length_unit": "words" if self.limit is None else "tokens",
             "lengths": dict(zip(("median", "p90", "p99", "longest"), lengths, strict=True)),
@@ -195,6 +201,7 @@ def prepare(
     labels: Sequence[str] | None = None,
     merge_labels: bool = False,
     sheet: str | None = None,
+    similar: float = SIMILAR,
     vocabulary: Vocabulary | None = None,
     limit: int = 512,
 ) -> Preparation:
@@ -214,6 +221,8 @@ def prepare(
       merge_labels: whether labels that differ only by case or whitespace become the most frequent
         of them.
       sheet: the sheet of an Excel file; None for the first.
+      similar: fraction of the pieces of 5 characters of two inputs that must be equal for them to
+        stay in one split, in (0, 1]; 1 for equal inputs only.
       vocabulary: the student's vocabulary, for lengths and characters; None: T5's characters, and
         lengths in words.
       limit: the student's longest input in tokens.
@@ -225,6 +234,8 @@ def prepare(
     for name, share in (("valid", valid), ("test", test)):
         if not 0 <= share < 1:
             raise DataError(f"`{name}={share:g}`: give a fraction of at least 0 and below 1")
+    if not 0 < similar <= 1:
+        raise DataError(f"`similar={similar:g}`: give a fraction above 0, at most 1")
     if valid + test >= 1:
         raise DataError(f"`valid={valid:g}` and `test={test:g}` leave no rows for train")
     tables = read_tables(source, sheet=sheet)
@@ -240,9 +251,12 @@ def prepare(
     for id_, label in zip(ids, found, strict=True):
         if labels and label is not None and label not in closed:
             raise DataError(f"row {id_}: label {label!r} is not one of {', '.join(closed)}")
-    groups, near = _groups(inputs)
+    uneven: tuple[str, ...] = ()
+    groups, near = _groups(inputs, similar)
     if "" in tables and columns.split is None:
         splits = _draw(groups, found, {"valid": valid, "test": test}, seed, columns.label)
+        largest = max(collections.Counter(groups).values())
+        uneven = _uneven(splits, {"valid": valid, "test": test}, largest)
     else:
         splits = [split or given for split, *_, given in made]
     rows = tuple(map(Row, ids, inputs, found, splits))
@@ -262,6 +276,7 @@ def prepare(
         duplicates=tuple(row.id for row in filled if first[row.input] != row.id),
         conflicts=tuple(row.id for row in filled if len(by_input[row.input]) > 1),
         near_duplicates=near,
+        uneven=uneven,
         look_alikes=look_alikes,
         tokens=tuple(_length(row.input, vocabulary) for row in filled) or (0,),
         limit=limit if vocabulary else None,
@@ -269,11 +284,8 @@ def prepare(
     )
 
 
-def read_inputs(
-    source: Any, columns: Columns
-) -> tuple[tuple[str, ...], list[tuple[str, dict[str, Any]]]]:
-    """Returns the columns of a table, and the place and the fields of each row, with the text of
-    its `input`.
+def read_inputs(source: Any, columns: Columns) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the text to predict for each row of a table, and the row's cells as JSON values.
 
     Args:
       source: the table, see `read_tables`.
@@ -289,18 +301,21 @@ def read_inputs(
     if not columns.input and columns.template is None and "input" in table.columns:
         columns = dataclasses.replace(columns, input=("input",))
     rows = _rows(table, columns)
-    names = tuple(str(name) for name in table.columns)
-    out = []
-    for cells, (number, _, text, *_) in zip(table.itertuples(index=False), rows, strict=True):
-        fields = {n: _json_value(cell) for n, cell in zip(names, cells, strict=True)}
-        out.append((f"{source}: row {number}", fields | {"input": text}))
-    return names, out
+    names = [str(name) for name in table.columns]
+    return [
+        (text, {n: _json_value(cell) for n, cell in zip(names, cells, strict=True)})
+        for cells, (_, _, text, *_) in zip(table.itertuples(index=False), rows, strict=True)
+    ]
 
 
 def _json_value(cell: Any) -> Any:
     """Returns a cell as a JSON value: numbers and booleans as they are, other cells as text."""
-    is_number = isinstance(cell, int | float) and cell == cell
-    return cell if is_number else cell_text(cell) or None
+    if isinstance(cell, int | float) and cell == cell:
+        return cell
+    try:
+        return cell_text(cell) or None
+    except DataError:  # a list or an object
+        return str(cell)
 
 
 def _length(text: str, vocabulary: Vocabulary | None) -> int:
@@ -316,6 +331,9 @@ def _rows(table: "pandas.DataFrame", columns: Columns) -> list[tuple[int, str, s
     for name in wanted:
         if name is not None and name not in known:
             raise unknown_name("column", name, known, DataError)
+    twice = [name for name, count in collections.Counter(known).items() if count > 1]
+    if twice:
+        raise DataError(f"two columns are called {twice[0]!r}; rename one")
     table = table.set_axis(known, axis="columns")
     out = []
     for number, cells in enumerate(table.to_dict("records"), 1):
@@ -349,9 +367,13 @@ def _fields(template: str | None) -> list[str]:
     if template is None:
         return []
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise DataError(f"`template` {template!r}: {error}") from None
+    for _, field, form, conversion in parts:
+        if form or conversion or not field:
+            raise DataError(f"`template` {template!r}: give only names of columns in braces")
+    fields = [str(field) for _, field, _, _ in parts]
     if not fields:
         raise DataError(f"`template` {template!r}: names no column in braces, such as {{body}}")
     return fields
@@ -407,7 +429,7 @@ def _normal(text: str) -> str:
     return " ".join(re.sub(r"\W+", " ", text.casefold()).split())
 
 
-def _groups(inputs: Sequence[str]) -> tuple[list[int], int]:
+def _groups(inputs: Sequence[str], similar: float) -> tuple[list[int], int]:
     """Returns the group of equal and similar inputs of each row, and how many rows are similar to
     another row without being equal to it.
     """
@@ -415,32 +437,28 @@ def _groups(inputs: Sequence[str]) -> tuple[list[int], int]:
         from datasketch import MinHash, MinHashLSH
     except ImportError as error:
         raise missing_package("finding near-duplicates", error.name, "tables") from None
-    normal = [_normal(text) for text in inputs]
+    normal = [_normal(text) or " ".join(text.split()) for text in inputs]
     distinct = {text: number for number, text in enumerate(dict.fromkeys(t for t in normal if t))}
-    parent = list(range(len(distinct)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    index = MinHashLSH(threshold=SIMILAR, num_perm=PERMUTATIONS)
+    group = list(range(len(distinct)))
+    index = MinHashLSH(threshold=min(similar, MOST_SIMILAR), num_perm=PERMUTATIONS)
     shingles = [
         {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))} for text in distinct
     ]
     for number, parts in enumerate(shingles):
         signature = MinHash(PERMUTATIONS)
         signature.update_batch([part.encode() for part in parts])
-        for other in index.query(signature):
-            if len(parts & shingles[other]) >= SIMILAR * len(parts | shingles[other]):
-                parent[root(number)] = root(other)
-        index.insert(number, signature)
+        for other in index.query(signature) if similar < 1 else ():
+            if len(parts & shingles[other]) >= similar * len(parts | shingles[other]):
+                group[number] = other
+                break
+        else:  # the first of its group: later texts are compared with it, so groups are no chains
+            index.insert(number, signature)
     # Rows without text are alone.
-    groups = [root(distinct[text]) if text else -1 - row for row, text in enumerate(normal)]
+    groups = [group[distinct[text]] if text else -1 - row for row, text in enumerate(normal)]
     members: dict[int, set[str]] = collections.defaultdict(set)
-    for group, text in zip(groups, inputs, strict=True):
-        members[group].add(text)
-    return groups, sum(len(members[group]) > 1 for group in groups)
+    for member, text in zip(groups, inputs, strict=True):
+        members[member].add(text)
+    return groups, sum(len(members[member]) > 1 for member in groups)
 
 
 def _draw(
@@ -471,6 +489,25 @@ def _draw(
             for row in members[i]:
                 out[row] = split
     return out
+
+
+def _uneven(splits: Sequence[str], shares: Mapping[str, float], largest: int) -> tuple[str, ...]:
+    """Returns a line for each split that is much smaller than asked.
+
+    Args:
+      splits: the split of each row.
+      shares: the fraction of the rows that each split was asked to have.
+      largest: number of rows of the largest group.
+    """
+    sizes, out = collections.Counter(splits), []
+    for split, share in shares.items():
+        wanted = share * len(splits)
+        if wanted >= 1 and sizes[split] < UNEVEN * wanted and largest > 1:
+            out.append(
+                f"{split} has {sizes[split]:,} rows instead of about {wanted:,.0f}: up to "
+                f"{largest:,} similar inputs stay together; `similar=1` keeps only equal ones so"
+            )
+    return tuple(out)
 
 
 def _unwritable(texts: Sequence[str], vocabulary: Vocabulary | None) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Tables of other formats: CSV, TSV, Excel, Parquet, JSON, folders and hub ids of `datasets`."""
 
+import csv
 import gzip
 import io
 import os
@@ -39,6 +40,7 @@ SPLIT_OF = {
     "test": "test",
 }
 MALFORMED = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile)
+CELL = 32_767  # characters of an Excel cell
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -62,7 +64,9 @@ def is_table(source: Any) -> bool:
     return text.lower().endswith(PACKED) or extension_of(text) in TABLES
 
 
-def read_tables(source: Any, *, sheet: str | None = None) -> "dict[str, pandas.DataFrame]":
+def read_tables(
+    source: Any, *, sheet: str | None = None, may_be_empty: bool = False
+) -> "dict[str, pandas.DataFrame]":
     """Returns the tables of a source by split; "" is a table without a split.
 
     Text cells keep their text: in CSV files `007`, `1.0` and `NA` are no numbers and not missing.
@@ -72,17 +76,29 @@ def read_tables(source: Any, *, sheet: str | None = None) -> "dict[str, pandas.D
         such files named by split, a folder of `datasets`, `hf:ID` for the Hugging Face hub, or a
         pandas DataFrame.
       sheet: the sheet of an Excel file; None for the first.
+      may_be_empty: whether a table may have no rows.
 
     Raises:
       DataError: if the source is missing, of another format or malformed.
       MissingPackageError: if the package that reads it is not installed.
     """
+    tables = _read(source, sheet)
+    for table in tables.values():
+        if table.empty and not may_be_empty:
+            name = source if isinstance(source, str | os.PathLike) else "the table"
+            raise DataError(f"{name}: no rows")
+    return tables
+
+
+def _read(source: Any, sheet: str | None) -> "dict[str, pandas.DataFrame]":
     try:
         import pandas
     except ImportError as error:
         raise missing_package("a table", error.name, "tables") from None
     if isinstance(source, pandas.DataFrame):
         return {"": source}
+    if not isinstance(source, str | os.PathLike):
+        raise DataError(f"give a file, a folder or a DataFrame, not a {type(source).__name__}")
     text = os.fspath(source)
     if text.startswith(HUB):
         return _from_datasets(text)
@@ -134,8 +150,6 @@ def _read_file(path: Path, sheet: str | None) -> "pandas.DataFrame":
         raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
     if sheet is not None and kind != ".xlsx":
         raise DataError(f"{path}: `sheet` is for Excel files")
-    if table.empty:
-        raise DataError(f"{path}: no rows")
     return table
 
 
@@ -151,18 +165,45 @@ def _read_csv(path: Path, kind: str) -> "pandas.DataFrame":
         encoding = "utf-16" if start in UTF16 else "utf-8-sig"
         file.seek(0)
         content = file.read().decode(encoding)
-    header = content.partition("\n")[0]
-    separator = "\t" if kind == ".tsv" else max(SEPARATORS, key=header.count)
+    first = content.partition("\n")[0]
+    separator = "\t" if kind == ".tsv" else max(SEPARATORS, key=first.count)
+    header = next(csv.reader(io.StringIO(content), delimiter=separator), [])
+    twice = [name for name in header if header.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: two columns are called {twice[0]!r}; rename one")
     with warnings.catch_warnings():
         # A row with more cells than the header is an error, not cut.
         warnings.simplefilter("error", pandas.errors.ParserWarning)
-        return pandas.read_csv(
-            io.StringIO(content),
-            sep=separator,
-            dtype=str,
-            keep_default_na=False,
-            index_col=False,
-        )
+        try:
+            return pandas.read_csv(
+                io.StringIO(content),
+                sep=separator,
+                dtype=str,
+                keep_default_na=False,
+                index_col=False,
+                skip_blank_lines=len(header) > 1,  # which are empty cells of a single column
+            )
+        except (ValueError, pandas.errors.ParserWarning) as error:
+            raise DataError(
+                _fault(path, content, separator) or f"{path}: {first_line(error)}"
+            ) from None
+
+
+def _fault(path: Path, content: str, separator: str) -> str:
+    """Returns what is wrong with a CSV file that cannot be read."""
+    rows = csv.reader(io.StringIO(content), delimiter=separator)
+    width = len(next(rows, []))
+    if not width:
+        return f"{path}: empty"
+    before = rows.line_num
+    for row in rows:
+        if len(row) > width:
+            return (
+                f"{path}:{before + 1}: {len(row)} cells, and the header has {width}; put cells "
+                f"with {separator!r} or line breaks in double quotes"
+            )
+        before = rows.line_num
+    return f"{path}: a double quote is not closed"
 
 
 def _read_excel(path: Path, sheet: str | None) -> "pandas.DataFrame":
@@ -235,15 +276,28 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
       MissingPackageError: if the package that writes it is not installed.
+      DataError: if the format cannot hold a cell.
     """
     kind, partial = extension_of(path), path.with_name(f"{path.name}.partial")
     try:
         import pandas
 
         table = pandas.DataFrame(rows)
+        for name in table.columns:  # a column of several types becomes text
+            if pandas.api.types.infer_dtype(table[name]).startswith("mixed"):
+                table[name] = [None if cell is None else cell_text(cell) for cell in table[name]]
+        texts = (cell for row in rows for cell in row.values() if isinstance(cell, str))
+        longest = max(map(len, texts), default=0)
+        if kind == ".xlsx" and longest > CELL:
+            raise DataError(
+                f"{path}: a text of {longest:,} characters, and an Excel cell has at most "
+                f"{CELL:,}; give a .csv or .parquet file"
+            )
         with (gzip.open if path.name.lower().endswith(PACKED) else open)(partial, "wb") as file:
             if kind == ".xlsx":
-                table.to_excel(file, index=False, engine="openpyxl")
+                options = {"strings_to_formulas": False, "strings_to_urls": False}
+                engine: Any = {"engine": "xlsxwriter", "engine_kwargs": {"options": options}}
+                table.to_excel(file, index=False, **engine)
             elif kind == ".parquet":
                 table.to_parquet(file, index=False)
             else:

@@ -12,6 +12,8 @@ from dss.student.network import num_parameters
 
 __all__ = ["Agreement", "measure"]
 
+FEW = 50  # validation examples below which an agreement says little
+
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
@@ -46,8 +48,12 @@ class Agreement:
         student, export = self.scores
         mean, low, high = self.difference
         metric = self.metric.replace("_", "-")
+        few = "" if self.examples >= FEW else "; few examples: this says little"
         return [
-            ("equal labels", f"{self.share:.2%} ({self.equal} of {self.examples}, validation)"),
+            (
+                "equal labels",
+                f"{self.share:.2%} ({self.equal} of {self.examples}, validation{few})",
+            ),
             (f"{metric} of the student", f"{student:.2%}"),
             (
                 f"{metric} of this export",

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import fastapi
 import prometheus_client
 from fastapi import HTTPException, responses
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -74,7 +75,7 @@ class PredictRequest(BaseModel):
 
     inputs: str | list[str]
     rationales: bool = False
-    threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+    threshold: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)] | None = None
 
 
 class PredictedLabel(BaseModel):
@@ -193,6 +194,13 @@ def make_app(
         assert isinstance(error, StarletteHTTPException)
         return _error(error.status_code, str(error.detail))
 
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: fastapi.Request, error: Exception) -> fastapi.Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return _error(422, f"{where}: {first['msg']}; the body is JSON, see /docs")
+
     @app.exception_handler(DssError)
     async def invalid(_: fastapi.Request, error: Exception) -> fastapi.Response:
         return _error(400, str(error))
@@ -209,6 +217,8 @@ def make_app(
             raise HTTPException(400, f"{len(texts)} inputs; give 1 to {limits.inputs}")
         if explain and not model.explains:
             raise HTTPException(400, f"{model.name} was not trained to generate rationales")
+        if any(not _is_unicode(text) for text in texts):
+            raise HTTPException(400, "an input holds half of a surrogate pair, which is no text")
         try:
             found = await labels.submit(texts)
             return found, await rationales.submit(texts) if explain else None
@@ -300,6 +310,14 @@ def make_app(
     return app
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _content(content: str | list[dict[str, Any]] | None) -> str:
     if isinstance(content, str):
         return content
@@ -355,10 +373,12 @@ class _Guard:
             await send(message)
 
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._limit:
-            await _error(413, too_large)(scope, receive, observed)
-        else:
-            await self._app(scope, limited, observed)
-        path = getattr(scope.get("route"), "path", "other")
-        self._metrics.requests.labels(path, status).inc()
-        self._metrics.seconds.labels(path).observe(time.perf_counter() - began)
+        try:
+            if length.isdigit() and int(length) > self._limit:
+                await _error(413, too_large)(scope, receive, observed)
+            else:
+                await self._app(scope, limited, observed)
+        finally:
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(path, status).inc()
+            self._metrics.seconds.labels(path).observe(time.perf_counter() - began)

@@ -83,7 +83,6 @@ class Batcher(Generic[T]):
                 future.cancel()
 
     async def _answer(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._arrived.wait()
             if len(self._queue) < self._size:
@@ -98,14 +97,20 @@ class Batcher(Generic[T]):
             if not batch:
                 continue
             self._observe(len(batch))
-            texts = [text for text, _ in batch]
-            try:
-                answers = await loop.run_in_executor(self._thread, self._run, texts)
-            except Exception as error:
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), answer in zip(batch, answers, strict=True):
-                if not future.done():
-                    future.set_result(answer)
+            await self._answer_batch(batch)
+
+    async def _answer_batch(self, batch: "list[tuple[str, asyncio.Future[T]]]") -> None:
+        """Answers a batch; if it fails, each of its texts alone, so that only one fails."""
+        loop, texts = asyncio.get_running_loop(), [text for text, _ in batch]
+        try:
+            answers = await loop.run_in_executor(self._thread, self._run, texts)
+        except Exception as error:
+            if len(batch) > 1:
+                for item in batch:
+                    await self._answer_batch([item])
+            elif not batch[0][1].done():
+                batch[0][1].set_exception(error)
+            return
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if not future.done():
+                future.set_result(answer)

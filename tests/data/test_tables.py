@@ -10,7 +10,7 @@ import pytest
 import dss
 from dss.cli.main import main
 from dss.data.prepare import Columns, prepare
-from dss.data.tables import cell_text, read_tables
+from dss.data.tables import cell_text, read_tables, write_table
 from dss.data.vocabulary import load_vocabulary
 from dss.errors import DataError, MissingPackageError
 
@@ -125,6 +125,43 @@ def test_a_messy_table_is_reported_and_keeps_all_rows(messy, tmp_path):
     assert not merged.look_alikes
 
 
+def test_similar_inputs_are_found_and_an_uneven_split_is_reported():
+    story = "that I paid for last week with my card and that should have come on Monday morning"
+    rows = [f"where is order {i:06} {story} {story}, as you said?" for i in range(2000)]
+    table = pandas.DataFrame({"x": rows + ["\N{THUMBS UP SIGN}"] * 4})
+    found = prepare(table, Columns(input=("x",)))
+    assert found.near_duplicates > 1900  # the index is approximate
+    assert len({row.split for row in found.rows[2000:]}) == 1
+    even = prepare(table, Columns(input=("x",)), similar=1)
+    assert (even.near_duplicates, even.uneven) == (0, ())
+    assert even.split_sizes["test"] == pytest.approx(200, abs=4)
+    table = pandas.DataFrame({"x": ["the same"] * 96 + ["one", "two", "three", "four"]})
+    lines = prepare(table, Columns(input=("x",))).uneven
+    assert [line[:42] for line in lines] == [
+        "valid has 2 rows instead of about 10: up t",
+        "test has 2 rows instead of about 10: up to",
+    ]
+    assert "up to 96 similar inputs stay together; `similar=1`" in lines[0]
+
+
+def test_written_tables_keep_texts(tmp_path):
+    rows = [{"a": "=1+1", "b": 1, "c": "\x07"}, {"a": "http://x", "b": "x", "c": None}]
+    for name in ("t.csv", "t.tsv.gz", "t.xlsx", "t.parquet"):
+        write_table(tmp_path / name, rows)
+        (table,) = read_tables(tmp_path / name).values()
+        assert [cell_text(cell) for cell in table.a] == ["=1+1", "http://x"]
+        assert [cell_text(cell) for cell in table.b] == ["1", "x"]
+    with pytest.raises(DataError, match="an Excel cell has at most 32,767"):
+        write_table(tmp_path / "t.xlsx", [{"a": "x" * 40000}])
+
+
+def test_a_blank_line_of_a_single_column_is_a_row(tmp_path):
+    (tmp_path / "t.csv").write_text("x\na\n\nb\n")
+    found = prepare(tmp_path / "t.csv", Columns(input=("x",)))
+    assert [row.input for row in found.rows] == ["a", "", "b"]
+    assert found.empty_inputs == ("2",)
+
+
 def test_lengths_and_characters_are_the_vocabularys(messy):
     found = prepare(
         pandas.DataFrame({"x": ["abc", "a" * 20, "naïve"]}),
@@ -152,6 +189,12 @@ def test_a_data_frame_becomes_a_dataset(messy, tmp_path):
     assert (folder / "train.gpt.jsonl").is_file()
     with pytest.raises(DataError, match="`folder`: give the folder"):
         dss.Dataset.from_files(messy, **options)
+    with pytest.raises(DataError, match="unknown argument 'nope'"):
+        dss.Dataset.from_files(messy, folder=folder, **options, nope=1)
+    with pytest.raises(DataError, match=r"none.csv: no such file or folder"):
+        dss.Dataset.from_files("none.csv", input="a")
+    with pytest.raises(DataError, match="the table: no rows"):
+        dss.Dataset.from_files(messy[:0], folder=folder, **options)
     with pytest.raises(DataError, match="options of a table need `input`"):
         dss.Dataset.from_files(folder, label="team")
 
@@ -191,6 +234,10 @@ def files(tmp_path, monkeypatch):
     (tmp_path / "bad.json").write_text('[{"body": "x"}, 3]')
     (tmp_path / "twice.csv").write_text(good + "2,again,a\n")
     (tmp_path / "folder").mkdir()
+    for name in ("my-2.csv", "cqa.csv"):
+        (tmp_path / name).write_text(good)
+    (tmp_path / "double.csv").write_text("body,body\nx,y\n")
+    (tmp_path / "quote.csv").write_text('body,team\n"x,y\nz,w\n')
     return tmp_path
 
 
@@ -203,6 +250,11 @@ def files(tmp_path, monkeypatch):
         ("good.csv --input=body --label=Team", "unknown column 'Team'; did you mean 'team'?"),
         ("good.csv --template={body", "--template '{body': expected '}'"),
         ("good.csv --template=body", "names no column in braces"),
+        ("good.csv --template={body:d}", "give only names of columns in braces"),
+        ("good.csv --input=body --similar=0", "--similar=0: give a fraction above 0"),
+        ("double.csv --input=body", "double.csv: two columns are called 'body'; rename one"),
+        ("my-2.csv --input=body --output=a.b/c-d!", "dataset name 'c_d!': use letters"),
+        ("cqa.csv --input=body", "that of a released dataset; give another with --output"),
         ("good.csv --input=body --template={body}", "exclude each other"),
         ("good.csv --input=body --label=team --labels=a,c", "row 2: label 'b' is not one of a, c"),
         ("good.csv --input=body --valid=0.5 --test=0.5", "leave no rows for train"),
@@ -210,10 +262,11 @@ def files(tmp_path, monkeypatch):
         ("good.csv --input=body --split=team", "split 'a' in column 'team' is not one of train"),
         ("good.csv --input=body --sheet=x", "good.csv: --sheet is for Excel files"),
         ("twice.csv --input=body --id=ticket", "'2' is the id of several rows"),
-        ("long.csv --input=body", "long.csv: cannot be read: "),
+        ("long.csv --input=body", "long.csv:4: 4 cells, and the header has 3; put cells with ','"),
+        ("quote.csv --input=body", "quote.csv: a double quote is not closed"),
         ("latin.csv --input=body", "latin.csv: not UTF-8 at byte 12; save it as UTF-8"),
         ("empty.csv --input=body", "empty.csv: no rows"),
-        ("blank.csv --input=body", "blank.csv: cannot be read: No columns to parse"),
+        ("blank.csv --input=body", "blank.csv: empty"),
         ("fake.xlsx --input=body", "fake.xlsx: cannot be read: "),
         ("fake.parquet --input=body", "fake.parquet: cannot be read: "),
         ("fake.csv.gz --input=body", "fake.csv.gz: cannot be read: Not a gzipped file"),

@@ -263,15 +263,16 @@ def test_predict_reads_and_writes_tables(undisturbed, tmp_path):
     call(*options, f"--output={output}", "--probabilities")
     table = pandas.read_csv(output, dtype=str, keep_default_na=False)
     assert [*table] == [
-        *("number", "first", "second", "gold", "label", "probability yes", "probability no")
+        *("number", "first", "second", "label"),
+        *("predicted_label", "probability yes", "probability no"),
     ]
     assert table.number.tolist() == ["007", "008"]
     assert table["first"].tolist() == ["is 3", "is\n4"]
-    assert table.gold.tolist() == ["yes", ""]
+    assert table.label.tolist() == ["yes", ""]
     lines = write_jsonl(tmp_path / "in.jsonl", [{"input": "is 3 good"}, {"input": "is\n4 good"}])
     out, _ = call_apart("predict", undisturbed, f"--input={lines}", "--probabilities")
     wanted = [json.loads(line) for line in out.splitlines()]
-    assert table.label.tolist() == [row["label"] for row in wanted]
+    assert table.predicted_label.tolist() == [row["label"] for row in wanted]
     assert table["probability yes"].astype(float).tolist() == [
         row["probabilities"]["yes"] for row in wanted
     ]
@@ -280,13 +281,22 @@ def test_predict_reads_and_writes_tables(undisturbed, tmp_path):
     assert pandas.read_excel(tmp_path / "out.xlsx").input.tolist() == ["is 3 good", "is\n4 good"]
     (tmp_path / "short.csv").write_text("input\nis 5 good\n")
     short = ("predict", undisturbed, f"--input={tmp_path / 'short.csv'}", f"--output={output}")
-    assert "not replaced: it has 2 rows, and there are 1 predictions" in call(*short, status=2)
+    said = call(*short, status=2)
+    assert "not replaced: it has 2 rows, the predictions 1; the predictions are in " in said
+    assert json.loads((tmp_path / "out.csv.jsonl").read_text())["input"] == "is 5 good"
+    (tmp_path / "empty.csv").write_text("who,input\nAnn,\n")
+    blank = ("predict", undisturbed, f"--input={tmp_path / 'empty.csv'}")
+    out, err = call_apart(*blank)
+    assert json.loads(out)["empty"] is True
+    assert "1 of 1 inputs are empty" in err
     call(*short, "--replace")
     assert [*pandas.read_csv(output)] == ["input", "label"]
     for given, message in (
         ((f"--input={source}",), "no columns: give --columns"),
         ((f"--input={source}", "--columns=third"), "unknown column 'third'"),
         (("--columns=first",), "--columns and --template are for a table"),
+        (("--columns=first", "--template=x"), "--columns and --template exclude each other"),
+        (("--output=x.xls",), "x.xls: the format of old Excel files"),
     ):
         assert message in call("predict", undisturbed, *given, stdin=b"x", status=2)
 

@@ -142,6 +142,7 @@ def test_what_cannot_be_served_is_a_line(folder, capsys, monkeypatch):
         (("tickets",), "tickets: no run and no export"),
         (("run", "--port=70000"), "--port 70000: give one from 0"),
         (("run", "--host=256.1.1.1"), "--host 256.1.1.1 --port 8000: "),
+        (("run", "--key-env=NOT_SET"), "NOT_SET has no API key; set it, or unset it"),
         (("run", "--queue=0"), "--queue=0: give at least 1"),
     ):
         assert main(["serve", *options]) == 2

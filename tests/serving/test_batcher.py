@@ -72,15 +72,18 @@ def test_what_the_queue_has_no_room_for_is_refused():
     assert run(scenario, gate) == list("ABCDEFGHI")
 
 
-def test_an_error_is_that_of_its_batch_only():
+def test_an_error_is_that_of_its_text_only():
     gate = Gate()
 
     async def scenario(batcher):
+        bad = asyncio.ensure_future(batcher.submit(["bad"]))
+        good = asyncio.ensure_future(batcher.submit(["good", "fine"]))
         with pytest.raises(ValueError, match="no answer"):
-            await batcher.submit(["bad"])
-        return await batcher.submit(["good"])
+            await bad
+        return await good
 
-    assert run(scenario, gate) == ["GOOD"]
+    assert run(scenario, gate, wait=0.05) == ["GOOD", "FINE"]
+    assert gate.batches == [["bad", "good", "fine"], ["bad"], ["good"], ["fine"]]
 
 
 def test_texts_of_a_client_that_has_gone_are_not_answered():
