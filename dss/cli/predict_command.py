@@ -250,9 +250,7 @@ def _write_table(path: Path, lines: list[dict[str, Any]], existing: int) -> None
         rows.append(row)
     beside, problem = path.with_name(f"{path.name}.jsonl"), None
     if existing > len(lines):
-        problem = (
-            f"not replaced: it has {existing:,} rows, and there are {len(lines):,} predictions"
-        )
+        problem = f"not replaced: it has {existing:,} rows, the predictions {len(lines):,}"
     else:
         try:
             write_table(path, rows)
