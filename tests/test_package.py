@@ -31,6 +31,7 @@ DISTRIBUTIONS = {
 # The extras whose packages a file or folder of dss may import; all others have install_requires.
 EXTRAS = {
     "cli/annotate_command.py": {"teacher"},
+    "data/grouped_splits.py": {"tables"},
     "data/prepare.py": {"tables"},
     "data/tables.py": {"tables"},
     "export": {"export"},

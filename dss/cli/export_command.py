@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-agreement",
         type=float,
         metavar="F",
-        help="share of validation labels that must equal the student's if quantized (0.99)",
+        help="fraction of validation labels that must equal the student's if quantized (0.99)",
     )
     parser.add_argument(
         "--examples", type=int, metavar="N", help="validation examples to compare at most (400)"

@@ -244,9 +244,12 @@ def _write_table(path: Path, lines: list[dict[str, Any]], existing: int) -> None
 
     rows = []
     for line in lines:
-        row = {name: value for name, value in line.items() if name != "probabilities"}
-        for label, probability in (line.get("probabilities") or {}).items():
-            row[_free(f"probability {label}", row)] = probability
+        row: dict[str, Any] = {}
+        for name, value in line.items():
+            if name.endswith("probabilities") and isinstance(value, dict):
+                row |= {_free(f"probability {label}", line): p for label, p in value.items()}
+            else:
+                row[name] = value
         rows.append(row)
     beside, problem = path.with_name(f"{path.name}.jsonl"), None
     if existing > len(lines):

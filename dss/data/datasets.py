@@ -19,9 +19,10 @@ from dss.data.examples import (
     stream_examples,
     teacher_files,
 )
+from dss.data.grouped_splits import SPLITS
 from dss.data.labels import ANY_LABEL, Labels
 from dss.data.metrics import METRICS
-from dss.data.prepare import DATASET_FILE, SPLITS, Columns, prepare
+from dss.data.prepare import DATASET_FILE, Columns, prepare
 from dss.data.released import RELEASED, ReleasedSource
 from dss.data.splits import hold_out, subsample
 from dss.data.tables import HUB, is_table

@@ -8,7 +8,7 @@ from dss.data.metrics import METRICS, is_readable
 from dss.data.vocabulary import Vocabulary, round_trip
 from dss.errors import DataError, unknown_name
 
-__all__ = ["ANY_LABEL", "Labels", "describe_look_alikes", "read_label"]
+__all__ = ["ANY_LABEL", "Labels", "describe_look_alikes", "fold", "read_label"]
 
 
 def read_label(text: str | None) -> str | None:
@@ -99,6 +99,15 @@ class Labels:
 ANY_LABEL = Labels()
 
 
+def fold(label: str) -> str:
+    """Returns a label in lower case with single blanks; look-alikes have equal ones.
+
+    >>> fold("Account  Access ")
+    'account access'
+    """
+    return " ".join(label.casefold().split())
+
+
 def describe_look_alikes(labels: Iterable[str]) -> list[str]:
     """Returns a line for each group of labels that differ only by case or whitespace.
 
@@ -106,7 +115,7 @@ def describe_look_alikes(labels: Iterable[str]) -> list[str]:
     """
     groups: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for label in labels:
-        groups[" ".join(label.casefold().split())][label] += 1
+        groups[fold(label)][label] += 1
     return [
         "labels that differ only by case or whitespace: "
         + ", ".join(f"{label!r} ({count:,} rows)" for label, count in group.most_common())

@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import json
 import os
-import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dss.data.labels import describe_look_alikes, read_label
+from dss.data.grouped_splits import SIMILAR, SPLITS, draw_splits, group_similar
+from dss.data.labels import describe_look_alikes, fold, read_label
 from dss.data.tables import cell_text, read_tables
 from dss.data.vocabulary import EOS_TEXT, Vocabulary, round_trip
-from dss.errors import DataError, missing_package, unknown_name
+from dss.errors import DataError, unknown_name
 from dss.paths import write_whole
 
 if TYPE_CHECKING:
@@ -27,15 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Columns", "Preparation", "Row", "prepare", "read_inputs"]
 
-SPLITS = ("train", "valid", "test")
 DATASET_FILE = "dataset.json"
-SIMILAR = 0.85  # Jaccard similarity of shingles from which two inputs are near-duplicates
-MOST_SIMILAR = 0.95  # threshold of the index; above, candidates are compared exactly
-UNEVEN = 0.5  # size of a split, over what was asked, below which it is reported
-SHINGLE = 5  # characters
-PERMUTATIONS = 64  # of MinHash (Broder, 1997)
 MOST_LABELS = 100  # of a closed set that is declared unasked
 ROWS_PER_LABEL = 5  # at least, on average, of such a set
+UNEVEN = 0.5  # size of a split, over what was asked, below which it is reported
 T5_LACKS = "{}<~^\\\n"  # characters that T5's vocabulary cannot write
 
 
@@ -252,11 +247,11 @@ def prepare(
         if labels and label is not None and label not in closed:
             raise DataError(f"row {id_}: label {label!r} is not one of {', '.join(closed)}")
     uneven: tuple[str, ...] = ()
-    groups, near = _groups(inputs, similar)
+    groups, near = group_similar(inputs, similar)
     if "" in tables and columns.split is None:
-        splits = _draw(groups, found, {"valid": valid, "test": test}, seed, columns.label)
+        splits = draw_splits(groups, found, {"valid": valid, "test": test}, seed, columns.label)
         largest = max(collections.Counter(groups).values())
-        uneven = _uneven(splits, {"valid": valid, "test": test}, largest)
+        uneven = _uneven(splits, {"valid": valid, "test": test}, largest, similar)
     else:
         splits = [split or given for split, *_, given in made]
     rows = tuple(map(Row, ids, inputs, found, splits))
@@ -412,10 +407,8 @@ def _merged(labels: Sequence[str | None]) -> list[str | None]:
     counts = collections.Counter(label for label in labels if label is not None)
     spelling: dict[str, str] = {}
     for label, _ in counts.most_common():
-        spelling.setdefault(" ".join(label.casefold().split()), label)
-    return [
-        None if label is None else spelling[" ".join(label.casefold().split())] for label in labels
-    ]
+        spelling.setdefault(fold(label), label)
+    return [None if label is None else spelling[fold(label)] for label in labels]
 
 
 def _closed(labels: Sequence[str | None]) -> tuple[str, ...]:
@@ -425,87 +418,27 @@ def _closed(labels: Sequence[str | None]) -> tuple[str, ...]:
     return tuple(sorted(counts, key=lambda label: (-counts[label], label))) if few else ()
 
 
-def _normal(text: str) -> str:
-    return " ".join(re.sub(r"\W+", " ", text.casefold()).split())
-
-
-def _groups(inputs: Sequence[str], similar: float) -> tuple[list[int], int]:
-    """Returns the group of equal and similar inputs of each row, and how many rows are similar to
-    another row without being equal to it.
-    """
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError as error:
-        raise missing_package("finding near-duplicates", error.name, "tables") from None
-    normal = [_normal(text) or " ".join(text.split()) for text in inputs]
-    distinct = {text: number for number, text in enumerate(dict.fromkeys(t for t in normal if t))}
-    group = list(range(len(distinct)))
-    index = MinHashLSH(threshold=min(similar, MOST_SIMILAR), num_perm=PERMUTATIONS)
-    shingles = [
-        {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))} for text in distinct
-    ]
-    for number, parts in enumerate(shingles):
-        signature = MinHash(PERMUTATIONS)
-        signature.update_batch([part.encode() for part in parts])
-        for other in index.query(signature) if similar < 1 else ():
-            if len(parts & shingles[other]) >= similar * len(parts | shingles[other]):
-                group[number] = other
-                break
-        else:  # the first of its group: later texts are compared with it, so groups are no chains
-            index.insert(number, signature)
-    # Rows without text are alone.
-    groups = [group[distinct[text]] if text else -1 - row for row, text in enumerate(normal)]
-    members: dict[int, set[str]] = collections.defaultdict(set)
-    for member, text in zip(groups, inputs, strict=True):
-        members[member].add(text)
-    return groups, sum(len(members[member]) > 1 for member in groups)
-
-
-def _draw(
-    groups: Sequence[int],
-    labels: Sequence[str | None],
-    shares: Mapping[str, float],
-    seed: int,
-    label_column: str | None,
-) -> list[str]:
-    """Returns the split of each row: each label has the given shares, up to whole groups."""
-    rows_of: dict[int, list[int]] = collections.defaultdict(list)
-    for row, group in enumerate(groups):
-        rows_of[group].append(row)
-    strata: dict[str, list[list[int]]] = collections.defaultdict(list)
-    out = ["train"] * len(groups)
-    for rows in rows_of.values():
-        found = collections.Counter(label for row in rows if (label := labels[row]) is not None)
-        if found or label_column is None:
-            strata[found.most_common(1)[0][0] if found else ""].append(rows)
-    targets = {"train": 1 - sum(shares.values()), **shares}
-    rng = np.random.default_rng(seed)
-    for _, members in sorted(strata.items()):
-        total, sizes = sum(map(len, members)), collections.Counter[str]()
-        order = rng.permutation(len(members))
-        for i in sorted(order, key=lambda i: -len(members[i])):  # large groups first: they fit
-            split = max(targets, key=lambda s: targets[s] * total - sizes[s])
-            sizes[split] += len(members[i])
-            for row in members[i]:
-                out[row] = split
-    return out
-
-
-def _uneven(splits: Sequence[str], shares: Mapping[str, float], largest: int) -> tuple[str, ...]:
+def _uneven(
+    splits: Sequence[str], shares: Mapping[str, float], largest: int, similar: float
+) -> tuple[str, ...]:
     """Returns a line for each split that is much smaller than asked.
 
     Args:
       splits: the split of each row.
       shares: the fraction of the rows that each split was asked to have.
       largest: number of rows of the largest group.
+      similar: similarity from which inputs stay together.
     """
+    kind, hint = "equal", ""
+    if similar < 1:
+        kind, hint = "similar", "; `similar=1` keeps only equal ones so"
     sizes, out = collections.Counter(splits), []
     for split, share in shares.items():
         wanted = share * len(splits)
         if wanted >= 1 and sizes[split] < UNEVEN * wanted and largest > 1:
             out.append(
                 f"{split} has {sizes[split]:,} rows instead of about {wanted:,.0f}: up to "
-                f"{largest:,} similar inputs stay together; `similar=1` keeps only equal ones so"
+                f"{largest:,} {kind} inputs stay together{hint}"
             )
     return tuple(out)
 

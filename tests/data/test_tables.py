@@ -142,6 +142,8 @@ def test_similar_inputs_are_found_and_an_uneven_split_is_reported():
         "test has 2 rows instead of about 10: up to",
     ]
     assert "up to 96 similar inputs stay together; `similar=1`" in lines[0]
+    lines = prepare(table, Columns(input=("x",)), similar=1).uneven
+    assert [line.partition("up to ")[2] for line in lines] == ["96 equal inputs stay together"] * 2
 
 
 def test_written_tables_keep_texts(tmp_path):

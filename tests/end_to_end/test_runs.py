@@ -276,6 +276,13 @@ def test_predict_reads_and_writes_tables(undisturbed, tmp_path):
     assert table["probability yes"].astype(float).tolist() == [
         row["probabilities"]["yes"] for row in wanted
     ]
+    taken = tmp_path / "taken.csv"
+    taken.write_text("input,label,probabilities,probability no\nis 3 good,a,b,c\n")
+    found = tmp_path / "found.csv"
+    call("predict", undisturbed, f"--input={taken}", f"--output={found}", "--probabilities")
+    (row,) = pandas.read_csv(found).to_dict("records")
+    assert list(row.values())[:4] == ["is 3 good", "a", "b", "c"]
+    assert [*row][4:] == ["predicted_label", "probability yes", "predicted_probability no"]
     # The whole input column is kept, and JSON lines become a table too.
     call("predict", undisturbed, f"--input={lines}", f"--output={tmp_path / 'out.xlsx'}")
     assert pandas.read_excel(tmp_path / "out.xlsx").input.tolist() == ["is 3 good", "is\n4 good"]

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib.util
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -543,6 +544,20 @@ def test_an_int8_export_is_verified_on_validation_labels(make_run, tmp_path):
     for a, b in zip(theirs, ours, strict=True):
         assert sum(a.probabilities.values()) == pytest.approx(1)
         assert a.probabilities == pytest.approx(b.probabilities, abs=0.1)
+
+
+def test_a_quantized_export_reads_data_that_have_moved(make_run, toy_folder, tmp_path, capsys):
+    gone = DataConfig(dataset_path=str(tmp_path / "toy"), labels=("yes", "no"))
+    shutil.copytree(toy_folder, tmp_path / "toy")
+    make_run(tmp_path / "run", tiny_config(), data=gone)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "toy").rename(tmp_path / "there" / "toy")
+    command = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--to=ctranslate2"]
+    command += ["--quantization=int8", "--min-agreement=0"]
+    assert cli.main(command) == 2
+    assert "no such file or folder" in capsys.readouterr().err
+    assert cli.main([*command, f"--dataset_path={tmp_path / 'there' / 'toy'}"]) == 0
+    assert "few examples: this says little" in capsys.readouterr().out
 
 
 def test_a_float_engine_has_the_students_probabilities_and_texts(make_run, tmp_path):
